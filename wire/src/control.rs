@@ -1,0 +1,167 @@
+//! Messages on the unix socket between a rank and its agent.
+//!
+//! A message is a little-endian `u32` length and a body. Only this module knows that the body is bincode.
+//! The rank's first message is [`ToAgent::Hello`]; the slab's memfd rides on its first byte as `SCM_RIGHTS`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::env::OnFull;
+
+/// Version of the messages; peers with another one are refused by name.
+pub const CONTROL_VERSION: u32 = 1;
+/// Largest body in bytes.
+pub const MAX_BODY: usize = 16 << 20;
+
+/// Who attaches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`CONTROL_VERSION`].
+    pub version: u32,
+    /// Global rank, 0 without torch.distributed.
+    pub rank: u32,
+    /// Number of ranks, 1 without torch.distributed.
+    pub world: u32,
+    /// Process id of the rank.
+    pub pid: u32,
+    /// Node name.
+    pub node: String,
+    /// `torch.__version__`.
+    pub torch: String,
+    /// Python version, such as `3.11.7`.
+    pub python: String,
+    /// The process's command line.
+    pub command: Vec<String>,
+    /// The hooks as the user wrote them.
+    pub hooks: String,
+    /// What happens when the slab is full.
+    pub on_full: OnFull,
+    /// How the job wraps its model, such as `FSDP2` or `DDP`; empty if unknown yet.
+    pub wrapper: String,
+}
+
+/// One module of a model, for the dashboard's tree.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleInfo {
+    /// Canonical name; empty for the model itself.
+    pub name: String,
+    /// Class name.
+    pub class: String,
+    /// Mask of [`crate::hooks::Kind::bit`]s that are tapped; 0: not selected.
+    pub kinds: u32,
+}
+
+/// From a rank to the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToAgent {
+    /// First message.
+    Hello(Hello),
+    /// A model was found: all of its modules.
+    Model {
+        /// Model number.
+        model: u32,
+        /// Its modules in `named_modules` order.
+        modules: Vec<ModuleInfo>,
+    },
+    /// Something the user should read once (a selector without match, taps switched off, ...).
+    Notice(String),
+    /// The rank leaves in good order; counters are final.
+    Bye(Counts),
+}
+
+/// What a rank counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Tensors committed to the slab.
+    pub records: u64,
+    /// Tensors lost because the slab was full, the agent absent or stopped.
+    pub dropped: u64,
+    /// Tensors refused for a named reason.
+    pub refused: u64,
+}
+
+/// From the agent to a rank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromAgent {
+    /// The slab is mapped; captures flow.
+    Welcome,
+    /// The agent will not take this rank; the sentence says why.
+    Refused(String),
+}
+
+/// Why bytes are not a message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The body does not decode.
+    #[error("a control message does not decode: {0}")]
+    Malformed(String),
+    /// The length prefix is over [`MAX_BODY`].
+    #[error("a control message of {0} bytes is over the limit of {MAX_BODY}")]
+    TooLong(usize),
+}
+
+/// Encodes a message with its length prefix.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, ControlError> {
+    let body = bincode::serde::encode_to_vec(message, config())
+        .map_err(|e| ControlError::Malformed(e.to_string()))?;
+    if body.len() > MAX_BODY {
+        return Err(ControlError::TooLong(body.len()));
+    }
+    let mut out = Vec::with_capacity(body.len() + 4);
+    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    out.extend_from_slice(&body);
+    Ok(out)
+}
+
+/// Takes one message off the front of `buffer`; `None` until it is there in full. Takes hostile bytes.
+pub fn decode_next<T: for<'de> Deserialize<'de>>(buffer: &mut Vec<u8>) -> Result<Option<T>, ControlError> {
+    let Some(prefix) = buffer.first_chunk::<4>() else { return Ok(None) };
+    let len = u32::from_le_bytes(*prefix) as usize;
+    if len > MAX_BODY {
+        return Err(ControlError::TooLong(len));
+    }
+    let Some(body) = buffer.get(4..4 + len) else { return Ok(None) };
+    let (message, used) = bincode::serde::decode_from_slice::<T, _>(body, config())
+        .map_err(|e| ControlError::Malformed(e.to_string()))?;
+    if used != len {
+        return Err(ControlError::Malformed("trailing bytes".into()));
+    }
+    buffer.drain(..4 + len);
+    Ok(Some(message))
+}
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<MAX_BODY>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn messages_arrive_whole_or_not_yet() {
+        let message = ToAgent::Notice("no module matches".into());
+        let bytes = encode(&message).unwrap();
+        let mut buffer = Vec::new();
+        for &b in &bytes[..bytes.len() - 1] {
+            buffer.push(b);
+            assert_eq!(decode_next::<ToAgent>(&mut buffer), Ok(None));
+        }
+        buffer.push(bytes[bytes.len() - 1]);
+        assert_eq!(decode_next(&mut buffer), Ok(Some(message)));
+        assert!(buffer.is_empty());
+    }
+
+    #[test]
+    fn an_oversized_prefix_is_refused_before_it_is_waited_for() {
+        let mut buffer = u32::MAX.to_le_bytes().to_vec();
+        assert!(matches!(decode_next::<ToAgent>(&mut buffer), Err(ControlError::TooLong(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode_next::<ToAgent>(&mut bytes);
+        }
+    }
+}

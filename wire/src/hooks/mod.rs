@@ -1,0 +1,202 @@
+//! The `FLEXMODEL_HOOKS` grammar: what is tapped, when, and what is done to it.
+//!
+//! ```text
+//! selector[:kind,kind...][@option=value,...][|edit]     clauses separated by ;
+//! ```
+//!
+//! [`parse`] reads clauses or a TOML file's path; every error names the place, the reason and the way out.
+
+mod error;
+mod parse;
+mod select;
+mod toml_form;
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+pub use error::HookError;
+pub use parse::{parse, parse_clauses};
+pub use select::nearest;
+pub use toml_form::parse_toml;
+
+use crate::dtype::DType;
+
+/// What of a module a hook taps. The discriminant is the code on the wire; [`Kind::bit`] the one in masks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Kind {
+    /// Outputs of the forward pass.
+    Forward = 0,
+    /// Inputs of the forward pass.
+    ForwardPre = 1,
+    /// Gradients of the inputs.
+    Backward = 2,
+    /// Gradients of the outputs.
+    BackwardPre = 3,
+    /// The parameter that the step's forward used.
+    Param = 4,
+    /// The gradient that the optimizer is about to use.
+    Grad = 5,
+}
+
+impl Kind {
+    /// Every kind, in code order.
+    pub const ALL: [Kind; 6] =
+        [Kind::Forward, Kind::ForwardPre, Kind::Backward, Kind::BackwardPre, Kind::Param, Kind::Grad];
+
+    /// The word in a clause and in a record.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Forward => "forward",
+            Kind::ForwardPre => "forward_pre",
+            Kind::Backward => "backward",
+            Kind::BackwardPre => "backward_pre",
+            Kind::Param => "param",
+            Kind::Grad => "grad",
+        }
+    }
+
+    /// The kind with this word.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|k| k.name() == name)
+    }
+
+    /// The kind with this wire code.
+    pub fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(code)).copied()
+    }
+
+    /// This kind's bit in a mask of kinds.
+    pub fn bit(self) -> u32 {
+        1 << (self as u32)
+    }
+}
+
+/// Which modules (or, for `param` and `grad`, parameters) a clause means.
+#[derive(Clone, Debug)]
+pub enum Selector {
+    /// Dotted name with `*` for one segment (also within a segment: `h*`) and `**` for any number.
+    Glob(Vec<String>),
+    /// A regular expression between slashes, searched in the whole name.
+    Regex(regex::Regex),
+    /// `class=NAME`: the class's own name, or its full dotted name.
+    Class(String),
+}
+
+/// How an edit changes a tensor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Edit {
+    /// `scale(x)`: multiply floating and complex leaves by x.
+    Scale(f64),
+    /// `zero`: replace with zeros.
+    Zero,
+    /// `FILE.py:NAME`: call a Python function on the whole tensor.
+    Python {
+        /// The file as written.
+        file: String,
+        /// The function's name.
+        function: String,
+    },
+}
+
+/// Where shards are laid into the whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Assemble {
+    /// In the agent, from every rank's slab.
+    #[default]
+    Agent,
+    /// In the job, by a private collective.
+    Collective,
+}
+
+/// What is kept of a tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reduce {
+    /// All of its bytes.
+    #[default]
+    Whole,
+    /// Its statistics only.
+    Stats,
+}
+
+/// `shard=DIM@AXIS`: the user's word on a layout that cannot be inferred.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardHint {
+    /// Dimension; negative counts from the end.
+    pub dim: i32,
+    /// Mesh axis name, such as `dp` or `tp`.
+    pub axis: String,
+}
+
+/// The `@` part of a clause.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Only steps divisible by this (at least 1). `None`: every step.
+    pub every: Option<u64>,
+    /// Only these steps, first included, last **included** as written `a..b`; either side may be left out.
+    pub steps: Option<(u64, u64)>,
+    /// Only these ranks, ascending and unique: `ranks=0`, `ranks=0+2+5`, `ranks=0..3` (both ends included).
+    pub ranks: Option<Vec<u32>>,
+    /// Convert to this element type before it leaves the job.
+    pub dtype: Option<DType>,
+    /// What is kept.
+    pub reduce: Reduce,
+    /// The hook group this clause belongs to.
+    pub group: Option<String>,
+    /// Where shards are put together.
+    pub assemble: Assemble,
+    /// The user's layout.
+    pub shard: Option<ShardHint>,
+    /// Only this leaf of the structure, such as `out[0]` or `in.states`.
+    pub path: Option<String>,
+}
+
+/// One clause.
+#[derive(Clone, Debug)]
+pub struct Hook {
+    /// The clause as written, for messages.
+    pub text: String,
+    /// Byte range of the clause in the whole `FLEXMODEL_HOOKS` text (zero for TOML).
+    pub span: Range<usize>,
+    /// Which modules.
+    pub selector: Selector,
+    /// Which kinds, unique, in the order written; `[Forward]` when none was written.
+    pub kinds: Vec<Kind>,
+    /// The options.
+    pub options: Options,
+    /// The edit, if any.
+    pub edit: Option<Edit>,
+}
+
+impl Hook {
+    /// All kinds as a mask of [`Kind::bit`]s.
+    pub fn kind_mask(&self) -> u32 {
+        self.kinds.iter().fold(0, |mask, kind| mask | kind.bit())
+    }
+
+    /// Whether this hook captures at `step`: within `steps`, and a multiple of `every`.
+    pub fn wants_step(&self, step: u64) -> bool {
+        let o = &self.options;
+        o.steps.is_none_or(|(first, last)| (first..=last).contains(&step))
+            && o.every.is_none_or(|n| step.is_multiple_of(n.max(1)))
+    }
+
+    /// What this version of FlexModel understands but cannot do yet, as a sentence with the way out; `None` if all is well.
+    pub fn unsupported(&self) -> Option<String> {
+        if let Some(kind) = self.kinds.iter().find(|k| matches!(k, Kind::Param | Kind::Grad)) {
+            return Some(format!(
+                "kind {} is not available in this version; use forward, forward_pre, backward or backward_pre",
+                kind.name()
+            ));
+        }
+        if self.options.assemble == Assemble::Collective {
+            return Some("assemble=collective is not available in this version; leave it out to assemble in the agent".into());
+        }
+        if matches!(self.edit, Some(Edit::Python { .. })) {
+            return Some("Python edits are not available in this version; use |scale(x) or |zero".into());
+        }
+        None
+    }
+}

@@ -1,0 +1,21 @@
+//! What the processes of a tapped job agree on, and nothing else.
+//!
+//! | module | one definition of | used by |
+//! |---|---|---|
+//! | [`env`] | environment variables | launcher, interposer |
+//! | [`hooks`] | the `FLEXMODEL_HOOKS` grammar and selector matching | launcher, interposer |
+//! | [`dtype`] | element types and their names | all |
+//! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
+//! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
+//! | [`control`] | messages on the unix socket | interposer, agent |
+//! | [`tap_abi`] | the C tables between interposer and bridge, inside one process | interposer, bridge |
+//!
+//! Nothing here does I/O while decoding, and every decoder takes hostile bytes.
+
+pub mod control;
+pub mod dtype;
+pub mod env;
+pub mod hooks;
+pub mod record;
+pub mod slab;
+pub mod tap_abi;

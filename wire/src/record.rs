@@ -1,0 +1,304 @@
+//! A record says exactly what a captured tensor is.
+//!
+//! Every slab frame that starts a tensor carries its [`RecordMeta`] in full, so a frame can be read without any
+//! other: an agent that comes back after a crash loses nothing it needs. The encoding is little-endian, fixed
+//! ([`RECORD_VERSION`]) and written by hand, since it lives in shared memory.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{dtype::DType, hooks::Kind};
+
+/// Version of the encoding below.
+pub const RECORD_VERSION: u16 = 1;
+/// Most dimensions a tensor may have.
+pub const MAX_DIMS: usize = 64;
+/// Most mesh axes a layout may have.
+pub const MAX_AXES: usize = 8;
+/// Longest name (module, class, path, reason) in bytes.
+pub const MAX_NAME: usize = 4096;
+
+/// How a tensor lies along one mesh axis.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// Every member holds the same tensor.
+    Replicate,
+    /// Members hold consecutive pieces of dimension `dim`, in `index` order. `offset` is `None` where only the
+    /// lengths of all members tell it (uneven batches); the length is the part's own size in that dimension.
+    Shard {
+        /// The dimension.
+        dim: u32,
+        /// Where this part starts in the whole, if it is known.
+        offset: Option<u64>,
+    },
+    /// Replicate if all parts turn out to be equal bytes, else a shard of dimension 0 (batch size 1 is ambiguous).
+    ReplicateOrShard0,
+    /// Members hold addends of the whole.
+    Partial,
+    /// It is sharded or differs, and how is not known: parts are kept apart.
+    Unknown,
+}
+
+/// One mesh axis of a layout.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Axis {
+    /// `dp`, `tp`, `cp`, `pp` or `ep`.
+    pub name: String,
+    /// This rank's coordinate, `0..size`, among the ranks that capture.
+    pub index: u32,
+    /// Number of members that capture.
+    pub size: u32,
+    /// How the tensor lies along the axis.
+    pub place: Place,
+}
+
+/// What one rank's captured tensor is. Its bytes (row-major, `shape`, `dtype`) follow in the slab.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecordMeta {
+    /// Canonical module name; empty for the model itself.
+    pub module: String,
+    /// The module's class name.
+    pub class: String,
+    /// What of the module.
+    pub kind: Kind,
+    /// The leaf: `out`, `out[0]`, `out.logits`, `in[0]`, `in.states`.
+    pub path: String,
+    /// The hook group, empty for none.
+    pub group: String,
+    /// Number of the model, in construction order of the models that were selected from.
+    pub model: u32,
+    /// Optimizer steps so far when the forward ran.
+    pub step: u64,
+    /// Forward pass of the model within the step; counted apart for training and evaluation.
+    pub micro: u32,
+    /// Call of this module within that forward pass.
+    pub call: u32,
+    /// For gradients: which backward pass over the same forward (`retain_graph`); otherwise 0.
+    pub repeat: u32,
+    /// The module was in training mode.
+    pub train: bool,
+    /// A replay of activation checkpointing.
+    pub recompute: bool,
+    /// Keep statistics only.
+    pub stats_only: bool,
+    /// Element type of the bytes that follow.
+    pub dtype: DType,
+    /// This part's shape.
+    pub shape: Vec<u64>,
+    /// Global rank that captured it.
+    pub rank: u32,
+    /// Layout, one entry a mesh axis; empty for one process.
+    pub axes: Vec<Axis>,
+    /// Data-parallel size: a gradient of a mean loss over equal shards is this many times the one-process gradient.
+    pub dp_size: u32,
+    /// Nanoseconds since the Unix epoch when the tap fired.
+    pub time_ns: u64,
+    /// Not empty: the tensor was refused for this reason and no bytes follow.
+    pub refused: String,
+}
+
+/// Why bytes are not a record.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("record metadata: {0}")]
+pub struct RecordError(pub &'static str);
+
+impl RecordMeta {
+    /// Bytes of payload: the product of `shape` times the element size, 0 if refused; `None` on overflow.
+    pub fn payload_len(&self) -> Option<u64> {
+        if !self.refused.is_empty() {
+            return Some(0);
+        }
+        self.shape.iter().try_fold(self.dtype.size() as u64, |n, &d| n.checked_mul(d))
+    }
+
+    /// Appends the encoding to `out`. Names longer than [`MAX_NAME`] are cut at a character boundary.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&RECORD_VERSION.to_le_bytes());
+        let flags = u8::from(self.train) | u8::from(self.recompute) << 1 | u8::from(self.stats_only) << 2;
+        out.extend_from_slice(&[self.kind as u8, self.dtype as u8, flags]);
+        for n in [self.model, self.micro, self.call, self.repeat, self.rank, self.dp_size] {
+            out.extend_from_slice(&n.to_le_bytes());
+        }
+        out.extend_from_slice(&self.step.to_le_bytes());
+        out.extend_from_slice(&self.time_ns.to_le_bytes());
+        out.push(self.shape.len().min(MAX_DIMS) as u8);
+        for d in self.shape.iter().take(MAX_DIMS) {
+            out.extend_from_slice(&d.to_le_bytes());
+        }
+        out.push(self.axes.len().min(MAX_AXES) as u8);
+        for axis in self.axes.iter().take(MAX_AXES) {
+            put_str(out, &axis.name);
+            out.extend_from_slice(&axis.index.to_le_bytes());
+            out.extend_from_slice(&axis.size.to_le_bytes());
+            let (code, dim, offset) = match axis.place {
+                Place::Replicate => (0, 0, u64::MAX),
+                Place::Shard { dim, offset } => (1, dim, offset.unwrap_or(u64::MAX)),
+                Place::ReplicateOrShard0 => (2, 0, u64::MAX),
+                Place::Partial => (3, 0, u64::MAX),
+                Place::Unknown => (4, 0, u64::MAX),
+            };
+            out.push(code);
+            out.extend_from_slice(&dim.to_le_bytes());
+            out.extend_from_slice(&offset.to_le_bytes());
+        }
+        for s in [&self.module, &self.class, &self.path, &self.group, &self.refused] {
+            put_str(out, s);
+        }
+    }
+
+    /// Decodes what [`encode`](Self::encode) wrote. Takes hostile bytes; refuses trailing ones.
+    pub fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+        let mut r = Reader(bytes);
+        if r.u16()? != RECORD_VERSION {
+            return Err(RecordError("unknown version"));
+        }
+        let kind = Kind::from_code(r.u8()?).ok_or(RecordError("unknown kind"))?;
+        let dtype = DType::from_code(r.u8()?).ok_or(RecordError("unknown dtype"))?;
+        let flags = r.u8()?;
+        if flags > 7 {
+            return Err(RecordError("unknown flags"));
+        }
+        let [model, micro, call, repeat, rank, dp_size] =
+            [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
+        let step = r.u64()?;
+        let time_ns = r.u64()?;
+        let ndim = usize::from(r.u8()?);
+        if ndim > MAX_DIMS {
+            return Err(RecordError("too many dimensions"));
+        }
+        let shape = (0..ndim).map(|_| r.u64()).collect::<Result<Vec<_>, _>>()?;
+        let naxes = usize::from(r.u8()?);
+        if naxes > MAX_AXES {
+            return Err(RecordError("too many mesh axes"));
+        }
+        let mut axes = Vec::with_capacity(naxes);
+        for _ in 0..naxes {
+            let name = r.str()?;
+            let (index, size) = (r.u32()?, r.u32()?);
+            if index >= size {
+                return Err(RecordError("mesh coordinate outside its axis"));
+            }
+            let (code, dim, offset) = (r.u8()?, r.u32()?, r.u64()?);
+            let place = match code {
+                0 => Place::Replicate,
+                1 if (dim as usize) < ndim => {
+                    Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) }
+                }
+                1 => return Err(RecordError("shard of a dimension the tensor does not have")),
+                2 => Place::ReplicateOrShard0,
+                3 => Place::Partial,
+                4 => Place::Unknown,
+                _ => return Err(RecordError("unknown placement")),
+            };
+            axes.push(Axis { name, index, size, place });
+        }
+        let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];
+        if !r.0.is_empty() {
+            return Err(RecordError("trailing bytes"));
+        }
+        Ok(Self {
+            module, class, kind, path, group, model, step, micro, call, repeat,
+            train: flags & 1 != 0,
+            recompute: flags & 2 != 0,
+            stats_only: flags & 4 != 0,
+            dtype, shape, rank, axes, dp_size, time_ns, refused,
+        })
+    }
+}
+
+fn put_str(out: &mut Vec<u8>, s: &str) {
+    let mut len = s.len().min(MAX_NAME);
+    while !s.is_char_boundary(len) {
+        len -= 1;
+    }
+    out.extend_from_slice(&(len as u16).to_le_bytes());
+    out.extend_from_slice(&s.as_bytes()[..len]);
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8], RecordError> {
+        let (head, rest) = self.0.split_at_checked(n).ok_or(RecordError("cut short"))?;
+        self.0 = rest;
+        Ok(head)
+    }
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], RecordError> {
+        self.take(N)?.try_into().map_err(|_| RecordError("cut short"))
+    }
+    fn u8(&mut self) -> Result<u8, RecordError> {
+        Ok(self.array::<1>()?[0])
+    }
+    fn u16(&mut self) -> Result<u16, RecordError> {
+        self.array().map(u16::from_le_bytes)
+    }
+    fn u32(&mut self) -> Result<u32, RecordError> {
+        self.array().map(u32::from_le_bytes)
+    }
+    fn u64(&mut self) -> Result<u64, RecordError> {
+        self.array().map(u64::from_le_bytes)
+    }
+    fn str(&mut self) -> Result<String, RecordError> {
+        let len = usize::from(self.u16()?);
+        if len > MAX_NAME {
+            return Err(RecordError("name too long"));
+        }
+        std::str::from_utf8(self.take(len)?)
+            .map(str::to_owned)
+            .map_err(|_| RecordError("name is not UTF-8"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn example() -> RecordMeta {
+        RecordMeta {
+            module: "layers.0.mlp".into(), class: "MLP".into(), kind: Kind::Forward, path: "out[0]".into(),
+            group: String::new(), model: 1, step: 7, micro: 2, call: 3, repeat: 0, train: true, recompute: false,
+            stats_only: false, dtype: DType::BFloat16, shape: vec![2, 0, 5], rank: 1,
+            axes: vec![Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0, offset: None } }],
+            dp_size: 2, time_ns: 99, refused: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_record_round_trips() {
+        let mut bytes = Vec::new();
+        example().encode(&mut bytes);
+        assert_eq!(RecordMeta::decode(&bytes), Ok(example()));
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let mut bytes = Vec::new();
+        example().encode(&mut bytes);
+        for n in 0..bytes.len() {
+            assert!(RecordMeta::decode(&bytes[..n]).is_err(), "{n} bytes were taken for a record");
+        }
+    }
+
+    #[test]
+    fn payload_overflow_is_none() {
+        let meta = RecordMeta { shape: vec![u64::MAX, 2], ..example() };
+        assert_eq!(meta.payload_len(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = RecordMeta::decode(&bytes);
+        }
+
+        #[test]
+        fn a_flipped_byte_decodes_or_is_refused(at in 0usize..200, value: u8) {
+            let mut bytes = Vec::new();
+            example().encode(&mut bytes);
+            let at = at % bytes.len();
+            bytes[at] = value;
+            let _ = RecordMeta::decode(&bytes);
+        }
+    }
+}

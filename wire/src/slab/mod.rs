@@ -1,0 +1,41 @@
+//! The slab: one rank's shared memory, a ring of frames that carries tensor bytes to the agent.
+//!
+//! # Layout
+//!
+//! One memfd per rank. All positions are offsets; nothing is a pointer.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | `0 .. 4096` | [`Header`] |
+//! | `4096 .. 4096 + ring_len` | the ring: frames, each a [`FrameHeader`], metadata, padding, payload |
+//!
+//! `head` and `tail` count bytes since the slab was made and never wrap; a position in the ring is the count modulo
+//! `ring_len`. A frame never wraps: where it would, a [`State::Pad`] frame fills the ring to its end.
+//!
+//! # Invariants
+//!
+//! - **SLAB-1** Only the job moves `head`, under its own lock; only the agent moves `tail`; `tail <= head <= tail + ring_len`.
+//! - **SLAB-2** A frame's header is written before `head` passes it, and its payload before its state becomes
+//!   [`State::Ready`]. The agent reads a payload only after it saw `Ready`.
+//! - **SLAB-3** The job writes to a frame only between reserving and committing it; the agent only reads, until it
+//!   moves `tail`.
+//! - **SLAB-4** The agent trusts nothing: it copies a header out, checks generation, bounds and crc, and only then uses it.
+//! - **SLAB-5** The memory is `fallocate`d (a full tmpfs is an error at creation, not a SIGBUS later) and sealed
+//!   against shrinking and growing.
+//!
+//! The crc covers the frame's header and metadata. Payload bytes are summed by the agent as it writes them to disk,
+//! so that the job pays for one copy and nothing else.
+
+mod layout;
+mod map;
+pub mod protocol;
+mod reader;
+mod writer;
+
+pub use layout::{FRAME_ALIGN, FrameHeader, HEADER_LEN, Header, MAGIC, MAX_META, SLAB_VERSION, State};
+pub use map::{Mapping, SlabError};
+pub use reader::{Fetched, Frame, SlabReader};
+pub use writer::{Reservation, SlabWriter};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,122 @@
+//! The slab between two mappings of the same memory, as two processes have it.
+
+use std::sync::atomic::Ordering;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn pair(bytes: u64) -> (SlabWriter, SlabReader) {
+    let writer = SlabWriter::create(bytes, 3).unwrap();
+    let reader = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()).unwrap();
+    (writer, reader)
+}
+
+fn send(writer: &mut SlabWriter, meta: &[u8], payload: &[u8]) -> bool {
+    let record = writer.begin_record();
+    let Some(slot) = writer.try_reserve(record, meta, 0, payload.len() as u64, payload.len() as u64) else {
+        return false;
+    };
+    // SAFETY: the reservation owns payload_len bytes.
+    unsafe { std::ptr::copy_nonoverlapping(payload.as_ptr(), slot.payload(), payload.len()) };
+    slot.commit();
+    true
+}
+
+#[test]
+fn frames_arrive_in_order_over_many_laps() {
+    let (mut writer, mut reader) = pair(8192);
+    for n in 0..500u32 {
+        let payload = vec![n as u8; (n as usize * 37) % 3000];
+        assert!(send(&mut writer, &n.to_le_bytes(), &payload));
+        match reader.fetch().unwrap() {
+            Fetched::Frame(frame) => {
+                assert_eq!(frame.meta, n.to_le_bytes());
+                assert_eq!(frame.payload, payload);
+                assert!(frame.payload.as_ptr().addr().is_multiple_of(64));
+            }
+            other => panic!("frame {n}: {other:?}"),
+        }
+        reader.release().unwrap();
+    }
+    assert_eq!(writer.mapping().header().records.load(Ordering::Relaxed), 500);
+}
+
+#[test]
+fn reserve_fails_when_full_and_succeeds_after_release() {
+    let (mut writer, mut reader) = pair(8192);
+    let mut sent = 0;
+    while send(&mut writer, b"m", &[1; 1000]) {
+        sent += 1;
+    }
+    assert!(sent >= 6, "{sent}");
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+    reader.release().unwrap();
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+    reader.release().unwrap();
+    assert!(send(&mut writer, b"m", &[2; 1000]));
+}
+
+#[test]
+fn a_dropped_reservation_is_skipped() {
+    let (mut writer, mut reader) = pair(8192);
+    drop(writer.try_reserve(1, b"gone", 0, 100, 100).unwrap());
+    assert!(send(&mut writer, b"kept", b"x"));
+    match reader.fetch().unwrap() {
+        Fetched::Frame(frame) => assert_eq!(frame.meta, b"kept"),
+        other => panic!("{other:?}"),
+    };
+}
+
+#[test]
+fn an_uncommitted_frame_is_pending() {
+    let (mut writer, mut reader) = pair(8192);
+    let slot = writer.try_reserve(1, b"m", 0, 4, 4).unwrap();
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Pending));
+    slot.commit();
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+}
+
+#[test]
+fn a_new_reader_continues_where_the_last_one_stopped() {
+    let (mut writer, mut reader) = pair(8192);
+    send(&mut writer, b"a", b"1");
+    send(&mut writer, b"b", b"2");
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+    reader.release().unwrap();
+    drop(reader);
+    let mut reader = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()).unwrap();
+    match reader.fetch().unwrap() {
+        Fetched::Frame(frame) => assert_eq!(frame.meta, b"b"),
+        other => panic!("{other:?}"),
+    };
+}
+
+#[test]
+fn memory_that_is_not_a_sealed_slab_is_refused() {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    assert!(SlabReader::attach(file.into()).is_err());
+}
+
+proptest! {
+    /// SLAB-4: whatever the job scribbles over the header and the first frame, the reader answers or refuses.
+    #[test]
+    fn hostile_memory_never_crashes_the_reader(writes in proptest::collection::vec((0usize..4600, any::<u8>()), 1..40)) {
+        let (mut writer, _) = pair(8192);
+        send(&mut writer, b"meta", &[7; 300]);
+        let (base, _) = writer.mapping().whole();
+        for (at, value) in writes {
+            // SAFETY: inside the mapping of 12288 bytes; no reader is attached.
+            unsafe { base.add(at).write(value) };
+        }
+        if let Ok(mut reader) = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()) {
+            for _ in 0..4 {
+                match reader.fetch() {
+                    Ok(Fetched::Frame(frame)) => prop_assert!(frame.payload.len() <= 8192),
+                    _ => break,
+                }
+                if reader.release().is_err() { break; }
+            }
+        }
+    }
+}
