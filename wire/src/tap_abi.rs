@@ -1,0 +1,265 @@
+//! The C tables between interposer and bridge, inside one process.
+//!
+//! The bridge is built against one torch and knows tensors; the interposer knows hooks, steps and the slab, and
+//! decides. They are separate shared objects, so they meet in two tables of C functions:
+//!
+//! - [`HostTable`], the interposer's, which taps call when they fire;
+//! - [`BridgeTable`], the bridge's, which the interposer calls to read tensors.
+//!
+//! Every function may be called from any thread. None unwinds. [`TAP_ABI`] changes with anything in this module.
+
+use std::{ffi::c_void, marker::PhantomData};
+
+/// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
+pub const TAP_ABI: u32 = 1;
+
+/// What a bridge's marker starts with; ` key=KEY digest=HEX abi=N;` follows. Found by scanning the file, so that a
+/// bridge for another torch is refused without being loaded.
+pub const MARKER_PREFIX: &str = "FLEXMODEL-BRIDGE";
+
+/// The bridge's one exported function: [`OpenBridge`].
+pub const OPEN_SYMBOL: &str = "flexmodel_bridge_open";
+
+/// Type of [`OPEN_SYMBOL`]: takes the host's table for good, returns the bridge's or null if `abi` differs.
+pub type OpenBridge = unsafe extern "C" fn(*const HostTable) -> *const BridgeTable;
+
+/// A borrowed UTF-8 string.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Str<'a> {
+    ptr: *const u8,
+    len: usize,
+    owner: PhantomData<&'a str>,
+}
+
+impl<'a> Str<'a> {
+    /// Borrows `s`.
+    pub fn new(s: &'a str) -> Self {
+        Self { ptr: s.as_ptr(), len: s.len(), owner: PhantomData }
+    }
+
+    /// The string; empty if it is null or not UTF-8.
+    ///
+    /// # Safety
+    /// The memory must be what [`Str::new`] (or C++ with the same meaning) borrowed, and still alive.
+    pub unsafe fn get(&self) -> &'a str {
+        if self.ptr.is_null() {
+            return "";
+        }
+        // SAFETY: the caller vouches for pointer and length.
+        let bytes = unsafe { std::slice::from_raw_parts(self.ptr, self.len) };
+        std::str::from_utf8(bytes).unwrap_or("")
+    }
+}
+
+/// A tensor as the bridge describes it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct TensorDesc {
+    /// The `at::Tensor`, valid during the call.
+    pub handle: *const c_void,
+    /// Sizes, `ndim` of them.
+    pub sizes: *const i64,
+    /// Dimensions.
+    pub ndim: u32,
+    /// [`crate::dtype::DType`] code; 0: not a type we know.
+    pub dtype: u8,
+    /// Why it cannot be read; [`Refusal::None`] otherwise.
+    pub refusal: Refusal,
+    /// The tensor takes part in autograd.
+    pub requires_grad: bool,
+}
+
+/// Why a tensor cannot be captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum Refusal {
+    None = 0,
+    Sparse = 1,
+    Meta = 2,
+    Quantized = 3,
+    Functorch = 4,
+    DTensor = 5,
+    Subclass = 6,
+    Nested = 7,
+    Dtype = 8,
+    Device = 9,
+    SharedInput = 10,
+}
+
+impl Refusal {
+    /// The reason, as the user reads it.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::None => "",
+            Self::Sparse => "a sparse tensor (no dense bytes)",
+            Self::Meta => "a meta or fake tensor (no data)",
+            Self::Quantized => "a quantized tensor",
+            Self::Functorch => "a tensor inside vmap or another functorch transform",
+            Self::DTensor => "a DTensor (tensor parallel layouts are not in this version)",
+            Self::Subclass => "a tensor subclass without storage of its own",
+            Self::Nested => "a nested tensor",
+            Self::Dtype => "an element type FlexModel does not know",
+            Self::Device => "a device that is neither CPU nor CUDA",
+            Self::SharedInput => "an input whose gradient through this module alone cannot be told",
+        }
+    }
+}
+
+/// What a tap is told when it fires; it stays with the gradient hooks that the call attaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Call {
+    /// The tap.
+    pub tap: u32,
+    /// Step, as in [`crate::record::RecordMeta`].
+    pub step: u64,
+    /// Microbatch.
+    pub micro: u32,
+    /// Call.
+    pub call: u32,
+    /// Counts the model's forward passes; ties a gradient to what was known of its forward.
+    pub pass: u64,
+    /// Training mode.
+    pub train: bool,
+    /// A replay of activation checkpointing.
+    pub recompute: bool,
+    /// Kinds to capture: at once (forward kinds), or by gradient hooks (backward kinds).
+    pub capture: u32,
+    /// Kinds with an edit that is active now.
+    pub edit: u32,
+}
+
+/// When a tap fires, seen from the bridge.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Firing {
+    /// Before the module's forward; otherwise after.
+    pub pre: bool,
+    /// A backward pass is running on this thread: the forward is a replay.
+    pub replay: bool,
+    /// Gradients are recorded.
+    pub grad_enabled: bool,
+    /// `module.training`.
+    pub train: bool,
+    /// The first tensor among the module's arguments: its first two sizes, -1 where there is none.
+    pub batch: [i64; 2],
+}
+
+/// How a leaf is edited.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+pub struct LeafEdit {
+    /// 0: not at all; 1: multiplied by `factor`; 2: zeroed.
+    pub op: u32,
+    /// For `op` 1.
+    pub factor: f64,
+}
+
+/// One module that a selector matched.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Selected {
+    /// Index into the names given.
+    pub index: u32,
+    /// The tap's number.
+    pub tap: u32,
+    /// Mask of the kinds tapped.
+    pub kinds: u32,
+}
+
+/// A model as the shim found it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ModelDesc<'a> {
+    /// Number of the shim's own for this model object, stable while it lives.
+    pub serial: u64,
+    /// Modules: `count` entries in each of the arrays.
+    pub count: usize,
+    /// Canonical names.
+    pub names: *const Str<'a>,
+    /// Class names.
+    pub classes: *const Str<'a>,
+    /// Full dotted class names.
+    pub qualified: *const Str<'a>,
+    /// The dimension that is known to be the batch for this module's tensors, or -1.
+    pub batch_dims: *const i32,
+    /// How the job wraps it.
+    pub wrapper: Str<'a>,
+    /// Whether batch sharding over all ranks may be inferred; otherwise layouts are unknown.
+    pub data_parallel: bool,
+}
+
+/// Who this process is in the job.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Rank {
+    /// Global rank.
+    pub rank: u32,
+    /// Number of ranks.
+    pub world: u32,
+}
+
+/// The interposer's functions. Unless said otherwise, `false` or 0 means: do nothing.
+#[repr(C)]
+pub struct HostTable {
+    /// [`TAP_ABI`].
+    pub abi: u32,
+    /// Size of this struct.
+    pub size: u32,
+    /// Taps of a model: at most `cap` entries into `out`, the number there are returned. Known modules keep their taps.
+    pub select: unsafe extern "C" fn(*const ModelDesc<'_>, Rank, *mut Selected, usize) -> usize,
+    /// The shim looked at every model it knows: report selectors without a match.
+    pub resolved: unsafe extern "C" fn(),
+    /// The model with this serial begins (`true`) or ends an outermost call.
+    pub scope: unsafe extern "C" fn(serial: u64, enter: bool, firing: *const Firing),
+    /// An optimizer stepped.
+    pub stepped: unsafe extern "C" fn(),
+    /// A tap fires; fills `Call` and returns whether there is anything to do.
+    pub fire: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
+    /// Captures a leaf.
+    pub capture: unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc),
+    /// How a leaf is edited.
+    pub edit: unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>) -> LeafEdit,
+    /// One line for the user, on stderr and in the run.
+    pub notice: unsafe extern "C" fn(text: Str<'_>),
+    /// An inner error: taps go off in this process for good, with this line.
+    pub fault: unsafe extern "C" fn(text: Str<'_>),
+    /// The process ends in good order: finish what is under way, within a bound.
+    pub finish: unsafe extern "C" fn(),
+    /// Whether taps are on.
+    pub active: unsafe extern "C" fn() -> bool,
+}
+
+/// Outcome of [`BridgeTable::copy`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Copied {
+    /// 0: the bytes are there; 1: under way, see `ticket`; 2: failed.
+    pub code: u32,
+    /// To be given to [`BridgeTable::wait`] exactly once.
+    pub ticket: *mut c_void,
+}
+
+/// The bridge's functions.
+#[repr(C)]
+pub struct BridgeTable {
+    /// [`TAP_ABI`].
+    pub abi: u32,
+    /// Size of this struct.
+    pub size: u32,
+    /// New reference to the Python module with which the shim makes taps; null with a Python error set. Needs the GIL.
+    pub python_module: unsafe extern "C" fn() -> *mut c_void,
+    /// Copies elements `first .. first + count`, row-major and converted to `dtype`, to `dst`.
+    pub copy: unsafe extern "C" fn(handle: *const c_void, dtype: u8, first: u64, count: u64, dst: *mut u8) -> Copied,
+    /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
+    pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
+    /// Pins the slab for fast copies from a device, where there is one. Whether it did.
+    pub pin: unsafe extern "C" fn(base: *mut u8, len: usize) -> bool,
+}
+
+// SAFETY: plain function pointers.
+unsafe impl Sync for HostTable {}
+// SAFETY: plain function pointers.
+unsafe impl Sync for BridgeTable {}

@@ -10,12 +10,13 @@ mod error;
 mod parse;
 mod select;
 mod toml_form;
+mod value;
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-pub use error::HookError;
+pub use error::{HookError, Place};
 pub use parse::{parse, parse_clauses};
 pub use select::nearest;
 pub use toml_form::parse_toml;
