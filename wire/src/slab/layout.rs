@@ -79,7 +79,7 @@ impl State {
     }
 }
 
-/// The first 64 bytes of a frame, but for the state word in front of it.
+/// A frame's header behind its state word, which takes the first 8 of [`FRAME_HEADER_LEN`] bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct FrameHeader {
@@ -87,8 +87,6 @@ pub struct FrameHeader {
     pub generation: u32,
     /// Bytes of metadata, directly behind this header; 0 on all pieces but a tensor's first.
     pub meta_len: u32,
-    /// Reserved, zero.
-    pub reserved: u32,
     /// Bytes of the frame in all, a multiple of [`FRAME_ALIGN`].
     pub frame_len: u64,
     /// Number of the tensor in this slab, from 1.
@@ -100,7 +98,7 @@ pub struct FrameHeader {
     /// Bytes of the whole tensor, over all of its pieces.
     pub total_len: u64,
     /// Reserved, zero.
-    pub reserved2: u32,
+    pub reserved: u32,
     /// crc32c of this header up to here, then the metadata.
     pub crc: u32,
 }
