@@ -1,0 +1,1 @@
+//! Takes ranks in: attach, ingest, heartbeat.
