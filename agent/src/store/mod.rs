@@ -2,5 +2,6 @@
 
 pub mod format;
 pub mod manifest;
+pub mod stats;
 #[cfg(test)]
 pub mod testing;
