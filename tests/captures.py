@@ -1,0 +1,63 @@
+"""Reads a run with the Python package and holds it against a reference, byte by byte."""
+
+import pathlib
+from collections.abc import Iterable
+
+import flexmodel
+import torch
+
+from harness import FLEXMODEL, run
+from reference import Key
+
+
+def read(path: pathlib.Path, model: int | None = None) -> dict[Key, torch.Tensor]:
+    """Every whole tensor of a run, of one model where it has several."""
+    found: dict[Key, torch.Tensor] = {}
+    for record in flexmodel.open(path).records:
+        if model is not None and record.model != model:
+            continue
+        key = Key(record.module, record.kind, record.path, record.step, record.micro, record.call, record.train)
+        assert key not in found, f"two records of {key}"
+        assert record.repeat == 0 and not record.recompute, record
+        found[key] = record.tensor()
+    return found
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shape, type and bytes; unlike torch.equal for every element type, and with NaNs."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (t.detach().resolve_conj().resolve_neg().contiguous().flatten() for t in (a, b))
+    return a.numel() == 0 or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def expect_equal(found: dict[Key, torch.Tensor], expected: dict[Key, torch.Tensor]) -> None:
+    """Fails unless both hold the same tensors, bit by bit, and says which do not."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [
+        f"{key}: {_describe(found[key])}, expected {_describe(value)}"
+        for key, value in expected.items()
+        if key in found and not same_bytes(found[key], value)
+    ]
+    problems = [_listed("missing", missing), _listed("unexpected", extra), _listed("different", wrong)]
+    assert not any(problems), "\n".join(filter(None, problems))
+
+
+def expect_sound(path: pathlib.Path) -> flexmodel.Run:
+    """The run, once `flexmodel verify` passes it and nothing was dropped."""
+    run([FLEXMODEL, "verify", str(path)]).expect(0)
+    opened = flexmodel.open(path)
+    assert opened.info.totals.dropped == 0, opened.info.totals
+    assert opened.divergences == []
+    assert not opened.problems
+    return opened
+
+
+def _listed(what: str, items: Iterable) -> str:
+    items = list(items)
+    return "\n  ".join([f"{len(items)} {what}:", *map(str, items[:12])]) if items else ""
+
+
+def _describe(t: torch.Tensor) -> str:
+    head = t.detach().flatten()[:4].tolist() if t.numel() and t.layout == torch.strided else ""
+    return f"{t.dtype}{list(t.shape)} {head}"

@@ -1,0 +1,188 @@
+"""Runs programs as people do, tapped and untapped, and never waits for ever."""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "tests" / "programs"
+VENV = pathlib.Path(os.environ.get("FLEXMODEL_TEST_VENV", ROOT / ".venv"))
+BIN = VENV / "bin"
+HOME = VENV / "lib" / "flexmodel"
+LIBRARY = HOME / "libflexmodel.so"
+FLEXMODEL = str(BIN / "flexmodel")
+
+TIMEOUT = 150
+"""Seconds after which a job counts as hung. Far above what any takes: no test is about durations."""
+
+_TAG = "FLEXMODEL_TEST_JOB"
+_numbers = itertools.count()
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+    run: pathlib.Path | None = None
+
+    @property
+    def losses(self) -> list[str]:
+        """The losses that the program printed, every bit of them."""
+        return [line.split()[3] for line in self.out.splitlines() if line.startswith("step ")]
+
+    def expect(self, code: int = 0) -> "Outcome":
+        """Itself if the command ended with `code`."""
+        assert self.code == code, f"exit code {self.code}, expected {code}\n{self.text}"
+        return self
+
+    @property
+    def text(self) -> str:
+        """All it wrote, for messages."""
+        return f"--- stdout\n{self.out[-6000:]}\n--- stderr\n{self.err[-12000:]}"
+
+
+def environment(**extra: str | None) -> dict[str, str]:
+    """A job's environment: this one without FlexModel, with the checkout's programs first; None removes a name."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FLEXMODEL_") and k != "LD_PRELOAD"}
+    env.pop("PYTHONPATH", None)
+    env |= {
+        "PATH": f"{BIN}:{env['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    for name, value in extra.items():
+        env.pop(name, None) if value is None else env.update({name: value})
+    return env
+
+
+def python(program: str, *args: str) -> list[str]:
+    """One process."""
+    return ["python", str(PROGRAMS / program), *args]
+
+
+def torchrun(program: str, *args: str, ranks: int = 2) -> list[str]:
+    """`ranks` processes on this machine, on a free port."""
+    return ["torchrun", "--standalone", "--nproc-per-node", str(ranks), str(PROGRAMS / program), *args]
+
+
+def run(argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = TIMEOUT, **options) -> Outcome:
+    """Runs `argv` to its end. A job that hangs is made to print the Python stacks of all its processes, and fails."""
+    with Job(argv, env, **options) as job:
+        return job.wait(timeout)
+
+
+def tapped(argv: Sequence[str], hooks: str, out: pathlib.Path, *options: str, **env: str) -> Outcome:
+    """Runs `argv` under `flexmodel run`, captures into `out`."""
+    command = [FLEXMODEL, "run", "--hooks", hooks, "--out", str(out), *options, "--", *argv]
+    outcome = run(command, environment(**env))
+    outcome.run = out
+    return outcome
+
+
+def preloaded(hooks: str, socket: pathlib.Path | str, **extra: str) -> dict[str, str]:
+    """The environment that taps a job without `flexmodel run`."""
+    return environment(LD_PRELOAD=str(LIBRARY), FLEXMODEL_HOOKS=hooks, FLEXMODEL_AGENT=f"unix:{socket}", **extra)
+
+
+class Job:
+    """A running command in a session of its own. Leaving the `with` ends whatever is left of it."""
+
+    def __init__(self, argv: Sequence[str], env: dict[str, str] | None = None, cwd=None, preexec=None):
+        self.tag = f"{os.getpid()}-{next(_numbers)}-{uuid.uuid4().hex}"
+        self.argv = list(argv)
+        self._files = pathlib.Path(tempfile.mkdtemp(prefix="flexmodel-job-"))
+        env = dict(environment() if env is None else env) | {_TAG: self.tag}
+        program = shutil.which(self.argv[0], path=env.get("PATH")) or self.argv[0]
+        with open(self._files / "out", "wb") as out, open(self._files / "err", "wb") as err:
+            self.process = subprocess.Popen(
+                [program, *self.argv[1:]], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                start_new_session=True, preexec_fn=preexec,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        for pid in self.pids():
+            _signal(pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self._files, ignore_errors=True)
+
+    @property
+    def out(self) -> str:
+        """Its stdout so far."""
+        return (self._files / "out").read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """Its stderr so far."""
+        return (self._files / "err").read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """Every live process that inherited this job's environment."""
+        wanted = f"{_TAG}={self.tag}".encode()
+        found = []
+        for entry in pathlib.Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+        return found
+
+    def wait(self, timeout: float = TIMEOUT) -> Outcome:
+        """Its outcome, once it has ended."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            for pid in self.pids():
+                _signal(pid, signal.SIGABRT)  # faulthandler prints the stacks
+            time.sleep(3)
+            text = Outcome(-1, self.out, self.err).text
+            raise AssertionError(f"{' '.join(self.argv)} hung for {timeout} s; stacks follow\n{text}") from None
+        return Outcome(code, self.out, self.err)
+
+    def wait_for_line(self, start: str, timeout: float = TIMEOUT) -> None:
+        """Returns once a line of stdout starts with `start`."""
+        wait_until(lambda: any(line.startswith(start) for line in self.out.splitlines()), f"'{start}'", timeout, self)
+
+
+def wait_until(condition, what: str, timeout: float = TIMEOUT, job: Job | None = None) -> None:
+    """Polls until `condition()` holds; a generous bound, for hangs only."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        ended = job is not None and job.process.poll() is not None and not condition()
+        if ended or time.monotonic() > deadline:
+            text = Outcome(job.process.poll() or 0, job.out, job.err).text if job else ""
+            raise AssertionError(f"{what} never came{' and the job ended' if ended else ''}\n{text}")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def agent(out: pathlib.Path, socket: pathlib.Path, **extra: str) -> Iterator[Job]:
+    """A sidecar of its own, ready for jobs."""
+    argv = [FLEXMODEL, "agent", "--socket", str(socket), "--out", str(out)]
+    with Job(argv, environment(**extra)) as job:
+        wait_until(socket.is_socket, "the agent's socket", job=job)
+        yield job
+        if job.process.poll() is None:
+            job.process.terminate()
+            job.wait()
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
