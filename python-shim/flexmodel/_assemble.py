@@ -1,0 +1,236 @@
+"""How the parts of a record make the whole: a plan from layouts alone, then the bytes.
+
+The first mesh axis is the outermost. Replicas are one tensor and must look alike; then, axis by axis, the members'
+pieces are joined on the sharded dimension, or added. `agent/src/read/layout.rs` says the same in Rust.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from ._dtypes import SIZES, Bytes, add
+from ._errors import RunError
+from ._shards import Shards
+from ._types import Part, Stats
+
+Coordinates = tuple[tuple[str, int, int], ...]  # (axis, index, size) of each axis
+_NAMED = 16  # missing members that are named one by one
+
+
+class Leaf(NamedTuple):
+    """One part as it is."""
+
+    part: Part
+    shape: tuple[int, ...]
+
+
+class Concat(NamedTuple):
+    """Children one after the other on `dim`."""
+
+    dim: int
+    children: tuple[Node, ...]
+    shape: tuple[int, ...]
+
+
+class Sum(NamedTuple):
+    """The sum of children of one shape."""
+
+    children: tuple[Node, ...]
+    shape: tuple[int, ...]
+
+
+Node: TypeAlias = Leaf | Concat | Sum
+
+
+class IncompleteError(Exception):
+    """Members that have no part; not damage."""
+
+    def __init__(self, missing: list[Coordinates]) -> None:
+        super().__init__(missing)
+        self.missing = missing
+
+
+class ApartError(Exception):
+    """The parts make no whole, for the reason given; each can be read by itself."""
+
+
+def plan(parts: Sequence[Part]) -> Node:
+    """How `parts` (at least one) make the whole; IncompleteError or ApartError where they do not."""
+    first = parts[0]
+    if len(parts) == 1 and all(a.size == 1 or a.place == "replicate" for a in first.axes):
+        return Leaf(first, first.shape)
+    look = [(a.name, a.size, a.place, a.dim) for a in first.axes]
+    for part in parts:
+        if part.dtype != first.dtype:
+            raise ApartError(f"rank {first.rank} has {first.dtype} and rank {part.rank} has {part.dtype}")
+        if [(a.name, a.size, a.place, a.dim) for a in part.axes] != look:
+            raise ApartError(f"ranks {first.rank} and {part.rank} describe different layouts")
+    return _join(_unique(parts), 0)
+
+
+def _unique(parts: Sequence[Part]) -> list[Part]:
+    """One part of every set of replicas, in mesh order."""
+    kept: dict[tuple[int, ...], Part] = {}
+    for part in sorted(parts, key=lambda p: ([a.index for a in p.axes], p.rank)):
+        place = tuple([a.index for a in part.axes if a.place != "replicate"])
+        other = kept.setdefault(place, part)
+        if other is not part and not _alike(part, other):
+            replicas = any(a.place == "replicate" for a in part.axes)
+            why = "hold replicas that differ" if replicas else "differ, and the layout does not tell them apart"
+            raise ApartError(f"ranks {other.rank} and {part.rank} {why}")
+    return list(kept.values())
+
+
+def _alike(a: Part, b: Part) -> bool:
+    """Whether two parts hold the same bytes, by their checksums (by their statistics where bytes were not kept)."""
+    if a.shape != b.shape:
+        return False
+    return a.at.crc == b.at.crc if a.at and b.at else a.raw_stats == b.raw_stats
+
+
+def _join(parts: list[Part], depth: int) -> Node:
+    axes = parts[0].axes
+    while depth < len(axes) and axes[depth].place == "replicate":
+        depth += 1
+    if depth == len(axes):
+        return Leaf(parts[0], parts[0].shape)
+    axis = axes[depth]
+    if axis.place == "unknown" and axis.size > 1:
+        raise ApartError(f"how they lie along {axis.name} is not known")
+    members: dict[int, list[Part]] = {}
+    for part in parts:
+        members.setdefault(part.axes[depth].index, []).append(part)
+    missing: list[Coordinates] = []
+    if len(members) < axis.size:
+        absent = [i for i in range(min(axis.size, len(parts) + _NAMED)) if i not in members]
+        before = tuple((a.name, a.index, a.size) for a in axes[:depth] if a.place != "replicate")
+        missing = [(*before, (axis.name, i, axis.size)) for i in absent[:_NAMED]]
+    children: list[Node] = []
+    for index in sorted(members):
+        try:
+            children.append(_join(members[index], depth + 1))
+        except IncompleteError as error:
+            missing += error.missing
+    if missing:
+        raise IncompleteError(missing)
+    if len(children) == 1:
+        return children[0]
+    if axis.place == "shard":
+        return _concat(axis.dim, children, axis.name)
+    if axis.place == "replicate_or_shard0":
+        return children[0] if all(_alike(p, parts[0]) for p in parts) else _concat(0, children, axis.name)
+    if axis.place == "partial":
+        if any(c.shape != children[0].shape for c in children):
+            raise ApartError(f"the addends along {axis.name} differ in shape")
+        return Sum(tuple(children), children[0].shape)
+    raise ApartError(f"{axis.place!r} along {axis.name} is no layout that this flexmodel knows")
+
+
+def _concat(dim: int, children: list[Node], axis: str) -> Node:
+    shape = children[0].shape
+    for child in children:
+        other = child.shape
+        fits = len(other) == len(shape) > dim and all(other[d] == shape[d] for d in range(len(shape)) if d != dim)
+        if not fits:
+            raise ApartError(f"shapes {shape} and {other} do not go together on dimension {dim} along {axis}")
+    whole = (*shape[:dim], sum(c.shape[dim] for c in children), *shape[dim + 1 :])
+    return Concat(dim, tuple(children), whole)
+
+
+def read(node: Node, dtype: str, shards: Shards) -> Bytes:
+    """The bytes of `node`, row-major: one mapping where they lie in one piece, else a copy put together."""
+    nbytes = math.prod(node.shape) * SIZES[dtype]
+    if not nbytes:
+        return np.empty(0, np.uint8)
+    piece = _one_piece(node, dtype)
+    if piece:
+        return shards.read(*piece)
+    out = np.empty((*node.shape, SIZES[dtype]), np.uint8)
+    _fill(node, dtype, shards, out)
+    return out.reshape(-1)
+
+
+def _one_piece(node: Node, dtype: str) -> tuple[str, int, int] | None:
+    """(shard, offset, bytes) of a node whose bytes lie side by side in one shard."""
+    if isinstance(node, Leaf):
+        return _location(node.part, dtype)
+    if isinstance(node, Sum):
+        return None
+    filled = [c for c in node.children if math.prod(c.shape)]
+    if len(filled) > 1 and math.prod(node.shape[: node.dim]) != 1:
+        return None
+    pieces = [_one_piece(c, dtype) for c in filled]
+    shard, start, end = None, 0, 0
+    for piece in pieces:
+        if piece is None or (shard is not None and (piece[0] != shard or piece[1] != end)):
+            return None
+        if shard is None:
+            shard, start = piece[0], piece[1]
+        end = piece[1] + piece[2]
+    return None if shard is None else (shard, start, end - start)
+
+
+def _location(part: Part, dtype: str) -> tuple[str, int, int]:
+    if part.at is None:
+        raise ApartError("only statistics were kept (reduce=stats)")
+    if part.at.nbytes != math.prod(part.shape) * SIZES[dtype]:
+        raise RunError(
+            f"the manifest gives {part.at.nbytes} bytes to a {dtype} tensor of shape {part.shape} from rank {part.rank}"
+        )
+    return part.at.shard, part.at.offset, part.at.nbytes
+
+
+def _fill(node: Node, dtype: str, shards: Shards, out: Bytes) -> None:
+    """Writes the bytes of `node` to `out`, whose shape is the node's and one more dimension for an element's bytes."""
+    if isinstance(node, Leaf):
+        shard, offset, nbytes = _location(node.part, dtype)
+        if nbytes:
+            out[...] = shards.read(shard, offset, nbytes).reshape(out.shape)
+    elif isinstance(node, Concat):
+        start = 0
+        for child in node.children:
+            end = start + child.shape[node.dim]
+            _fill(child, dtype, shards, out[(slice(None),) * node.dim + (slice(start, end),)])
+            start = end
+    else:
+        out[...] = add(dtype, [read(child, dtype, shards) for child in node.children]).reshape(out.shape)
+
+
+def whole_stats(node: Node) -> Stats | None:
+    """Statistics of the whole from those of the parts; None for sums and for dtypes without."""
+    if isinstance(node, Leaf):
+        return node.part.stats
+    if isinstance(node, Sum):
+        return None
+    parts = [whole_stats(c) for c in node.children]
+    known = [s for s in parts if s is not None]
+    return pool(known) if len(known) == len(parts) else None
+
+
+def pool(parts: Sequence[Stats]) -> Stats:
+    """Statistics of several tensors' elements taken together."""
+    finite = [s.count - s.nan - s.inf for s in parts]
+    total = sum(finite)
+    mean = std = None
+    pairs = zip(finite, parts, strict=True)
+    known = [(n, s.mean, s.std) for n, s in pairs if n and s.mean is not None and s.std is not None]
+    if known and len(known) == sum(n > 0 for n in finite):
+        mean = sum(n / total * m for n, m, _ in known)
+        std = math.sqrt(sum(n / total * (d * d + (m - mean) * (m - mean)) for n, m, d in known))
+    l2 = [s.l2 for s in parts if s.l2 is not None]
+    return Stats(
+        count=sum(s.count for s in parts),
+        mean=mean,
+        std=std,
+        l2=math.hypot(*l2) if l2 else None,
+        absmax=max((s.absmax for s in parts if s.absmax is not None), default=None),
+        min=min((s.min for s in parts if s.min is not None), default=None),
+        max=max((s.max for s in parts if s.max is not None), default=None),
+        nan=sum(s.nan for s in parts),
+        inf=sum(s.inf for s in parts),
+        zero=sum(s.zero for s in parts),
+    )

@@ -1,0 +1,20 @@
+"""The errors of the reader. Each message is one line that names the place, the reason and the way out."""
+
+
+class RunError(ValueError):
+    """A run directory, or a part of one, cannot be read: foreign, damaged, or of a newer format."""
+
+
+class RunNotFoundError(RunError, FileNotFoundError):
+    """There is no such run directory."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class NotCapturedError(KeyError):
+    """What was asked for is not in the run, or is one of several and the call does not say which."""
+
+    def __str__(self) -> str:
+        # KeyError shows repr() of its argument, which is unreadable for a sentence.
+        return str(self.args[0]) if self.args else ""

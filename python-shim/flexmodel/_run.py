@@ -1,0 +1,253 @@
+"""A run directory, opened for reading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import _record, _select
+from ._assemble import Coordinates
+from ._errors import RunError, RunNotFoundError
+from ._manifest import Manifest, uncollected
+from ._record import Record, Source
+from ._shards import Shards
+from ._types import KINDS, Divergence, Dropped, Identity, ModelInfo, Part, Refusal, RunInfo
+
+FORMAT = 1
+"""The newest format of a run directory that is understood here."""
+
+_RUN_FILE = "run.json"
+_MANIFEST_FILE = "manifest.jsonl"
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Opens the run directory `path` (what `flexmodel run --out` was given), finished or still being written.
+
+    RunNotFoundError (a FileNotFoundError) if there is none; RunError (a ValueError) if it is not one or cannot be read.
+    A damaged line or shard is no error: see `Run.problems`. Does not import torch.
+    """
+    return Run(path)
+
+
+class Run:
+    """A run directory. Lists of records stay as they are until `refresh()`; treat them as read-only.
+
+    `run[module]` are that module's records of every kind, `run.get(module, ...)` is one tensor; `module in run`,
+    `len(run)` and `for module in run` are about `run.modules`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        _expect_run(self.path)
+        self.info = RunInfo()
+        self._manifest = Manifest(self.path / _MANIFEST_FILE)
+        self._shards = Shards(self.path)
+        self._source = Source(self._shards, self._seats, lambda: self._manifest.dropped)
+        self._problems: list[str] = []
+        self.refresh()
+
+    def refresh(self) -> int:
+        """Reads what a running job has written since; returns how many parts are new."""
+        before = self._manifest.part_count
+        problem = self._read_info()  # before the manifest: a finished run's manifest ends with a whole line
+        self._manifest.refresh()
+        if problem and not self._manifest.parts:
+            raise RunError(f"{problem}, and there is no readable record: this is no run, or nothing of it is left")
+        self._problems = [f"{problem}; the records are served without it"] if problem else []
+        if self._manifest.tail and self.info.finished_ns is not None:
+            self._problems.append(
+                f"{self.path / _MANIFEST_FILE}: the last {self._manifest.tail} bytes are half a line and are skipped"
+            )
+        self._problems += self._manifest.check_shards(self._shards.problem)
+        for cached in ("records", "modules", "_by_module", "_seat_table"):
+            self.__dict__.pop(cached, None)
+        now = self._manifest.part_count
+        return now - before if now >= before else now
+
+    def get(
+        self,
+        module: str,
+        *,
+        kind: str = "forward",
+        step: int | None = None,
+        micro: int | None = None,
+        call: int | None = None,
+        path: str | None = None,
+        train: bool | None = None,
+        model: int | None = None,
+        repeat: int | None = None,
+        rank: int | None = None,
+        recompute: bool | None = None,
+    ) -> Any:
+        """The whole tensor of the one record that these fields mean; with `rank`, that rank's part of it.
+
+        A field may be left out where there is one value of it. `module` is '' or '(root)' for the model itself.
+        Returns what `Record.tensor()` returns: a torch.Tensor if torch is installed, else a numpy array.
+
+        NotCapturedError (a KeyError) if there is no such record or more than one: it names what is there.
+        """
+        module, candidates = self._find(module)
+        wanted = {
+            "kind": kind, "model": model, "train": train, "recompute": recompute, "step": step, "micro": micro,
+            "call": call, "path": path, "repeat": repeat,
+        }  # fmt: skip
+        identity = _select.one(module, candidates, self._manifest.refused, wanted)
+        record = self._record(identity)
+        return record.tensor() if rank is None else record.part(rank)
+
+    def __getitem__(self, module: str) -> list[Record]:
+        """Every record of `module`, in order of step, microbatch and call. NotCapturedError (a KeyError) if none."""
+        _, identities = self._find(module)
+        return [self._record(i) for i in sorted(identities, key=_order)]
+
+    def __contains__(self, module: object) -> bool:
+        return (module if module != "(root)" else "") in self._by_module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Names of the modules (of parameters, for kinds param and grad) that have records, in the model's order."""
+        position: dict[str, int] = {}
+        for model in self.info.models:
+            for info in model.modules:
+                position.setdefault(info.name, len(position))
+
+        def place(name: str) -> tuple[int, list[Any]]:
+            owner = name
+            while owner and owner not in position:
+                owner = owner.rpartition(".")[0]
+            return position.get(owner, -1), _select.natural(name)
+
+        return sorted(self._by_module, key=place)
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """Every record, in order of step, microbatch, module, call."""
+        position = {name: i for i, name in enumerate(self.modules)}
+        identities = sorted(
+            self._manifest.parts, key=lambda i: (i.step, i.micro, position[i.module], *_order(i))
+        )
+        with uncollected():
+            return [self._record(i) for i in identities]
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The job's models and the modules they have, captured or not."""
+        return self.info.models
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the job said that should be read once, such as a selector without match."""
+        return self.info.notices
+
+    @property
+    def refused(self) -> list[Refusal]:
+        """Tensors that were not captured, and why."""
+        return list(self._manifest.refused)
+
+    @property
+    def divergences(self) -> list[Divergence]:
+        """Replicas that should be equal and are not."""
+        return list(self._manifest.divergences)
+
+    @property
+    def dropped(self) -> list[Dropped]:
+        """Parts that were lost, by rank."""
+        return list(self._manifest.dropped)
+
+    @property
+    def problems(self) -> list[str]:
+        """Damage that was found on opening: unreadable lines of the manifest, missing or short shards."""
+        return [*self._problems, *self._manifest.problems]
+
+    def __repr__(self) -> str:
+        records, modules = len(self._manifest.parts), len(self._by_module)
+        state = "" if self.info.finished_ns is not None else ", not finished"
+        damage = f", {len(self.problems)} problems" if self.problems else ""
+        return f"<flexmodel.Run {self.path}: {records} records of {modules} modules{state}{damage}>"
+
+    @cached_property
+    def _by_module(self) -> dict[str, list[Identity]]:
+        found: dict[str, list[Identity]] = {}
+        for identity in self._manifest.parts:
+            found.setdefault(identity.module, []).append(identity)
+        return found
+
+    def _find(self, module: str) -> tuple[str, list[Identity]]:
+        module = "" if module == "(root)" else module
+        if module not in self._by_module:
+            raise _select.unknown_module(module, self.modules, self.models, self._manifest.refused)
+        return module, self._by_module[module]
+
+    def _record(self, identity: Identity) -> Record:
+        return _record.make(identity, self._manifest.parts[identity], self._source)
+
+    def _seats(self) -> dict[Coordinates, int]:
+        return self._seat_table
+
+    @cached_property
+    def _seat_table(self) -> dict[Coordinates, int]:
+        table: dict[Coordinates, int] = {}
+        for parts in self._manifest.parts.values():
+            for part in parts:
+                for coordinates in _prefixes(part):
+                    table.setdefault(coordinates, part.rank)
+        return table
+
+    def _read_info(self) -> str | None:
+        """Reads run.json; what is wrong with it."""
+        file = self.path / _RUN_FILE
+        try:
+            raw = json.loads(file.read_bytes())
+            version = int(raw["format"])
+            info = RunInfo.from_json(raw) if version <= FORMAT else None
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the records may be fine
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            return f"{file} {reason}"
+        if info is None:
+            raise RunError(f"{self.path} has format {version}, this flexmodel reads up to {FORMAT}: get a newer one")
+        self.info = info
+        return None
+
+
+def _prefixes(part: Part) -> Iterator[Coordinates]:
+    """The coordinates under which a part may be named as missing: those up to each axis, without replicas."""
+    so_far: Coordinates = ()
+    for axis in part.axes:
+        if axis.place != "replicate":
+            so_far = (*so_far, (axis.name, axis.index, axis.size))
+            yield so_far
+
+
+def _order(i: Identity) -> tuple[Any, ...]:
+    return (
+        i.step, i.micro, i.call, i.model, not i.train, KINDS.index(i.kind), _select.natural(i.path), i.repeat,
+        i.recompute,
+    )  # fmt: skip
+
+
+def _expect_run(path: Path) -> None:
+    """Raises the error that helps most if `path` is no run directory."""
+    if not path.exists():
+        raise RunNotFoundError(f"there is no run at {path}: pass the directory that `flexmodel run --out` was given")
+    if not path.is_dir():
+        inside = (path.parent / _RUN_FILE).exists() or (path.parent / _MANIFEST_FILE).exists()
+        instead = f"open its directory, {path.parent}" if inside else "pass the directory of a run"
+        raise RunError(f"{path} is a file: {instead}")
+    if (path / _RUN_FILE).exists() or (path / _MANIFEST_FILE).exists():
+        return
+    runs = sorted(p.parent.name for p in path.glob(f"*/{_RUN_FILE}"))
+    if runs:
+        more = " and more" if len(runs) > 4 else ""
+        raise RunError(f"{path} is not a run but holds some: open one of {', '.join(runs[:4])}{more} in it")
+    empty = "is empty" if not any(path.iterdir()) else f"is not a run (it has neither {_RUN_FILE} nor {_MANIFEST_FILE})"
+    raise RunError(f"{path} {empty}: pass the directory that `flexmodel run --out` was given")

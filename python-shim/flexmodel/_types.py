@@ -1,0 +1,195 @@
+"""The plain values that a run directory holds. They mirror `agent/src/store/format.rs`, which defines them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+KINDS = ("forward", "forward_pre", "backward", "backward_pre", "param", "grad")
+"""Every kind of record, in the order of `Kind` in `wire/src/hooks`."""
+
+
+class Identity(NamedTuple):
+    """What tells one record from every other. The parts of a record share it."""
+
+    module: str
+    kind: str
+    path: str
+    model: int
+    step: int
+    micro: int
+    call: int
+    repeat: int
+    train: bool
+    recompute: bool
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How a part lies along one mesh axis.
+
+    `place` is `replicate`, `shard`, `replicate_or_shard0`, `partial` or `unknown`; `dim` is -1 except for `shard`.
+    `offset` is where the part starts in the whole along `dim`, or None where only all members' lengths tell it.
+    """
+
+    name: str
+    index: int
+    size: int
+    place: str
+    dim: int
+    offset: int | None
+
+
+class Location(NamedTuple):
+    """Where a part's bytes are: `nbytes` at `offset` of a shard's file, with their crc32c."""
+
+    shard: str
+    offset: int
+    nbytes: int
+    crc: int
+
+
+class Part(NamedTuple):
+    """What one rank captured of one tensor: its own `shape`, `dtype` (torch's name) and place in the whole.
+
+    `at` is None where only statistics were kept.
+    """
+
+    rank: int
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    at: Location | None
+    class_name: str
+    group: str
+    dp_size: int
+    time_ns: int
+    raw_stats: tuple[Any, ...] | None  # in the order of the fields of Stats
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored; 0 where only statistics were kept."""
+        return self.at.nbytes if self.at else 0
+
+    @property
+    def stats(self) -> Stats | None:
+        """Statistics of this part alone; None for dtypes without."""
+        return None if self.raw_stats is None else Stats(*self.raw_stats)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics of a tensor's finite elements; complex elements count by magnitude.
+
+    `mean`, `std` (population), `l2`, `absmax`, `min` and `max` are None where there is no finite element.
+    """
+
+    count: int
+    mean: float | None
+    std: float | None
+    l2: float | None
+    absmax: float | None
+    min: float | None
+    max: float | None
+    nan: int
+    inf: int
+    zero: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A tensor that was not captured on `rank`, and why."""
+
+    what: Identity
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A replica on `rank` that should equal the one on rank `against` and does not."""
+
+    what: Identity
+    rank: int
+    against: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """`count` parts that were lost on `rank`, and why."""
+
+    rank: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One module of a model. `kinds` are those that are tapped; empty where no hook selected it."""
+
+    name: str
+    class_name: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model of the job: its number, and its modules in `named_modules` order."""
+
+    model: int
+    modules: tuple[ModuleInfo, ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counters over all ranks; final once the run is finished."""
+
+    records: int = 0
+    parts: int = 0
+    bytes: int = 0
+    dropped: int = 0
+    refused: int = 0
+    divergences: int = 0
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """`run.json`: what was run, by what, and how it ended.
+
+    `finished_ns` and `exit_code` are None while the run goes on, or if its agent died.
+    """
+
+    format: int = 1
+    flexmodel: str = ""
+    command: tuple[str, ...] = ()
+    hooks: str = ""
+    started_ns: int = 0
+    finished_ns: int | None = None
+    exit_code: int | None = None
+    world: int = 0
+    node: str = ""
+    torch: str = ""
+    python: str = ""
+    wrapper: str = ""
+    models: tuple[ModelInfo, ...] = ()
+    notices: tuple[str, ...] = ()
+    totals: Totals = Totals()
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> RunInfo:
+        """From run.json's object; fields that a later version added are left out."""
+        known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__}
+        known["command"] = tuple(known.get("command") or ())
+        known["notices"] = tuple(known.get("notices") or ())
+        known["models"] = tuple(_model(m) for m in known.get("models") or ())
+        totals = known.get("totals") or {}
+        known["totals"] = Totals(**{k: int(v) for k, v in totals.items() if k in Totals.__dataclass_fields__})
+        return cls(**known)
+
+
+def _model(raw: dict[str, Any]) -> ModelInfo:
+    modules = (
+        ModuleInfo(m["name"], m["class"], tuple(k for bit, k in enumerate(KINDS) if m["kinds"] >> bit & 1))
+        for m in raw["modules"]
+    )
+    return ModelInfo(int(raw["model"]), tuple(modules))

@@ -1,0 +1,469 @@
+"""`flexmodel.open` on small run directories: whole tensors, and one clear line for whatever is not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flexmodel
+import numpy as np
+import pytest
+from flexmodel._dtypes import SIZES
+from run_writer import PACKAGE, Writer, axis, shard
+
+torch = pytest.importorskip("torch")
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Writer:
+    return Writer(tmp_path / "run")
+
+
+def raises(text: str, error: type[Exception] = KeyError):
+    """The error, with `text` in its message as people see it."""
+    return pytest.raises(error, match=text)
+
+
+# --- element types and shapes
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+def test_every_dtype_comes_back_as_torch_has_it(run_dir: Writer, dtype: str):
+    raw = rng.integers(0, 2, size=(3, 4 * SIZES[dtype]), dtype=np.uint8)
+    run_dir.part("m", raw.tobytes(), dtype=dtype, shape=(3, 4))
+    tensor = flexmodel.open(run_dir.root).get("m")
+    assert tensor.dtype is getattr(torch, dtype)
+    assert tensor.shape == (3, 4)
+    assert tensor.view(torch.uint8).numpy().tobytes() == raw.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [d for d in SIZES if d != "complex32"])
+def test_every_dtype_that_numpy_has_comes_back_as_numpy(run_dir: Writer, dtype: str):
+    if dtype == "bfloat16" or dtype.startswith("float8"):
+        pytest.importorskip("ml_dtypes")
+    raw = rng.integers(0, 2, size=6 * SIZES[dtype], dtype=np.uint8)
+    run_dir.part("m", raw.tobytes(), dtype=dtype, shape=(2, 3))
+    array = flexmodel.open(run_dir.root).records[0].numpy()
+    assert (array.dtype.name, array.shape, array.tobytes()) == (dtype, (2, 3), raw.tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "complex32"])
+def test_a_dtype_that_numpy_lacks_says_what_to_install(run_dir: Writer, dtype: str, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    run_dir.part("m", bytes(SIZES[dtype]), dtype=dtype, shape=(1,))
+    with raises("install .*torch", TypeError):
+        flexmodel.open(run_dir.root).records[0].numpy()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,)])
+def test_scalars_and_empty_tensors_keep_their_shape(run_dir: Writer, shape: tuple[int, ...]):
+    value = np.ones(shape, np.float32)
+    run_dir.part("m", value)
+    tensor = flexmodel.open(run_dir.root).get("m")
+    assert tensor.shape == shape
+    assert tensor.tolist() == value.tolist()
+
+
+def test_a_mapped_tensor_is_the_file_and_an_edit_stays_with_the_caller(run_dir: Writer):
+    value = np.arange(1 << 16, dtype=np.float32)
+    run_dir.part("m", value)
+    run_dir.seal()
+    run = flexmodel.open(run_dir.root)
+    tensor = run.get("m")
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [[int(end, 16) for end in m[0].split("-")] for m in maps if m[-1] == str(run_dir.sealed())]
+    assert any(low <= tensor.data_ptr() < high for low, high in mapped), "it was copied"
+    tensor.zero_()
+    assert torch.equal(run.get("m"), torch.from_numpy(value))
+    del tensor
+    assert str(run_dir.sealed()) not in Path("/proc/self/maps").read_text(), "the mapping outlived its tensor"
+
+
+def test_tensors_that_are_kept_hold_no_file_descriptors(run_dir: Writer):
+    for step in range(50):
+        run_dir.part("m", np.zeros(1 << 14, np.float32), step=step)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [record.tensor() for record in flexmodel.open(run_dir.root)["m"]]
+    assert len(kept) == 50
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+# --- whole tensors
+
+
+def test_uneven_batches_are_joined_in_rank_order_without_a_copy(run_dir: Writer):
+    whole = rng.normal(size=(7, 4096)).astype(np.float32)
+    for rank, rows in enumerate([whole[:3], whole[3:3], whole[3:]]):
+        run_dir.part("m", rows, rank=rank, axes=[axis(rank, 3, shard(0))], align=1 if rank else 64)
+    run = flexmodel.open(run_dir.root)
+    record = run.records[0]
+    assert (record.shape, record.ranks, record.complete, record.nbytes) == ((7, 4096), (0, 1, 2), True, whole.nbytes)
+    tensor = run.get("m")
+    assert torch.equal(tensor, torch.from_numpy(whole))
+    assert str(run_dir.shard) in Path("/proc/self/maps").read_text()
+    assert torch.equal(run.get("m", rank=2), torch.from_numpy(whole[3:]))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [np.int8, np.float32, np.complex128])
+def test_pieces_in_any_order_are_joined_on_any_dimension(run_dir: Writer, dim: int, dtype: type):
+    whole = rng.integers(-9, 9, size=(4, 5, 6)).astype(dtype)
+    for rank, piece in reversed(list(enumerate(np.array_split(whole, 3, axis=dim)))):
+        run_dir.part("m", piece, rank=rank, axes=[axis(rank, 3, shard(dim))])
+    assert torch.equal(flexmodel.open(run_dir.root).get("m"), torch.from_numpy(whole))
+
+
+@pytest.mark.parametrize("inner", [0, 1])
+def test_two_mesh_axes_nest_with_the_first_outermost(run_dir: Writer, inner: int):
+    whole = np.arange(24, dtype=np.int32).reshape(4, 6)
+    for dp, rows in enumerate(np.split(whole, 2)):
+        for tp, piece in enumerate(np.split(rows, 2, axis=inner)):
+            axes = [axis(dp, 2, shard(0)), axis(tp, 2, shard(inner), "tp")]
+            run_dir.part("m", piece, rank=2 * dp + tp, axes=axes)
+    assert torch.equal(flexmodel.open(run_dir.root).get("m"), torch.from_numpy(whole))
+
+
+def test_any_one_replica_is_enough(run_dir: Writer):
+    whole = np.arange(8, dtype=np.float32).reshape(2, 4)
+    # tp 0 came from one replica and tp 1 from the other.
+    for dp, tp in [(0, 0), (1, 1)]:
+        axes = [axis(dp, 2), axis(tp, 2, shard(1), "tp")]
+        run_dir.part("m", np.split(whole, 2, axis=1)[tp], rank=2 * dp + tp, axes=axes)
+    assert torch.equal(flexmodel.open(run_dir.root).get("m"), torch.from_numpy(whole))
+
+
+def test_replicas_that_differ_are_not_served_as_one(run_dir: Writer):
+    for rank in (0, 1):
+        what = run_dir.part("m", np.full(3, rank, np.float32), rank=rank, axes=[axis(rank, 2)])
+    run_dir.line({"t": "divergence", **what, "against": 0})
+    run = flexmodel.open(run_dir.root)
+    assert [(d.what.module, d.rank, d.against) for d in run.divergences] == [("m", 1, 0)]
+    with raises("replicas that differ; each rank's part is kept: ask for rank= one of 0, 1"):
+        run.get("m")
+    assert run.get("m", rank=1).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_an_ambiguous_batch_of_one_is_a_replica_only_if_bytes_are_equal(run_dir: Writer, equal: bool):
+    for rank in (0, 1):
+        value = np.full((1, 2), 7 if equal else rank, np.float32)
+        run_dir.part("m", value, rank=rank, axes=[axis(rank, 2, "replicate_or_shard0")])
+    assert flexmodel.open(run_dir.root).get("m").tolist() == ([[7, 7]] if equal else [[0, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_partial_tensors_are_added(run_dir: Writer, dtype: torch.dtype):
+    addends = (torch.randn(3, 50) * 100).to(dtype)
+    for rank, addend in enumerate(addends):
+        raw = addend.view(torch.uint8).numpy().tobytes()
+        name = str(dtype).removeprefix("torch.")
+        run_dir.part("m", raw, dtype=name, shape=(50,), rank=rank, axes=[axis(rank, 3, "partial", "tp")])
+    wide = torch.float64 if dtype.is_floating_point else dtype
+    expected = (addends[0].to(wide) + addends[1].to(wide) + addends[2].to(wide)).to(dtype)
+    assert torch.equal(flexmodel.open(run_dir.root).get("m"), expected)
+
+
+@pytest.mark.parametrize(
+    ("places", "shapes", "reason"),
+    [
+        (["unknown", "unknown"], [(2,), (2,)], "how they lie along dp is not known"),
+        (["replicate", shard(0)], [(2,), (2,)], "different layouts"),
+        ([shard(0), shard(0)], [(2, 3), (2, 4)], "do not go together on dimension 0"),
+    ],
+)
+def test_parts_that_make_no_whole_are_kept_apart(run_dir: Writer, places, shapes, reason):
+    for rank in (0, 1):
+        run_dir.part("m", np.full(shapes[rank], rank, np.int16), rank=rank, axes=[axis(rank, 2, places[rank])])
+    run = flexmodel.open(run_dir.root)
+    assert (run.records[0].shape, run.records[0].complete) == (None, False)
+    with raises(f"{reason}.*ask for rank= one of 0, 1"):
+        run.get("m")
+    assert run.get("m", rank=1).shape == shapes[1]
+
+
+def test_an_incomplete_record_names_the_ranks_that_are_missing(run_dir: Writer):
+    for rank in range(3):
+        run_dir.part("a", np.zeros(2), rank=rank, axes=[axis(rank, 3, shard(0))])
+    run_dir.part("b", np.zeros(2), rank=0, axes=[axis(0, 3, shard(0))])
+    run_dir.line({"t": "dropped", "rank": 2, "count": 4, "reason": "the slab was full"})
+    run = flexmodel.open(run_dir.root)
+    with raises(r"no part of rank 1 \(dp 1 of 3\); rank 2 \(dp 2 of 3\); parts were dropped there: the slab was full"):
+        run.get("b")
+    with raises("no part of rank 1, only of 0"):
+        run.get("b", rank=1)
+    assert [r.complete for r in run.records] == [True, False]
+
+
+def test_a_part_written_twice_counts_once(run_dir: Writer):
+    for rank in (0, 1, 1):
+        run_dir.part("m", np.full(1, rank), rank=rank, axes=[axis(rank, 2, shard(0))])
+    assert flexmodel.open(run_dir.root).get("m").tolist() == [0, 1]
+
+
+def test_statistics_of_the_whole_are_those_of_its_elements(run_dir: Writer):
+    def stats(x: np.ndarray) -> dict:
+        f = x[np.isfinite(x)]
+        return {
+            "count": x.size, "mean": f.mean(), "std": f.std(), "l2": np.linalg.norm(f), "absmax": abs(f).max(),
+            "min": f.min(), "max": f.max(), "nan": int(np.isnan(x).sum()), "inf": int(np.isinf(x).sum()),
+            "zero": int((x == 0).sum()),
+        }  # fmt: skip
+
+    whole = rng.normal(3, 2, size=90)
+    whole[5], whole[80] = np.nan, np.inf
+    for rank, piece in enumerate(np.split(whole, [20])):
+        run_dir.part("m", piece, rank=rank, axes=[axis(rank, 2, shard(0))], stats=stats(piece), store=False)
+    run = flexmodel.open(run_dir.root)
+    record = run.records[0]
+    assert (record.shape, record.complete) == ((90,), False)
+    for name, value in stats(whole).items():
+        assert getattr(record.stats, name) == pytest.approx(value)
+    with raises("only statistics were kept"):
+        record.tensor()
+
+
+# --- finding records
+
+
+@pytest.fixture
+def run(run_dir: Writer) -> flexmodel.Run:
+    kinds = {"": 0, "layers.2": 1, "layers.10": 3, "head": 0}
+    modules = [{"name": name, "class": "M", "kinds": bits} for name, bits in kinds.items()]
+    run_dir.info(models=[{"model": 0, "modules": modules}], notices=["hook 2 matches nothing"], hooks="layers.*")
+    for step in range(3):
+        for micro in (1, 0):
+            for module in ("layers.10", "layers.2", ""):
+                run_dir.part(module, np.array([step, micro]), step=step, micro=micro)
+    run_dir.part("layers.2", np.array([1]), kind="forward_pre", path="in[0]")
+    run_dir.part("layers.2", np.array([2]), kind="forward_pre", path="in.states")
+    run_dir.part("layers.10", np.array([3]), kind="backward", path="in[0]")
+    run_dir.part("layers.2.weight", np.array([4]), kind="param", path="")
+    what = run_dir.what("layers.3", "float32", (1,), 0, [])
+    run_dir.line({"t": "refused", **what, "reason": "a sparse tensor"})
+    return flexmodel.open(run_dir.root)
+
+
+def test_a_run_says_what_it_holds(run: flexmodel.Run):
+    assert run.modules == ["", "layers.2", "layers.2.weight", "layers.10"]
+    assert len(run.records) == 22
+    assert (run.info.command, run.info.hooks, run.notices) == (
+        ("python", "train.py"), "layers.*", ("hook 2 matches nothing",),
+    )  # fmt: skip
+    assert run.models[0].modules[2] == flexmodel.ModuleInfo("layers.10", "M", ("forward", "forward_pre"))
+    assert [(r.what.module, r.reason) for r in run.refused] == [("layers.3", "a sparse tensor")]
+    assert run.problems == []
+    assert "22 records of 4 modules, not finished" in repr(run)
+    assert "(root)" in run and "head" not in run
+
+
+def test_records_of_a_module_are_in_order_of_step_and_microbatch(run: flexmodel.Run):
+    forward = [r for r in run["layers.2"] if r.kind == "forward"]
+    assert [(r.step, r.micro) for r in forward] == [(s, m) for s in range(3) for m in range(2)]
+    assert [r.tensor().tolist() for r in forward] == [[r.step, r.micro] for r in forward]
+
+
+def test_the_model_itself_has_two_names(run: flexmodel.Run):
+    assert run.get("", step=1, micro=0).tolist() == run.get("(root)", step=1, micro=0).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("module", "fields", "message"),
+    [
+        ("layers.2", {}, r"layers.2 has 6 records forward; say which: step= \(0 to 2\), micro= \(0, 1\)"),
+        ("layers.2", {"step": 9}, "layers.2 has no forward with step=9; step is 0 to 2"),
+        ("layers.2", {"kind": "backward"}, "has nothing of kind backward; it has forward, forward_pre"),
+        ("layers.2", {"kind": "gradient"}, "no kind 'gradient'; kinds are forward, forward_pre, backward"),
+        ("layers.2", {"kind": "forward_pre"}, r"say which: path= \(in\[0\], in.states\)"),
+        ("layers.10", {"kind": "backward", "path": "out"}, "of the outputs is kind 'backward_pre'"),
+        ("layers.22", {}, "layers.22 is not captured; the nearest are layers.2"),
+        ("head", {}, "head is in the model, but nothing of it is captured"),
+        ("layers.3", {}, "layers.3 was refused 1 times: a sparse tensor"),
+        ("zzz", {}, r"zzz is not captured; captured are \(root\), layers.2"),
+    ],
+)
+def test_asking_for_what_is_not_there_says_what_is(run: flexmodel.Run, module: str, fields: dict, message: str):
+    with pytest.raises(KeyError, match=message) as error:
+        run.get(module, **fields)
+    assert isinstance(error.value, flexmodel.NotCapturedError)
+    assert not str(error.value).startswith(("'", '"')), "KeyError's repr of a sentence"
+
+
+def test_one_record_needs_no_fields(run: flexmodel.Run):
+    assert run.get("layers.2.weight", kind="param").tolist() == [4]
+    assert run.get("layers.2", kind="forward_pre", path="in.states").tolist() == [2]
+
+
+def test_a_running_job_is_read_as_it_writes(run_dir: Writer):
+    run = flexmodel.open(run_dir.root)
+    with raises("holds no records"):
+        run.get("m")
+    run_dir.part("m", np.array([1]), rank=0, axes=[axis(0, 2, shard(0))])
+    assert run.refresh() == 1
+    with raises("run.refresh"):
+        run.get("m")
+    old = run.records[0]
+    manifest = run_dir.root / "manifest.jsonl"
+    before = manifest.read_bytes()
+    run_dir.part("m", np.array([2]), rank=1, axes=[axis(1, 2, shard(0))])
+    after = manifest.read_bytes()
+    manifest.write_bytes(after[:-5])  # half of the last line
+    run = flexmodel.open(run_dir.root)
+    assert (run.refresh(), run.problems, len(run.records)) == (0, [], 1)
+    with manifest.open("r+b") as file:
+        file.write(after)
+    assert before in after and run.refresh() == 1
+    run_dir.seal()
+    assert run.get("m").tolist() == [1, 2]
+    assert not old.complete
+
+
+# --- damage
+
+
+def test_a_flipped_byte_in_the_manifest_costs_one_line(run_dir: Writer):
+    for step in range(3):
+        run_dir.part("m", np.array([step]), step=step)
+    manifest = run_dir.root / "manifest.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"step":1', b'"step":7')
+    manifest.write_bytes(b"".join(lines))
+    run = flexmodel.open(run_dir.root)
+    assert [r.step for r in run.records] == [0, 2]
+    assert run.problems == [f"{manifest}: line 2 is skipped: its checksum is wrong"]
+
+
+def test_garbage_in_the_manifest_costs_only_itself(run_dir: Writer):
+    run_dir.part("mé" * 3000, np.array([0]))
+    with (run_dir.root / "manifest.jsonl").open("ab") as file:
+        file.write(b"\n{}\n\x00\xff\n" + b"x" * 5000 + b"\n")
+    run_dir.line({"t": "part", "module": "m"})
+    run_dir.line({"t": "omen"})
+    run_dir.line([1])
+    run_dir.part("n", np.array([1]))
+    run = flexmodel.open(run_dir.root)
+    assert run.get("n").tolist() == [1] and run.get("mé" * 3000).tolist() == [0]
+    assert len(run.problems) == 7
+
+
+def test_a_torn_last_line_of_a_finished_run_is_a_problem(run_dir: Writer):
+    run_dir.part("m", np.array([1]))
+    run_dir.info(finished_ns=1)
+    with (run_dir.root / "manifest.jsonl").open("ab") as file:
+        file.write(b'{"crc":"00')
+    run = flexmodel.open(run_dir.root)
+    assert run.get("m").tolist() == [1]
+    assert len(run.problems) == 1 and "half a line" in run.problems[0]
+
+
+@pytest.mark.parametrize("size", [1 << 16, 4])
+def test_a_shard_cut_short_still_serves_what_it_has(run_dir: Writer, size: int):
+    run_dir.part("a", np.zeros(size, np.uint8))
+    run_dir.part("b", np.zeros(size, np.uint8))
+    run_dir.seal()
+    os.truncate(run_dir.sealed(), run_dir.sealed().stat().st_size - 1)
+    run = flexmodel.open(run_dir.root)
+    assert len(run.problems) == 1 and "shard-00000 is cut short" in run.problems[0]
+    assert run.get("a").shape == (size,)
+    with raises("^b forward out step 0.*cut short", flexmodel.RunError):
+        run.get("b")
+
+
+def test_a_missing_shard_is_named(run_dir: Writer):
+    run_dir.part("m", np.zeros(3))
+    run_dir.shard.unlink()
+    run = flexmodel.open(run_dir.root)
+    assert len(run.problems) == 1 and "shard-00000.safetensors is missing" in run.problems[0]
+    assert run.records[0].shape == (3,)
+    with raises("is missing", flexmodel.RunError):
+        run.get("m")
+
+
+def test_a_shard_outside_the_run_is_never_opened(run_dir: Writer):
+    run_dir.stem = "../run/shard-00000"
+    run_dir.part("m", np.zeros(3))
+    with raises("no name of a shard", flexmodel.RunError):
+        flexmodel.open(run_dir.root).get("m")
+
+
+def test_a_manifest_that_contradicts_itself_is_refused(run_dir: Writer):
+    run_dir.part("m", np.zeros(3), shape=(4,))
+    with raises("gives 24 bytes to a float64 tensor of shape", flexmodel.RunError):
+        flexmodel.open(run_dir.root).get("m")
+
+
+def test_a_hostile_mesh_is_named_in_bounded_words(run_dir: Writer):
+    run_dir.part("m", np.zeros(3), axes=[axis(0, 4_000_000_000, shard(0))])
+    with raises("dp 16 of 4000000000") as error:
+        flexmodel.open(run_dir.root).get("m")
+    assert len(str(error.value)) < 1000
+
+
+def test_records_are_served_without_run_json(run_dir: Writer):
+    run_dir.part("m", np.array([1]))
+    (run_dir.root / "run.json").write_text('{"format":')
+    run = flexmodel.open(run_dir.root)
+    assert run.get("m").tolist() == [1]
+    assert len(run.problems) == 1 and "run.json cannot be read" in run.problems[0]
+
+
+def test_what_is_no_run_says_what_to_open(run_dir: Writer, tmp_path: Path):
+    with raises("no run at .*--out", FileNotFoundError) as error:
+        flexmodel.open(tmp_path / "nothing")
+    assert isinstance(error.value, flexmodel.RunError)
+    (tmp_path / "empty").mkdir()
+    with raises("is empty: pass the directory", ValueError):
+        flexmodel.open(tmp_path / "empty")
+    with raises("is not a run but holds some: open one of run", flexmodel.RunError):
+        flexmodel.open(tmp_path)
+    with raises(f"is a file: open its directory, {run_dir.root}", flexmodel.RunError):
+        flexmodel.open(run_dir.root / "run.json")
+    with raises("neither run.json nor manifest.jsonl", flexmodel.RunError):
+        flexmodel.open(PACKAGE)
+    run_dir.info(format=2)
+    with raises("format 2.*newer", flexmodel.RunError):
+        flexmodel.open(run_dir.root)
+    (run_dir.root / "run.json").write_bytes(b"")
+    with raises("no readable record", flexmodel.RunError):
+        flexmodel.open(run_dir.root)
+
+
+# --- without torch
+
+
+def test_torch_is_not_imported_before_a_tensor_is_asked_for(run_dir: Writer):
+    run_dir.part("m", np.arange(3, dtype=np.float32))
+    code = f"""
+import sys
+import flexmodel
+run = flexmodel.open({str(run_dir.root)!r})
+print(run.modules, run.records)
+assert "torch" not in sys.modules
+assert run.records[0].numpy().tolist() == [0, 1, 2]
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(PACKAGE)})
+
+
+def test_without_torch_and_safetensors_tensors_are_numpy(run_dir: Writer):
+    run_dir.part("m", np.arange(3, dtype=np.float32))
+    run_dir.part("b", bytes(2), dtype="bfloat16", shape=(1,))
+    code = f"""
+import sys
+for name in ("torch", "safetensors", "ml_dtypes"):
+    sys.modules[name] = None  # importing it is an ImportError
+import flexmodel, numpy
+run = flexmodel.open({str(run_dir.root)!r})
+tensor = run.get("m")
+assert type(tensor) is numpy.ndarray and tensor.dtype == numpy.float32 and tensor.tolist() == [0, 1, 2]
+assert sys.modules["torch"] is None
+try:
+    run.get("b")
+except TypeError as error:
+    assert "install ml_dtypes" in str(error)
+else:
+    raise AssertionError("bfloat16 without torch and ml_dtypes")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(PACKAGE)})
