@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ._crc import crc32c_of_ranges
+from ._dtypes import SIZES
 from ._errors import RunError
 from ._types import KINDS, Axis, Divergence, Dropped, Identity, Location, Part, Refusal, Stats
 
@@ -127,6 +128,8 @@ class Manifest:
 
     def _add_part(self, raw: dict[str, Any]) -> None:
         at, stats = raw["at"], raw["stats"]
+        if raw["dtype"] not in SIZES:
+            raise ValueError(f"its dtype {raw['dtype']!r} is unknown; install a newer flexmodel")
         shape = tuple(raw["shape"])
         if at is not None:
             shard, offset, nbytes = at["shard"], at["offset"], at["len"]

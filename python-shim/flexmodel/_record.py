@@ -112,7 +112,8 @@ class Record:
 
     def __repr__(self) -> str:
         shape = "shape unknown" if self.shape is None else f"{self.dtype}{list(self.shape)}"
-        return f"<Record {self}: {shape}{'' if self.complete else ', incomplete'}>"
+        missing = "" if self.complete else ", incomplete" if self.shape is None else ", statistics only"
+        return f"<Record {self}: {shape}{missing}>"
 
     def _make(self, node: Node, torch: Any) -> Any:
         if torch is None:
@@ -165,14 +166,13 @@ def make(identity: Identity, parts: Sequence[Part], source: Source) -> Record:
         shape = _assemble.plan(ordered).shape
     except (IncompleteError, ApartError):
         pass
-    size = SIZES.get(first.dtype, 0)
     record = Record(
         module=identity.module, kind=identity.kind, path=identity.path, step=identity.step, micro=identity.micro,
         call=identity.call, train=identity.train, shape=shape, dtype=first.dtype, model=identity.model,
         repeat=identity.repeat, recompute=identity.recompute, class_name=first.class_name, group=first.group,
         layout=first.axes, dp_size=first.dp_size, time_ns=min(p.time_ns for p in ordered),
         ranks=tuple(p.rank for p in ordered),
-        nbytes=sum(p.nbytes for p in ordered) if shape is None else math.prod(shape) * size,
+        nbytes=sum(p.nbytes for p in ordered) if shape is None else math.prod(shape) * SIZES[first.dtype],
         complete=shape is not None and all(p.at for p in ordered),
     )  # fmt: skip
     record.__dict__["_parts"] = ordered

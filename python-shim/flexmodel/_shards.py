@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ._dtypes import Bytes
 from ._errors import RunError
 
 _MAP_FROM = 1 << 16  # bytes; a smaller tensor is read faster than it is mapped
+# Pages are copied only when written: nothing need be set aside for a tensor larger than the free memory.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _STEM = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -111,7 +114,8 @@ class _Mapping:
             cls._libc = libc
         self._address: int | None = None
         self._length = length
-        address = self._libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, offset)
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _NO_RESERVE
+        address = self._libc.mmap(None, length, protection, flags, fd, offset)
         if address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._address = address

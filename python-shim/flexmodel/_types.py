@@ -97,20 +97,42 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A tensor that was not captured on `rank`, and why."""
-
+class _OfRecord:
     what: Identity
     rank: int
+
+    @property
+    def module(self) -> str:
+        """Name of the module."""
+        return self.what.module
+
+    @property
+    def kind(self) -> str:
+        """What of the module."""
+        return self.what.kind
+
+    @property
+    def path(self) -> str:
+        """Leaf in its inputs or outputs."""
+        return self.what.path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.what.step
+
+
+@dataclass(frozen=True)
+class Refusal(_OfRecord):
+    """A tensor that was not captured on `rank`, and why. `what` is all that a record would say of it."""
+
     reason: str
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """A replica on `rank` that should equal the one on rank `against` and does not."""
+class Divergence(_OfRecord):
+    """A replica on `rank` that should equal the one on rank `against` and does not. `what` is its record."""
 
-    what: Identity
-    rank: int
     against: int
 
 

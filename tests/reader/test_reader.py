@@ -140,7 +140,7 @@ def test_replicas_that_differ_are_not_served_as_one(run_dir: Writer):
         what = run_dir.part("m", np.full(3, rank, np.float32), rank=rank, axes=[axis(rank, 2)])
     run_dir.line({"t": "divergence", **what, "against": 0})
     run = flexmodel.open(run_dir.root)
-    assert [(d.what.module, d.rank, d.against) for d in run.divergences] == [("m", 1, 0)]
+    assert [(d.module, d.rank, d.against) for d in run.divergences] == [("m", 1, 0)]
     with raises("replicas that differ; each rank's part is kept: ask for rank= one of 0, 1"):
         run.get("m")
     assert run.get("m", rank=1).tolist() == [1, 1, 1]
@@ -253,7 +253,8 @@ def test_a_run_says_what_it_holds(run: flexmodel.Run):
         ("python", "train.py"), "layers.*", ("hook 2 matches nothing",),
     )  # fmt: skip
     assert run.models[0].modules[2] == flexmodel.ModuleInfo("layers.10", "M", ("forward", "forward_pre"))
-    assert [(r.what.module, r.reason) for r in run.refused] == [("layers.3", "a sparse tensor")]
+    refused = [(r.module, r.kind, r.step, r.reason) for r in run.refused]
+    assert refused == [("layers.3", "forward", 0, "a sparse tensor")]
     assert run.problems == []
     assert "22 records of 4 modules, not finished" in repr(run)
     assert "(root)" in run and "head" not in run
@@ -341,11 +342,12 @@ def test_garbage_in_the_manifest_costs_only_itself(run_dir: Writer):
         file.write(b"\n{}\n\x00\xff\n" + b"x" * 5000 + b"\n")
     run_dir.line({"t": "part", "module": "m"})
     run_dir.line({"t": "omen"})
+    run_dir.part("m", bytes(1), dtype="int4", shape=(1,))
     run_dir.line([1])
     run_dir.part("n", np.array([1]))
     run = flexmodel.open(run_dir.root)
     assert run.get("n").tolist() == [1] and run.get("mé" * 3000).tolist() == [0]
-    assert len(run.problems) == 7
+    assert len(run.problems) == 8
 
 
 def test_a_torn_last_line_of_a_finished_run_is_a_problem(run_dir: Writer):
