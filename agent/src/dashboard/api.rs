@@ -1,0 +1,179 @@
+//! The JSON routes.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{Query, State, rejection::QueryRejection},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use wire::hooks::Kind;
+
+use super::{Shared, tensor::layout_lines};
+use crate::{
+    live::{Picked, SeriesQuery},
+    store::format::Identity,
+};
+
+/// Most records of one answer.
+const MAX_RECORDS: usize = 500;
+
+/// Why a request gets no answer: a status and one clear line.
+pub struct Refusal(StatusCode, String);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, Json(json!({ "error": self.1 }))).into_response()
+    }
+}
+
+type Answer<T> = Result<Json<T>, Refusal>;
+
+pub async fn run(State(shared): State<Arc<Shared>>) -> Response {
+    Json(shared.live.run()).into_response()
+}
+
+pub async fn modules(State(shared): State<Arc<Shared>>) -> Response {
+    Json(shared.live.models()).into_response()
+}
+
+pub async fn not_found() -> Refusal {
+    Refusal(StatusCode::NOT_FOUND, "there is no such page here".into())
+}
+
+/// Which series or records.
+#[derive(Deserialize)]
+pub struct Wanted {
+    #[serde(default)]
+    model: u32,
+    module: String,
+    kind: Option<Kind>,
+    path: Option<String>,
+    train: Option<bool>,
+    #[serde(default)]
+    since: u64,
+    limit: Option<usize>,
+}
+
+impl Wanted {
+    fn query(self) -> SeriesQuery {
+        let Self { model, module, kind, path, train, since, .. } = self;
+        SeriesQuery { model, module, kind, path, train, since }
+    }
+}
+
+pub async fn series(
+    State(shared): State<Arc<Shared>>,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Answer<serde_json::Value> {
+    let (clock, series) = shared.live.series(&parse(wanted)?.query());
+    Ok(Json(json!({ "clock": clock, "series": series })))
+}
+
+pub async fn records(
+    State(shared): State<Arc<Shared>>,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Answer<serde_json::Value> {
+    let wanted = parse(wanted)?;
+    let limit = wanted.limit.unwrap_or(50).min(MAX_RECORDS);
+    let records: Vec<_> = shared.live.records(&wanted.query(), limit).iter().map(RecordView::of).collect();
+    Ok(Json(json!({ "records": records })))
+}
+
+/// A record among the newest.
+#[derive(Serialize)]
+struct RecordView {
+    #[serde(flatten)]
+    id: Identity,
+    name: String,
+    class: String,
+    dtype: &'static str,
+    shapes: Vec<Vec<u64>>,
+    ranks: Vec<u32>,
+    layout: Vec<String>,
+    bytes: u64,
+    time_ms: f64,
+}
+
+impl RecordView {
+    fn of(picked: &Picked) -> Self {
+        // A record is kept with its first part.
+        let first = &picked.parts[0].what;
+        Self {
+            id: picked.id.clone(),
+            name: picked.id.to_string(),
+            class: first.class.clone(),
+            dtype: first.dtype.name(),
+            shapes: picked.parts.iter().map(|p| p.what.shape.clone()).collect(),
+            ranks: picked.parts.iter().map(|p| p.what.rank).collect(),
+            layout: layout_lines(&first.axes),
+            bytes: picked.parts.iter().filter_map(|p| p.at.as_ref()).map(|at| at.len).sum(),
+            time_ms: first.time_ns as f64 / 1e6,
+        }
+    }
+}
+
+/// Which tensor.
+#[derive(Deserialize)]
+pub struct WantedTensor {
+    #[serde(default)]
+    model: u32,
+    module: String,
+    kind: Kind,
+    path: String,
+    step: u64,
+    #[serde(default)]
+    micro: u32,
+    #[serde(default)]
+    call: u32,
+    #[serde(default)]
+    repeat: u32,
+    #[serde(default = "yes")]
+    train: bool,
+    #[serde(default)]
+    recompute: bool,
+    /// Only what this rank captured.
+    rank: Option<u32>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+pub async fn tensor(
+    State(shared): State<Arc<Shared>>,
+    wanted: Result<Query<WantedTensor>, QueryRejection>,
+) -> Response {
+    let wanted = match parse(wanted) {
+        Ok(wanted) => wanted,
+        Err(refusal) => return refusal.into_response(),
+    };
+    let WantedTensor { model, module, kind, path, step, micro, call, repeat, train, recompute, rank } = wanted;
+    let id = Identity { module, kind, path, model, step, micro, call, repeat, train, recompute };
+    // Closed only with the server.
+    let Ok(permit) = shared.reads.clone().acquire_owned().await else {
+        return Refusal(StatusCode::SERVICE_UNAVAILABLE, "the agent is ending".into()).into_response();
+    };
+    let read = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        shared.tensors.look(&shared.live, &id, rank)
+    });
+    match read.await {
+        Ok(Ok(look)) => Json(look).into_response(),
+        Ok(Err(reason)) => Refusal(StatusCode::NOT_FOUND, reason).into_response(),
+        Err(_) => {
+            let text = "reading this tensor failed inside the agent; flexmodel verify RUN tells whether it is damaged";
+            Refusal(StatusCode::INTERNAL_SERVER_ERROR, text.into()).into_response()
+        }
+    }
+}
+
+fn parse<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Refusal> {
+    match query {
+        Ok(Query(wanted)) => Ok(wanted),
+        Err(e) => Err(Refusal(StatusCode::BAD_REQUEST, e.body_text())),
+    }
+}

@@ -1,0 +1,165 @@
+//! Who may ask: the one who has the token, from a page of ours, under a name of this machine.
+//!
+//! - GUARD-1: every route wants the token, as `Authorization: Bearer`, as our cookie, or once as `?token=`, which sets
+//!   the cookie and leads on to the address without it (so that it stays out of history and screenshots).
+//! - GUARD-2: `Host` must name loopback and our port; else a page elsewhere could point its own name at 127.0.0.1
+//!   (DNS rebinding) and read everything.
+//! - GUARD-3: `Origin`, and `Sec-Fetch-Site` for everything but opening the page, must be ours where they are sent. A
+//!   cookie of `SameSite=Strict` is still sent to every port of this machine, and other ports belong to others.
+//! - GUARD-4: GET and HEAD only.
+//! - GUARD-5: every answer forbids caching, framing, sniffing and everything that is not from here.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Request, State},
+    http::{
+        HeaderMap, HeaderValue, Method, StatusCode, Uri,
+        header::{self, HeaderName},
+    },
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+
+const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// What a request is held against.
+pub struct Guard {
+    token: String,
+    hosts: Vec<String>,
+    cookie: String,
+    port: u16,
+}
+
+impl Guard {
+    /// For a server on loopback's `port`.
+    pub fn new(token: String, port: u16) -> Self {
+        let names = ["127.0.0.1", "localhost", "[::1]"];
+        let mut hosts: Vec<String> = names.iter().map(|name| format!("{name}:{port}")).collect();
+        if port == 80 {
+            hosts.extend(names.map(str::to_owned));
+        }
+        // Cookies know no ports: two dashboards on one machine need two names.
+        Self { token, hosts, cookie: format!("flexmodel_{port}"), port }
+    }
+
+    fn host_ok(&self, headers: &HeaderMap) -> bool {
+        let mut hosts = headers.get_all(header::HOST).iter();
+        let ours = |h: &HeaderValue| self.hosts.iter().any(|ok| h.as_bytes().eq_ignore_ascii_case(ok.as_bytes()));
+        hosts.next().is_some_and(ours) && hosts.next().is_none()
+    }
+
+    fn origin_ok(&self, headers: &HeaderMap) -> bool {
+        let ours = |origin: &HeaderValue| {
+            let host = origin.as_bytes().strip_prefix(b"http://");
+            host.is_some_and(|h| self.hosts.iter().any(|ok| h.eq_ignore_ascii_case(ok.as_bytes())))
+        };
+        headers.get_all(header::ORIGIN).iter().all(ours)
+    }
+
+    fn token_ok(&self, headers: &HeaderMap) -> bool {
+        let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+        if let Some(token) = bearer.and_then(|v| v.split_once(' ')).filter(|(s, _)| s.eq_ignore_ascii_case("bearer")) {
+            return same(token.1.trim().as_bytes(), self.token.as_bytes());
+        }
+        let cookies = headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok());
+        let values = cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+        values.filter(|(name, _)| *name == self.cookie).any(|(_, v)| same(v.as_bytes(), self.token.as_bytes()))
+    }
+
+    /// The token of the query, and the address without it.
+    fn query_token(uri: &Uri) -> Option<(&str, String)> {
+        let query = uri.query()?;
+        let token = query.split('&').find_map(|pair| pair.strip_prefix("token="))?;
+        let rest: Vec<&str> = query.split('&').filter(|pair| !pair.starts_with("token=")).collect();
+        // One slash: `//host` at the start of an address would lead elsewhere.
+        let path = format!("/{}", uri.path().trim_start_matches('/'));
+        Some((token, if rest.is_empty() { path } else { format!("{path}?{}", rest.join("&")) }))
+    }
+}
+
+/// The middleware.
+pub async fn check(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
+    let mut response = match admit(&guard, &request) {
+        Ok(()) => next.run(request).await,
+        Err(answer) => answer,
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Lets a request through, or says what to answer instead.
+// The answer is made once and sent; its size does not matter.
+#[allow(clippy::result_large_err)]
+fn admit(guard: &Guard, request: &Request) -> Result<(), Response> {
+    let headers = request.headers();
+    let refuse = |status: StatusCode, text: String| Err((status, text + "\n").into_response());
+    if !guard.host_ok(headers) {
+        let port = guard.port;
+        return refuse(
+            StatusCode::MISDIRECTED_REQUEST,
+            format!(
+                "this dashboard answers to 127.0.0.1:{port} and localhost:{port} only; from another machine forward \
+                 the same port: ssh -L {port}:127.0.0.1:{port} HOST"
+            ),
+        );
+    }
+    if !guard.origin_ok(headers) {
+        return refuse(StatusCode::FORBIDDEN, "refused: the request comes from another site's page".into());
+    }
+    if request.method() != Method::GET && request.method() != Method::HEAD {
+        return refuse(StatusCode::METHOD_NOT_ALLOWED, "this dashboard only reads: GET".into());
+    }
+    let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+    let elsewhere = !matches!(site, None | Some(b"same-origin" | b"none"));
+    if let Some((token, rest)) = Guard::query_token(request.uri()) {
+        if !same(token.as_bytes(), guard.token.as_bytes()) {
+            return refuse(StatusCode::UNAUTHORIZED, wrong_token());
+        }
+        return Err(enter(guard, &rest, elsewhere));
+    }
+    if elsewhere && request.uri().path() != "/" {
+        return refuse(StatusCode::FORBIDDEN, "refused: the request comes from another site's page".into());
+    }
+    if !guard.token_ok(headers) {
+        return refuse(StatusCode::UNAUTHORIZED, wrong_token());
+    }
+    Ok(())
+}
+
+fn wrong_token() -> String {
+    "no token, or not this run's: open the address that flexmodel printed when the run started, token included".into()
+}
+
+/// Sets the cookie and leads on to the address without the token.
+fn enter(guard: &Guard, rest: &str, elsewhere: bool) -> Response {
+    let cookie = format!("{}={}; HttpOnly; SameSite=Strict; Path=/", guard.cookie, guard.token);
+    let (Ok(cookie), Ok(location)) = (HeaderValue::from_str(&cookie), HeaderValue::from_str(rest)) else {
+        return (StatusCode::BAD_REQUEST, "this address cannot be followed\n").into_response();
+    };
+    if elsewhere {
+        // After a link on another site's page, the browser would not send the cookie along a redirect; it does on a
+        // step that begins on a page of ours.
+        let page = "<!doctype html><meta http-equiv=\"refresh\" content=\"0;url=/\"><a href=\"/\">Open the dashboard</a>";
+        let html = (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
+        return (StatusCode::OK, [html, (header::SET_COOKIE, cookie)], page).into_response();
+    }
+    (StatusCode::SEE_OTHER, [(header::LOCATION, location), (header::SET_COOKIE, cookie)]).into_response()
+}
+
+/// Compares without telling by its time how much was right; only the length may show.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    let differ = a.iter().zip(b).fold(0u8, |all, (x, y)| all | (x ^ y));
+    a.len() == b.len() && std::hint::black_box(differ) == 0
+}

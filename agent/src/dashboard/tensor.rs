@@ -1,0 +1,273 @@
+//! One tensor for the page: found, laid out, sampled within a bound, described.
+//!
+//! A record among the newest is read by the places that [`Live`] remembers; an older one by the run's manifest. No
+//! checksum is compared here (that would read every byte); `flexmodel verify` does that.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serde::Serialize;
+use wire::{
+    dtype::DType,
+    record::{Axis, Place},
+};
+
+use super::picture::{self, Picture};
+use crate::{
+    live::Live,
+    read::{
+        Run, Shards,
+        assemble::Bytes,
+        layout::{self, Node},
+        number::component,
+    },
+    store::{
+        format::{Identity, MANIFEST_FILE, Part},
+        stats,
+    },
+};
+
+/// Longest manifest that is read for a record that is no longer among the newest.
+const MAX_MANIFEST: u64 = 256 << 20;
+
+/// The tensors of a run directory.
+pub struct Tensors {
+    run_dir: PathBuf,
+    shards: Shards,
+    /// The manifest as it was when an older record was last asked for.
+    older: Mutex<Option<Arc<Run>>>,
+}
+
+/// What the page shows of a tensor.
+#[derive(Serialize)]
+pub struct Look {
+    #[serde(flatten)]
+    id: Identity,
+    name: String,
+    class: String,
+    dtype: &'static str,
+    shape: Vec<u64>,
+    /// One line for each mesh axis.
+    layout: Vec<String>,
+    dp_size: u32,
+    bytes: u64,
+    time_ms: f64,
+    /// The parts that are there, whether they were wanted or not.
+    parts: Vec<PartLook>,
+    /// The rank whose part alone is shown.
+    rank: Option<u32>,
+    #[serde(flatten)]
+    picture: Picture,
+}
+
+#[derive(Serialize)]
+struct PartLook {
+    rank: u32,
+    shape: Vec<u64>,
+    coordinates: Vec<(String, u32)>,
+}
+
+impl Tensors {
+    pub fn new(run_dir: PathBuf) -> Self {
+        Self { shards: Shards::new(&run_dir), run_dir, older: Mutex::default() }
+    }
+
+    /// Looks at a record as a whole, or at what one rank captured of it. The error is a whole sentence.
+    pub fn look(&self, live: &Live, id: &Identity, rank: Option<u32>) -> Result<Look, String> {
+        let mut parts = match live.pick(id) {
+            Some(picked) => picked.parts,
+            None => self.older(id)?,
+        };
+        parts.sort_by_key(|p| p.what.rank);
+        parts.dedup_by_key(|p| p.what.rank);
+        let shown = match rank {
+            None => parts.clone(),
+            Some(rank) => parts.iter().filter(|p| p.what.rank == rank).map(alone).collect(),
+        };
+        let Some(first) = shown.first().map(|p| p.what.clone()) else {
+            let have: Vec<String> = parts.iter().map(|p| p.what.rank.to_string()).collect();
+            return Err(format!("no part from this rank; there are those of ranks {}", have.join(", ")));
+        };
+        let node = layout::plan(&shown).map_err(|e| e.to_string())?;
+        let mut leaves = Vec::new();
+        node.leaves(&mut leaves);
+        leaves.sort_unstable();
+        leaves.dedup();
+        let mut bytes: Vec<Option<Bytes>> = vec![None; shown.len()];
+        for &leaf in &leaves {
+            bytes[leaf] = Some(self.bytes(&shown[leaf])?);
+        }
+        let source = Source { node: &node, dtype: first.dtype, bytes: &bytes };
+        let whole = leaves.iter().map(|&i| &shown[i]).filter_map(|p| p.at.as_ref()).map(|at| at.len).sum();
+        let summed = has_sum(&node);
+        let known = if summed { None } else { leaves.iter().map(|&i| shown[i].stats).collect() };
+        Ok(Look {
+            id: id.clone(),
+            name: id.to_string(),
+            class: first.class,
+            dtype: first.dtype.name(),
+            shape: node.shape().to_vec(),
+            layout: layout_lines(&parts[0].what.axes),
+            dp_size: first.dp_size,
+            bytes: whole,
+            time_ms: first.time_ns as f64 / 1e6,
+            parts: parts.iter().map(PartLook::of).collect(),
+            rank,
+            picture: picture::draw(node.shape(), &|row, start, out| source.read(row, start, out), known),
+        })
+    }
+
+    fn bytes(&self, part: &Part) -> Result<Bytes, String> {
+        let rank = part.what.rank;
+        let at = part.at.as_ref().ok_or_else(|| format!("rank {rank} kept statistics only (reduce=stats)"))?;
+        if layout::byte_len(part.what.dtype, &part.what.shape) != Some(at.len) {
+            return Err(format!("rank {rank}: the stored length does not fit the shape; run flexmodel verify"));
+        }
+        self.shards.bytes(at).map_err(|e| e.to_string())
+    }
+
+    /// The parts of a record that is no longer among the newest.
+    fn older(&self, id: &Identity) -> Result<Vec<Part>, String> {
+        let mut cached = self.older.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(parts) = cached.as_deref().and_then(|run| find(run, id)) {
+            return Ok(parts);
+        }
+        let len = std::fs::metadata(self.run_dir.join(MANIFEST_FILE)).map(|m| m.len()).unwrap_or(0);
+        let absent = || format!("{id} was not captured, or not yet");
+        if cached.as_ref().is_some_and(|run| run.manifest_len == len) {
+            return Err(absent());
+        }
+        if len > MAX_MANIFEST {
+            let dir = self.run_dir.display();
+            return Err(format!("{id} is too old to be shown live; see flexmodel show {dir}"));
+        }
+        let run = Arc::new(Run::open(&self.run_dir).map_err(|e| e.to_string())?);
+        let parts = find(&run, id);
+        *cached = Some(run);
+        parts.ok_or_else(absent)
+    }
+}
+
+fn find(run: &Run, id: &Identity) -> Option<Vec<Part>> {
+    run.records.iter().find(|r| r.id == *id).map(|r| r.parts.clone())
+}
+
+/// A part without its place on the mesh: a tensor of its own.
+fn alone(part: &Part) -> Part {
+    let mut part = part.clone();
+    part.what.axes.clear();
+    part
+}
+
+impl PartLook {
+    fn of(part: &Part) -> Self {
+        let coordinates = part.what.axes.iter().map(|a| (a.name.clone(), a.index)).collect();
+        Self { rank: part.what.rank, shape: part.what.shape.clone(), coordinates }
+    }
+}
+
+/// A line for each mesh axis, in words.
+pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
+    let line = |axis: &Axis| {
+        let how = match &axis.place {
+            Place::Replicate => "replicated".to_owned(),
+            Place::Shard { dim, .. } => format!("shard of dim {dim}"),
+            Place::ReplicateOrShard0 => "shard of dim 0, or replicated where equal".to_owned(),
+            Place::Partial => "addends".to_owned(),
+            Place::Unknown => "not known".to_owned(),
+        };
+        let ranks = if axis.size == 1 { "rank" } else { "ranks" };
+        format!("{}: {how}, {} {ranks}", axis.name, axis.size)
+    };
+    axes.iter().map(line).collect()
+}
+
+fn has_sum(node: &Node) -> bool {
+    match node {
+        Node::Leaf { .. } => false,
+        Node::Concat { children, .. } => children.iter().any(has_sum),
+        Node::Sum { .. } => true,
+    }
+}
+
+/// Reads elements of the whole without making it.
+struct Source<'a> {
+    node: &'a Node,
+    dtype: DType,
+    bytes: &'a [Option<Bytes>],
+}
+
+impl Source<'_> {
+    /// Elements `start..` of the row at `row` (all coordinates but the last); complex ones as magnitudes.
+    fn read(&self, row: &[u64], start: u64, out: &mut [f64]) {
+        if self.dtype.is_complex() {
+            let mut imaginary = vec![0.0; out.len()];
+            self.fill(self.node, &mut row.to_vec(), start, 0, out);
+            self.fill(self.node, &mut row.to_vec(), start, 1, &mut imaginary);
+            out.iter_mut().zip(imaginary).for_each(|(re, im)| *re = re.hypot(im));
+        } else {
+            self.fill(self.node, &mut row.to_vec(), start, 0, out);
+        }
+    }
+
+    /// `half`: which of the two components of a complex element.
+    fn fill(&self, node: &Node, row: &mut [u64], start: u64, half: usize, out: &mut [f64]) {
+        match node {
+            Node::Leaf { part, shape } => self.leaf(*part, shape, row, start, half, out),
+            Node::Concat { dim, children, .. } if *dim == row.len() => {
+                // Along the row: each child fills what it has of it.
+                let (mut begin, end) = (0u64, start + out.len() as u64);
+                for child in children {
+                    let child_end = begin + child.shape().get(*dim).copied().unwrap_or(1);
+                    let (from, to) = (start.max(begin), end.min(child_end));
+                    if from < to {
+                        let piece = &mut out[(from - start) as usize..(to - start) as usize];
+                        self.fill(child, row, from - begin, half, piece);
+                    }
+                    begin = child_end;
+                }
+            }
+            Node::Concat { dim, children, .. } => {
+                let at = row[*dim];
+                let mut begin = 0;
+                for child in children {
+                    let len = child.shape()[*dim];
+                    if at < begin + len {
+                        row[*dim] = at - begin;
+                        self.fill(child, row, start, half, out);
+                        break;
+                    }
+                    begin += len;
+                }
+                row[*dim] = at;
+            }
+            Node::Sum { children, .. } => {
+                let mut addend = vec![0.0; out.len()];
+                out.fill(0.0);
+                for child in children {
+                    self.fill(child, row, start, half, &mut addend);
+                    out.iter_mut().zip(&addend).for_each(|(sum, x)| *sum += x);
+                }
+            }
+        }
+    }
+
+    fn leaf(&self, part: usize, shape: &[u64], row: &[u64], start: u64, half: usize, out: &mut [f64]) {
+        let (size, real) = (self.dtype.size(), component(self.dtype));
+        let flat = row.iter().zip(shape).fold(0u64, |flat, (at, dim)| flat * dim + at);
+        let first = flat * shape.last().copied().unwrap_or(1) + start;
+        // `Tensors::bytes` made sure that the bytes are as many as the shape says, so every index fits.
+        let bytes = self.bytes.get(part).and_then(Option::as_deref).unwrap_or_default();
+        let begin = first as usize * size;
+        let elements = bytes.get(begin..begin + out.len() * size).unwrap_or_default();
+        for (x, element) in out.iter_mut().zip(elements.chunks_exact(size)) {
+            *x = stats::to_f64(real, &element[half * real.size()..(half + 1) * real.size()]);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "tensor_tests.rs"]
+mod tests;

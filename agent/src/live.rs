@@ -1,0 +1,388 @@
+//! What the dashboard shows of a run that is going on, fed by the ingest threads.
+//!
+//! Feeding is one short lock, a hash lookup and a push; nothing here does I/O. Memory is bounded whatever the job does:
+//!
+//! | what | bound |
+//! |---|---|
+//! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (96 bytes each): at most 100 MB with the rings' slack |
+//! | series | [`MAX_SERIES`]; later ones are counted in the totals but not charted, and a notice says so |
+//! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them |
+//! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
+//! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
+
+mod series;
+mod view;
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use tokio::sync::Notify;
+
+use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals, What};
+
+pub use series::Coord;
+use series::{Key, Moments, Series, Slot};
+pub use view::{Delta, ModelsView, Picked, RunView, SeriesQuery, SeriesView};
+
+/// Most points kept of one series; the newest stay.
+pub const POINTS_PER_SERIES: usize = 2048;
+/// Most points kept of all series. When there are many series, each keeps fewer.
+pub const POINT_BUDGET: usize = 1 << 19;
+/// Most series: (model, module, kind, path, training mode).
+pub const MAX_SERIES: usize = 1 << 14;
+/// Newest records kept with the places of their parts.
+pub const MAX_RECORDS: usize = 4096;
+/// Most parts that those records hold between them.
+pub const MAX_PARTS: usize = 1 << 15;
+/// Notices, and divergences, kept.
+pub const MAX_NOTICES: usize = 100;
+/// Reasons of refusal kept, with their counts.
+pub const MAX_REFUSALS: usize = 100;
+/// Ranks kept apart.
+pub const MAX_RANKS: usize = 1 << 16;
+/// Models whose tree is kept.
+pub const MAX_MODELS: usize = 64;
+
+/// The live state of one run. Shared by the ingest threads, which feed it, and the dashboard, which reads it.
+pub struct Live {
+    inner: Mutex<Inner>,
+    /// Grows with every change, so that a reader can tell without the lock that there is nothing new.
+    clock: AtomicU64,
+    /// Wakes the event streams at once for what cannot wait: the end of the run.
+    urgent: Notify,
+}
+
+/// A rank, as far as the agent knows it.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Rank {
+    /// Global rank.
+    pub rank: u32,
+    /// Its process.
+    pub pid: u32,
+    /// It is connected now.
+    pub attached: bool,
+    /// Parts it delivered.
+    pub parts: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Parts it lost.
+    pub dropped: u64,
+    /// Step of its last part.
+    pub step: u64,
+}
+
+/// Why tensors of one leaf were not captured.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Refusal {
+    /// Canonical module name.
+    pub module: String,
+    /// Kind's word.
+    pub kind: &'static str,
+    /// Leaf.
+    pub path: String,
+    /// Why.
+    pub reason: String,
+    /// How often.
+    pub count: u64,
+}
+
+/// Replicas that differ.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Divergence {
+    /// The record's name.
+    pub record: String,
+    /// The rank whose copy differs.
+    pub rank: u32,
+    /// The rank it was compared with.
+    pub against: u32,
+}
+
+/// A record among the newest, with the places of its parts.
+struct Recent {
+    series: u32,
+    coord: Coord,
+    parts: Vec<Part>,
+}
+
+#[derive(Default)]
+struct Inner {
+    info: RunInfo,
+    models: BTreeMap<u32, ModelInfo>,
+    series: Vec<Series>,
+    by_key: HashMap<Key, u32>,
+    recent: VecDeque<Recent>,
+    /// Number of the record at the front of `recent`.
+    first_recent: u64,
+    recent_parts: usize,
+    ranks: BTreeMap<u32, Rank>,
+    notices: VecDeque<String>,
+    refusals: VecDeque<Refusal>,
+    divergences: VecDeque<Divergence>,
+    totals: Totals,
+    step: u64,
+    /// Series that were left out because there are too many: said once.
+    overflowed: bool,
+    clock: u64,
+    /// `clock` when anything but a series last changed.
+    run_clock: u64,
+    /// `clock` when the module trees last changed.
+    models_clock: u64,
+}
+
+impl Live {
+    /// The state of a run about to begin, or taken up again: totals go on from those of `info`.
+    pub fn new(info: RunInfo) -> Arc<Self> {
+        let mut inner = Inner { totals: info.totals, ..Inner::default() };
+        for notice in &info.notices {
+            inner.notice(notice);
+        }
+        inner.take_info(info);
+        Arc::new(Self { clock: AtomicU64::new(inner.clock), inner: Mutex::new(inner), urgent: Notify::new() })
+    }
+
+    /// A part was journalled.
+    pub fn part(&self, part: &Part) {
+        self.change(|inner| inner.part(part));
+    }
+
+    /// A tensor was not captured.
+    pub fn refused(&self, what: &What, reason: &str) {
+        self.change(|inner| inner.refused(what, reason));
+    }
+
+    /// A rank lost parts.
+    pub fn dropped(&self, rank: u32, count: u64) {
+        self.change(|inner| {
+            inner.totals.dropped = inner.totals.dropped.saturating_add(count);
+            if let Some(r) = inner.rank(rank) {
+                r.dropped = r.dropped.saturating_add(count);
+            }
+            inner.run_changed();
+        });
+    }
+
+    /// A replica differs from the one of rank `against`.
+    pub fn diverged(&self, what: &What, against: u32) {
+        let divergence = Divergence { record: what.id.to_string(), rank: what.rank, against };
+        self.change(|inner| {
+            inner.totals.divergences = inner.totals.divergences.saturating_add(1);
+            push_bounded(&mut inner.divergences, divergence, MAX_NOTICES);
+            inner.run_changed();
+        });
+    }
+
+    /// A model was found, or found to be larger than was known.
+    pub fn model(&self, model: &ModelInfo) {
+        self.change(|inner| inner.model(model));
+    }
+
+    /// A rank connected.
+    pub fn attached(&self, rank: u32, pid: u32) {
+        self.change(|inner| {
+            if let Some(r) = inner.rank(rank) {
+                r.pid = pid;
+                r.attached = true;
+            }
+            inner.run_changed();
+        });
+    }
+
+    /// A rank disconnected, in good order or not.
+    pub fn left(&self, rank: u32) {
+        self.change(|inner| {
+            if let Some(r) = inner.rank(rank) {
+                r.attached = false;
+            }
+            inner.run_changed();
+        });
+    }
+
+    /// Something the user should read once.
+    pub fn notice(&self, text: &str) {
+        self.change(|inner| inner.notice(text));
+    }
+
+    /// What is known of the run changed; once `finished_ns` is set, its totals count.
+    pub fn info(&self, info: &RunInfo) {
+        let finished = info.finished_ns.is_some();
+        self.change(|inner| {
+            if finished {
+                inner.totals = info.totals;
+            }
+            inner.take_info(info.clone());
+        });
+        if finished {
+            self.urgent.notify_waiters();
+        }
+    }
+
+    /// Grows with every change.
+    pub fn clock(&self) -> u64 {
+        self.clock.load(Ordering::Acquire)
+    }
+
+    /// Waits for something that cannot wait for the next tick.
+    pub async fn urgent(&self) {
+        self.urgent.notified().await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Every change leaves the state readable at each of its steps, so a panicked feeder does not spoil it.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, f: impl FnOnce(&mut Inner)) {
+        let mut inner = self.lock();
+        inner.clock += 1;
+        f(&mut inner);
+        self.clock.store(inner.clock, Ordering::Release);
+    }
+}
+
+impl Inner {
+    fn run_changed(&mut self) {
+        self.run_clock = self.clock;
+    }
+
+    fn rank(&mut self, rank: u32) -> Option<&mut Rank> {
+        if self.ranks.len() >= MAX_RANKS && !self.ranks.contains_key(&rank) {
+            return None;
+        }
+        Some(self.ranks.entry(rank).or_insert_with(|| Rank { rank, ..Rank::default() }))
+    }
+
+    fn notice(&mut self, text: &str) {
+        if self.notices.back().is_none_or(|last| last != text) {
+            push_bounded(&mut self.notices, text.to_owned(), MAX_NOTICES);
+        }
+        self.run_changed();
+    }
+
+    fn take_info(&mut self, mut info: RunInfo) {
+        for model in std::mem::take(&mut info.models) {
+            self.model(&model);
+        }
+        // The notices of `info` came one by one, and would be shown twice.
+        info.notices.clear();
+        self.info = info;
+        self.run_changed();
+    }
+
+    fn model(&mut self, model: &ModelInfo) {
+        let known = self.models.get(&model.model);
+        if known == Some(model) || (known.is_none() && self.models.len() >= MAX_MODELS) {
+            return;
+        }
+        self.models.insert(model.model, model.clone());
+        self.models_clock = self.clock;
+        self.run_changed();
+    }
+
+    fn refused(&mut self, what: &What, reason: &str) {
+        self.totals.refused = self.totals.refused.saturating_add(1);
+        self.run_changed();
+        let (id, kind) = (&what.id, what.id.kind.name());
+        let same = |r: &&mut Refusal| {
+            r.module == id.module && r.kind == kind && r.path == id.path && r.reason == reason
+        };
+        match self.refusals.iter_mut().find(same) {
+            Some(refusal) => refusal.count += 1,
+            None => {
+                let (module, path, reason) = (id.module.clone(), id.path.clone(), reason.to_owned());
+                push_bounded(&mut self.refusals, Refusal { module, kind, path, reason, count: 1 }, MAX_REFUSALS);
+            }
+        }
+    }
+
+    fn part(&mut self, part: &Part) {
+        let (what, id) = (&part.what, &part.what.id);
+        let bytes = part.at.as_ref().map_or(0, |at| at.len);
+        self.totals.parts += 1;
+        self.totals.bytes = self.totals.bytes.saturating_add(bytes);
+        self.step = self.step.max(id.step);
+        if let Some(r) = self.rank(what.rank) {
+            r.parts += 1;
+            r.bytes = r.bytes.saturating_add(bytes);
+            r.step = id.step;
+        }
+        let Some(index) = self.series_of(what) else {
+            self.totals.records += u64::from(what.axes.iter().all(|a| a.index == 0));
+            return;
+        };
+        let next = self.first_recent + self.recent.len() as u64;
+        let (clock, limit) = (self.clock, self.limit());
+        let series = &mut self.series[index as usize];
+        series.bytes = series.bytes.saturating_add(bytes);
+        let coord = Coord::of(id);
+        match series.add(coord, Moments::of(part), next, clock, limit) {
+            Slot::New => {
+                self.totals.records += 1;
+                self.recent.push_back(Recent { series: index, coord, parts: vec![part.clone()] });
+            }
+            Slot::Known(number) => {
+                let at = number.checked_sub(self.first_recent).and_then(|n| usize::try_from(n).ok());
+                let Some(recent) = at.and_then(|n| self.recent.get_mut(n)) else { return };
+                recent.parts.push(part.clone());
+            }
+            Slot::TooOld => return,
+        }
+        self.recent_parts += 1;
+        while self.recent.len() > MAX_RECORDS || (self.recent_parts > MAX_PARTS && self.recent.len() > 1) {
+            let gone = self.recent.pop_front().map_or(0, |r| r.parts.len());
+            self.recent_parts -= gone;
+            self.first_recent += 1;
+        }
+    }
+
+    /// Points each series may keep now.
+    fn limit(&self) -> usize {
+        (POINT_BUDGET / self.series.len().max(1).next_power_of_two()).min(POINTS_PER_SERIES)
+    }
+
+    /// The series of a part, made if it is new; `None` if there are too many.
+    fn series_of(&mut self, what: &What) -> Option<u32> {
+        let key = Key::of(&what.id);
+        if let Some(&index) = self.by_key.get(&key) {
+            return Some(index);
+        }
+        if self.series.len() >= MAX_SERIES {
+            if !self.overflowed {
+                self.overflowed = true;
+                self.notice(&format!(
+                    "more than {MAX_SERIES} tensors are tapped: the dashboard charts the first ones; all are kept"
+                ));
+            }
+            return None;
+        }
+        let before = self.limit();
+        let index = self.series.len() as u32;
+        self.series.push(Series::new(key.clone(), what));
+        self.by_key.insert(key, index);
+        let limit = self.limit();
+        if limit < before {
+            self.series.iter_mut().for_each(|s| s.shrink(limit));
+        }
+        Some(index)
+    }
+
+    /// The series and coordinate of an identity, if it is charted.
+    fn find(&self, id: &Identity) -> Option<(u32, Coord)> {
+        self.by_key.get(&Key::of(id)).map(|&index| (index, Coord::of(id)))
+    }
+}
+
+fn push_bounded<T>(queue: &mut VecDeque<T>, item: T, limit: usize) {
+    if queue.len() >= limit {
+        queue.pop_front();
+    }
+    queue.push_back(item);
+}
+
+#[cfg(test)]
+#[path = "live/tests.rs"]
+mod tests;

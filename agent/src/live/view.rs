@@ -1,0 +1,326 @@
+//! What the dashboard reads: copies made under the lock, turned into JSON outside of it.
+
+use serde::Serialize;
+use wire::hooks::Kind;
+
+use super::{Coord, Divergence, Live, Rank, Refusal, series::Series};
+use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals};
+
+/// The run as a whole.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunView {
+    /// When this was true.
+    pub clock: u64,
+    /// `waiting`, `live`, `idle` (every rank has left) or `finished`.
+    pub state: &'static str,
+    /// What is known of the run.
+    pub info: RunInfo,
+    /// Largest step seen.
+    pub step: u64,
+    /// Counters.
+    pub totals: Totals,
+    /// Ranks, in order.
+    pub ranks: Vec<Rank>,
+    /// What the user should read, oldest first.
+    pub notices: Vec<String>,
+    /// What was not captured.
+    pub refusals: Vec<Refusal>,
+    /// Replicas that differ.
+    pub divergences: Vec<Divergence>,
+}
+
+/// The module trees and what was captured of them.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModelsView {
+    /// When this was true.
+    pub clock: u64,
+    /// Trees, by model number.
+    pub models: Vec<ModelView>,
+    /// Every series.
+    pub series: Vec<Summary>,
+}
+
+/// The tree of a model.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModelView {
+    /// Its number.
+    pub model: u32,
+    /// Its modules, in the model's order.
+    pub modules: Vec<ModuleView>,
+}
+
+/// A module.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModuleView {
+    /// Canonical name.
+    pub name: String,
+    /// Class.
+    pub class: String,
+    /// What of it is tapped.
+    pub kinds: Vec<&'static str>,
+}
+
+/// A series without its points.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Its number in this run of the agent.
+    pub id: usize,
+    /// Model number.
+    pub model: u32,
+    /// Canonical module name.
+    pub module: String,
+    /// Kind's word.
+    pub kind: &'static str,
+    /// Leaf.
+    pub path: String,
+    /// Training mode.
+    pub train: bool,
+    /// Class of the module.
+    pub class: String,
+    /// Hook group.
+    pub group: String,
+    /// Element type.
+    pub dtype: &'static str,
+    /// What changes.
+    #[serde(flatten)]
+    pub state: SeriesState,
+}
+
+/// What changes of a series.
+#[derive(Clone, Debug, Serialize)]
+pub struct SeriesState {
+    /// Records so far.
+    pub count: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Records with not-a-number or infinite elements.
+    pub bad: u64,
+    /// The newest record: step, mean, std, l2, absmax.
+    pub last: Option<(u64, [Option<f64>; 4])>,
+}
+
+/// A series with its points, column by column.
+#[derive(Clone, Debug, Serialize)]
+pub struct SeriesView {
+    /// What it is.
+    #[serde(flatten)]
+    pub summary: Summary,
+    /// The points.
+    pub points: Columns,
+}
+
+/// Points, column by column. `null`: not known.
+#[derive(Clone, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Columns {
+    pub step: Vec<u64>,
+    pub micro: Vec<u32>,
+    pub call: Vec<u32>,
+    pub repeat: Vec<u32>,
+    pub recompute: Vec<bool>,
+    pub mean: Vec<Option<f64>>,
+    pub std: Vec<Option<f64>>,
+    pub l2: Vec<Option<f64>>,
+    pub absmax: Vec<Option<f64>>,
+    pub bad: Vec<u64>,
+}
+
+/// Which series, and which of their points.
+#[derive(Clone, Debug, Default)]
+pub struct SeriesQuery {
+    /// Model number.
+    pub model: u32,
+    /// Canonical module name.
+    pub module: String,
+    /// Only this kind.
+    pub kind: Option<Kind>,
+    /// Only this leaf.
+    pub path: Option<String>,
+    /// Only this mode.
+    pub train: Option<bool>,
+    /// Only points that changed after this clock.
+    pub since: u64,
+}
+
+/// What changed since a clock.
+#[derive(Clone, Debug, Serialize)]
+pub struct Delta {
+    /// Ask from here next time.
+    pub clock: u64,
+    /// As in [`RunView`].
+    pub state: &'static str,
+    /// Largest step seen.
+    pub step: u64,
+    /// Counters.
+    pub totals: Totals,
+    /// The run's facts, ranks, notices, refusals or divergences changed.
+    pub run: bool,
+    /// The module trees changed, or there is a new series.
+    pub models: bool,
+    /// Series that changed, by number.
+    pub series: Vec<(usize, SeriesState)>,
+}
+
+/// A record among the newest.
+#[derive(Clone, Debug)]
+pub struct Picked {
+    /// What it is.
+    pub id: Identity,
+    /// Its parts, so far, with their places.
+    pub parts: Vec<Part>,
+}
+
+impl Live {
+    /// The run as a whole.
+    pub fn run(&self) -> RunView {
+        let inner = self.lock();
+        RunView {
+            clock: inner.clock,
+            state: inner.state(),
+            info: inner.info.clone(),
+            step: inner.step,
+            totals: inner.totals,
+            ranks: inner.ranks.values().cloned().collect(),
+            notices: inner.notices.iter().cloned().collect(),
+            refusals: inner.refusals.iter().cloned().collect(),
+            divergences: inner.divergences.iter().cloned().collect(),
+        }
+    }
+
+    /// The module trees and what was captured of them.
+    pub fn models(&self) -> ModelsView {
+        let inner = self.lock();
+        ModelsView {
+            clock: inner.clock,
+            models: inner.models.values().map(ModelView::of).collect(),
+            series: inner.series.iter().enumerate().map(|(id, s)| summary(id, s)).collect(),
+        }
+    }
+
+    /// The series that a query means, and the clock to ask from next time.
+    pub fn series(&self, query: &SeriesQuery) -> (u64, Vec<SeriesView>) {
+        let inner = self.lock();
+        let wanted = |s: &&Series| {
+            s.key.model == query.model
+                && s.key.module == query.module
+                && query.kind.is_none_or(|k| s.key.kind == k)
+                && query.path.as_ref().is_none_or(|p| s.key.path == *p)
+                && query.train.is_none_or(|t| s.key.train == t)
+        };
+        let found = inner.series.iter().enumerate().filter(|(_, s)| wanted(s));
+        let views = found.map(|(id, s)| SeriesView { summary: summary(id, s), points: columns(s, query.since) });
+        (inner.clock, views.collect())
+    }
+
+    /// What changed since `since`, at most `limit` series of it: those that waited longest.
+    pub fn delta(&self, since: u64, seen_series: &mut usize, limit: usize) -> Delta {
+        let inner = self.lock();
+        let mut changed: Vec<(usize, u64)> =
+            inner.series.iter().enumerate().map(|(id, s)| (id, s.changed)).filter(|(_, c)| *c > since).collect();
+        let mut clock = inner.clock;
+        if changed.len() > limit {
+            changed.sort_unstable_by_key(|(_, c)| *c);
+            changed.truncate(limit);
+            clock = changed.last().map_or(clock, |(_, c)| *c);
+        }
+        let models = inner.models_clock > since || inner.series.len() != *seen_series;
+        *seen_series = inner.series.len();
+        Delta {
+            clock,
+            state: inner.state(),
+            step: inner.step,
+            totals: inner.totals,
+            run: inner.run_clock > since,
+            models,
+            series: changed.into_iter().map(|(id, _)| (id, state(&inner.series[id]))).collect(),
+        }
+    }
+
+    /// The newest records that a query means, newest first.
+    pub fn records(&self, query: &SeriesQuery, limit: usize) -> Vec<Picked> {
+        let inner = self.lock();
+        let wanted = |id: &Identity| {
+            id.model == query.model
+                && id.module == query.module
+                && query.kind.is_none_or(|k| id.kind == k)
+                && query.path.as_ref().is_none_or(|p| id.path == *p)
+                && query.train.is_none_or(|t| id.train == t)
+        };
+        let recent = inner.recent.iter().rev().filter_map(|r| r.parts.first().map(|p| (&p.what.id, &r.parts)));
+        let found = recent.filter(|(id, _)| wanted(id)).take(limit);
+        found.map(|(id, parts)| Picked { id: id.clone(), parts: parts.clone() }).collect()
+    }
+
+    /// The parts of a record, if it is among the newest.
+    pub fn pick(&self, id: &Identity) -> Option<Picked> {
+        let inner = self.lock();
+        let (index, at) = inner.find(id)?;
+        let points = &inner.series[index as usize].points;
+        let point = points.get(points.partition_point(|p| p.at < at)).filter(|p| p.at == at)?;
+        let place = usize::try_from(point.number.checked_sub(inner.first_recent)?).ok()?;
+        let recent = inner.recent.get(place).filter(|r| r.series == index && r.coord == at)?;
+        Some(Picked { id: id.clone(), parts: recent.parts.clone() })
+    }
+}
+
+impl super::Inner {
+    fn state(&self) -> &'static str {
+        if self.info.finished_ns.is_some() {
+            "finished"
+        } else if self.ranks.is_empty() {
+            "waiting"
+        } else if self.ranks.values().any(|r| r.attached) {
+            "live"
+        } else {
+            "idle"
+        }
+    }
+}
+
+impl ModelView {
+    fn of(model: &ModelInfo) -> Self {
+        let kinds = |mask: u32| Kind::ALL.into_iter().filter(|k| mask & k.bit() != 0).map(Kind::name).collect();
+        let module =
+            |m: &wire::control::ModuleInfo| ModuleView { name: m.name.clone(), class: m.class.clone(), kinds: kinds(m.kinds) };
+        Self { model: model.model, modules: model.modules.iter().map(module).collect() }
+    }
+}
+
+fn summary(id: usize, s: &Series) -> Summary {
+    Summary {
+        id,
+        model: s.key.model,
+        module: s.key.module.clone(),
+        kind: s.key.kind.name(),
+        path: s.key.path.clone(),
+        train: s.key.train,
+        class: s.class.clone(),
+        group: s.group.clone(),
+        dtype: s.dtype.name(),
+        state: state(s),
+    }
+}
+
+fn state(s: &Series) -> SeriesState {
+    let last = s.points.back().map(|p| (p.at.step, p.moments.values()));
+    SeriesState { count: s.count, bytes: s.bytes, bad: s.bad, last }
+}
+
+fn columns(s: &Series, since: u64) -> Columns {
+    let mut out = Columns::default();
+    for p in s.points.iter().filter(|p| p.changed > since) {
+        let Coord { step, micro, call, repeat, recompute } = p.at;
+        out.step.push(step);
+        out.micro.push(micro);
+        out.call.push(call);
+        out.repeat.push(repeat);
+        out.recompute.push(recompute);
+        let [mean, std, l2, absmax] = p.moments.values();
+        out.mean.push(mean);
+        out.std.push(std);
+        out.l2.push(l2);
+        out.absmax.push(absmax);
+        out.bad.push(p.moments.bad);
+    }
+    out
+}
