@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket as socket_module
 import subprocess
 import tempfile
 import time
@@ -181,6 +182,24 @@ def agent(out: pathlib.Path, socket: pathlib.Path, **extra: str) -> Iterator[Job
         if job.process.poll() is None:
             job.process.terminate()
             job.wait()
+
+
+def bridge() -> pathlib.Path:
+    """The bridge that jobs of this environment use."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    script = "import torch, sys; print(f'torch{torch.__version__}-', f'-cp{sys.version_info[0]}{sys.version_info[1]}')"
+    start, end = run(["python", "-c", script]).expect(0).out.split()
+    bridges = pathlib.Path(cache) / "flexmodel" / "bridges"
+    fitting = [p for p in bridges.glob("*/libflexmodel_torch.so") if start.encode() in p.read_bytes()]
+    assert fitting, f"no bridge for {start} {end} in {bridges}: run scripts/setup"
+    return max(fitting, key=lambda p: p.stat().st_mtime)
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket_module.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _signal(pid: int, number: int) -> None:

@@ -63,12 +63,12 @@ def test_each_model_has_its_number(records):
     assert {s for n, s, _ in of if n == GROWN} == {2}
 
 
-def test_a_part_called_directly_is_a_forward_pass_of_its_model(records):
+def test_a_part_called_directly_after_the_model_is_one_more_call_of_it(records):
     direct = [r for r in records if r.shape == (2, tiny.WIDTH)]
     assert [(r.model, r.module, r.step, r.micro, r.call) for r in direct] == [
-        (STUDENT, "layers.0.mlp", 0, 1, 0),
-        (STUDENT, "layers.0.mlp", 1, 1, 0),
-        (GROWN, "layers.0.mlp", 2, 1, 0),
+        (STUDENT, "layers.0.mlp", 0, 0, 1),
+        (STUDENT, "layers.0.mlp", 1, 0, 1),
+        (GROWN, "layers.0.mlp", 2, 0, 1),
     ]
 
 

@@ -1,0 +1,212 @@
+"""The agent comes late, dies, stops, fills its disk, falls behind: the job never notices more than lost captures."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+
+import captures
+import flexmodel
+import harness
+import pytest
+import torch
+
+HOOKS = "layers.*.mlp:forward,backward"
+
+
+class Training:
+    """until.py under the preload, by hand."""
+
+    def __init__(self, folder: pathlib.Path, hooks: str = HOOKS, width: int = 32, **env: str):
+        self.stop = folder / "stop"
+        self.socket = folder / "agent.sock"
+        self.job = harness.Job(
+            harness.python("until.py", str(self.stop), str(width)), harness.preloaded(hooks, self.socket, **env)
+        )
+
+    @property
+    def step(self) -> int:
+        """The last step that was printed."""
+        lines = [line for line in self.job.out.splitlines() if line.startswith("step ")]
+        return int(lines[-1].split()[1]) if lines else -1
+
+    def go_on(self, steps: int = 5) -> None:
+        """Returns after that many more steps."""
+        goal = self.step + steps
+        harness.wait_until(lambda: self.step >= goal, f"step {goal}", job=self.job)
+
+    def finish(self) -> harness.Outcome:
+        """Lets it end by itself."""
+        self.stop.touch()
+        return self.job.wait().expect(0)
+
+
+@pytest.fixture
+def training(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def start(**options) -> Training:
+            made = Training(tmp_path, **options)
+            stack.enter_context(made.job)
+            return made
+
+        yield start
+
+
+def _steps(out: pathlib.Path) -> set[int]:
+    try:
+        return {record.step for record in flexmodel.open(out).records}
+    except flexmodel.RunError:
+        return set()
+
+
+def _wait_for_records(out: pathlib.Path, beyond: int = -1) -> None:
+    harness.wait_until(lambda: out.exists() and max(_steps(out), default=-1) > beyond, f"a record beyond step {beyond}")
+
+
+def _same_losses(outcome: harness.Outcome, tmp_path: pathlib.Path) -> None:
+    """The job's losses are the untapped job's, as far as both went."""
+    with harness.Job(harness.python("until.py", str(tmp_path / "untapped.stop"))) as job:
+        goal = len(outcome.losses) - 1
+        harness.wait_until(lambda: f"step {goal} " in job.out, f"step {goal}", job=job)
+        (tmp_path / "untapped.stop").touch()
+        assert job.wait().losses[: goal + 1] == outcome.losses
+
+
+def test_an_agent_that_comes_late_gets_the_rest(training, tmp_path):
+    job = training()
+    job.go_on(3)
+    with harness.agent(tmp_path / "x", job.socket):
+        _wait_for_records(tmp_path / "x")
+        job.go_on(3)
+        outcome = job.finish()
+    steps = _steps(tmp_path / "x")
+    assert min(steps) > 0
+    assert steps == set(range(min(steps), max(steps) + 1))
+    _same_losses(outcome, tmp_path)
+
+
+def test_a_killed_agent_loses_nothing_journalled_and_its_successor_goes_on(training, tmp_path):
+    out = tmp_path / "x"
+    job = training()
+    with harness.agent(out, job.socket) as agent:
+        _wait_for_records(out, beyond=2)
+        agent.process.kill()
+        agent.process.wait()
+    before = {str(record): record.tensor() for record in flexmodel.open(out).records if record.complete}
+    assert before
+    job.go_on(5)
+    harness.run([harness.FLEXMODEL, "verify", str(out)]).expect(0)
+    with harness.agent(out, job.socket):
+        _wait_for_records(out, beyond=job.step)
+        outcome = job.finish()
+    harness.run([harness.FLEXMODEL, "verify", str(out)]).expect(0)
+    after = {str(record): record for record in flexmodel.open(out).records}
+    for name, value in before.items():
+        assert captures.same_bytes(after[name].tensor(), value), name
+    assert outcome.err.count("flexmodel:") <= 3, outcome.err  # gone, back: said once each
+    _same_losses(outcome, tmp_path)
+
+
+def test_a_stopped_agent_does_not_stop_the_job(training, tmp_path):
+    # Wide outputs and a small slab: the slab is full at once.
+    job = training(width=256, FLEXMODEL_SLAB="1M")
+    with harness.agent(tmp_path / "x", job.socket) as agent:
+        _wait_for_records(tmp_path / "x")
+        agent.process.send_signal(signal.SIGSTOP)
+        job.go_on(60)
+        agent.process.send_signal(signal.SIGCONT)
+        _wait_for_records(tmp_path / "x", beyond=job.step)
+        job.finish()
+    harness.run([harness.FLEXMODEL, "verify", str(tmp_path / "x")]).expect(0)
+    assert flexmodel.open(tmp_path / "x").info.totals.dropped > 0
+
+
+def test_a_job_that_is_killed_leaves_a_readable_run(training, tmp_path):
+    out = tmp_path / "x"
+    job = training()
+    with harness.agent(out, job.socket):
+        _wait_for_records(out, beyond=2)
+        job.job.process.kill()
+        job.job.process.wait()
+    harness.run([harness.FLEXMODEL, "verify", str(out)]).expect(0)
+    assert {0, 1, 2} <= _steps(out)
+
+
+STEPS, ROWS = 4, 1024
+"""wide.py: outputs of 4 MiB, four times the smallest slab."""
+
+
+def _wide_parts() -> list[torch.Tensor]:
+    import wide
+
+    model = wide.build()
+    with torch.no_grad():
+        return [model[0](wide.batch(0, ROWS, rank)) for rank in range(2)]
+
+
+def test_waiting_loses_nothing_through_a_slab_smaller_than_the_tensor(run_once):
+    argv = harness.torchrun("wide.py", str(STEPS), str(ROWS))
+    outcome = run_once(argv, "*:forward,backward_pre", "--on-full", "wait", FLEXMODEL_SLAB="1M").expect(0)
+    run = captures.expect_sound(outcome.run)
+    assert len(run.records) == 4 * 2 * STEPS
+    assert all(record.complete and record.shape == (2 * ROWS, 1024) for record in run.records)
+    assert captures.same_bytes(run.get("0", step=0), torch.cat(_wide_parts()))
+    large = run_once(argv, "*:forward,backward_pre").expect(0)
+    captures.expect_equal(captures.read(outcome.run), captures.read(large.run))
+
+
+def test_dropping_counts_what_it_drops(run_once):
+    argv = harness.torchrun("wide.py", str(STEPS), str(ROWS))
+    outcome = run_once(argv, "*:forward,backward_pre", "--on-full", "drop", FLEXMODEL_SLAB="1M").expect(0)
+    harness.run([harness.FLEXMODEL, "verify", str(outcome.run)]).expect(0)
+    totals = flexmodel.open(outcome.run).info.totals
+    assert totals.dropped > 0
+    assert totals.parts + totals.dropped == 2 * 4 * 2 * STEPS  # ranks, modules, kinds, steps
+
+
+def test_the_agents_memory_is_bounded(tmp_path):
+    """AGENT-MEMORY: the slabs, and 64 MiB beside, however much goes through."""
+    out, socket = tmp_path / "x", tmp_path / "agent.sock"
+    with harness.agent(out, socket) as agent:
+        env = harness.preloaded("*:forward,backward_pre", socket, FLEXMODEL_SLAB="1M")
+        harness.run(harness.torchrun("wide.py", "10", str(ROWS)), env).expect(0)
+        harness.wait_until(lambda: len(_complete(out)) == 4 * 2 * 10, "every record")
+        peak = _peak_memory(agent.process.pid)
+    assert sum(f.stat().st_size for f in out.iterdir()) > 600 << 20
+    assert peak < (64 + 2 * 1) << 20, f"{peak >> 20} MiB"
+
+
+def _complete(out: pathlib.Path) -> list:
+    return [record for record in flexmodel.open(out).records if record.complete]
+
+
+def _peak_memory(pid: int) -> int:
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_said_once_counted_and_survived(small_disk, untapped_once):
+    argv = harness.torchrun("wide.py", str(STEPS), str(ROWS))
+    outcome = harness.tapped(argv, "*:forward,backward_pre", small_disk / "x").expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    lines = [line for line in outcome.err.splitlines() if "space" in line.lower() or "disk" in line.lower()]
+    assert 1 <= len(lines) <= 2, outcome.text
+    assert os.path.exists(small_disk / "x" / "manifest.jsonl")
+    run = flexmodel.open(small_disk / "x")
+    complete = [record for record in run.records if record.complete]
+    assert complete
+    assert captures.same_bytes(complete[0].tensor()[: 2 * ROWS], complete[0].tensor())

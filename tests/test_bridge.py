@@ -1,0 +1,50 @@
+"""Bridges: one for each torch, built with a C++ compiler alone, refused by name where they do not fit."""
+
+import harness
+
+
+def test_the_list_names_the_bridge_of_this_environment():
+    outcome = harness.run([harness.FLEXMODEL, "bridge", "list"]).expect(0)
+    version = harness.run(["python", "-c", "import torch; print(torch.__version__)"]).expect(0).out.strip()
+    assert version.split("+")[0] in outcome.out
+
+
+def test_building_again_is_done_at_once():
+    before = harness.bridge().stat().st_mtime_ns
+    harness.run([harness.FLEXMODEL, "bridge", "build"]).expect(0)
+    assert harness.bridge().stat().st_mtime_ns == before
+
+
+def test_a_missing_bridge_is_built_before_the_job_starts(tmp_path):
+    argv = harness.python("plain.py", "1")
+    outcome = harness.tapped(argv, "lm_head", tmp_path / "x", FLEXMODEL_BRIDGE_CACHE=str(tmp_path / "cache")).expect(0)
+    assert list((tmp_path / "cache").glob("*/libflexmodel_torch.so"))
+    assert "bridge" in outcome.err
+    import captures
+
+    assert len(captures.read(tmp_path / "x")) == 1
+
+
+def test_without_a_compiler_the_line_says_what_to_install(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("python", "python3", "flexmodel"):
+        (tools / name).symlink_to((harness.BIN / name).resolve() if name == "flexmodel" else harness.BIN / name)
+    env = harness.environment(PATH=str(tools), FLEXMODEL_BRIDGE_CACHE=str(tmp_path / "cache"), CXX=None)
+    outcome = harness.run([harness.FLEXMODEL, "bridge", "build"], env)
+    assert outcome.code != 0
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert "g++" in outcome.err
+
+
+def test_an_environment_without_torch_is_told_so(tmp_path):
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    env = harness.environment()
+    env["PATH"] = f"{tmp_path / 'bare' / 'bin'}:{env['PATH']}"
+    outcome = harness.run([harness.FLEXMODEL, "bridge", "build"], env)
+    assert outcome.code != 0
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert "torch" in outcome.err

@@ -1,0 +1,184 @@
+"""With the preload in the environment, whatever else is wrong, commands and jobs behave as without it."""
+
+import pathlib
+import re
+import subprocess
+
+import captures
+import flexmodel
+import harness
+import pytest
+
+HOOKS = "**:forward,backward"
+
+
+@pytest.fixture(scope="module")
+def other_bridge(tmp_path_factory) -> pathlib.Path:
+    """A bridge that says it was built for another torch."""
+    real = harness.bridge()
+    data = real.read_bytes()
+    version = re.search(rb"torch(\d+\.\d+)\.\d+", data[data.index(b"FLEXMODEL") :] if b"FLEXMODEL" in data else data)
+    assert version, f"{real} names no torch"
+    patched = re.sub(rb"torch\d\.\d+\.(\d+)", lambda m: m[0].replace(m[0][5:6], b"1", 1), data)
+    assert patched != data
+    path = tmp_path_factory.mktemp("other") / real.name
+    path.write_bytes(patched)
+    return path
+
+
+def _variants(tmp_path: pathlib.Path, other: pathlib.Path) -> dict[str, dict[str, str]]:
+    absent = tmp_path / "absent.sock"
+    preload = {"LD_PRELOAD": str(harness.LIBRARY)}
+    return {
+        "no-hooks": harness.environment(**preload),
+        "disabled": harness.preloaded(HOOKS, absent, FLEXMODEL_DISABLE="1"),
+        "no-match": harness.preloaded("nothing.has.this.name", absent),
+        "agent-absent": harness.preloaded(HOOKS, absent),
+        "no-agent-named": harness.environment(**preload, FLEXMODEL_HOOKS=HOOKS),
+        "bad-agent": harness.environment(**preload, FLEXMODEL_HOOKS=HOOKS, FLEXMODEL_AGENT="tcp:1"),
+        "bad-hooks": harness.preloaded("a:b:c@@|", absent),
+        "other-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(other)),
+        "no-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(tmp_path / "none.so")),
+        "not-a-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(harness.LIBRARY)),
+        "panic-in-load": harness.preloaded(HOOKS, absent, FLEXMODEL_TEST_FAULT="panic-in-load"),
+        "panic-in-tap": harness.preloaded(HOOKS, absent, FLEXMODEL_TEST_FAULT="panic-in-tap"),
+        "throw-in-tap": harness.preloaded(HOOKS, absent, FLEXMODEL_TEST_FAULT="throw-in-tap"),
+    }
+
+
+VARIANTS = list(_variants(pathlib.Path(), pathlib.Path()))
+
+
+@pytest.fixture
+def variant(request, tmp_path, other_bridge) -> dict[str, str]:
+    return _variants(tmp_path, other_bridge)[request.param]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "hello.c").write_text('#include <stdio.h>\nint main(void) { puts("hello"); return 3; }\n')
+    subprocess.run(["gcc", "-static", "-o", folder / "static", folder / "hello.c"], check=True)
+    subprocess.run(["gcc", "-o", folder / "dynamic", folder / "hello.c"], check=True)
+    return {
+        "bash": ["bash", "-c", "echo $((6*7)); cat <(echo piped); exit 9"],
+        "closed-descriptors": ["bash", "-c", "exec 0<&- 1>&- 2>&-; true"],
+        "git": ["git", "-C", str(harness.ROOT), "--version"],
+        "gcc": ["gcc", "-o", str(folder / "again"), str(folder / "hello.c")],
+        "ldd": ["ldd", str(folder / "dynamic")],
+        "static": [str(folder / "static")],
+        "dynamic": [str(folder / "dynamic")],
+        "python": ["python", "-c", "pass"],
+        "python-fails": ["python", "-c", "raise SystemExit('no')"],
+        "python-extensions": ["python", "-c", "import numpy, sqlite3, ssl; print(numpy.arange(3).sum())"],
+        "sort": ["bash", "-c", "printf 'b\\na\\n' | sort | uniq -c"],
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_plain_commands_behave_as_without(variant, programs):
+    for name, argv in programs.items():
+        without, within = harness.run(argv), harness.run(argv, variant)
+        if name == "ldd":  # it lists the preload, as the loader does; addresses vary
+            without.out, within.out = (
+                {line.split()[0] for line in o.out.splitlines() if "libflexmodel" not in line and "not found" not in line}
+                for o in (without, within)
+            )
+        assert (within.code, within.out, within.err) == (without.code, without.out, without.err), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_training_is_bitwise_the_same_and_says_at_most_one_line(variant, untapped_once):
+    without = untapped_once(harness.python("plain.py"))
+    within = harness.run(harness.python("plain.py"), variant).expect(0)
+    assert within.out == without.out
+    ours = [line for line in within.err.splitlines() if line not in without.err.splitlines()]
+    assert len(ours) <= 1, ours
+    assert all(line.startswith("flexmodel:") for line in ours)
+
+
+SPEAKING = ["no-match", "agent-absent", "other-bridge", "no-bridge", "not-a-bridge", "panic-in-load", "panic-in-tap",
+            "throw-in-tap", "bad-hooks", "bad-agent"]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", SPEAKING, indirect=True)
+def test_what_keeps_taps_from_working_is_said_once(variant):
+    within = harness.run(harness.python("plain.py", "1"), variant).expect(0)
+    assert [line for line in within.err.splitlines() if line.startswith("flexmodel:")], within.text
+
+
+@pytest.mark.parametrize("variant", ["agent-absent", "panic-in-tap"], indirect=True)
+def test_a_distributed_job_is_bitwise_the_same(variant, untapped_once):
+    argv = harness.torchrun("ddp.py")
+    within = harness.run(argv, variant).expect(0)
+    assert within.out == untapped_once(argv).out
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_loader_workers_stay_untouched(method, run_once, untapped_once):
+    argv = harness.python("loader.py", method)
+    outcome = run_once(argv, "class=Linear;layers.*.mlp").expect(0)
+    assert outcome.out == untapped_once(argv).out
+    run = captures.expect_sound(outcome.run)
+    assert run.info.world == 1
+    assert len([r for r in run.records if r.class_name == "Mlp"]) == 2 * 4  # layers, steps
+    assert "" not in run.modules, "the workers' own module was tapped"
+
+
+def test_a_forked_child_is_off_and_the_parent_goes_on(run_once):
+    argv = harness.python("forks.py")
+    without = harness.run(argv).expect(4)
+    outcome = run_once(argv, "layers.*.mlp").expect(4)
+    assert outcome.out == without.out
+    found = captures.read(outcome.run)
+    assert {(key.module, key.step, key.micro) for key in found} == {
+        (f"layers.{i}.mlp", step, 0) for i in range(2) for step in range(2)
+    }
+
+
+def test_torch_compile_computes_the_same(run_once, untapped_once):
+    argv = harness.python("compiled.py", "aot_eager")
+    outcome = run_once(argv, "layers.*.mlp:forward,backward;lm_head").expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    assert {key.step for key in captures.read(outcome.run) if key.module == "lm_head"} == {0, 1, 2}
+
+
+def test_libraries_that_dlopen_by_their_own_runpath_still_load(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "inner.c").write_text("int inner(void) { return 42; }\n")
+    (tmp_path / "outer.c").write_text(
+        '#include <dlfcn.h>\nint outer(void) {\n  void *h = dlopen("libinner.so", RTLD_NOW);\n'
+        '  if (!h) return -1;\n  int (*f)(void) = (int (*)(void))dlsym(h, "inner");\n  return f ? f() : -2;\n}\n'
+    )
+    (tmp_path / "main.c").write_text(
+        '#include <stdio.h>\nint outer(void);\nint main(void) { printf("%d\\n", outer()); return 0; }\n'
+    )
+    build = [
+        "gcc -shared -fPIC -o deep/libinner.so inner.c",
+        "gcc -shared -fPIC -o libouter.so outer.c -ldl -Wl,--enable-new-dtags,-rpath,$ORIGIN/deep",
+        "gcc -o main main.c -L. -louter -Wl,-rpath,$ORIGIN",
+    ]
+    for line in build:
+        subprocess.run(line.split(), cwd=tmp_path, check=True)
+    for env in (harness.environment(), *_variants(tmp_path, tmp_path / "none").values()):
+        assert harness.run([str(tmp_path / "main")], env).expect(0).out == "42\n"
+
+
+def test_every_exported_symbol_is_on_the_list():
+    text = (harness.ROOT / "interposer" / "src" / "lib.rs").read_text()
+    section = text.split("# Exported symbols")[1].split("//! #")[0]
+    listed = set(re.findall(r"^//! - `(\w+)`", section, re.M))
+    out = subprocess.run(["nm", "-D", "--defined-only", harness.LIBRARY], check=True, capture_output=True, text=True)
+    assert {line.split()[-1].split("@")[0] for line in out.stdout.splitlines()} == listed
+
+
+def test_the_library_needs_the_c_library_only():
+    out = subprocess.run(["readelf", "-d", harness.LIBRARY], check=True, capture_output=True, text=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", out))
+    assert needed <= {"libc.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+
+
+def test_no_record_has_a_time_before_the_run(run_once):
+    outcome = run_once(harness.python("forks.py"), "layers.*.mlp")
+    run = flexmodel.open(outcome.run)
+    assert all(record.time_ns >= run.info.started_ns for record in run.records)
