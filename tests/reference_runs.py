@@ -1,13 +1,14 @@
 """The programs' training loops once more, in one process, with every rank's slice of the batch run one after another.
 
-The slices have the shapes that the ranks see and the gradients of two ranks are added once, so the results are equal to
-the distributed job's to the last bit. `whole=True` runs the global batch at once instead: equal to rounding only, and the
-yardstick for what a *whole* tensor and its gradient are.
+The slices have the shapes that the ranks see and the gradients of two ranks are added once, so the results are equal
+to the distributed job's to the last bit. `whole=True` runs the global batch at once instead: equal to rounding only,
+and the yardstick for what a *whole* tensor and its gradient are.
 """
 
-import reference
 import tiny
 import torch
+
+import reference
 
 
 def data_parallel(model, wanted, *, steps: int, sizes=(4, 4), whole: bool = False):

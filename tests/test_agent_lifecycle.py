@@ -6,11 +6,12 @@ import pathlib
 import signal
 import subprocess
 
-import captures
 import flexmodel
-import harness
 import pytest
 import torch
+
+import captures
+import harness
 
 HOOKS = "layers.*.mlp:forward,backward"
 
@@ -192,7 +193,8 @@ def small_disk(tmp_path):
     """A file system of 24 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield folder

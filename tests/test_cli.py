@@ -5,11 +5,12 @@ import pathlib
 import shutil
 import socket
 
-import captures
 import flexmodel
-import harness
 import pytest
 import torch
+
+import captures
+import harness
 
 BAD_HOOKS = {
     "unknown kind": ("layers.*.mlp:forwad", ["forwad", "forward"]),

@@ -1,11 +1,12 @@
 """Edits change the job as the same plain PyTorch hooks would; the record is what was there before the edit."""
 
-import captures
-import harness
 import pytest
-import reference
 import tiny
 import torch
+
+import captures
+import harness
+import reference
 
 STEPS = 3
 

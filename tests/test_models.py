@@ -1,12 +1,13 @@
 """Several models in one script, and selectors that match nothing."""
 
-import captures
 import flexmodel
-import harness
 import models
 import pytest
 import tiny
 import torch
+
+import captures
+import harness
 
 STUDENT, TEACHER, CRITIC, GROWN = range(4)
 

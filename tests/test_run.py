@@ -2,9 +2,10 @@
 
 import signal
 
+import pytest
+
 import captures
 import harness
-import pytest
 
 HOOKS = "layers.*.mlp:forward,backward"
 

@@ -1,12 +1,13 @@
 """Step, microbatch, call, train and eval, under accumulation, evaluation, checkpointing and uneven batches."""
 
-import captures
 import checkpointing
-import harness
 import pytest
-import reference_runs
 import tiny
 import uneven
+
+import captures
+import harness
+import reference_runs
 
 KINDS = "forward,forward_pre,backward,backward_pre"
 
@@ -45,7 +46,8 @@ def test_a_checkpoint_replay_is_no_second_record(mode, run_once, monkeypatch):
 
 
 def test_every_and_steps_choose_steps(run_once):
-    outcome = run_once(harness.python("plain.py", "7"), "lm_head@every=3;layers.0.mlp:forward,backward@steps=2..4").expect(0)
+    hooks = "lm_head@every=3;layers.0.mlp:forward,backward@steps=2..4"
+    outcome = run_once(harness.python("plain.py", "7"), hooks).expect(0)
     found = captures.read(outcome.run)
     assert {key.step for key in found if key.module == "lm_head"} == {0, 3, 6}
     for kind in ("forward", "backward"):

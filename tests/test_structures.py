@@ -1,15 +1,16 @@
 """Every leaf of every container, every element type, every form of tensor, and in-place operations."""
 
-import captures
 import dtypes
 import flexmodel
-import harness
 import inplace
 import pytest
-import reference
-import reference_runs
 import structures
 import torch
+
+import captures
+import harness
+import reference
+import reference_runs
 
 KINDS = "forward,forward_pre,backward,backward_pre"
 
@@ -26,7 +27,8 @@ def test_each_tensor_leaf_has_its_path(run_once):
 
 
 def test_a_path_option_keeps_one_leaf(run_once):
-    outcome = run_once(harness.python("structures.py"), "tuple@path=out[2];data:forward_pre@path=in.states.value").expect(0)
+    hooks = "tuple@path=out[2];data:forward_pre@path=in.states.value"
+    outcome = run_once(harness.python("structures.py"), hooks).expect(0)
     found = {(key.module, key.path) for key in captures.read(outcome.run)}
     assert found == {("tuple", "out[2]"), ("data", "in.states.value")}
 

@@ -1,10 +1,11 @@
 """Every way of wrapping a model gives the same whole tensors, under the names of the model as written."""
 
+import pytest
+import tiny
+
 import captures
 import harness
-import pytest
 import reference_runs
-import tiny
 
 MODULES = ["embed", "layers.*.norm1", "layers.*.attn", "layers.*.mlp", "layers.*.mlp.act", "lm_head"]
 HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in MODULES)

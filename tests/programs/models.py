@@ -1,4 +1,4 @@
-"""Several models in one script: a student, its averaged teacher, a part called directly, one built late, one rebuilt."""
+"""Several models in one script: a student, its averaged teacher, a part called directly, one late, one rebuilt."""
 
 import copy
 
@@ -36,7 +36,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            for mean, new in zip(teacher.parameters(), student.parameters()):
+            for mean, new in zip(teacher.parameters(), student.parameters(), strict=False):
                 if mean.shape == new.shape:
                     mean.lerp_(new, 0.1)
         tiny.report(0, step, loss)
