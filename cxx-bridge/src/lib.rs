@@ -1,1 +1,24 @@
-//! placeholder
+//! The half of FlexModel that knows tensors.
+//!
+//! This archive holds the Rust side: it turns the interposer's C tables ([`wire::tap_abi`]) into cxx calls. The C++
+//! side (`cpp/`) is compiled against one torch. Together they are `libflexmodel_torch.so`, which decides nothing: taps
+//! ask the interposer what to do.
+//!
+//! | file | does |
+//! |---|---|
+//! | [`ffi`] | the cxx bridge |
+//! | [`host`] | what C++ calls: the interposer's table |
+//! | [`table`] | what the interposer calls: the bridge's table |
+//! | [`pin`] | page-locks the slab, where a CUDA driver is |
+//! | `cpp/tensor.cc` | describes tensors and copies them out |
+//! | `cpp/leaves.cc` | walks tuples, lists, dicts and dataclasses |
+//! | `cpp/gradients.cc` | identity nodes, gradient hooks, edits |
+//! | `cpp/tap.cc` | the Python callable that a hook is |
+//! | `cpp/module.cc` | the Python module for the shim |
+
+mod ffi;
+mod host;
+mod pin;
+mod table;
+
+pub use table::flexmodel_bridge_open;

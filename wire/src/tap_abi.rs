@@ -89,6 +89,15 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The refusal with this code; [`Refusal::Subclass`] for one we do not know.
+    pub fn from_code(code: u8) -> Self {
+        const ALL: [Refusal; 11] = [
+            Refusal::None, Refusal::Sparse, Refusal::Meta, Refusal::Quantized, Refusal::Functorch, Refusal::DTensor,
+            Refusal::Subclass, Refusal::Nested, Refusal::Dtype, Refusal::Device, Refusal::SharedInput,
+        ];
+        ALL.into_iter().find(|r| *r as u8 == code).unwrap_or(Refusal::Subclass)
+    }
+
     /// The reason, as the user reads it.
     pub fn reason(self) -> &'static str {
         match self {

@@ -1,0 +1,37 @@
+//! Writes the C++ half of the cxx bridge to `target/PROFILE/bridge/`, beside the hand-written sources.
+//!
+//! It is *not* compiled here: that happens against the user's own torch, by `flexmodel bridge build`, with a C++
+//! compiler alone. That folder plus `libflexmodel_bridge.a` is all it needs.
+
+use std::{env, error::Error, fs, path::Path};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=src/ffi.rs");
+    println!("cargo::rerun-if-changed=cpp");
+    let source = fs::read_to_string("src/ffi.rs")?;
+    let generated = cxx_gen::generate_header_and_cc(source.parse()?, &cxx_gen::Opt::default())?;
+    // OUT_DIR is target/PROFILE/build/CRATE-HASH/out.
+    let out = env::var("OUT_DIR")?;
+    let profile = Path::new(&out).ancestors().nth(3).ok_or("OUT_DIR is not in a target folder")?;
+    let stage = profile.join("bridge");
+    let include = stage.join("include");
+    if stage.exists() {
+        fs::remove_dir_all(&stage)?;
+    }
+    fs::create_dir_all(include.join("rust"))?;
+    fs::create_dir_all(include.join("flexmodel"))?;
+    fs::write(include.join("rust/cxx.h"), cxx_gen::HEADER)?;
+    fs::write(include.join("flexmodel/ffi.h"), generated.header)?;
+    fs::write(stage.join("ffi.cc"), generated.implementation)?;
+    for entry in fs::read_dir("cpp")? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "cc") {
+            fs::copy(&path, stage.join(path.file_name().ok_or("a source without a name")?))?;
+        }
+    }
+    for entry in fs::read_dir("cpp/include/flexmodel")? {
+        let path = entry?.path();
+        fs::copy(&path, include.join("flexmodel").join(path.file_name().ok_or("a header without a name")?))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,29 @@
+// What taps do to autograd graphs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "flexmodel/ffi.h"
+
+namespace flexmodel {
+
+// wire::hooks::Kind.
+enum Kind : uint32_t { kForward = 0, kForwardPre = 1, kBackward = 2, kBackwardPre = 3 };
+inline constexpr uint32_t bit(Kind kind) { return 1u << kind; }
+
+// Hands a leaf to the interposer.
+void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const at::Tensor& tensor,
+             const char* python_type, bool shared = false);
+
+// `tensor` with its edit applied, differentiably; undefined if there is none.
+at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);
+
+// A node of its own in the graph, with the same storage: the gradient that passes it is that of this use alone.
+at::Tensor identity(const at::Tensor& tensor);
+
+// Captures, then edits, the gradient of `tensor` whenever a backward pass computes it.
+void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);
+
+}  // namespace flexmodel

@@ -1,0 +1,42 @@
+// The tensor leaves of what a module takes and returns.
+#pragma once
+
+#include "flexmodel/py.h"
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace flexmodel {
+
+// Sees a leaf and its path; returns what takes its place, or nothing to leave it.
+using Visitor = std::function<Ref(PyObject* leaf, const std::string& path)>;
+
+// What was put into containers that belong to the job, so that it can be taken out again.
+class Undo {
+ public:
+  void note(PyObject* container, PyObject* key, PyObject* original, PyObject* replacement, bool attribute);
+  // Puts each original back, where the replacement is still in its place.
+  void restore();
+  bool empty() const { return entries_.empty(); }
+
+ private:
+  struct Entry {
+    Ref container, key, original, replacement;
+    bool attribute;
+  };
+  std::vector<Entry> entries_;
+};
+
+// Visits every tensor in `value`: tuples and namedtuples, lists, dicts (ModelOutput too) and dataclasses, nested. Other
+// objects have no leaves. Tuples are rebuilt where a leaf is replaced; other containers are changed in place, which
+// `undo` notes if it is given. Returns the new value, or nothing if `value` stays. Throws PyError if Python raised.
+Ref map_leaves(PyObject* value, std::string& path, const Visitor& visit, Undo* undo);
+
+// Python raised; its exception is set.
+struct PyError {};
+
+// The first tensor in `value`, borrowed; null if there is none.
+PyObject* first_tensor(PyObject* value);
+
+}  // namespace flexmodel

@@ -1,0 +1,19 @@
+// The callables that the shim registers as hooks.
+#pragma once
+
+#include "flexmodel/py.h"
+
+#include <cstdint>
+
+namespace flexmodel {
+
+// Readies the Tap and Scope types; false with a Python error set.
+bool ready_types();
+
+// (before, after) hooks of a tap; `before` is None where the tap needs only its output. New reference.
+PyObject* make_tap(uint32_t tap, uint32_t kinds);
+
+// (before, after) hooks that mark a model's outermost forward. New reference.
+PyObject* make_scope(uint64_t serial);
+
+}  // namespace flexmodel

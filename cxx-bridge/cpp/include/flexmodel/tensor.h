@@ -1,0 +1,56 @@
+// Describing tensors and copying them out.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Event.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "rust/cxx.h"
+
+namespace flexmodel {
+
+using Tensor = at::Tensor;
+struct Leaf;
+
+// wire::tap_abi::Refusal.
+enum class Refusal : uint8_t {
+  None = 0,
+  Sparse = 1,
+  Meta = 2,
+  Quantized = 3,
+  Functorch = 4,
+  DTensor = 5,
+  Subclass = 6,
+  Nested = 7,
+  Dtype = 8,
+  Device = 9,
+  SharedInput = 10,
+};
+
+// A copy from a device that is under way. Owns what the copy reads.
+class Ticket {
+ public:
+  Ticket(at::Tensor source, c10::Event done) : source_(std::move(source)), done_(std::move(done)) {}
+  // Blocks until the bytes are there. Does not need the GIL.
+  void wait() const;
+
+ private:
+  at::Tensor source_;
+  mutable c10::Event done_;
+};
+
+// wire::dtype::DType code of a torch type; 0 for one that has none.
+uint8_t dtype_code(c10::ScalarType type);
+std::optional<c10::ScalarType> dtype_of(uint8_t code);
+
+// Why `tensor` cannot be read. `python_type` is the name of its Python class.
+Refusal refusal_of(const at::Tensor& tensor, const char* python_type);
+
+// See ffi.rs.
+std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count,
+                                 uint8_t* destination);
+
+}  // namespace flexmodel

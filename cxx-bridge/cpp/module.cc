@@ -1,0 +1,96 @@
+// The Python module that the shim gets: what it may ask of the interposer.
+#include "flexmodel/module.h"
+
+#include "flexmodel/py.h"
+
+#include <string>
+
+#include "flexmodel/ffi.h"
+#include "flexmodel/tap.h"
+
+// Found by scanning this file's bytes (wire::tap_abi::MARKER_PREFIX), before anything here is loaded.
+extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bridge_marker[] =
+    "FLEXMODEL-BRIDGE key=" FLEXMODEL_BRIDGE_KEY " digest=" FLEXMODEL_BRIDGE_DIGEST " abi=1;";
+
+namespace flexmodel {
+namespace {
+
+// select(serial, [(name, class, qualified class, batch dim)], wrapper, data_parallel, rank, world)
+//   -> [(index, (before, after))]
+PyObject* py_select(PyObject*, PyObject* args) {
+  unsigned long long serial = 0;
+  PyObject* entries = nullptr;
+  const char* wrapper = nullptr;
+  int data_parallel = 0;
+  unsigned int rank = 0, world = 1;
+  if (PyArg_ParseTuple(args, "KO!spII", &serial, &PyList_Type, &entries, &wrapper, &data_parallel, &rank, &world) == 0) {
+    return nullptr;
+  }
+  rust::Vec<Module> modules;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
+    const char *name = nullptr, *class_name = nullptr, *qualified = nullptr;
+    int batch_dim = -1;
+    if (PyArg_ParseTuple(PyList_GET_ITEM(entries, i), "sssi", &name, &class_name, &qualified, &batch_dim) == 0) return nullptr;
+    modules.push_back(Module{rust::String::lossy(name), rust::String::lossy(class_name), rust::String::lossy(qualified), batch_dim});
+  }
+  const rust::Vec<Selected> found = select(serial, modules, rust::Str(wrapper), data_parallel != 0, rank, world);
+  Ref out(PyList_New(0));
+  if (!out) return nullptr;
+  for (const Selected& selected : found) {
+    Ref pair(Py_BuildValue("(IN)", selected.index, make_tap(selected.tap, selected.kinds)));
+    if (!pair || PyList_Append(out.get(), pair.get()) != 0) return nullptr;
+  }
+  return out.release();
+}
+
+PyObject* py_scope(PyObject*, PyObject* serial) {
+  const unsigned long long number = PyLong_AsUnsignedLongLong(serial);
+  return PyErr_Occurred() != nullptr ? nullptr : make_scope(number);
+}
+
+template <void (*function)()>
+PyObject* plain(PyObject*, PyObject*) {
+  function();
+  Py_RETURN_NONE;
+}
+
+template <void (*function)(rust::Str)>
+PyObject* text(PyObject*, PyObject* argument) {
+  const char* bytes = PyUnicode_AsUTF8(argument);
+  if (bytes == nullptr) return nullptr;
+  function(rust::Str(bytes));
+  Py_RETURN_NONE;
+}
+
+PyObject* py_active(PyObject*, PyObject*) { return PyBool_FromLong(active() ? 1 : 0); }
+
+PyObject* py_finish(PyObject*, PyObject*) {
+  Py_BEGIN_ALLOW_THREADS;
+  finish();
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {
+    {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
+    {"scope", py_scope, METH_O, "Hooks that mark a model's outermost forward."},
+    {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
+    {"stepped", plain<stepped>, METH_NOARGS, "An optimizer stepped."},
+    {"notice", text<notice>, METH_O, "One line for the user."},
+    {"fault", text<fault>, METH_O, "Turns taps off in this process, with one line."},
+    {"finish", py_finish, METH_NOARGS, "The process ends in good order."},
+    {"active", py_active, METH_NOARGS, "Whether taps are on."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "flexmodel_inside._bridge", "FlexModel inside a job.", -1, functions,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+size_t python_module() {
+  if (!ready_types()) return 0;
+  return reinterpret_cast<size_t>(PyModule_Create(&definition));
+}
+
+}  // namespace flexmodel

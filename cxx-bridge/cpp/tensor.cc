@@ -1,0 +1,146 @@
+// Describing tensors and copying them out.
+#include "flexmodel/tensor.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <array>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string_view>
+
+namespace flexmodel {
+namespace {
+
+using c10::ScalarType;
+
+// wire::dtype::DType.
+constexpr std::pair<uint8_t, ScalarType> kTypes[] = {
+    {1, ScalarType::Double},         {2, ScalarType::Float},           {3, ScalarType::Half},
+    {4, ScalarType::BFloat16},       {5, ScalarType::Float8_e4m3fn},   {6, ScalarType::Float8_e5m2},
+    {7, ScalarType::Float8_e4m3fnuz}, {8, ScalarType::Float8_e5m2fnuz}, {9, ScalarType::Float8_e8m0fnu},
+    {16, ScalarType::Long},          {17, ScalarType::Int},            {18, ScalarType::Short},
+    {19, ScalarType::Char},          {20, ScalarType::UInt64},         {21, ScalarType::UInt32},
+    {22, ScalarType::UInt16},        {23, ScalarType::Byte},           {24, ScalarType::Bool},
+    {32, ScalarType::ComplexFloat},  {33, ScalarType::ComplexDouble},  {34, ScalarType::ComplexHalf},
+};
+
+// Our own operations are nobody's business: no autograd, no autocast, no dispatch mode of the job sees them.
+struct Unseen {
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard python{
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
+                           c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                           c10::DispatchKey::FuncTorchDynamicLayerBackMode}) |
+      c10::autocast_dispatch_keyset};
+};
+
+// The stream that copies leave a device on.
+c10::Stream copy_stream(const c10::impl::VirtualGuardImpl& guard, c10::Device device) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, c10::Stream> streams;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = streams.find(device.index());
+  if (found == streams.end()) {
+    found = streams.emplace(device.index(), guard.getStreamFromGlobalPool(device, false)).first;
+  }
+  return found->second;
+}
+
+// A snapshot on the job's stream, so that a later in-place operation does not change the record; then a copy on a
+// stream of our own, so that the job does not wait for the bus.
+std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType type, uint8_t* destination) {
+  const c10::Device device = source.device();
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  at::Tensor snapshot = at::empty_like(source, source.options().dtype(type), at::MemoryFormat::Contiguous);
+  snapshot.copy_(source);
+  const c10::Stream job = guard.getStream(device);
+  const c10::Stream side = copy_stream(guard, device);
+  c10::Event taken(device.type());
+  taken.record(job);
+  taken.block(side);
+  c10::Event done(device.type());
+  {
+    c10::StreamGuard on_side(side);
+    at::Tensor bytes = at::from_blob(destination, snapshot.sizes(), at::TensorOptions().dtype(type).pinned_memory(false));
+    bytes.copy_(snapshot, /*non_blocking=*/true);
+    done.record(side);
+  }
+  return std::make_unique<Ticket>(std::move(snapshot), std::move(done));
+}
+
+// The row-major form of a tensor that goes out in several pieces: made once, kept until the last piece.
+at::Tensor row_major(const at::Tensor& source, uint64_t first, uint64_t count) {
+  thread_local at::Tensor kept;
+  if (first == 0) {
+    kept = source.contiguous();
+  }
+  at::Tensor flat = kept.view({-1});
+  if (first + count >= static_cast<uint64_t>(source.numel())) {
+    kept.reset();
+  }
+  return flat.narrow(0, static_cast<int64_t>(first), static_cast<int64_t>(count));
+}
+
+}  // namespace
+
+uint8_t dtype_code(ScalarType type) {
+  for (const auto& [code, known] : kTypes) {
+    if (known == type) return code;
+  }
+  return 0;
+}
+
+std::optional<ScalarType> dtype_of(uint8_t code) {
+  for (const auto& [known, type] : kTypes) {
+    if (known == code) return type;
+  }
+  return std::nullopt;
+}
+
+Refusal refusal_of(const at::Tensor& tensor, const char* python_type) {
+  const c10::DispatchKeySet keys = tensor.key_set();
+  if (keys.has_any(c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                                        c10::DispatchKey::Functionalize, c10::DispatchKey::Batched}))) {
+    return Refusal::Functorch;
+  }
+  if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) {
+    const std::string_view name = python_type == nullptr ? "" : python_type;
+    if (name.find("DTensor") != std::string_view::npos) return Refusal::DTensor;
+    return name.find("FakeTensor") != std::string_view::npos ? Refusal::Meta : Refusal::Subclass;
+  }
+  if (tensor.is_nested()) return Refusal::Nested;
+  if (tensor.layout() != c10::kStrided) return Refusal::Sparse;
+  if (tensor.is_quantized()) return Refusal::Quantized;
+  if (tensor.device().is_meta()) return Refusal::Meta;
+  if (!tensor.device().is_cpu() && !tensor.device().is_cuda()) return Refusal::Device;
+  return dtype_code(tensor.scalar_type()) == 0 ? Refusal::Dtype : Refusal::None;
+}
+
+std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count,
+                                 uint8_t* destination) {
+  const auto type = dtype_of(dtype);
+  TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
+  Unseen unseen;
+  const bool whole = first == 0 && count == static_cast<uint64_t>(tensor.numel());
+  const bool plain = tensor.scalar_type() == *type && !tensor.is_conj() && !tensor.is_neg();
+  if (tensor.device().is_cpu() && plain && tensor.is_contiguous()) {
+    const size_t item = tensor.element_size();
+    const auto* bytes = static_cast<const uint8_t*>(tensor.const_data_ptr());
+    std::memcpy(destination, bytes + first * item, count * item);
+    return nullptr;
+  }
+  const at::Tensor source = whole ? tensor : row_major(tensor, first, count);
+  if (!tensor.device().is_cpu()) return copy_from_device(source, *type, destination);
+  at::from_blob(destination, source.sizes(), at::TensorOptions().dtype(*type)).copy_(source);
+  return nullptr;
+}
+
+void Ticket::wait() const { done_.synchronize(); }
+
+}  // namespace flexmodel

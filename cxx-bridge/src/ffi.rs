@@ -1,0 +1,102 @@
+//! The one bridge between Rust and C++: what each side offers the other.
+//!
+//! *Mutability.* Tensors are only read. *Aliasing.* A `&Tensor` borrows what a tap holds on its stack and never
+//! outlives the call; what has to live longer is a [`ffi::Ticket`], which owns its own reference.
+
+use crate::host::{active, capture, edit, fault, finish, fire, notice, resolved, scope, select, stepped};
+
+#[cxx::bridge(namespace = "flexmodel")]
+#[allow(missing_docs)]
+pub mod ffi {
+    /// `wire::tap_abi::Firing`.
+    #[derive(Clone, Copy)]
+    struct Firing {
+        pre: bool,
+        replay: bool,
+        grad_enabled: bool,
+        train: bool,
+        batch: [i64; 2],
+    }
+
+    /// `wire::tap_abi::Call`.
+    #[derive(Clone, Copy)]
+    struct Call {
+        tap: u32,
+        step: u64,
+        micro: u32,
+        call: u32,
+        pass: u64,
+        train: bool,
+        recompute: bool,
+        capture: u32,
+        edit: u32,
+    }
+
+    /// A module as the shim found it.
+    struct Module {
+        name: String,
+        class_name: String,
+        qualified: String,
+        batch_dim: i32,
+    }
+
+    /// `wire::tap_abi::Selected`.
+    #[derive(Clone, Copy)]
+    struct Selected {
+        index: u32,
+        tap: u32,
+        kinds: u32,
+    }
+
+    /// `wire::tap_abi::LeafEdit`.
+    #[derive(Clone, Copy)]
+    struct LeafEdit {
+        op: u32,
+        factor: f64,
+    }
+
+    /// A tensor's description; sizes go beside it.
+    struct Leaf {
+        dtype: u8,
+        refusal: u8,
+        requires_grad: bool,
+    }
+
+    extern "Rust" {
+        fn select(serial: u64, modules: &Vec<Module>, wrapper: &str, data_parallel: bool, rank: u32, world: u32) -> Vec<Selected>;
+        fn resolved();
+        fn scope(serial: u64, enter: bool, firing: &Firing);
+        fn stepped();
+        fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;
+        fn capture(call: &Call, kind: u32, path: &str, repeat: u32, leaf: &Leaf, sizes: &[i64], tensor: &Tensor);
+        fn edit(call: &Call, kind: u32, path: &str) -> LeafEdit;
+        fn notice(text: &str);
+        fn fault(text: &str);
+        fn finish();
+        fn active() -> bool;
+    }
+
+    unsafe extern "C++" {
+        include!("flexmodel/tensor.h");
+        include!("flexmodel/module.h");
+
+        #[namespace = "at"]
+        type Tensor;
+
+        /// A copy from a device that is under way.
+        type Ticket;
+
+        /// Copies elements `first .. first + count` of `tensor`, row-major and as `dtype`, to `destination`. Null: the
+        /// bytes are there.
+        ///
+        /// # Safety
+        /// `destination` must take `count` elements of `dtype`, until the ticket was waited for.
+        unsafe fn copy_out(tensor: &Tensor, dtype: u8, first: u64, count: u64, destination: *mut u8) -> Result<UniquePtr<Ticket>>;
+
+        /// Waits until the copy is done.
+        fn wait(self: &Ticket) -> Result<()>;
+
+        /// The address of a new reference to the Python module; 0 with a Python error set.
+        fn python_module() -> usize;
+    }
+}

@@ -1,0 +1,144 @@
+//! What C++ calls: the interposer's table, as cxx functions.
+
+use std::{ffi::c_void, sync::OnceLock};
+
+use wire::tap_abi::{self, HostTable, ModelDesc, Rank, Refusal, Str, TensorDesc};
+
+use crate::ffi::ffi::{Call, Firing, Leaf, LeafEdit, Module, Selected, Tensor};
+
+static HOST: OnceLock<&'static HostTable> = OnceLock::new();
+
+/// Keeps the table; the first one stays.
+pub fn set(table: &'static HostTable) {
+    let _ = HOST.set(table);
+}
+
+fn host() -> Option<&'static HostTable> {
+    HOST.get().copied()
+}
+
+impl From<&Firing> for tap_abi::Firing {
+    fn from(f: &Firing) -> Self {
+        Self { pre: f.pre, replay: f.replay, grad_enabled: f.grad_enabled, train: f.train, batch: f.batch }
+    }
+}
+
+impl From<&Call> for tap_abi::Call {
+    fn from(c: &Call) -> Self {
+        let &Call { tap, step, micro, call, pass, train, recompute, capture, edit } = c;
+        Self { tap, step, micro, call, pass, train, recompute, capture, edit }
+    }
+}
+
+impl From<tap_abi::Call> for Call {
+    fn from(c: tap_abi::Call) -> Self {
+        let tap_abi::Call { tap, step, micro, call, pass, train, recompute, capture, edit } = c;
+        Self { tap, step, micro, call, pass, train, recompute, capture, edit }
+    }
+}
+
+pub fn select(
+    serial: u64,
+    modules: &Vec<Module>,
+    wrapper: &str,
+    data_parallel: bool,
+    rank: u32,
+    world: u32,
+) -> Vec<Selected> {
+    let Some(host) = host() else { return Vec::new() };
+    let column = |get: fn(&Module) -> &String| modules.iter().map(|m| Str::new(get(m))).collect::<Vec<_>>();
+    let (names, classes, qualified) = (column(|m| &m.name), column(|m| &m.class_name), column(|m| &m.qualified));
+    let batch_dims: Vec<i32> = modules.iter().map(|m| m.batch_dim).collect();
+    let desc = ModelDesc {
+        serial,
+        count: modules.len(),
+        names: names.as_ptr(),
+        classes: classes.as_ptr(),
+        qualified: qualified.as_ptr(),
+        batch_dims: batch_dims.as_ptr(),
+        wrapper: Str::new(wrapper),
+        data_parallel,
+    };
+    let blank = tap_abi::Selected { index: 0, tap: 0, kinds: 0 };
+    let mut out = vec![blank; modules.len()];
+    // SAFETY: every array has `count` entries and lives through the call; `out` takes as many.
+    let found = unsafe { (host.select)(&desc, Rank { rank, world }, out.as_mut_ptr(), out.len()) };
+    out.iter().take(found).map(|s| Selected { index: s.index, tap: s.tap, kinds: s.kinds }).collect()
+}
+
+pub fn resolved() {
+    if let Some(host) = host() {
+        // SAFETY: a function of the table, without arguments.
+        unsafe { (host.resolved)() };
+    }
+}
+
+pub fn scope(serial: u64, enter: bool, firing: &Firing) {
+    if let Some(host) = host() {
+        // SAFETY: the firing lives through the call.
+        unsafe { (host.scope)(serial, enter, &firing.into()) };
+    }
+}
+
+pub fn stepped() {
+    if let Some(host) = host() {
+        // SAFETY: a function of the table, without arguments.
+        unsafe { (host.stepped)() };
+    }
+}
+
+pub fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool {
+    let Some(host) = host() else { return false };
+    let mut out = tap_abi::Call::default();
+    // SAFETY: both structs live through the call.
+    let wanted = unsafe { (host.fire)(tap, &firing.into(), &mut out) };
+    *call = out.into();
+    wanted
+}
+
+pub fn capture(call: &Call, kind: u32, path: &str, repeat: u32, leaf: &Leaf, sizes: &[i64], tensor: &Tensor) {
+    let Some(host) = host() else { return };
+    let desc = TensorDesc {
+        handle: std::ptr::from_ref(tensor).cast::<c_void>(),
+        sizes: sizes.as_ptr(),
+        ndim: sizes.len() as u32,
+        dtype: leaf.dtype,
+        refusal: Refusal::from_code(leaf.refusal),
+        requires_grad: leaf.requires_grad,
+    };
+    // SAFETY: everything borrowed lives through the call.
+    unsafe { (host.capture)(&call.into(), kind, Str::new(path), repeat, &desc) };
+}
+
+pub fn edit(call: &Call, kind: u32, path: &str) -> LeafEdit {
+    let Some(host) = host() else { return LeafEdit { op: 0, factor: 1.0 } };
+    // SAFETY: everything borrowed lives through the call.
+    let edit = unsafe { (host.edit)(&call.into(), kind, Str::new(path)) };
+    LeafEdit { op: edit.op, factor: edit.factor }
+}
+
+pub fn notice(text: &str) {
+    if let Some(host) = host() {
+        // SAFETY: the string lives through the call.
+        unsafe { (host.notice)(Str::new(text)) };
+    }
+}
+
+pub fn fault(text: &str) {
+    if let Some(host) = host() {
+        // SAFETY: the string lives through the call.
+        unsafe { (host.fault)(Str::new(text)) };
+    }
+}
+
+pub fn finish() {
+    if let Some(host) = host() {
+        // SAFETY: a function of the table, without arguments.
+        unsafe { (host.finish)() };
+    }
+}
+
+pub fn active() -> bool {
+    // SAFETY: a function of the table, without arguments.
+    host().is_some_and(|host| unsafe { (host.active)() })
+}

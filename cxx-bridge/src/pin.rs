@@ -1,0 +1,21 @@
+//! Page-locks the slab so that a device can copy into it while the job goes on.
+
+use cudarc::driver::sys;
+
+/// Registers `len` bytes at `base` with the CUDA driver, if the process has one *and* uses it. `false` is normal.
+pub fn register(base: *mut u8, len: usize) -> bool {
+    // A machine without a GPU is a normal machine: look before calling, cudarc panics on a missing driver.
+    // SAFETY: looks for the library only.
+    if !unsafe { sys::is_culib_present() } {
+        return false;
+    }
+    let mut context = std::ptr::null_mut();
+    // SAFETY: the driver is present; an uninitialised driver or a thread without context answers with an error or null.
+    let current = unsafe { sys::cuCtxGetCurrent(&mut context) };
+    if current != sys::CUresult::CUDA_SUCCESS || context.is_null() {
+        return false;
+    }
+    // SAFETY: the slab is mapped for the life of the process.
+    let outcome = unsafe { sys::cuMemHostRegister_v2(base.cast(), len, sys::CU_MEMHOSTREGISTER_PORTABLE) };
+    outcome == sys::CUresult::CUDA_SUCCESS
+}

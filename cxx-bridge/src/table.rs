@@ -1,0 +1,65 @@
+//! What the interposer calls.
+
+use std::ffi::c_void;
+
+use cxx::UniquePtr;
+use wire::tap_abi::{BridgeTable, Copied, HostTable, TAP_ABI};
+
+use crate::{
+    ffi::ffi::{self, Tensor, Ticket},
+    host, pin,
+};
+
+static TABLE: BridgeTable = BridgeTable {
+    abi: TAP_ABI,
+    size: size_of::<BridgeTable>() as u32,
+    python_module,
+    copy,
+    wait,
+    pin: pin_slab,
+};
+
+/// The one exported function ([`wire::tap_abi::OpenBridge`]): takes the host's table, gives the bridge's; null if
+/// they are of different versions.
+///
+/// # Safety
+/// `table` must point to a [`HostTable`] that lives as long as the process.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flexmodel_bridge_open(table: *const HostTable) -> *const BridgeTable {
+    // SAFETY: the caller vouches for the pointer; `abi` and `size` come first in every version.
+    let table = match unsafe { table.as_ref() } {
+        Some(table) if table.abi == TAP_ABI && table.size as usize == size_of::<HostTable>() => table,
+        _ => return std::ptr::null(),
+    };
+    host::set(table);
+    &TABLE
+}
+
+unsafe extern "C" fn python_module() -> *mut c_void {
+    ffi::python_module() as *mut c_void
+}
+
+unsafe extern "C" fn copy(handle: *const c_void, dtype: u8, first: u64, count: u64, dst: *mut u8) -> Copied {
+    let failed = Copied { code: 2, ticket: std::ptr::null_mut() };
+    // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc).
+    let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return failed };
+    // SAFETY: the interposer reserved room for `count` elements at `dst` and keeps it until `wait`.
+    match unsafe { ffi::copy_out(tensor, dtype, first, count, dst) } {
+        Ok(ticket) if ticket.is_null() => Copied { code: 0, ticket: std::ptr::null_mut() },
+        Ok(ticket) => Copied { code: 1, ticket: ticket.into_raw().cast() },
+        Err(why) => {
+            host::notice(&format!("a tensor could not be copied: {why}"));
+            failed
+        }
+    }
+}
+
+unsafe extern "C" fn wait(ticket: *mut c_void) -> bool {
+    // SAFETY: the ticket came from `copy` and is given back once (BridgeTable).
+    let ticket = unsafe { UniquePtr::from_raw(ticket.cast::<Ticket>()) };
+    ticket.is_null() || ticket.wait().is_ok()
+}
+
+unsafe extern "C" fn pin_slab(base: *mut u8, len: usize) -> bool {
+    pin::register(base, len)
+}

@@ -1,0 +1,187 @@
+//! From "torch is loading" to "the shim watches for models".
+//!
+//! `dlopen` sees `torch/_C` and asks for a pending call; the call runs inside `import torch`, with the GIL. There
+//! the bridge for exactly this torch is found and opened, and the shim started. Whatever fails is one line.
+
+use std::{
+    ffi::{CStr, c_int, c_void},
+    fs,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use wire::{
+    env,
+    tap_abi::{BridgeTable, MARKER_PREFIX, OPEN_SYMBOL, OpenBridge, TAP_ABI},
+};
+
+use crate::{engine, host, python, state};
+
+static BRIDGE: OnceLock<&'static BridgeTable> = OnceLock::new();
+
+/// Oldest Python whose C API and import machinery we rely on.
+const OLDEST_PYTHON: (u32, u32) = (3, 10);
+
+/// Loads the shim package under a name of its own, without touching `sys.path`, and starts it.
+const BOOTSTRAP: &CStr = cr#"
+error = None
+try:
+    import importlib.util, sys
+    spec = importlib.util.spec_from_file_location(
+        "flexmodel_inside", folder + "/__init__.py", submodule_search_locations=[folder])
+    shim = importlib.util.module_from_spec(spec)
+    sys.modules["flexmodel_inside"] = shim
+    spec.loader.exec_module(shim)
+    shim.start(bridge)
+except BaseException as e:
+    error = "the shim did not start: %s: %s" % (type(e).__name__, e)
+"#;
+
+/// The bridge, once it is open.
+pub fn bridge() -> Option<&'static BridgeTable> {
+    BRIDGE.get().copied()
+}
+
+/// Called from `dlopen`, possibly often; acts once.
+pub fn torch_is_loading() {
+    if state::take_armed()
+        && let Err(why) = python::add_pending_call(pending)
+    {
+        state::off(&why);
+    }
+}
+
+extern "C" fn pending(_: *mut c_void) -> c_int {
+    match std::panic::catch_unwind(start) {
+        Ok(Ok(())) => {}
+        Ok(Err(why)) => state::off(&why),
+        Err(_) => state::off("a panic while starting"),
+    }
+    0
+}
+
+fn start() -> Result<(), String> {
+    host::injected("panic-in-load");
+    let found = python::version().ok_or("this Python does not tell its version")?;
+    if found < OLDEST_PYTHON {
+        return Err(format!("Python {}.{} is too old, 3.10 or newer is needed", found.0, found.1));
+    }
+    engine::configure()?;
+    let home = home()?;
+    let table = open_bridge(found)?;
+    // SAFETY: the table is the bridge's and static; the GIL is held in a pending call.
+    let module = unsafe { (table.python_module)() };
+    if module.is_null() {
+        return Err("the bridge could not make its Python module".into());
+    }
+    let folder = home.join("flexmodel_inside");
+    let folder = folder.to_str().ok_or("the install folder is not UTF-8")?;
+    let outcome = python::run(BOOTSTRAP, &[(c"folder", folder)], &[(c"bridge", module)]);
+    python::decref(module);
+    outcome
+}
+
+/// The folder this library lies in.
+fn home() -> Result<PathBuf, String> {
+    // SAFETY: Dl_info is plain data, filled by dladdr from the address of a function in this library.
+    let name = unsafe {
+        let mut info: libc::Dl_info = std::mem::zeroed();
+        if libc::dladdr(pending as *const c_void, &mut info) == 0 || info.dli_fname.is_null() {
+            return Err("the loader does not know where libflexmodel.so is".into());
+        }
+        CStr::from_ptr(info.dli_fname)
+    };
+    let path = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+    let path = fs::canonicalize(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    path.parent().map(Path::to_owned).ok_or_else(|| "libflexmodel.so has no folder".into())
+}
+
+/// What a bridge must be built for, but for the C++ ABI, which only the build can know.
+struct Torch {
+    version: String,
+    cuda: String,
+    tag: String,
+}
+
+impl Torch {
+    fn running((major, minor): (u32, u32)) -> Result<Self, String> {
+        let version = python::imported_string(c"torch.version", c"__version__")
+            .ok_or("torch does not tell its version")?;
+        let cuda = python::imported_string(c"torch.version", c"cuda").unwrap_or_else(|| "none".into());
+        Ok(Self { version, cuda, tag: format!("cp{major}{minor}") })
+    }
+
+    fn fits(&self, key: &str) -> bool {
+        let start = format!("torch{}-cuda{}-cxx11abi", self.version, self.cuda);
+        key.starts_with(&start) && key.ends_with(&format!("-{}", self.tag))
+    }
+}
+
+fn open_bridge(python: (u32, u32)) -> Result<&'static BridgeTable, String> {
+    let torch = Torch::running(python)?;
+    let path = find_bridge(&torch)?;
+    // SAFETY: the file carries our marker for this torch and this ABI; its initialisers only set up its own statics.
+    let library = unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
+    // The bridge stays for the life of the process: taps point into it.
+    let library = std::mem::ManuallyDrop::new(library);
+    // SAFETY: the marker says that the symbol has the type of this TAP_ABI.
+    let open = unsafe { library.get::<OpenBridge>(OPEN_SYMBOL) }.map_err(|e| format!("{}: {e}", path.display()))?;
+    // SAFETY: HOST is static.
+    let table = unsafe { open(&host::HOST).as_ref() };
+    let table = table.filter(|t| t.abi == TAP_ABI && t.size as usize == size_of::<BridgeTable>());
+    let table = table.ok_or_else(|| format!("{}: the bridge refused this interposer", path.display()))?;
+    engine::set_torch(&torch.version, python);
+    Ok(BRIDGE.get_or_init(|| table))
+}
+
+/// The bridge that `FLEXMODEL_BRIDGE` names, which must fit, or the one in the cache that fits.
+fn find_bridge(torch: &Torch) -> Result<PathBuf, String> {
+    let wanted = format!("torch {} with CUDA {} and {}", torch.version, torch.cuda, torch.tag);
+    if let Some(path) = std::env::var_os(env::BRIDGE).filter(|p| !p.is_empty()) {
+        let path = PathBuf::from(path);
+        return match Marker::read(&path) {
+            None => Err(format!("{} is not a FlexModel bridge", path.display())),
+            Some(m) if m.abi != TAP_ABI => {
+                Err(format!("{} speaks ABI {}, this libflexmodel.so {TAP_ABI}; run: flexmodel bridge build", path.display(), m.abi))
+            }
+            Some(m) if !torch.fits(&m.key) => Err(format!(
+                "the bridge {} is for {}, this process has {wanted}; run: flexmodel bridge build",
+                path.display(), m.key
+            )),
+            Some(_) => Ok(path),
+        };
+    }
+    let cache = cache_folder().ok_or("there is no home folder to look for a bridge in")?;
+    let fitting = fs::read_dir(&cache).into_iter().flatten().flatten().map(|e| e.path().join("libflexmodel_torch.so")).find(
+        |path| Marker::read(path).is_some_and(|m| m.abi == TAP_ABI && torch.fits(&m.key)),
+    );
+    fitting.ok_or_else(|| format!("no bridge for {wanted} in {}; run: flexmodel bridge build", cache.display()))
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    set(env::BRIDGE_CACHE)
+        .or_else(|| set("XDG_CACHE_HOME").map(|p| p.join("flexmodel/bridges")))
+        .or_else(|| set("HOME").map(|p| p.join(".cache/flexmodel/bridges")))
+}
+
+/// What a bridge says of itself in its bytes.
+struct Marker {
+    key: String,
+    abi: u32,
+}
+
+impl Marker {
+    fn read(path: &Path) -> Option<Self> {
+        let bytes = fs::read(path).ok()?;
+        let start = format!("{MARKER_PREFIX} key=");
+        let at = bytes.windows(start.len()).position(|w| w == start.as_bytes())?;
+        let text = bytes.get(at + start.len()..)?;
+        let text = std::str::from_utf8(text.get(..text.iter().position(|&b| b == b';')?)?).ok()?;
+        let mut words = text.split(' ');
+        let key = words.next()?.to_owned();
+        let abi = words.find_map(|w| w.strip_prefix("abi="))?.parse().ok()?;
+        Some(Self { key, abi })
+    }
+}

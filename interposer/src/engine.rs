@@ -1,0 +1,316 @@
+//! Decides what taps do. One [`Engine`] per process behind one lock; tensor bytes are copied outside of it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use wire::{
+    control::ModuleInfo,
+    env,
+    hooks::{Hook, Kind, Reduce, nearest},
+    record::RecordMeta,
+    tap_abi::{Call, Firing, LeafEdit, ModelDesc, Rank, Refusal, Selected, Str, TensorDesc},
+};
+use wire::{dtype::DType, hooks::Edit};
+
+use crate::{
+    layout::{self, Known},
+    log,
+    passes::{Calls, Clock, Passes},
+    shipping::{self, Cargo},
+};
+
+static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
+
+/// Kinds for which a tap fires before the forward.
+const BEFORE: u32 = 1 << Kind::ForwardPre as u32 | 1 << Kind::Backward as u32;
+/// Kinds that are captured by gradient hooks.
+const GRADIENTS: u32 = 1 << Kind::Backward as u32 | 1 << Kind::BackwardPre as u32;
+
+/// Everything decided so far.
+pub struct Engine {
+    hooks: Vec<Hook>,
+    matched: Vec<bool>,
+    torch: String,
+    python: String,
+    rank: Rank,
+    clock: Clock,
+    models: Vec<Model>,
+    taps: Vec<Tap>,
+    seen: Vec<(String, String)>,
+}
+
+struct Model {
+    serial: u64,
+    number: u32,
+    data_parallel: bool,
+    passes: Passes,
+}
+
+struct Tap {
+    /// Index into `models`.
+    model: usize,
+    name: String,
+    class: String,
+    /// Indices into `hooks`, in the order written.
+    hooks: Vec<usize>,
+    kinds: u32,
+    batch_dim: i32,
+    calls: Calls,
+}
+
+fn lock() -> MutexGuard<'static, Option<Engine>> {
+    ENGINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs `f` on the engine, if there is one.
+pub fn with<T: Default>(f: impl FnOnce(&mut Engine) -> T) -> T {
+    lock().as_mut().map(f).unwrap_or_default()
+}
+
+/// Parses the hooks. An error leaves the process untapped.
+pub fn configure() -> Result<(), String> {
+    let text = std::env::var(env::HOOKS).map_err(|_| format!("{} is not UTF-8", env::HOOKS))?;
+    let hooks = wire::hooks::parse(&text).map_err(|e| e.to_string())?;
+    if let Some((hook, why)) = hooks.iter().find_map(|h| h.unsupported().map(|why| (h, why))) {
+        return Err(format!("{}: '{}': {why}", env::HOOKS, hook.text));
+    }
+    shipping::configure(&text)?;
+    *lock() = Some(Engine {
+        matched: vec![false; hooks.len()],
+        hooks,
+        torch: String::new(),
+        python: String::new(),
+        rank: Rank { rank: 0, world: 1 },
+        clock: Clock::default(),
+        models: Vec::new(),
+        taps: Vec::new(),
+        seen: Vec::new(),
+    });
+    Ok(())
+}
+
+/// What the process runs, for the run's description.
+pub fn set_torch(torch: &str, (major, minor): (u32, u32)) {
+    with(|e| {
+        e.torch = torch.to_owned();
+        e.python = format!("{major}.{minor}");
+    });
+}
+
+impl Engine {
+    /// Taps for the modules of a model that selectors match. A model that is seen again keeps its number and taps.
+    ///
+    /// # Safety
+    /// `desc` must point to `count` entries in each of its arrays.
+    pub unsafe fn select(&mut self, desc: &ModelDesc<'_>, rank: Rank) -> Vec<Selected> {
+        self.rank = rank;
+        log::set_rank(rank.rank);
+        let known = self.models.iter().position(|m| m.serial == desc.serial);
+        let at = known.unwrap_or(self.models.len());
+        let mut modules = Vec::with_capacity(desc.count);
+        let mut out = Vec::new();
+        for i in 0..desc.count {
+            // SAFETY: i < count; the strings live through the call (caller).
+            let (name, class, qualified, batch_dim) = unsafe {
+                ((*desc.names.add(i)).get(), (*desc.classes.add(i)).get(), (*desc.qualified.add(i)).get(), *desc.batch_dims.add(i))
+            };
+            let hooks = self.matching(name, class, qualified);
+            let kinds = hooks.iter().filter_map(|&h| self.hooks.get(h)).fold(0, |mask, h| mask | h.kind_mask());
+            modules.push(ModuleInfo { name: name.to_owned(), class: class.to_owned(), kinds });
+            if kinds == 0 {
+                continue;
+            }
+            let old = self.taps.iter().position(|t| t.model == at && t.name == name);
+            let tap = old.unwrap_or_else(|| {
+                let (name, class) = (name.to_owned(), class.to_owned());
+                self.taps.push(Tap { model: at, name, class, hooks, kinds, batch_dim, calls: Calls::default() });
+                self.taps.len() - 1
+            });
+            out.push(Selected { index: i as u32, tap: tap as u32, kinds });
+        }
+        if out.is_empty() {
+            self.seen.extend(modules.into_iter().map(|m| (m.name, m.class)));
+            return out;
+        }
+        if known.is_none() {
+            let number = self.models.len() as u32;
+            let (serial, data_parallel) = (desc.serial, desc.data_parallel);
+            self.models.push(Model { serial, number, data_parallel, passes: Passes::default() });
+        }
+        self.seen.extend(modules.iter().map(|m| (m.name.clone(), m.class.clone())));
+        // SAFETY: the string lives through the call (caller).
+        let wrapper = unsafe { desc.wrapper.get() };
+        shipping::describe(rank, &self.torch, &self.python, wrapper);
+        if let Some(model) = self.models.get(at) {
+            shipping::model(model.number, modules);
+        }
+        out
+    }
+
+    /// Hooks that match a module and run on this rank.
+    fn matching(&mut self, name: &str, class: &str, qualified: &str) -> Vec<usize> {
+        let rank = self.rank.rank;
+        let mut out = Vec::new();
+        for (i, (hook, matched)) in self.hooks.iter().zip(&mut self.matched).enumerate() {
+            if hook.selector.matches(name, class, qualified) {
+                *matched = true;
+                if hook.options.ranks.as_ref().is_none_or(|r| r.contains(&rank)) {
+                    out.push(i);
+                }
+            }
+        }
+        out
+    }
+
+    /// Reports selectors that matched nothing in any model so far, once each and on rank 0.
+    pub fn resolved(&mut self) {
+        let seen = std::mem::take(&mut self.seen);
+        if seen.is_empty() {
+            return;
+        }
+        for (hook, matched) in self.hooks.iter().zip(&mut self.matched) {
+            if std::mem::replace(matched, true) || self.rank.rank != 0 {
+                continue;
+            }
+            let names = seen.iter().map(|(name, class)| (name.as_str(), class.as_str()));
+            let near = nearest(&hook.selector, names, 3);
+            let hint = if near.is_empty() { String::new() } else { format!("; nearest: {}", near.join(", ")) };
+            shipping::notice(format!("'{}' matches no module{hint}", hook.selector));
+        }
+    }
+
+    /// The model's outermost forward begins or ends.
+    pub fn scope(&mut self, serial: u64, enter: bool, firing: &Firing) {
+        let Some(model) = self.models.iter_mut().find(|m| m.serial == serial) else { return };
+        if enter {
+            model.passes.enter(&mut self.clock, firing);
+        } else {
+            model.passes.exit(firing);
+        }
+    }
+
+    /// An optimizer stepped: a forward that raised before cannot be open any more.
+    pub fn stepped(&mut self) {
+        self.clock.stepped();
+        for model in &mut self.models {
+            model.passes.reset_depth();
+        }
+    }
+
+    /// What a tap that fires has to do; `None`: nothing.
+    pub fn fire(&mut self, number: u32, firing: &Firing) -> Option<Call> {
+        let tap = self.taps.get_mut(number as usize)?;
+        let model = self.models.get_mut(tap.model)?;
+        let paired = tap.kinds & BEFORE != 0;
+        let wants_gradients = tap.kinds & GRADIENTS != 0;
+        let placed = tap.calls.place(&mut model.passes, &mut self.clock, number, paired, wants_gradients, firing);
+        let phase = if firing.pre { BEFORE } else { !BEFORE };
+        let hooks = tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
+        // A replay nobody waits for repeats the edits of its forward, which ran in this step.
+        let step = placed.map_or(self.clock.now(), |c| c.step);
+        let (mut capture, mut edit) = (0, 0);
+        for hook in hooks.filter(|h| h.wants_step(step)) {
+            capture |= hook.kind_mask();
+            edit |= if hook.edit.is_some() { hook.kind_mask() } else { 0 };
+        }
+        let mut possible = phase;
+        if !firing.grad_enabled {
+            possible &= !GRADIENTS;
+        }
+        edit &= possible;
+        capture &= possible;
+        if firing.replay {
+            capture &= if placed.is_some() { GRADIENTS } else { 0 };
+            edit &= if placed.is_some() { !0 } else { !GRADIENTS };
+        }
+        let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
+        (capture | edit != 0).then_some(Call { capture, edit, ..call })
+    }
+
+    /// The hook that captures this leaf.
+    fn hook_for(&self, tap: &Tap, call: &Call, kind: Kind, path: &str) -> Option<&Hook> {
+        tap.hooks.iter().filter_map(|&h| self.hooks.get(h)).find(|h| {
+            h.kinds.contains(&kind) && h.wants_step(call.step) && h.options.path.as_deref().is_none_or(|p| p == path)
+        })
+    }
+
+    /// How a leaf is edited: all edits on it multiply.
+    pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
+        let mut out = LeafEdit { op: 0, factor: 1.0 };
+        let Some(tap) = self.taps.get(call.tap as usize) else { return out };
+        for hook in tap.hooks.iter().filter_map(|&h| self.hooks.get(h)) {
+            let here = hook.kinds.contains(&kind)
+                && hook.wants_step(call.step)
+                && hook.options.path.as_deref().is_none_or(|p| p == path);
+            match &hook.edit {
+                Some(Edit::Zero) if here => out.op = 2,
+                Some(Edit::Scale(x)) if here => {
+                    out.factor *= x;
+                    out.op = out.op.max(1);
+                }
+                _ => {}
+            }
+        }
+        out
+    }
+
+    /// Describes a leaf for its way to the agent; `None` if nobody asked for it.
+    ///
+    /// # Safety
+    /// `tensor.sizes` must point to `ndim` sizes.
+    pub unsafe fn cargo(&self, call: &Call, kind: Kind, path: Str<'_>, repeat: u32, tensor: &TensorDesc) -> Option<Cargo> {
+        let tap = self.taps.get(call.tap as usize)?;
+        let model = self.models.get(tap.model)?;
+        // SAFETY: the caller's string lives through the call.
+        let path = unsafe { path.get() };
+        let hook = self.hook_for(tap, call, kind, path)?;
+        // SAFETY: the caller vouches for sizes and ndim.
+        let sizes = unsafe { std::slice::from_raw_parts(tensor.sizes, tensor.ndim as usize) };
+        let shape: Vec<u64> = sizes.iter().map(|&n| n.max(0) as u64).collect();
+        let own = DType::from_code(tensor.dtype);
+        let refusal = if own.is_none() && tensor.refusal == Refusal::None { Refusal::Dtype } else { tensor.refusal };
+        let own = own.unwrap_or(DType::UInt8);
+        let dtype = hook.options.dtype.unwrap_or(own);
+        let (index, size) = self.position(hook);
+        let known = Known {
+            batch: model.passes.batch(call.pass),
+            batch_dim: tap.batch_dim,
+            data_parallel: model.data_parallel,
+        };
+        let axes = layout::infer(&shape, known, hook.options.shard.as_ref(), index, size);
+        let meta = RecordMeta {
+            module: tap.name.clone(),
+            class: tap.class.clone(),
+            kind,
+            path: path.to_owned(),
+            group: hook.options.group.clone().unwrap_or_default(),
+            model: model.number,
+            step: call.step,
+            micro: call.micro,
+            call: call.call,
+            repeat,
+            train: call.train,
+            recompute: false,
+            stats_only: hook.options.reduce == Reduce::Stats,
+            dtype,
+            shape,
+            rank: self.rank.rank,
+            axes,
+            dp_size: if model.data_parallel { self.rank.world } else { 1 },
+            time_ns: shipping::now_ns(),
+            refused: refusal.reason().to_owned(),
+        };
+        Some(Cargo { meta, handle: tensor.handle })
+    }
+
+    /// This rank's coordinate among the ranks that capture for `hook`, and their number.
+    fn position(&self, hook: &Hook) -> (u32, u32) {
+        match &hook.options.ranks {
+            None => (self.rank.rank, self.rank.world),
+            Some(ranks) => {
+                let there = || ranks.iter().filter(|&&r| r < self.rank.world);
+                let index = there().take_while(|&&r| r != self.rank.rank).count();
+                (index as u32, there().count() as u32)
+            }
+        }
+    }
+}

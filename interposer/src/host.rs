@@ -1,0 +1,131 @@
+//! The C table that taps call. Every function is a panic boundary: a panic turns taps off (OPEN-1).
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use wire::{
+    env,
+    hooks::Kind,
+    tap_abi::{Call, Firing, HostTable, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI, TensorDesc},
+};
+
+use crate::{engine, shipping, state};
+
+/// The table handed to the bridge.
+pub static HOST: HostTable = HostTable {
+    abi: TAP_ABI,
+    size: size_of::<HostTable>() as u32,
+    select,
+    resolved,
+    scope,
+    stepped,
+    fire,
+    capture,
+    edit,
+    notice,
+    fault,
+    finish,
+    active,
+};
+
+/// Runs `f` while taps are on; a panic turns them off and gives the default.
+fn boundary<T: Default>(f: impl FnOnce() -> T) -> T {
+    if !state::is_on() {
+        return T::default();
+    }
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        state::off(&format!("a panic in a tap: {text}"));
+        T::default()
+    })
+}
+
+/// Panics if the test fault of this name is set, to prove the boundary.
+#[allow(clippy::panic)]
+pub fn injected(name: &str) {
+    if std::env::var(env::FAULT).is_ok_and(|v| v == name) {
+        panic!("injected by {}={name}", env::FAULT);
+    }
+}
+
+unsafe extern "C" fn select(desc: *const ModelDesc<'_>, rank: Rank, out: *mut Selected, cap: usize) -> usize {
+    boundary(|| {
+        // SAFETY: the bridge passes a description that lives through the call.
+        let found = engine::with(|e| unsafe { e.select(&*desc, rank) });
+        for (i, selected) in found.iter().take(cap).enumerate() {
+            // SAFETY: i < cap entries of `out` are the bridge's to be written.
+            unsafe { out.add(i).write(*selected) };
+        }
+        found.len()
+    })
+}
+
+unsafe extern "C" fn resolved() {
+    boundary(|| engine::with(engine::Engine::resolved));
+}
+
+unsafe extern "C" fn scope(serial: u64, enter: bool, firing: *const Firing) {
+    // SAFETY: the bridge passes a firing that lives through the call.
+    boundary(|| engine::with(|e| e.scope(serial, enter, unsafe { &*firing })));
+}
+
+unsafe extern "C" fn stepped() {
+    boundary(|| engine::with(engine::Engine::stepped));
+}
+
+unsafe extern "C" fn fire(tap: u32, firing: *const Firing, out: *mut Call) -> bool {
+    boundary(|| {
+        injected_in_tap();
+        // SAFETY: the bridge passes a firing that lives through the call.
+        let Some(call) = engine::with(|e| e.fire(tap, unsafe { &*firing })) else { return false };
+        // SAFETY: `out` is the bridge's to be written.
+        unsafe { out.write(call) };
+        true
+    })
+}
+
+/// The fault is looked up once: a tap is a hot path.
+fn injected_in_tap() {
+    static SET: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    if *SET.get_or_init(|| std::env::var_os(env::FAULT).is_some()) {
+        injected("panic-in-tap");
+    }
+}
+
+unsafe extern "C" fn capture(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc) {
+    boundary(|| {
+        let Some(kind) = Kind::from_code(kind as u8) else { return };
+        // SAFETY: the bridge's call and tensor live through this call, and its sizes are ndim long.
+        let cargo = engine::with(|e| unsafe { e.cargo(&*call, kind, path, repeat, &*tensor) });
+        if let Some(cargo) = cargo {
+            shipping::ship(cargo);
+        }
+    });
+}
+
+unsafe extern "C" fn edit(call: *const Call, kind: u32, path: Str<'_>) -> LeafEdit {
+    boundary(|| {
+        let kind = Kind::from_code(kind as u8)?;
+        // SAFETY: as in capture.
+        engine::with(|e| Some(e.edit(unsafe { &*call }, kind, unsafe { path.get() })))
+    })
+    .unwrap_or(LeafEdit { op: 0, factor: 1.0 })
+}
+
+unsafe extern "C" fn notice(text: Str<'_>) {
+    // SAFETY: the string lives through the call.
+    boundary(|| shipping::notice(unsafe { text.get() }.to_owned()));
+}
+
+unsafe extern "C" fn fault(text: Str<'_>) {
+    // SAFETY: the string lives through the call.
+    boundary(|| state::off(unsafe { text.get() }));
+}
+
+unsafe extern "C" fn finish() {
+    boundary(shipping::finish);
+}
+
+unsafe extern "C" fn active() -> bool {
+    state::is_on()
+}

@@ -1,0 +1,45 @@
+//! Lines for the user on stderr, by one `write`, and only if descriptor 2 still is what it was when we were loaded:
+//! a job that closed it and opened a file of its own must not find our words in there.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+static DEVICE: AtomicU64 = AtomicU64::new(u64::MAX);
+static INODE: AtomicU64 = AtomicU64::new(u64::MAX);
+static RANK: AtomicU32 = AtomicU32::new(u32::MAX);
+
+fn stderr_identity() -> Option<(u64, u64)> {
+    // SAFETY: stat is plain data, filled by fstat.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: a closed descriptor answers -1.
+    (unsafe { libc::fstat(2, &mut stat) } == 0).then_some((stat.st_dev, stat.st_ino))
+}
+
+/// Remembers what descriptor 2 is.
+pub fn remember_stderr() {
+    if let Some((device, inode)) = stderr_identity() {
+        DEVICE.store(device, Ordering::Relaxed);
+        INODE.store(inode, Ordering::Relaxed);
+    }
+}
+
+/// Puts the rank into later lines.
+pub fn set_rank(rank: u32) {
+    RANK.store(rank, Ordering::Relaxed);
+}
+
+/// Writes one line. errno is preserved.
+pub fn line(text: &str) {
+    if stderr_identity() != Some((DEVICE.load(Ordering::Relaxed), INODE.load(Ordering::Relaxed))) {
+        return;
+    }
+    let rank = RANK.load(Ordering::Relaxed);
+    let who = if rank == u32::MAX { String::new() } else { format!("rank {rank}: ") };
+    let bytes = format!("flexmodel: {who}{}\n", text.replace('\n', " "));
+    // SAFETY: errno is a thread-local integer.
+    let errno = unsafe { *libc::__errno_location() };
+    // SAFETY: the buffer is valid for its length; a failed write is no concern of the job's.
+    unsafe {
+        libc::write(2, bytes.as_ptr().cast(), bytes.len());
+        *libc::__errno_location() = errno;
+    }
+}

@@ -1,0 +1,55 @@
+//! The one state of this process, and the ways into `Off`.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::log;
+
+/// Nothing of ours runs.
+const OFF: u8 = 0;
+/// Waiting for torch.
+const ARMED: u8 = 1;
+/// torch is here; taps may fire.
+const ON: u8 = 2;
+
+static STATE: AtomicU8 = AtomicU8::new(OFF);
+
+/// Hooks are wanted: wait for torch.
+pub fn arm() {
+    STATE.store(ARMED, Ordering::Release);
+}
+
+/// Whether we wait for torch; the first caller that is told so has to act on it.
+pub fn take_armed() -> bool {
+    STATE.compare_exchange(ARMED, ON, Ordering::AcqRel, Ordering::Acquire).is_ok()
+}
+
+/// Whether we wait for torch.
+pub fn is_armed() -> bool {
+    STATE.load(Ordering::Acquire) == ARMED
+}
+
+/// Whether taps may fire.
+pub fn is_on() -> bool {
+    STATE.load(Ordering::Acquire) == ON
+}
+
+/// Turns everything off for good, with one line that says why (OPEN-1). Later calls say nothing.
+pub fn off(why: &str) {
+    if STATE.swap(OFF, Ordering::AcqRel) != OFF {
+        log::line(&format!("taps are off in this process: {why}"));
+    }
+}
+
+/// Turns everything off in silence.
+pub fn quiet_off() {
+    STATE.store(OFF, Ordering::Release);
+}
+
+/// Makes forked children go off (FORK-1).
+pub fn watch_forks() {
+    extern "C" fn child() {
+        quiet_off();
+    }
+    // SAFETY: the handler only stores an atomic.
+    unsafe { libc::pthread_atfork(None, None, Some(child)) };
+}

@@ -1,0 +1,48 @@
+"""FlexModel inside a job: finds models, names their modules, registers taps. Started by libflexmodel.so.
+
+| file | does |
+|---|---|
+| `imports.py` | tells when a module of torch has been imported |
+| `family.py` | knows every module's parents, from construction on |
+| `naming.py` | the names the user wrote, without those of wrappers |
+| `wrappers.py` | how the job distributes a model |
+| `models.py` | finds models when they are first called, and taps them |
+| `ranks.py` | who this process is |
+
+It decides nothing that Rust decides too: which modules are tapped, and what a tap does, is asked of the interposer.
+An exception in here turns taps off in this process; the job goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from . import imports
+
+
+def start(bridge: Any) -> None:
+    """Wait for `torch.nn` and `torch.optim`, then watch for models. `bridge` is the module of `cxx-bridge/cpp/module.cc`."""
+
+    def watch() -> None:
+        from .models import Models
+
+        models = Models(bridge)
+        models.watch()
+        imports.when_imported(["torch._dynamo"], guarded(bridge, models.dynamo_is_here))
+
+    imports.when_imported(["torch.nn.modules.module", "torch.optim.optimizer"], guarded(bridge, watch))
+
+
+def guarded(bridge: Any, function: Any) -> Any:
+    """`function`, so that an exception in it turns taps off instead of reaching the job."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as e:
+            bridge.fault(f"{function.__qualname__}: {type(e).__name__}: {e}")
+            return None
+
+    return call

@@ -1,0 +1,158 @@
+"""Finds models when they are first called, and taps them.
+
+While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, puts the
+original back, and goes on. From then on a module that nobody selected pays nothing, until a module is constructed,
+wrapped or copied.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import guarded
+from .family import Family
+from .naming import authored, named
+from .ranks import rank_and_world
+from .wrappers import batch_dims, is_data_parallel, wrapper_name
+
+
+class Models:
+    """All models of this process."""
+
+    def __init__(self, bridge: Any) -> None:
+        self._bridge = bridge
+        self._family = Family(on_change=self._arm)
+        self._call = nn.Module.__call__
+        self._armed = False
+        self._looking = False
+        self._traceable = "torch._dynamo" in sys.modules
+        # Serials of modules that have their hooks.
+        self._scoped: set[int] = set()
+        self._tapped: set[int] = set()
+        self._hooks: list[tuple[weakref.ref[nn.Module], str, int]] = []
+        self._said_compiled = False
+
+    def watch(self) -> None:
+        """Start."""
+        self._family.watch()
+        stepped = self._bridge.stepped
+        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
+        atexit.register(self._bridge.finish)
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._armed or not self._bridge.active():
+            return
+        models, original = self, nn.Module.__call__
+
+        def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            models._disarm(__call__, original)
+            guarded(models._bridge, models._look)(self)
+            return original(self, *args, **kwargs)
+
+        nn.Module.__call__ = __call__  # type: ignore[method-assign]
+        self._armed = True
+
+    def _disarm(self, ours: Any, original: Any) -> None:
+        # Somebody else may have replaced it since (torch.fx does while it traces): then theirs stays.
+        if nn.Module.__call__ is ours:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            self._armed = False
+
+    def _look(self, called: nn.Module) -> None:
+        if self._looking or not self._bridge.active():
+            return
+        rank = rank_and_world()
+        if rank is None:
+            return
+        self._looking = True
+        try:
+            self._family.node(called)
+            for top in self._family.tops():
+                self._tap(top, *rank)
+            self._bridge.resolved()
+        finally:
+            self._looking = False
+
+    def _tap(self, top: nn.Module, rank: int, world: int) -> None:
+        modules = list(named(top))
+        dims = batch_dims(modules)
+        entries = [
+            (name, type(m).__name__, f"{type(m).__module__}.{type(m).__qualname__}", dims.get(id(m), -1))
+            for name, m in modules
+        ]
+        model = authored(top)
+        serial = self._family.node(model).serial
+        found = self._bridge.select(serial, entries, wrapper_name(top), is_data_parallel(top), rank, world)
+        if not found:
+            return
+        # A pass begins before the model's own taps fire, and ends after them.
+        scope = None if serial in self._scoped else self._bridge.scope(serial)
+        if scope is not None:
+            self._scoped.add(serial)
+            self._before(model, scope[0])
+        for index, (before, after) in found:
+            module = modules[index][1]
+            number = self._family.node(module).serial
+            if number not in self._tapped:
+                self._tapped.add(number)
+                if before is not None:
+                    self._before(module, before)
+                self._after(module, after)
+        if scope is not None:
+            self._after(model, scope[1], always_call=not self._traceable)
+        self._tell_compiled(top, [modules[index][1] for index, _ in found])
+
+    def _before(self, module: nn.Module, hook: Any) -> None:
+        handle = module.register_forward_pre_hook(self._dressed(hook), with_kwargs=True)
+        self._hooks.append((weakref.ref(module), "_forward_pre_hooks", handle.id))
+
+    def _after(self, module: nn.Module, hook: Any, always_call: bool = False) -> None:
+        handle = module.register_forward_hook(self._dressed(hook), with_kwargs=True, always_call=always_call)
+        self._hooks.append((weakref.ref(module), "_forward_hooks", handle.id))
+
+    def _dressed(self, hook: Any) -> Any:
+        return traceable(hook) if self._traceable else hook
+
+    def dynamo_is_here(self) -> None:
+        """torch.compile is in use: every hook has to be something that it can trace."""
+        if self._traceable:
+            return
+        self._traceable = True
+        for ref, kind, number in self._hooks:
+            module = ref()
+            hook = None if module is None else getattr(module, kind).get(number)
+            if hook is not None:
+                getattr(module, kind)[number] = traceable(hook)
+                module._forward_hooks_always_called.pop(number, None)
+
+    def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
+        compiled: set[int] = set()
+        for module in top.modules():
+            if "_orig_mod" in module.__dict__.get("_modules", {}) or module._compiled_call_impl is not None:
+                compiled.update(map(id, module.modules()))
+        count = sum(id(m) in compiled for m in tapped)
+        if count and not self._said_compiled:
+            self._said_compiled = True
+            self._bridge.notice(
+                f"{count} selected modules are inside torch.compile, which this version does not capture; "
+                "tap modules around the compiled ones, or run without torch.compile"
+            )
+
+
+def traceable(hook: Any) -> Any:
+    """`hook` for torch.compile's eyes: nothing while it traces, so that it neither breaks the graph nor refuses it."""
+
+    def tap(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        return hook(*args)
+
+    return tap

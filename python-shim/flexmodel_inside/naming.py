@@ -1,0 +1,56 @@
+"""Canonical names: those of the model as its author wrote it, whatever wrapped it since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+# Children whose name alone says that they are the wrapped module.
+_PRIVATE = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+# Classes whose child `module` is the wrapped module. A child of that name in any other class is the author's.
+_WRAPPERS = {
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+    ("torch.nn.parallel.data_parallel", "DataParallel"),
+    ("torch.optim.swa_utils", "AveragedModel"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine"),
+    ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel"),
+    ("megatron.core.transformer.module", "Float16Module"),
+}
+
+
+def unwrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper; None if `module` is no wrapper."""
+    children = module.__dict__.get("_modules", {})
+    for name in _PRIVATE:
+        if children.get(name) is not None:
+            return children[name]
+    if any((c.__module__, c.__name__) in _WRAPPERS for c in type(module).__mro__):
+        return children.get("module")
+    return None
+
+
+def authored(module: nn.Module) -> nn.Module:
+    """`module` without the wrappers around it."""
+    while (inner := unwrapped(module)) is not None:
+        module = inner
+    return module
+
+
+def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Canonical name and module for all of a model, parents first; the model itself is ''. A shared module has its first name."""
+    seen: set[int] = set()
+    stack = [("", authored(top))]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        children = [
+            (f"{name}.{key}" if name else key, authored(child))
+            for key, child in module.__dict__.get("_modules", {}).items()
+            if isinstance(child, nn.Module)
+        ]
+        stack.extend(reversed(children))

@@ -1,0 +1,67 @@
+"""How the job distributes a model, read off the objects it is made of. Nothing is imported that the job has not imported."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def _class(module: str, name: str) -> type | None:
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _is(value: object, module: str, name: str) -> bool:
+    cls = _class(module, name)
+    return isinstance(cls, type) and isinstance(value, cls)
+
+
+def wrapper_name(top: nn.Module) -> str:
+    """`FSDP1`, `FSDP2`, `DDP`, `DeepSpeed ZeRO-3`, ...; '' for none."""
+    for module in top.modules():
+        if _is(module, "deepspeed.runtime.engine", "DeepSpeedEngine"):
+            stage = getattr(module, "zero_optimization_stage", lambda: 0)()
+            return f"DeepSpeed ZeRO-{stage}"
+        if _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+            return "FSDP1"
+        if _is(module, "torch.distributed.fsdp", "FSDPModule"):
+            return "FSDP2"
+        if _is(module, "torch.nn.parallel", "DistributedDataParallel"):
+            return "DDP"
+    return ""
+
+
+def _tensor_parallel(parameter: Any, fsdp2: bool) -> bool:
+    if getattr(parameter, "tensor_model_parallel", False):  # megatron's mark
+        return True
+    return not fsdp2 and _is(parameter, "torch.distributed.tensor", "DTensor")
+
+
+def _fsdp2_over_tensor_parallel(module: nn.Module) -> bool:
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(getattr(p, "is_dtensor", False) for g in groups if g is not None for p in getattr(g, "fsdp_params", ()))
+
+
+def is_data_parallel(top: nn.Module) -> bool:
+    """Whether every rank runs the whole model on its own part of the batch."""
+    fsdp2 = [m for m in top.modules() if _is(m, "torch.distributed.fsdp", "FSDPModule")]
+    if any(map(_fsdp2_over_tensor_parallel, fsdp2)):
+        return False
+    return not any(_tensor_parallel(p, bool(fsdp2)) for p in top.parameters())
+
+
+def batch_dims(names: list[tuple[str, nn.Module]]) -> dict[int, int]:
+    """The batch dimension by id(module) where a module states it: `batch_first=False` means [length, batch, ...]."""
+    second: set[str] = set()
+    for name, module in names:
+        if module.__dict__.get("batch_first") is False:
+            second.add(name)
+    out: dict[int, int] = {}
+    for name, module in names:
+        parts = name.split(".") if name else []
+        ancestors = {".".join(parts[:i]) for i in range(len(parts) + 1)}
+        if ancestors & second:
+            out[id(module)] = 1
+    return out
