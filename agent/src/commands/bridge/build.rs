@@ -1,0 +1,281 @@
+//! Compiles and links a bridge with the C++ compiler alone.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context, bail};
+
+use super::{
+    cache,
+    probe::{Python, Torch, on_path},
+};
+
+/// The Rust half, compiled when FlexModel was.
+const ARCHIVE: &str = "libflexmodel_bridge.a";
+/// What the bridge shows to the world; all else would clash with what torch has loaded.
+const EXPORTS: &str = "{ global: flexmodel_bridge_open; flexmodel_bridge_marker; local: *; };\n";
+/// torch's headers take a compiler past a gigabyte of memory each.
+const AT_ONCE: usize = 2;
+
+/// What a bridge is made from.
+pub struct Sources {
+    folder: PathBuf,
+    /// Relative to the folder, in order.
+    files: Vec<PathBuf>,
+    /// Over the names and bytes of all of them.
+    pub digest: String,
+}
+
+impl Sources {
+    /// The sources that this FlexModel was installed with.
+    pub fn installed() -> anyhow::Result<Self> {
+        Self::read(&crate::home::home()?.join("bridge"))
+    }
+
+    fn read(folder: &Path) -> anyhow::Result<Self> {
+        let mut files = Vec::new();
+        walk(folder, Path::new(""), &mut files).with_context(|| {
+            format!("{}: the bridge's sources are not there; run scripts/setup", folder.display())
+        })?;
+        files.sort();
+        if !files.iter().any(|f| is_source(f)) || !folder.join(ARCHIVE).is_file() {
+            bail!("{}: has no *.cc and {ARCHIVE}; run scripts/setup", folder.display());
+        }
+        let mut digest = 0;
+        for file in &files {
+            let bytes = fs::read(folder.join(file)).with_context(|| folder.join(file).display().to_string())?;
+            let name = file.as_os_str().as_encoded_bytes();
+            for part in [name, &[0], &(bytes.len() as u64).to_le_bytes(), &bytes] {
+                digest = crc32c::crc32c_append(digest, part);
+            }
+        }
+        Ok(Self { folder: folder.to_owned(), files, digest: format!("{digest:08x}") })
+    }
+}
+
+fn is_source(file: &Path) -> bool {
+    file.extension().is_some_and(|e| e == "cc")
+}
+
+/// `*.cc` and the archive at the top, headers below `include/`.
+fn walk(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    for entry in fs::read_dir(root.join(below))? {
+        let entry = entry?;
+        let file = below.join(entry.file_name());
+        if root.join(&file).is_dir() {
+            if file.starts_with("include") {
+                walk(root, &file, files)?;
+            }
+        } else if file.starts_with("include") || is_source(&file) || file == Path::new(ARCHIVE) {
+            files.push(file);
+        }
+    }
+    Ok(())
+}
+
+/// The C++ compiler: `$CXX`, which may carry options, else g++.
+pub fn compiler() -> anyhow::Result<Vec<OsString>> {
+    match env::var("CXX").ok().filter(|v| !v.trim().is_empty()) {
+        Some(set) => Ok(set.split_whitespace().map(OsString::from).collect()),
+        None => on_path("g++")
+            .map(|path| vec![path.into_os_string()])
+            .context("no C++ compiler: g++ is not on PATH; install it (apt install g++) or set CXX"),
+    }
+}
+
+/// What can be said before anything is compiled.
+pub fn ready<'a>(python: &'a Python, name: &Path) -> anyhow::Result<&'a Torch> {
+    let name = name.display();
+    python.suits().map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
+    let Some(torch) = &python.torch else {
+        bail!("{name}: has no torch; install it there, or give the Python that has it");
+    };
+    if !torch.headers {
+        bail!("{name}: torch {} at {} came without its C++ headers; install the wheel from PyPI", torch.version, torch.root.display());
+    }
+    if !python.python_h {
+        bail!(
+            "{name}: Python.h is not in {}; install Python's headers (apt install python{}.{}-dev)",
+            python.include.display(), python.version.0, python.version.1
+        );
+    }
+    Ok(torch)
+}
+
+/// Builds the bridge for `python` into its place in the cache, where it appears whole or not at all.
+pub fn build(python: &Python, torch: &Torch, key: &str, sources: &Sources) -> anyhow::Result<PathBuf> {
+    let target = cache::place(key)?;
+    let folder = target.parent().context("the cache has no folder")?.to_owned();
+    let work = folder.join(format!("build-{}", std::process::id()));
+    fs::create_dir_all(&work)
+        .with_context(|| format!("{}: cannot be made; set {} to a folder of yours", work.display(), wire::env::BRIDGE_CACHE))?;
+    eprintln!("flexmodel: building the bridge for torch {} (about 1 minute) ...", torch.version);
+    let job = Job { python, torch, key, sources, work: &work, log: folder.join("build.log") };
+    let made = job.run().and_then(|library| {
+        let marker = cache::marker(&library)?;
+        if marker.key != key || marker.digest != sources.digest {
+            bail!("{}: the bridge that was built says it is {} {}", library.display(), marker.key, marker.digest);
+        }
+        fs::rename(&library, &target).with_context(|| target.display().to_string())
+    });
+    // Objects of a failed build are of no use either; the log lies beside them.
+    let _ = fs::remove_dir_all(&work);
+    made.map(|()| target)
+}
+
+struct Job<'a> {
+    python: &'a Python,
+    torch: &'a Torch,
+    key: &'a str,
+    sources: &'a Sources,
+    work: &'a Path,
+    log: PathBuf,
+}
+
+impl Job<'_> {
+    fn run(&self) -> anyhow::Result<PathBuf> {
+        let compiler = compiler()?;
+        File::create(&self.log).with_context(|| self.log.display().to_string())?;
+        let mut objects = Vec::new();
+        let mut running: Vec<(PathBuf, Child)> = Vec::new();
+        for (number, source) in self.sources.files.iter().filter(|f| is_source(f)).enumerate() {
+            if running.len() >= AT_ONCE {
+                self.finish(running.remove(0), &mut running)?;
+            }
+            let object = self.work.join(format!("{number}.o"));
+            let mut command = self.start(&compiler);
+            command.args(self.flags()).arg("-c").arg(self.sources.folder.join(source)).arg("-o").arg(&object);
+            running.push((source.clone(), self.spawn(command, &compiler)?));
+            objects.push(object);
+        }
+        while !running.is_empty() {
+            self.finish(running.remove(0), &mut running)?;
+        }
+        let library = self.work.join(cache::LIBRARY);
+        let mut command = self.start(&compiler);
+        command.args(self.link_flags()?).arg("-o").arg(&library).args(&objects).arg(self.sources.folder.join(ARCHIVE));
+        command.arg(flag("-L", &self.torch.root.join("lib")));
+        command.args(["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10", "-lpthread", "-ldl"]);
+        let child = self.spawn(command, &compiler)?;
+        self.finish(("the link".into(), child), &mut Vec::new())?;
+        Ok(library)
+    }
+
+    fn start(&self, compiler: &[OsString]) -> Command {
+        let mut command = Command::new(compiler.first().map_or("g++".as_ref(), |c| c.as_os_str()));
+        command.args(compiler.iter().skip(1)).env_remove("LD_PRELOAD").env("LC_ALL", "C");
+        command
+    }
+
+    fn flags(&self) -> Vec<OsString> {
+        let include = self.torch.root.join("include");
+        let mut flags: Vec<OsString> = vec![
+            standard(&self.torch.version).into(),
+            "-O2".into(),
+            "-fPIC".into(),
+            "-fvisibility=hidden".into(),
+            "-Wall".into(),
+            format!("-D_GLIBCXX_USE_CXX11_ABI={}", self.torch.cxx11_abi).into(),
+            format!("-DFLEXMODEL_BRIDGE_KEY=\"{}\"", self.key).into(),
+            format!("-DFLEXMODEL_BRIDGE_DIGEST=\"{}\"", self.sources.digest).into(),
+            flag("-I", &self.sources.folder.join("include")),
+        ];
+        // torch's headers are not ours to warn about.
+        for folder in [include.clone(), include.join("torch/csrc/api/include"), self.python.include.clone()] {
+            flags.push("-isystem".into());
+            flags.push(folder.into_os_string());
+        }
+        flags
+    }
+
+    fn link_flags(&self) -> anyhow::Result<Vec<OsString>> {
+        let exports = self.work.join("exports.map");
+        fs::write(&exports, EXPORTS).with_context(|| exports.display().to_string())?;
+        let mut flags: Vec<OsString> =
+            ["-shared", "-Wl,-u,flexmodel_bridge_open", "-Wl,--gc-sections"].map(OsString::from).into();
+        flags.push(flag("-Wl,--version-script=", &exports));
+        Ok(flags)
+    }
+
+    fn spawn(&self, mut command: Command, compiler: &[OsString]) -> anyhow::Result<Child> {
+        let mut log = File::options().append(true).open(&self.log)?;
+        writeln!(log, "{command:?}")?;
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("the C++ compiler {compiler:?} cannot be started; install g++ or set CXX"))
+    }
+
+    fn finish(&self, (what, mut child): (PathBuf, Child), others: &mut Vec<(PathBuf, Child)>) -> anyhow::Result<()> {
+        let status = child.wait()?;
+        if status.success() {
+            return Ok(());
+        }
+        for (_, other) in others.iter_mut() {
+            // It may have ended by itself; either way it is waited for.
+            let _ = other.kill();
+            let _ = other.wait();
+        }
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let errors: Vec<&str> = log.lines().filter(|l| is_error(l)).take(3).collect();
+        bail!(
+            "the bridge for {} does not build ({}: {status}); all of it is in {}\n{}",
+            self.key, what.display(), self.log.display(), errors.join("\n")
+        )
+    }
+}
+
+/// Whether a compiler's or linker's line says what is wrong.
+fn is_error(line: &str) -> bool {
+    ["error:", "undefined reference", "cannot find", "Killed"].iter().any(|word| line.contains(word))
+}
+
+fn flag(name: &str, path: &Path) -> OsString {
+    let mut flag = OsString::from(name);
+    flag.push(path);
+    flag
+}
+
+/// The C++ that a torch's headers are written in.
+fn standard(version: &str) -> &'static str {
+    let mut numbers = version.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
+    let (major, minor) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if (major, minor) >= (2, 12) { "-std=c++20" } else { "-std=c++17" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn newer_headers_want_a_newer_standard() {
+        assert_eq!(standard("2.11.0+cu130"), "-std=c++17");
+        assert_eq!(standard("2.12.0"), "-std=c++20");
+        assert_eq!(standard("2.15.0a0+git1"), "-std=c++20");
+    }
+
+    #[test]
+    fn the_digest_is_over_names_and_bytes_of_inputs_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::create_dir_all(root.join("include/sub")).unwrap();
+        for (name, text) in [("a.cc", "int a;"), ("include/sub/a.h", "#pragma once"), (ARCHIVE, "!<arch>\n")] {
+            fs::write(root.join(name), text).unwrap();
+        }
+        let first = Sources::read(root).unwrap().digest;
+        fs::write(root.join("README"), "not an input").unwrap();
+        assert_eq!(Sources::read(root).unwrap().digest, first);
+        fs::write(root.join("include/sub/a.h"), "#pragma once\n").unwrap();
+        assert_ne!(Sources::read(root).unwrap().digest, first);
+        fs::remove_file(root.join(ARCHIVE)).unwrap();
+        assert!(Sources::read(root).is_err());
+    }
+}

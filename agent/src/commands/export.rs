@@ -1,0 +1,171 @@
+//! `flexmodel export`: a run's whole tensors in a format of others.
+
+mod npy;
+mod pickle;
+mod torch;
+mod zip;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, bail};
+use wire::hooks::{Kind, Selector};
+
+use super::show::parse_kind;
+use crate::read::{ReadError, Record, Run, natural, text};
+
+/// Options of `flexmodel export`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The run's directory.
+    pub run: PathBuf,
+    /// npy: a folder with one file a tensor; torch: one file for torch.load.
+    #[arg(long, value_name = "FORMAT")]
+    pub to: Format,
+    /// Where to.
+    pub dest: PathBuf,
+    /// Only modules that this selector means, written as in FLEXMODEL_HOOKS (`layers.*.mlp`); may be repeated.
+    #[arg(long, value_parser = parse_selector)]
+    pub module: Vec<Selector>,
+    /// Only this kind.
+    #[arg(long, value_parser = parse_kind)]
+    pub kind: Option<Kind>,
+    /// Only this step, or steps `a..b` (both included).
+    #[arg(long, value_parser = parse_steps)]
+    pub step: Option<(u64, u64)>,
+    /// Write over what is there.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// NumPy files.
+    Npy,
+    /// A `.pt` file.
+    Torch,
+    /// Not in this version.
+    #[value(hide = true)]
+    Hf,
+    /// Not in this version.
+    #[value(hide = true)]
+    Zarr,
+}
+
+fn parse_selector(word: &str) -> Result<Selector, String> {
+    if word == "(root)" {
+        return Ok(Selector::Glob(Vec::new()));
+    }
+    let mut hooks = wire::hooks::parse_clauses(word).map_err(|e| e.to_string())?;
+    match (hooks.pop(), hooks.is_empty()) {
+        (Some(hook), true) if hook.text.trim() == hook.selector.to_string() => Ok(hook.selector),
+        _ => Err("a selector alone, such as layers.*.mlp; kinds have --kind".into()),
+    }
+}
+
+fn parse_steps(word: &str) -> Result<(u64, u64), String> {
+    let wrong = || format!("'{word}' is not a step such as 4, or steps such as 4..8");
+    let number = |s: &str, open: u64| if s.is_empty() { Ok(open) } else { s.parse().map_err(|_| wrong()) };
+    match word.split_once("..") {
+        Some((a, b)) => Ok((number(a, 0)?, number(b, u64::MAX)?)),
+        None => word.parse().map(|n| (n, n)).map_err(|_| wrong()),
+    }
+}
+
+/// What became of the records.
+#[derive(Default)]
+struct Outcome {
+    written: u64,
+    bytes: u64,
+    incomplete: Vec<String>,
+    failed: Vec<String>,
+    /// Types that the format has no name for, and what they were written as.
+    renamed: Vec<String>,
+}
+
+impl Outcome {
+    fn missed(&mut self, e: &ReadError) {
+        match e {
+            ReadError::Damage(text) => self.failed.push(text.clone()),
+            ReadError::Incomplete(text) | ReadError::Layout(text) => self.incomplete.push(text.clone()),
+        }
+    }
+}
+
+/// Runs the command.
+pub fn main(args: Args) -> anyhow::Result<ExitCode> {
+    if matches!(args.to, Format::Hf | Format::Zarr) {
+        bail!("--to {:?} is not in this version; npy and torch are", args.to);
+    }
+    let run = Run::open(&args.run)?;
+    let mut records: Vec<&Record> = run.records.iter().filter(|r| wanted(&args, r)).collect();
+    if records.is_empty() {
+        bail!("{}: no record fits; `flexmodel ls` shows what is there", args.run.display());
+    }
+    records.sort_by_cached_key(|r| {
+        let id = &r.id;
+        (id.model, natural(&id.module), id.kind, id.path.as_str(), id.step, id.micro, id.call)
+    });
+    check_dest(&args)?;
+    let outcome = match args.to {
+        Format::Npy => npy::export(&run, &records, &args.dest),
+        _ => torch::export(&run, &records, &args.dest),
+    }
+    .with_context(|| format!("export to {}", args.dest.display()))?;
+    report(&args, &outcome)
+}
+
+fn report(args: &Args, outcome: &Outcome) -> anyhow::Result<ExitCode> {
+    for line in &outcome.renamed {
+        eprintln!("note: {line}");
+    }
+    for (lines, what) in [(&outcome.incomplete, "note: left out"), (&outcome.failed, "problem")] {
+        lines.iter().take(5).for_each(|line| eprintln!("{what}: {}", text::safe(line)));
+        if lines.len() > 5 {
+            eprintln!("{what}: and {} more", lines.len() - 5);
+        }
+    }
+    text::emit(&format!(
+        "{} ({}) written to {}\n",
+        text::count(outcome.written, "tensor"), text::bytes(outcome.bytes), args.dest.display()
+    ))?;
+    Ok(if outcome.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn wanted(args: &Args, record: &Record) -> bool {
+    let (id, class) = (&record.id, &record.what().class);
+    (args.module.is_empty() || args.module.iter().any(|s| s.matches(&id.module, class, class)))
+        && args.kind.is_none_or(|kind| kind == id.kind)
+        && args.step.is_none_or(|(first, last)| (first..=last).contains(&id.step))
+}
+
+fn check_dest(args: &Args) -> anyhow::Result<()> {
+    let dest = &args.dest;
+    let folder = args.to == Format::Npy;
+    match fs::symlink_metadata(dest) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => bail!("{}: {e}", dest.display()),
+        Ok(meta) if folder && !meta.is_dir() && !dest.is_dir() => {
+            bail!("{}: is a file; --to npy writes a folder, name another", dest.display())
+        }
+        Ok(_) if !folder && dest.is_dir() => {
+            bail!("{}: is a folder; --to torch writes one file, such as {}", dest.display(), dest.join("run.pt").display())
+        }
+        Ok(_) if args.force || folder && is_empty(dest) => {}
+        Ok(_) => bail!("{}: is there already; name another or give --force to write over it", dest.display()),
+    }
+    match (dest.parent(), folder) {
+        (Some(parent), false) if !parent.as_os_str().is_empty() && !parent.is_dir() => {
+            bail!("{}: no such folder; make it first", parent.display())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}

@@ -1,0 +1,223 @@
+//! `flexmodel ls`: what a run holds.
+
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+
+use serde::Serialize;
+use wire::{dtype::DType, hooks::Kind};
+
+use crate::read::{LayoutError, Record, Run, display_module, natural, text};
+
+/// Options of `flexmodel ls`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The run's directory.
+    pub run: PathBuf,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Records that differ only in when they were captured.
+#[derive(Serialize)]
+struct Row {
+    model: u32,
+    module: String,
+    kind: &'static str,
+    path: String,
+    train: bool,
+    recompute: bool,
+    dtype: &'static str,
+    first_step: u64,
+    last_step: u64,
+    records: u64,
+    incomplete: u64,
+    /// Smallest and largest size of each dimension of the whole; `null` where no whole can be made.
+    shape: Option<(Vec<u64>, Vec<u64>)>,
+    /// Why there is no whole, for the first record that has none.
+    reason: Option<String>,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Listing<'a> {
+    run: String,
+    finished: bool,
+    world: u32,
+    rows: Vec<Row>,
+    records: u64,
+    bytes: u64,
+    incomplete: u64,
+    refused: usize,
+    dropped: u64,
+    divergences: usize,
+    problems: Vec<String>,
+    notes: &'a [String],
+}
+
+/// Runs the command.
+pub fn main(args: Args) -> anyhow::Result<ExitCode> {
+    let run = Run::open(&args.run)?;
+    let listing = list(&run);
+    if args.json {
+        text::emit(&(serde_json::to_string_pretty(&listing)? + "\n"))?;
+    } else {
+        text::emit(&table(&listing))?;
+        notes(&run, &listing);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+type Key<'a> = (u32, &'a str, Kind, &'a str, bool, bool, u8);
+
+fn list(run: &Run) -> Listing<'_> {
+    let mut groups: BTreeMap<Key<'_>, Vec<&Record>> = BTreeMap::new();
+    for record in &run.records {
+        let id = &record.id;
+        let key = (
+            id.model, id.module.as_str(), id.kind, id.path.as_str(), !id.train, id.recompute,
+            record.what().dtype as u8,
+        );
+        groups.entry(key).or_default().push(record);
+    }
+    let mut rows: Vec<Row> = groups.values().map(|records| row(run, records)).collect();
+    rows.sort_by(|a, b| (a.model, natural(&a.module)).cmp(&(b.model, natural(&b.module))));
+    Listing {
+        run: run.path.display().to_string(),
+        finished: run.finished(),
+        world: run.info.world,
+        records: run.records.len() as u64,
+        bytes: rows.iter().map(|r| r.bytes).sum(),
+        incomplete: rows.iter().map(|r| r.incomplete).sum(),
+        refused: run.lost.refused.len(),
+        dropped: run.lost.dropped.iter().map(|d| d.1).sum(),
+        divergences: run.lost.divergences.len(),
+        problems: run.problems.iter().map(|p| p.to_string()).collect(),
+        notes: &run.notes,
+        rows,
+    }
+}
+
+/// `records` is not empty.
+fn row(run: &Run, records: &[&Record]) -> Row {
+    let id = &records[0].id;
+    let mut shape: Option<(Vec<u64>, Vec<u64>)> = None;
+    let (mut incomplete, mut reason, mut uneven) = (0, None, false);
+    for record in records {
+        match record.shape() {
+            Ok(s) => match &mut shape {
+                None => shape = Some((s.clone(), s)),
+                Some((low, high)) if low.len() == s.len() => {
+                    for (d, &n) in s.iter().enumerate() {
+                        low[d] = low[d].min(n);
+                        high[d] = high[d].max(n);
+                    }
+                }
+                Some(_) => uneven = true,
+            },
+            Err(e) => {
+                incomplete += u64::from(matches!(e, LayoutError::Missing(_)));
+                reason.get_or_insert_with(|| run.explain(&e));
+            }
+        }
+    }
+    if uneven {
+        shape = None;
+        reason.get_or_insert_with(|| "the number of dimensions varies".into());
+    }
+    let dtype: DType = records[0].what().dtype;
+    Row {
+        model: id.model,
+        module: id.module.clone(),
+        kind: id.kind.name(),
+        path: id.path.clone(),
+        train: id.train,
+        recompute: id.recompute,
+        dtype: dtype.name(),
+        first_step: records.iter().map(|r| r.id.step).min().unwrap_or(0),
+        last_step: records.iter().map(|r| r.id.step).max().unwrap_or(0),
+        records: records.len() as u64,
+        incomplete,
+        shape,
+        reason,
+        bytes: records.iter().map(|r| r.stored_bytes()).sum(),
+    }
+}
+
+fn table(listing: &Listing<'_>) -> String {
+    let several_models = listing.rows.iter().any(|r| r.model != listing.rows[0].model);
+    let modes = listing.rows.iter().any(|r| !r.train || r.recompute);
+    let mut header = vec!["module", "kind", "path", "steps", "records", "shape", "dtype", "bytes"];
+    if several_models {
+        header.insert(0, "model");
+    }
+    if modes {
+        header.insert(header.len() - 4, "mode");
+    }
+    let right = [header.iter().position(|h| *h == "records").unwrap_or(0), header.len() - 1];
+    let rows: Vec<Vec<String>> = listing.rows.iter().map(|r| cells(r, several_models, modes)).collect();
+    let mut out = match rows.is_empty() {
+        true => format!("no records in {}\n", listing.run),
+        false => text::table(&header, &rows, &right),
+    };
+    let mut totals = vec![text::count(listing.records, "record"), text::bytes(listing.bytes)];
+    let more = [
+        (listing.incomplete, "incomplete"), (listing.refused as u64, "refused"), (listing.dropped, "dropped"),
+        (listing.divergences as u64, "divergent"),
+    ];
+    totals.extend(more.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")));
+    totals.push(text::count(u64::from(listing.world), "rank"));
+    if !listing.finished {
+        totals.push("not finished (running, or stopped hard)".into());
+    }
+    out += &totals.join(", ");
+    out.push('\n');
+    out
+}
+
+/// What the table has no room for, on stderr.
+fn notes(run: &Run, listing: &Listing<'_>) {
+    let mut reasons: Vec<&String> = listing.rows.iter().filter_map(|r| r.reason.as_ref()).collect();
+    reasons.sort();
+    reasons.dedup();
+    for reason in reasons.iter().take(5) {
+        eprintln!("note: {}", text::safe(reason));
+    }
+    for (what, reason) in run.lost.refused.iter().take(5) {
+        eprintln!("note: {} was not captured: {}", text::safe(&what.id.to_string()), text::safe(reason));
+    }
+    run.notes.iter().for_each(|note| eprintln!("note: {}", text::safe(note)));
+    for problem in run.problems.iter().take(5) {
+        eprintln!("problem: {}", text::safe(&problem.to_string()));
+    }
+    if run.problems.len() > 5 {
+        eprintln!("problem: and {} more; `flexmodel verify` lists them", run.problems.len() - 5);
+    }
+}
+
+fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
+    let steps = match (row.first_step, row.last_step) {
+        (a, b) if a == b => a.to_string(),
+        (a, b) => format!("{a}..{b}"),
+    };
+    let records = match row.incomplete {
+        0 => row.records.to_string(),
+        n => format!("{} ({n} incomplete)", row.records),
+    };
+    let shape = row.shape.as_ref().map_or_else(|| "-".into(), |(low, high)| text::shape_range(low, high));
+    let mut cells = vec![
+        text::safe(display_module(&row.module)), row.kind.into(), text::safe(&row.path), steps, records, shape,
+        row.dtype.into(), text::bytes(row.bytes),
+    ];
+    if several_models {
+        cells.insert(0, row.model.to_string());
+    }
+    if modes {
+        let mode = match (row.train, row.recompute) {
+            (true, false) => "train",
+            (false, false) => "eval",
+            (_, true) => "recompute",
+        };
+        cells.insert(cells.len() - 4, mode.into());
+    }
+    cells
+}

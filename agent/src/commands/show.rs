@@ -1,0 +1,259 @@
+//! `flexmodel show`: statistics and a small picture of one tensor.
+
+mod picture;
+
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+
+use anyhow::bail;
+use serde::Serialize;
+use wire::hooks::Kind;
+
+use crate::{
+    read::{Filter, Record, Run, Whole, display_module, nearest, text},
+    store::{
+        format::{Identity, Stats},
+        stats,
+    },
+};
+
+/// Options of `flexmodel show`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The run's directory.
+    pub run: PathBuf,
+    /// The module's name as `flexmodel ls` shows it; `(root)` is the model itself.
+    pub module: String,
+    /// forward, forward_pre, backward, backward_pre, param or grad.
+    #[arg(long, value_parser = parse_kind)]
+    pub kind: Option<Kind>,
+    /// Leaf, such as `out[0]`.
+    #[arg(long)]
+    pub path: Option<String>,
+    /// Step; without it, the last one that is complete.
+    #[arg(long)]
+    pub step: Option<u64>,
+    /// Microbatch within the step.
+    #[arg(long)]
+    pub micro: Option<u32>,
+    /// Call of the module within the forward pass.
+    #[arg(long)]
+    pub call: Option<u32>,
+    /// Model number, where there are several.
+    #[arg(long)]
+    pub model: Option<u32>,
+    /// Only evaluation passes.
+    #[arg(long, conflicts_with = "train")]
+    pub eval: bool,
+    /// Only training passes.
+    #[arg(long)]
+    pub train: bool,
+    /// What this rank captured, instead of the whole.
+    #[arg(long)]
+    pub rank: Option<u32>,
+    /// Print JSON, without the picture.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A kind's word; the error offers the nearest.
+pub fn parse_kind(word: &str) -> Result<Kind, String> {
+    Kind::from_name(word).ok_or_else(|| {
+        let names: Vec<&str> = Kind::ALL.iter().map(|k| k.name()).collect();
+        let best = nearest(word, &names, 1).join("");
+        format!("there is no kind {word}; did you mean {best}? ({})", names.join(", "))
+    })
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    name: String,
+    #[serde(flatten)]
+    id: &'a Identity,
+    class: &'a str,
+    dtype: &'static str,
+    shape: &'a [u64],
+    bytes: usize,
+    ranks: Vec<u32>,
+    dp_size: u32,
+    stats: Option<Stats>,
+    histogram: picture::Histogram,
+    /// Records that fit the question as well.
+    others: usize,
+}
+
+/// Runs the command.
+pub fn main(args: Args) -> anyhow::Result<ExitCode> {
+    let run = Run::open(&args.run)?;
+    let module = if args.module == "(root)" { "" } else { args.module.as_str() };
+    let mut found: Vec<&Record> = matching(&run, &args, module)?;
+    found.sort_by(|a, b| order(a).cmp(&order(b)));
+    let (record, whole, skipped) = choose(&run, &args, &found)?;
+    let summary = stats::compute(whole.dtype, &whole.bytes);
+    let values = picture::Values::new(whole.dtype, &whole.bytes);
+    let histogram = picture::histogram(&values, 40);
+    if args.json {
+        let shown = Shown {
+            name: record.id.to_string(),
+            id: &record.id,
+            class: &record.what().class,
+            dtype: whole.dtype.name(),
+            shape: &whole.shape,
+            bytes: whole.bytes.len(),
+            ranks: ranks(record, args.rank),
+            dp_size: record.what().dp_size,
+            stats: summary,
+            histogram,
+            others: found.len() - 1,
+        };
+        text::emit(&(serde_json::to_string_pretty(&shown)? + "\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut out = heading(record, &whole, args.rank);
+    if let Some(summary) = summary {
+        out += &statistics(&summary);
+    }
+    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    out += &picture::draw(&values, &whole.shape, picture::terminal_width(), colour);
+    out += &picture::sparkline(&histogram);
+    out += &rest(&found, record);
+    if let Some(reason) = skipped {
+        out += &format!("a later step is not complete and was passed over: {}\n", text::safe(&reason));
+    }
+    text::emit(&out)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&'a Record>> {
+    let mut filter = Filter { module: Some(module.to_owned()), ..Filter::default() };
+    let of_module: Vec<&Record> = run.records.iter().filter(|r| filter.wants(r)).collect();
+    if of_module.is_empty() {
+        let names = run.modules();
+        let near: Vec<&str> = nearest(module, &names, 3).into_iter().map(display_module).collect();
+        match near.is_empty() {
+            true => bail!("{}: no records at all", args.run.display()),
+            false => bail!(
+                "{}: no records of module {}; the nearest are {} (`flexmodel ls` shows all {})",
+                args.run.display(), display_module(module), near.join(", "), names.len()
+            ),
+        }
+    }
+    filter = Filter {
+        module: filter.module,
+        kind: args.kind,
+        path: args.path.clone(),
+        model: args.model,
+        step: args.step,
+        micro: args.micro,
+        call: args.call,
+        train: match (args.train, args.eval) {
+            (true, _) => Some(true),
+            (_, true) => Some(false),
+            _ => None,
+        },
+        rank: args.rank,
+    };
+    let found: Vec<&Record> = of_module.iter().copied().filter(|r| filter.wants(r)).collect();
+    if found.is_empty() {
+        bail!("{}: no such record of {}; there is {}", args.run.display(), display_module(module), choices(&of_module));
+    }
+    Ok(found)
+}
+
+/// What differs among records, in one line.
+fn choices(records: &[&Record]) -> String {
+    fn unique<T: Ord + ToString>(what: &str, values: impl Iterator<Item = T>) -> Option<String> {
+        let set: std::collections::BTreeSet<T> = values.collect();
+        let names: Vec<String> = set.iter().map(T::to_string).collect();
+        match names.len() {
+            0 => None,
+            1..=8 => Some(format!("{what} {}", names.join(", "))),
+            n => Some(format!("{what} {} .. {} ({n} of them)", names[0], names[n - 1])),
+        }
+    }
+    let ids = || records.iter().map(|r| &r.id);
+    let all = [
+        unique("kind", ids().map(|i| i.kind.name())),
+        unique("path", ids().map(|i| text::safe(&i.path))),
+        unique("step", ids().map(|i| i.step)),
+        unique("model", ids().map(|i| i.model)),
+        unique("micro", ids().map(|i| i.micro)),
+        unique("call", ids().map(|i| i.call)),
+        unique("mode", ids().map(|i| if i.train { "train" } else { "eval" })),
+        unique("rank", records.iter().flat_map(|r| r.parts.iter().map(|p| p.what.rank))),
+    ];
+    all.into_iter().flatten().collect::<Vec<_>>().join("; ")
+}
+
+/// Last step first; within a step what most people mean first.
+#[allow(clippy::type_complexity)]
+fn order(r: &Record) -> (std::cmp::Reverse<u64>, bool, bool, Kind, u32, u32, u32, &str, u32) {
+    let id = &r.id;
+    (std::cmp::Reverse(id.step), !id.train, id.recompute, id.kind, id.model, id.micro, id.call, &id.path, id.repeat)
+}
+
+/// The first of `found` that can be read, and why a later step was passed over. A step that was asked for is not replaced.
+fn choose<'a>(run: &Run, args: &Args, found: &[&'a Record]) -> anyhow::Result<(&'a Record, Whole, Option<String>)> {
+    let mut skipped = None;
+    for record in found {
+        let read = match args.rank {
+            Some(rank) => run.part(record, rank),
+            None => run.whole(record),
+        };
+        match read {
+            Ok(whole) => return Ok((record, whole, skipped)),
+            Err(e @ crate::read::ReadError::Incomplete(_)) if args.step.is_none() => {
+                skipped.get_or_insert_with(|| e.to_string());
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    bail!("{}; --rank N shows what one rank captured", skipped.unwrap_or_default())
+}
+
+fn ranks(record: &Record, only: Option<u32>) -> Vec<u32> {
+    only.map_or_else(|| record.parts.iter().map(|p| p.what.rank).collect(), |rank| vec![rank])
+}
+
+fn heading(record: &Record, whole: &Whole, rank: Option<u32>) -> String {
+    let (id, what) = (&record.id, record.what());
+    let mut when = format!("step {}, micro {}, call {}", id.step, id.micro, id.call);
+    if id.repeat > 0 {
+        when += &format!(", backward pass {}", id.repeat);
+    }
+    when += if id.train { ", train" } else { ", eval" };
+    if id.recompute {
+        when += ", recompute";
+    }
+    let from = match rank {
+        Some(rank) => format!("rank {rank}'s part of {}", record.parts.len()),
+        None => format!("whole, from {}", text::count(record.parts.len() as u64, "rank")),
+    };
+    format!(
+        "{} ({})  {} {}  model {}\n{when}\n{} {:?}  {}  {from}\n",
+        text::safe(display_module(&id.module)), text::safe(&what.class), id.kind.name(), text::safe(&id.path), id.model,
+        whole.dtype.name(), whole.shape, text::bytes(whole.bytes.len() as u64)
+    )
+}
+
+fn statistics(s: &Stats) -> String {
+    let mut line = format!(
+        "mean {}  std {}  l2 {}  min {}  max {}  absmax {}",
+        text::optional(s.mean), text::optional(s.std), text::optional(s.l2), text::optional(s.min),
+        text::optional(s.max), text::optional(s.absmax)
+    );
+    for (n, what) in [(s.zero, "zero"), (s.nan, "NaN"), (s.inf, "infinite")] {
+        if n > 0 {
+            line += &format!("  {what} {n} of {}", s.count);
+        }
+    }
+    line + "\n"
+}
+
+/// What else the question fits.
+fn rest(found: &[&Record], shown: &Record) -> String {
+    let others: Vec<&Record> = found.iter().copied().filter(|r| r.id != shown.id).collect();
+    match others.len() {
+        0 => String::new(),
+        n => format!("{} more: {}\n", n, choices(&others)),
+    }
+}

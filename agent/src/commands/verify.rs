@@ -1,0 +1,149 @@
+//! `flexmodel verify`: whether a run is what its writer wrote.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use serde::Serialize;
+
+use crate::{
+    index,
+    read::{LayoutError, Problem, ReadError, Run, sealed, text},
+    store::format::{Location, Part},
+};
+
+/// Options of `flexmodel verify`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The run's directory.
+    pub run: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Default, Serialize)]
+struct Report {
+    ok: bool,
+    records: u64,
+    parts: u64,
+    bytes: u64,
+    problems: Vec<Problem>,
+    incomplete: u64,
+    notes: Vec<String>,
+}
+
+/// Runs the command.
+pub fn main(args: Args) -> anyhow::Result<ExitCode> {
+    let run = Run::open(&args.run)?;
+    let report = verify(&run);
+    if args.json {
+        text::emit(&(serde_json::to_string_pretty(&report)? + "\n"))?;
+    } else {
+        let mut out = String::new();
+        for problem in &report.problems {
+            out += &format!("{}\n", text::safe(&problem.to_string()));
+        }
+        let checked = format!(
+            "{}, {}, {} bytes checked",
+            text::count(report.records, "record"), text::count(report.parts, "part"), report.bytes
+        );
+        out += &match report.problems.len() as u64 {
+            0 => format!("ok: {checked}\n"),
+            n => format!("{} ({checked})\n", text::count(n, "problem")),
+        };
+        report.notes.iter().for_each(|note| eprintln!("note: {}", text::safe(note)));
+        text::emit(&out)?;
+    }
+    Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn verify(run: &Run) -> Report {
+    let mut report = Report { problems: run.problems.clone(), notes: run.notes.clone(), ..Report::default() };
+    let mut spans: BTreeMap<&str, BTreeSet<Span>> = BTreeMap::new();
+    let mut damaged = BTreeSet::new();
+    for (number, record) in run.records.iter().enumerate() {
+        report.records += 1;
+        for part in &record.parts {
+            report.parts += 1;
+            if let Some(at) = part.at.as_ref() {
+                spans.entry(&at.shard).or_default().insert(Span::of(at));
+            }
+            match part.at.as_ref().map(|_| run.shards().part(part)) {
+                Some(Err(e)) => {
+                    damaged.insert(number);
+                    report.problems.push(part_problem(part, &e));
+                }
+                Some(Ok(bytes)) => report.bytes += bytes.len() as u64,
+                None => {}
+            }
+        }
+    }
+    for (number, record) in run.records.iter().enumerate() {
+        match record.shape() {
+            Err(LayoutError::Missing(_)) => report.incomplete += 1,
+            // Statistics only, and parts that are kept apart, are what was asked for.
+            Ok(_) | Err(LayoutError::StatsOnly(_) | LayoutError::Unknown { .. }) => {}
+            Err(_) if damaged.contains(&number) => {}
+            Err(e) if is_divergence(run, number) => report.notes.push(format!("{}: {e}", record.id)),
+            Err(e) => report.problems.push(Problem::new(record.id.to_string(), e.to_string())),
+        }
+    }
+    for (shard, spans) in &spans {
+        overlaps(shard, spans, &mut report.problems);
+    }
+    sealed::check(run, &mut report.problems);
+    if let Err(what) = index::check(run) {
+        report.problems.push(what);
+    }
+    if report.incomplete > 0 {
+        let note = format!("{} incomplete: some ranks delivered no part", text::count(report.incomplete, "record"));
+        report.notes.push(note);
+    }
+    if !run.finished() {
+        report.notes.push("the run is not finished: it is going on, or its agent was stopped hard".into());
+    }
+    report.ok = report.problems.is_empty();
+    report
+}
+
+/// Differing replicas were recorded as such when they came: a finding about the job, not damage.
+fn is_divergence(run: &Run, record: usize) -> bool {
+    run.lost.divergences.iter().any(|(what, _)| what.id == run.records[record].id)
+}
+
+fn part_problem(part: &Part, e: &ReadError) -> Problem {
+    let shard = part.at.as_ref().map_or("", |at| at.shard.as_str());
+    Problem::new(format!("{shard}, {} of rank {}", part.what.id, part.what.rank), e.to_string())
+}
+
+/// Where bytes are, in order of their start.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Span {
+    start: u64,
+    end: u64,
+}
+
+impl Span {
+    fn of(at: &Location) -> Self {
+        Self { start: at.offset, end: at.offset.saturating_add(at.len) }
+    }
+}
+
+/// Equal spans are replicas stored once; any other overlap is damage.
+fn overlaps(shard: &str, spans: &BTreeSet<Span>, problems: &mut Vec<Problem>) {
+    let mut last: Option<&Span> = None;
+    for span in spans.iter().filter(|s| s.start < s.end) {
+        if let Some(before) = last.filter(|before| before.end > span.start) {
+            problems.push(Problem::new(
+                shard,
+                format!("bytes {}..{} and {}..{} overlap", before.start, before.end, span.start, span.end),
+            ));
+        }
+        if last.is_none_or(|before| before.end < span.end) {
+            last = Some(span);
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Carries out a layout's plan: bytes of parts into bytes of the whole.
+
+use std::{ops::Range, sync::Arc};
+
+use memmap2::Mmap;
+use wire::dtype::DType;
+
+use super::{
+    layout::{Node, byte_len},
+    number,
+};
+
+/// Bytes of a tensor: a range of a mapped shard where they lie there in one piece, else a copy.
+#[derive(Clone)]
+pub enum Bytes {
+    /// In a shard.
+    Mapped(Arc<Mmap>, Range<usize>),
+    /// Put together.
+    Owned(Vec<u8>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            // Ranges are checked against the map when they are made; an empty slice stands for a broken promise.
+            Bytes::Mapped(map, range) => map.get(range.clone()).unwrap_or_default(),
+            Bytes::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let how = if self.is_mapped() { "mapped" } else { "owned" };
+        write!(f, "Bytes({how}, {})", self.len())
+    }
+}
+
+impl Bytes {
+    /// Whether no copy was made.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self, Bytes::Mapped(..))
+    }
+
+    /// `self` and `next` as one range, if `next` starts where `self` ends in the same shard.
+    fn join(&self, next: &Bytes) -> Option<Bytes> {
+        match (self, next) {
+            (Bytes::Mapped(map, a), Bytes::Mapped(other, b)) if Arc::ptr_eq(map, other) && a.end == b.start => {
+                Some(Bytes::Mapped(map.clone(), a.start..b.end))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A whole tensor.
+#[derive(Clone, Debug)]
+pub struct Whole {
+    /// Element type.
+    pub dtype: DType,
+    /// Shape.
+    pub shape: Vec<u64>,
+    /// Row-major elements.
+    pub bytes: Bytes,
+}
+
+/// Makes the bytes of `node`; `leaf` gives those of one part, already checked to be as long as its shape says.
+pub fn assemble<E: From<String>>(
+    node: &Node,
+    dtype: DType,
+    leaf: &mut dyn FnMut(usize) -> Result<Bytes, E>,
+) -> Result<Bytes, E> {
+    match node {
+        Node::Leaf { part, .. } => leaf(*part),
+        Node::Concat { dim, children, shape } => {
+            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
+            // No prefix of the shape overflows once all of it does not.
+            let total = total(dtype, shape)?;
+            concat(&pieces, shape.iter().take(*dim).product::<u64>() as usize, total)
+        }
+        Node::Sum { children, shape } => {
+            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
+            total(dtype, shape)?;
+            number::sum(dtype, &pieces.iter().map(|p| &**p).collect::<Vec<_>>()).map(Bytes::Owned).map_err(E::from)
+        }
+    }
+}
+
+fn total<E: From<String>>(dtype: DType, shape: &[u64]) -> Result<usize, E> {
+    byte_len(dtype, shape)
+        .and_then(|n| usize::try_from(n).ok())
+        .ok_or_else(|| E::from(format!("a tensor of shape {shape:?} does not fit into memory")))
+}
+
+/// Interleaves pieces: row `r` of the result is row `r` of every piece in order.
+fn concat<E: From<String>>(pieces: &[Bytes], rows: usize, total: usize) -> Result<Bytes, E> {
+    let filled: Vec<&Bytes> = pieces.iter().filter(|p| !p.is_empty()).collect();
+    let Some((first, rest)) = filled.split_first() else { return Ok(Bytes::Owned(Vec::new())) };
+    if rest.is_empty() {
+        return Ok((*first).clone());
+    }
+    if rows == 1
+        && let Some(one) = rest.iter().try_fold((*first).clone(), |all, next| all.join(next))
+    {
+        return Ok(one);
+    }
+    let mut out = Vec::new();
+    out.try_reserve_exact(total).map_err(|_| E::from(format!("no memory for a tensor of {total} bytes")))?;
+    for row in 0..rows {
+        for piece in &filled {
+            // Rows divide every piece: its length is its shape's product, which begins with the rows.
+            let width = piece.len() / rows;
+            out.extend_from_slice(&piece[row * width..(row + 1) * width]);
+        }
+    }
+    Ok(Bytes::Owned(out))
+}

@@ -1,0 +1,360 @@
+//! Reads run directories: finished, live, killed or damaged ones.
+//!
+//! [`Run::open`] refuses only what is not a run at all. Damage inside becomes [`Problem`]s, and everything else is
+//! served: a damaged manifest line costs its part, a damaged shard its bytes.
+
+pub mod assemble;
+pub mod layout;
+pub mod number;
+pub mod sealed;
+mod select;
+mod shards;
+pub mod text;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::{self, File},
+    io::{self, BufReader},
+    path::{Path, PathBuf},
+};
+
+pub use assemble::Whole;
+pub use layout::LayoutError;
+pub use select::{Filter, display_module, natural, nearest};
+pub use shards::{ReadError, Shards};
+use serde::Serialize;
+
+use crate::store::{
+    format::{FORMAT, Identity, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo, What},
+    manifest::{self, LineError},
+};
+
+/// Something that is wrong with a run directory, and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// The file, and the line, bytes or record in it.
+    pub place: String,
+    /// What is wrong there.
+    pub what: String,
+}
+
+impl Problem {
+    /// A problem at a place.
+    pub fn new(place: impl Into<String>, what: impl Into<String>) -> Self {
+        Self { place: place.into(), what: what.into() }
+    }
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.place, self.what)
+    }
+}
+
+/// One record: the parts that share an identity, one a rank.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Which.
+    pub id: Identity,
+    /// In rank order; at least one.
+    pub parts: Vec<Part>,
+}
+
+impl Record {
+    /// What the first part says.
+    pub fn what(&self) -> &What {
+        // A record is made with its first part.
+        &self.parts[0].what
+    }
+
+    /// Shape of the whole, or why there is none.
+    pub fn shape(&self) -> Result<Vec<u64>, LayoutError> {
+        layout::plan(&self.parts).map(|node| node.shape().to_vec())
+    }
+
+    /// Tensor bytes that its parts take in the store.
+    pub fn stored_bytes(&self) -> u64 {
+        let mut seen: Vec<(&str, u64)> = Vec::new();
+        let mut total = 0u64;
+        for at in self.parts.iter().filter_map(|p| p.at.as_ref()) {
+            if !seen.contains(&(at.shard.as_str(), at.offset)) {
+                seen.push((&at.shard, at.offset));
+                total = total.saturating_add(at.len);
+            }
+        }
+        total
+    }
+}
+
+/// What the manifest says was not captured.
+#[derive(Clone, Debug, Default)]
+pub struct Lost {
+    /// Tensors refused, with the reason.
+    pub refused: Vec<(What, String)>,
+    /// Replicas that differ from the one of the rank beside them.
+    pub divergences: Vec<(What, u32)>,
+    /// Parts dropped: rank, count, reason.
+    pub dropped: Vec<(u32, u64, String)>,
+}
+
+/// An open run directory.
+pub struct Run {
+    /// Where it is.
+    pub path: PathBuf,
+    /// `run.json`; default where it is damaged.
+    pub info: RunInfo,
+    /// In the order of their first part in the manifest.
+    pub records: Vec<Record>,
+    /// What is not there, and why.
+    pub lost: Lost,
+    /// Seals the manifest tells of: shard and length.
+    pub sealed: Vec<(String, u64)>,
+    /// Damage found while opening.
+    pub problems: Vec<Problem>,
+    /// Worth saying, not damage.
+    pub notes: Vec<String>,
+    /// Bytes of the manifest's complete lines.
+    pub manifest_len: u64,
+    shards: Shards,
+    ranks: HashMap<layout::Coordinates, u32>,
+}
+
+/// Why a path is no run.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Nothing there, or not a run.
+    #[error("{path}: {reason}")]
+    NotARun {
+        /// As given.
+        path: String,
+        /// Why, and the way out.
+        reason: String,
+    },
+    /// The system said no.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Run {
+    /// Opens a run directory.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let shown = path.display().to_string();
+        let refuse = |reason: String| OpenError::NotARun { path: shown.clone(), reason };
+        if !path.is_dir() {
+            let reason = if path.exists() { "not a directory; give the run's folder" } else { "no such run directory" };
+            return Err(refuse(reason.into()));
+        }
+        let info_bytes = read_optional(&path.join(RUN_FILE))?;
+        let journal = open_optional(&path.join(MANIFEST_FILE))?;
+        let mut problems = Vec::new();
+        let info = match (&info_bytes, &journal) {
+            (None, None) => return Err(refuse(foreign(path))),
+            (None, Some(_)) => {
+                problems.push(Problem::new(RUN_FILE, "missing; what the command and the world were is not known"));
+                RunInfo::default()
+            }
+            (Some(bytes), _) => read_info(bytes, &mut problems),
+        };
+        if info.format > FORMAT {
+            return Err(refuse(format!(
+                "written by flexmodel {} in format {}, and this one reads up to {FORMAT}; use a newer flexmodel",
+                info.flexmodel, info.format
+            )));
+        }
+        if journal.is_none() {
+            if has_shards(path) {
+                return Err(refuse(format!("has shards but no {MANIFEST_FILE}; it was copied in part, copy it again")));
+            }
+            problems.push(Problem::new(MANIFEST_FILE, "missing; nothing was captured, or it was copied in part"));
+        }
+        let mut run = Self {
+            path: path.to_owned(),
+            info,
+            records: Vec::new(),
+            lost: Lost::default(),
+            sealed: Vec::new(),
+            problems,
+            notes: Vec::new(),
+            manifest_len: 0,
+            shards: Shards::new(path),
+            ranks: HashMap::new(),
+        };
+        if let Some(journal) = journal {
+            run.take_journal(journal).map_err(|source| io_error(&path.join(MANIFEST_FILE), source))?;
+        }
+        Ok(run)
+    }
+
+    fn take_journal(&mut self, journal: File) -> io::Result<()> {
+        let mut by_id: HashMap<Identity, usize> = HashMap::new();
+        let mut again = 0u64;
+        let mut lines = manifest::Reader::new(BufReader::with_capacity(1 << 18, journal));
+        while let Some(entry) = lines.next_line()? {
+            if matches!(entry.line, Err(LineError::Torn)) {
+                self.notes.push(format!("the last line of {MANIFEST_FILE} is not complete; its part is not served"));
+                break;
+            }
+            match entry.line {
+                Ok(Line::Part(part)) => again += u64::from(!self.take_part(part, &mut by_id)),
+                Ok(Line::Refused { what, reason }) => self.lost.refused.push((what, reason)),
+                Ok(Line::Divergence { what, against }) => self.lost.divergences.push((what, against)),
+                Ok(Line::Dropped { rank, count, reason }) => self.lost.dropped.push((rank, count, reason)),
+                Ok(Line::Sealed { shard, len }) => self.sealed.push((shard, len)),
+                Err(e) => {
+                    self.problems.push(Problem::new(format!("{MANIFEST_FILE} line {}", entry.number), e.to_string()));
+                }
+            }
+            self.manifest_len = lines.offset();
+        }
+        if again > 0 {
+            self.notes.push(format!("{again} parts were captured twice (the job was started again?); the last is served"));
+        }
+        Ok(())
+    }
+
+    /// False where this rank had delivered this record before.
+    fn take_part(&mut self, part: Part, by_id: &mut HashMap<Identity, usize>) -> bool {
+        self.ranks.entry(layout::coordinates(&part.what.axes)).or_insert(part.what.rank);
+        let at = *by_id.entry(part.what.id.clone()).or_insert_with(|| {
+            self.records.push(Record { id: part.what.id.clone(), parts: Vec::new() });
+            self.records.len() - 1
+        });
+        let parts = &mut self.records[at].parts;
+        match parts.binary_search_by_key(&part.what.rank, |p| p.what.rank) {
+            Ok(old) => {
+                parts[old] = part;
+                false
+            }
+            Err(new) => {
+                parts.insert(new, part);
+                true
+            }
+        }
+    }
+
+    /// Whether its agent closed it.
+    pub fn finished(&self) -> bool {
+        self.info.finished_ns.is_some()
+    }
+
+    /// The shards' files.
+    pub fn shards(&self) -> &Shards {
+        &self.shards
+    }
+
+    /// The whole tensor of a record, checksums compared; one range of the mapped shard where it lies there in one piece.
+    pub fn whole(&self, record: &Record) -> Result<Whole, ReadError> {
+        let node = layout::plan(&record.parts).map_err(|e| self.layout_error(record, e))?;
+        let dtype = record.what().dtype;
+        let name = record.id.to_string();
+        let bytes = assemble::assemble(&node, dtype, &mut |i: usize| self.shards.part(&record.parts[i]))
+            .map_err(|e: ReadError| e.about(&name))?;
+        Ok(Whole { dtype, shape: node.shape().to_vec(), bytes })
+    }
+
+    /// What one rank captured of a record.
+    pub fn part(&self, record: &Record, rank: u32) -> Result<Whole, ReadError> {
+        let part = record.parts.iter().find(|p| p.what.rank == rank).ok_or_else(|| {
+            let have: Vec<String> = record.parts.iter().map(|p| p.what.rank.to_string()).collect();
+            ReadError::Layout(format!("{}: no part from rank {rank}; there is {}", record.id, have.join(", ")))
+        })?;
+        let bytes = self.shards.part(part).map_err(|e| e.about(&record.id.to_string()))?;
+        Ok(Whole { dtype: part.what.dtype, shape: part.what.shape.clone(), bytes })
+    }
+
+    fn layout_error(&self, record: &Record, e: LayoutError) -> ReadError {
+        match e {
+            LayoutError::Missing(_) => ReadError::Incomplete(format!("{}: {}", record.id, self.explain(&e))),
+            _ => ReadError::Layout(format!("{}: {e}", record.id)),
+        }
+    }
+
+    /// A layout error in words; missing parts by rank where other records tell which ranks these are.
+    pub fn explain(&self, e: &LayoutError) -> String {
+        let LayoutError::Missing(missing) = e else { return e.to_string() };
+        let known: Option<Vec<String>> = missing.iter().map(|c| self.rank_at(c).map(|r| r.to_string())).collect();
+        match known.as_deref() {
+            Some([one]) => format!("{e} (rank {one})"),
+            Some(many) => format!("{e} (ranks {})", many.join(", ")),
+            None => e.to_string(),
+        }
+    }
+
+    fn rank_at(&self, place: &layout::Coordinates) -> Option<u32> {
+        self.ranks.iter().filter(|(full, _)| full.starts_with(place)).map(|(_, &rank)| rank).min()
+    }
+
+    /// Modules that have records, in natural order.
+    pub fn modules(&self) -> Vec<&str> {
+        let unique: BTreeMap<Vec<select::Piece<'_>>, &str> =
+            self.records.iter().map(|r| (natural(&r.id.module), r.id.module.as_str())).collect();
+        unique.into_values().collect()
+    }
+}
+
+fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, OpenError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(io_error(path, source)),
+    }
+}
+
+fn open_optional(path: &Path) -> Result<Option<File>, OpenError> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(io_error(path, source)),
+    }
+}
+
+fn io_error(path: &Path, source: io::Error) -> OpenError {
+    OpenError::Io { path: path.display().to_string(), source }
+}
+
+fn read_info(bytes: &[u8], problems: &mut Vec<Problem>) -> RunInfo {
+    match serde_json::from_slice::<RunInfo>(bytes) {
+        Ok(info) => info,
+        Err(e) => {
+            problems.push(Problem::new(RUN_FILE, format!("damaged ({e})")));
+            // The format alone may still be readable, and decides whether the rest can be.
+            let format = serde_json::from_slice::<serde_json::Value>(bytes)
+                .ok()
+                .and_then(|v| v.get("format")?.as_u64())
+                .and_then(|n| u32::try_from(n).ok());
+            RunInfo { format: format.unwrap_or(FORMAT), flexmodel: "?".into(), ..RunInfo::default() }
+        }
+    }
+}
+
+/// Why a directory is no run, naming the runs that are in it.
+fn foreign(path: &Path) -> String {
+    let mut inside: Vec<String> = fs::read_dir(path)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|p| p.join(RUN_FILE).is_file())
+        .map(|p| p.display().to_string())
+        .collect();
+    inside.sort();
+    let lead = format!("not a FlexModel run: it has neither {RUN_FILE} nor {MANIFEST_FILE}");
+    match inside.len() {
+        0 => lead,
+        n if n > 5 => format!("{lead}; it holds {n} runs, such as {}", inside[n - 1]),
+        _ => format!("{lead}; runs in it: {}", inside.join(", ")),
+    }
+}
+
+fn has_shards(path: &Path) -> bool {
+    let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with("shard-");
+    fs::read_dir(path).into_iter().flatten().flatten().any(name)
+}
+
+#[cfg(test)]
+mod tests;

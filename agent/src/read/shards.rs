@@ -1,0 +1,144 @@
+//! The shard files of a run, mapped when first asked for.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use memmap2::Mmap;
+
+use super::{
+    assemble::Bytes,
+    layout::byte_len,
+};
+use crate::store::format::{HEADER_SPACE, Location, Part};
+
+/// Why a tensor cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// Ranks are missing: the run is going on, or it was killed.
+    #[error("{0}")]
+    Incomplete(String),
+    /// The layout does not make a whole.
+    #[error("{0}")]
+    Layout(String),
+    /// A shard is damaged, short or gone.
+    #[error("{0}")]
+    Damage(String),
+}
+
+impl ReadError {
+    /// The same error, with the record it is about.
+    pub fn about(self, record: &str) -> Self {
+        match self {
+            Self::Incomplete(text) => Self::Incomplete(format!("{record}: {text}")),
+            Self::Layout(text) => Self::Layout(format!("{record}: {text}")),
+            Self::Damage(text) => Self::Damage(format!("{record}: {text}")),
+        }
+    }
+}
+
+impl From<String> for ReadError {
+    fn from(text: String) -> Self {
+        Self::Layout(text)
+    }
+}
+
+/// Shards by stem.
+pub struct Shards {
+    path: PathBuf,
+    open: Mutex<HashMap<String, Arc<Mmap>>>,
+}
+
+impl Shards {
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), open: Mutex::default() }
+    }
+
+    /// The file of a shard: sealed, or still open.
+    pub fn file(&self, stem: &str) -> Result<(PathBuf, File), ReadError> {
+        // A manifest may say anything; a shard is a file of this directory.
+        if stem.is_empty() || stem.starts_with('.') || stem.contains(['/', '\\', '\0']) {
+            return Err(ReadError::Damage(format!("'{}' is not the name of a shard", stem.escape_debug())));
+        }
+        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        // Sealed once more at the end: it may have been sealed between the first two looks.
+        for ext in ["safetensors", "open", "safetensors"] {
+            let path = self.path.join(format!("{stem}.{ext}"));
+            match File::open(&path) {
+                Ok(file) => return Ok((path, file)),
+                Err(e) => last = e,
+            }
+        }
+        Err(match last.kind() {
+            io::ErrorKind::NotFound => ReadError::Damage(format!("{stem}.safetensors is missing")),
+            _ => ReadError::Damage(format!("{stem}.safetensors: {last}")),
+        })
+    }
+
+    /// A shard's map that reaches at least to `end`.
+    fn map(&self, stem: &str, end: u64) -> Result<Arc<Mmap>, ReadError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(map) = open.get(stem)
+            && map.len() as u64 >= end
+        {
+            return Ok(map.clone());
+        }
+        let (path, file) = self.file(stem)?;
+        let len = file.metadata().map_err(|e| ReadError::Damage(format!("{}: {e}", path.display())))?.len();
+        if len < end {
+            return Err(ReadError::Damage(format!(
+                "{} ends at byte {len}, before byte {end}; it was cut short or copied in part", base(&path)
+            )));
+        }
+        // SAFETY: shards are written once: bytes that a manifest line speaks of never change and the file never shrinks
+        // (STORE's rule). Who truncates a shard by hand meanwhile gets SIGBUS, as with every mmap reader.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| ReadError::Damage(format!("{}: {e}", path.display())))?;
+        let map = Arc::new(map);
+        open.insert(stem.to_owned(), map.clone());
+        Ok(map)
+    }
+
+    /// The bytes at a location, checksum not compared.
+    pub fn bytes(&self, at: &Location) -> Result<Bytes, ReadError> {
+        if at.len == 0 {
+            return Ok(Bytes::Owned(Vec::new()));
+        }
+        let end = at.offset.checked_add(at.len).filter(|_| at.offset >= HEADER_SPACE);
+        let end = end.ok_or_else(|| {
+            ReadError::Damage(format!("{} bytes {}+{} are outside of every shard", at.shard, at.offset, at.len))
+        })?;
+        let map = self.map(&at.shard, end)?;
+        // The map reaches to `end`, so both fit into usize.
+        Ok(Bytes::Mapped(map, at.offset as usize..end as usize))
+    }
+
+    /// A part's bytes, length and checksum compared.
+    pub fn part(&self, part: &Part) -> Result<Bytes, ReadError> {
+        let what = &part.what;
+        let at = part.at.as_ref().ok_or_else(|| {
+            ReadError::Layout(format!("rank {} kept statistics only (reduce=stats)", what.rank))
+        })?;
+        if byte_len(what.dtype, &what.shape) != Some(at.len) {
+            return Err(ReadError::Damage(format!(
+                "rank {}: {} bytes are not a {} of shape {:?}", what.rank, at.len, what.dtype.name(), what.shape
+            )));
+        }
+        let bytes = self.bytes(at)?;
+        let crc = crc32c::crc32c(&bytes);
+        if crc != at.crc {
+            return Err(ReadError::Damage(format!(
+                "{}: bytes {}..{} (rank {}) have checksum {crc:08x} and not {:08x}; `flexmodel verify` lists all damage",
+                at.shard, at.offset, at.offset + at.len, what.rank, at.crc
+            )));
+        }
+        Ok(bytes)
+    }
+}
+
+fn base(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
