@@ -110,9 +110,9 @@ def _join(parts: list[Part], depth: int) -> Node:
         before = tuple((a.name, a.index, a.size) for a in axes[:depth] if a.place != "replicate")
         missing = [(*before, (axis.name, i, axis.size)) for i in absent[:_NAMED]]
     children: list[Node] = []
-    for index in sorted(members):
+    for group in members.values():  # in mesh order, as `parts` are
         try:
-            children.append(_join(members[index], depth + 1))
+            children.append(_join(group, depth + 1))
         except IncompleteError as error:
             missing += error.missing
     if missing:
@@ -160,10 +160,9 @@ def _one_piece(node: Node, dtype: str) -> tuple[str, int, int] | None:
         return _location(node.part, dtype)
     if isinstance(node, Sum):
         return None
-    filled = [c for c in node.children if math.prod(c.shape)]
-    if len(filled) > 1 and math.prod(node.shape[: node.dim]) != 1:
+    if math.prod(node.shape[: node.dim]) != 1:
         return None
-    pieces = [_one_piece(c, dtype) for c in filled]
+    pieces = [_one_piece(c, dtype) for c in node.children if math.prod(c.shape)]
     shard, start, end = None, 0, 0
     for piece in pieces:
         if piece is None or (shard is not None and (piece[0] != shard or piece[1] != end)):

@@ -69,6 +69,7 @@ def test_scalars_and_empty_tensors_keep_their_shape(run_dir: Writer, shape: tupl
 
 def test_a_mapped_tensor_is_the_file_and_an_edit_stays_with_the_caller(run_dir: Writer):
     value = np.arange(1 << 16, dtype=np.float32)
+    run_dir.part("before", value[:100])  # so that it does not start on a page
     run_dir.part("m", value)
     run_dir.seal()
     run = flexmodel.open(run_dir.root)
@@ -109,10 +110,12 @@ def test_uneven_batches_are_joined_in_rank_order_without_a_copy(run_dir: Writer)
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [np.int8, np.float32, np.complex128])
-def test_pieces_in_any_order_are_joined_on_any_dimension(run_dir: Writer, dim: int, dtype: type):
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_pieces_in_any_order_are_joined_on_any_dimension(run_dir: Writer, dim: int, dtype: type, order: tuple):
     whole = rng.integers(-9, 9, size=(4, 5, 6)).astype(dtype)
-    for rank, piece in reversed(list(enumerate(np.array_split(whole, 3, axis=dim)))):
-        run_dir.part("m", piece, rank=rank, axes=[axis(rank, 3, shard(dim))])
+    pieces = np.array_split(whole, 3, axis=dim)
+    for index in order:
+        run_dir.part("m", pieces[index], rank=9 - index, axes=[axis(index, 3, shard(dim))], align=1)
     assert torch.equal(flexmodel.open(run_dir.root).get("m"), torch.from_numpy(whole))
 
 
@@ -166,6 +169,13 @@ def test_partial_tensors_are_added(run_dir: Writer, dtype: torch.dtype):
     assert torch.equal(flexmodel.open(run_dir.root).get("m"), expected)
 
 
+def test_a_sum_is_rounded_once(run_dir: Writer):
+    for rank, addend in enumerate([1.0, 2**-8, 2**-40]):  # just over halfway between two bfloat16
+        raw = torch.tensor([addend, -addend]).bfloat16().view(torch.uint8).numpy().tobytes()
+        run_dir.part("m", raw, dtype="bfloat16", shape=(2,), rank=rank, axes=[axis(rank, 3, "partial", "tp")])
+    assert flexmodel.open(run_dir.root).get("m").tolist() == [1 + 2**-7, -1 - 2**-7]
+
+
 @pytest.mark.parametrize(
     ("places", "shapes", "reason"),
     [
@@ -200,7 +210,15 @@ def test_an_incomplete_record_names_the_ranks_that_are_missing(run_dir: Writer):
 def test_a_part_written_twice_counts_once(run_dir: Writer):
     for rank in (0, 1, 1):
         run_dir.part("m", np.full(1, rank), rank=rank, axes=[axis(rank, 2, shard(0))])
-    assert flexmodel.open(run_dir.root).get("m").tolist() == [0, 1]
+    run = flexmodel.open(run_dir.root)
+    assert run.get("m").tolist() == [0, 1]
+    assert run.records[0].ranks == (0, 1)
+
+
+def test_training_comes_before_evaluation(run_dir: Writer):
+    for train in (False, True):
+        run_dir.part("m", np.zeros(1), train=train)
+    assert [record.train for record in flexmodel.open(run_dir.root)["m"]] == [True, False]
 
 
 def test_statistics_of_the_whole_are_those_of_its_elements(run_dir: Writer):
@@ -319,6 +337,17 @@ def test_a_running_job_is_read_as_it_writes(run_dir: Writer):
     run_dir.seal()
     assert run.get("m").tolist() == [1, 2]
     assert not old.complete
+
+
+def test_a_run_written_anew_in_the_same_place_is_read_anew(run_dir: Writer):
+    manifest = run_dir.root / "manifest.jsonl"
+    for step in range(2):
+        run_dir.part("m", np.array([step]), step=step)
+    run = flexmodel.open(run_dir.root)
+    manifest.write_bytes(b"")
+    run_dir.part("n", np.array([7]))
+    assert run.refresh() == 1
+    assert (run.modules, run.get("n").tolist()) == (["n"], [7])
 
 
 # --- damage
