@@ -14,7 +14,7 @@ torch is imported when the first tensor is asked for, and not before.
 from ._errors import NotCapturedError, RunError, RunNotFoundError
 from ._record import Record
 from ._run import Run
-from ._run import open_run as open  # noqa: A004 - the contract's name
+from ._run import open_run as open
 from ._types import Axis, Divergence, Dropped, ModelInfo, ModuleInfo, Part, Refusal, RunInfo, Stats, Totals
 
 __version__ = "0.1.0"

@@ -122,7 +122,7 @@ class Manifest:
                     add_part(raw)
                 else:
                     self._add_other(raw)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with a line, the others are served
+            except Exception as error:  # whatever is wrong with a line, the others are served
                 reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
                 self.problems.append(f"{self._path}: line {self._line} is skipped: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class Record:
     `shape` is the whole tensor's, or None where the parts make no whole (yet); `dtype` is torch's name of it;
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
     `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
-    part. `ranks` are those whose part is stored: replicas are stored once. A gradient of a mean loss over equal
-    shards is `dp_size` times the one-process gradient.
+    part, and `ranks` are those whose part is there. A gradient of a mean loss over equal shards is `dp_size` times the
+    one-process gradient.
     """
 
     module: str
@@ -98,8 +99,7 @@ class Record:
             if part.rank == rank:
                 return self._make(_assemble.Leaf(part, part.shape), torch_or_none())
         stored = ", ".join(map(str, self.ranks))
-        copies = "; a tensor that ranks hold alike is stored once" if any(_replicated(a) for a in self.layout) else ""
-        raise NotCapturedError(f"{self} has no part of rank {rank}, only of {stored}{copies}")
+        raise NotCapturedError(f"{self} has no part of rank {rank}, only of {stored}")
 
     def __str__(self) -> str:
         name = f"{self.module or '(root)'} {self.kind} {self.path}".rstrip()
@@ -162,10 +162,8 @@ def make(identity: Identity, parts: Sequence[Part], source: Source) -> Record:
     ordered = tuple(sorted(parts, key=lambda p: p.rank))
     first = ordered[0]
     shape: tuple[int, ...] | None = None
-    try:
+    with contextlib.suppress(IncompleteError, ApartError):
         shape = _assemble.plan(ordered).shape
-    except (IncompleteError, ApartError):
-        pass
     record = Record(
         module=identity.module, kind=identity.kind, path=identity.path, step=identity.step, micro=identity.micro,
         call=identity.call, train=identity.train, shape=shape, dtype=first.dtype, model=identity.model,
@@ -178,7 +176,3 @@ def make(identity: Identity, parts: Sequence[Part], source: Source) -> Record:
     record.__dict__["_parts"] = ordered
     record.__dict__["_home"] = source
     return record
-
-
-def _replicated(axis: Axis) -> bool:
-    return axis.size > 1 and axis.place in ("replicate", "replicate_or_shard0")

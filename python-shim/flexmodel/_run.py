@@ -210,7 +210,7 @@ class Run:
             raw = json.loads(file.read_bytes())
             version = int(raw["format"])
             info = RunInfo.from_json(raw) if version <= FORMAT else None
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the records may be fine
+        except Exception as error:  # whatever is wrong with it, the records may be fine
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             return f"{file} {reason}"
         if info is None:
