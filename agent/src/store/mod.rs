@@ -1,7 +1,47 @@
 //! The run directory: its format, and what writes it.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`format`] | the one definition of a run directory |
+//! | [`manifest`] | lines of the manifest, read and written |
+//! | [`dir`] | making, locking and refusing directories; `run.json` |
+//! | [`writer`] | [`Store`]: where a part goes, its bytes, its line |
+//! | [`place`] | which bytes of which shard a part gets |
+//! | [`journal`] | the manifest as it grows, on a disk that may fill up |
+//! | [`seal`] | turning a written shard into a safetensors file |
+//! | [`recover`] | what an agent that died left behind |
+//! | [`stats`] | statistics of tensors |
+//!
+//! # Invariants
+//!
+//! - **STORE-1** A part's line is written after its bytes; a shard is sealed after the lines of all of its parts.
+//! - **STORE-2** Bytes of a shard are allocated once: no two parts share a byte unless they are equal replicas.
+//! - **STORE-3** A failing disk costs captures, each of them counted, and never an error to the job.
+//! - **STORE-4** Whatever is in the manifest is readable after `kill -9` at any point, before and after recovery.
+//!
+//! # Memory
+//!
+//! A [`Store`] holds no tensor bytes. It holds at most [`place::MAX_RESERVATIONS`] unfinished wholes,
+//! [`place::MAX_REPLICAS`] replicas to compare with and [`place::MAX_RECENT`] hashes of identities (0.5 MiB), and for
+//! each shard that is not sealed yet the entries of its header, whose names fit into
+//! [`HEADER_SPACE`](format::HEADER_SPACE) (1 MiB). With names of usual length that is a few MiB in all.
 
+pub mod dir;
 pub mod format;
+mod journal;
 pub mod manifest;
+mod part;
+mod place;
+mod recent;
+pub mod recover;
+mod seal;
+mod shard;
 pub mod stats;
 #[cfg(test)]
 pub mod testing;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+pub use part::{Outcome, PartWriter};
+pub use writer::{Options, Store};

@@ -132,7 +132,9 @@ impl Moments {
             return Self::EMPTY;
         }
         let off = block.sum / n;
-        let m2 = (block.squares - block.sum * off).max(0.0);
+        // Rounding can take it below zero. Not a number (sums past the range of f64) stays so.
+        let m2 = block.squares - block.sum * off;
+        let m2 = if m2 < 0.0 { 0.0 } else { m2 };
         Self { n, mean: block.shift + off, m2, min: block.min, max: block.max }
     }
 

@@ -1,0 +1,125 @@
+//! Run directories as a whole: making, locking and refusing them; `run.json`.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, anyhow, bail};
+
+use super::{
+    format::{FORMAT, LOCK_FILE, MANIFEST_FILE, RUN_FILE, RunInfo},
+    seal::sync_dir,
+};
+
+/// A run directory that this process alone writes to, as long as it holds this.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunDir {
+    /// Makes the directory, or takes over a run that nobody writes to.
+    pub fn claim(path: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(path).map_err(|e| cannot_write(path, &e))?;
+        let path = path.canonicalize().map_err(|e| cannot_write(path, &e))?;
+        if !is_empty(&path)? && !is_run(&path) {
+            bail!("{}", not_empty(&path, "holds other files than a run's"));
+        }
+        let lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path.join(LOCK_FILE))
+            .map_err(|e| cannot_write(&path, &e))?;
+        // SAFETY: the descriptor is open.
+        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(cannot_write(&path, &error));
+            }
+            let mut pid = String::new();
+            // Only for the message.
+            let _ = (&lock).take(20).read_to_string(&mut pid);
+            bail!(
+                "{} is being written by another agent (process {}); attach to that one, or give --out {}",
+                path.display(),
+                pid.trim(),
+                free_name(&path).display()
+            );
+        }
+        // Only for the message above.
+        let _ = lock.set_len(0).and_then(|()| writeln!(&lock, "{}", std::process::id()));
+        let run = Self { path, _lock: lock };
+        let format = run.read_info().format;
+        if format > FORMAT {
+            bail!("{} was written in format {format}, and this flexmodel knows up to {FORMAT}; use a newer one", run.path.display());
+        }
+        Ok(run)
+    }
+
+    /// Its absolute path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What `run.json` says; nothing if there is none that reads.
+    pub fn read_info(&self) -> RunInfo {
+        fs::read(self.path.join(RUN_FILE)).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()
+    }
+
+    /// Replaces `run.json`.
+    pub fn write_info(&self, info: &RunInfo) -> io::Result<()> {
+        let mut json = serde_json::to_vec_pretty(info)?;
+        json.push(b'\n');
+        let new = self.path.join(format!("{RUN_FILE}.new"));
+        let mut file = File::create(&new)?;
+        file.write_all(&json)?;
+        file.sync_all()?;
+        fs::rename(new, self.path.join(RUN_FILE))?;
+        sync_dir(&self.path)
+    }
+}
+
+/// Refuses a directory that a new run cannot have: one that is there and not empty, or cannot be written.
+pub fn check_fresh(path: &Path) -> anyhow::Result<()> {
+    if path.is_dir() && !is_empty(path)? {
+        bail!("{}", not_empty(path, if is_run(path) { "holds a run already" } else { "is not empty" }));
+    }
+    fs::create_dir_all(path).map_err(|e| cannot_write(path, &e))?;
+    let probe = path.join(LOCK_FILE);
+    File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))
+}
+
+/// The error for a directory that cannot be written.
+pub fn cannot_write(path: &Path, error: &io::Error) -> anyhow::Error {
+    anyhow!("cannot write to {}: {error}; give a folder of yours with --out", path.display())
+}
+
+fn not_empty(path: &Path, why: &str) -> String {
+    format!("{} {why}; give another folder, such as --out {}", path.display(), free_name(path).display())
+}
+
+/// `PATH-2`, or the next number that is free.
+fn free_name(path: &Path) -> PathBuf {
+    let name = |n: u32| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!("-{n}"));
+        PathBuf::from(name)
+    };
+    (2..1000).map(name).find(|p| !p.exists()).unwrap_or_else(|| name(1000))
+}
+
+fn is_empty(path: &Path) -> anyhow::Result<bool> {
+    let mut entries = fs::read_dir(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(entries.next().is_none())
+}
+
+/// Whether an agent made this directory; it may have died before it wrote anything but its lock.
+fn is_run(path: &Path) -> bool {
+    [RUN_FILE, MANIFEST_FILE, LOCK_FILE].iter().any(|name| path.join(name).is_file())
+}

@@ -1,0 +1,269 @@
+//! Where parts lie, and what they are called.
+
+use wire::{dtype::DType, record::Place};
+
+use super::{
+    testing::{batch, meta, on_rank},
+    *,
+};
+
+#[test]
+fn a_whole_part_is_one_entry_with_its_own_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let record = meta("layers.0.mlp", 3, 5);
+    let bytes = bytes_of(&record, 1);
+    let (part, _) = put(&store, &record, &bytes);
+    assert_eq!(part.stats.unwrap().count, 20);
+    store.finish();
+    let found = sealed(dir.path(), "shard-00000");
+    let (dtype, shape, data) = &found["layers.0.mlp:forward:out@model0.step3.micro0.call0"];
+    assert_eq!((dtype.as_str(), shape.as_slice(), data), ("F32", &[5, 4][..], &bytes));
+    assert_eq!(found.len(), 1);
+    assert_sound(dir.path());
+    assert_eq!(at(dir.path(), part.at.as_ref().unwrap()), bytes);
+}
+
+#[test]
+fn pieces_of_the_batch_become_one_range_whatever_their_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    // 17 * 4 * 4 bytes is no multiple of the alignment.
+    for rank in [2, 0, 1] {
+        let record = on_rank(meta("a", 0, 17), rank, 3, batch());
+        put(&store, &record, &bytes_of(&record, rank as u8));
+        put(&store, &meta("between", u64::from(rank), 1), &[0; 16]);
+    }
+    store.finish();
+    let found = sealed(dir.path(), "shard-00000");
+    let (_, shape, data) = &found["a:forward:out@model0.step0.micro0.call0"];
+    let record = meta("a", 0, 17);
+    assert_eq!(shape, &[51, 4]);
+    assert_eq!(*data, [0, 1, 2].map(|rank| bytes_of(&record, rank)).concat());
+    assert_sound(dir.path());
+}
+
+#[test]
+fn a_shorter_last_piece_still_joins_and_a_longer_one_lies_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    for (name, rows) in [("short", [4, 4, 3]), ("long", [4, 4, 5])] {
+        for (rank, rows) in rows.into_iter().enumerate() {
+            let record = on_rank(meta(name, 0, rows), rank as u32, 3, batch());
+            put(&store, &record, &bytes_of(&record, rank as u8));
+        }
+    }
+    store.finish();
+    let found = sealed(dir.path(), "shard-00000");
+    assert_eq!(found["short:forward:out@model0.step0.micro0.call0"].1, [11, 4]);
+    for (rank, rows) in [4, 4, 5].into_iter().enumerate() {
+        assert_eq!(found[&format!("long:forward:out@model0.step0.micro0.call0#rank{rank}")].1, [rows, 4]);
+    }
+    assert_sound(dir.path());
+}
+
+#[test]
+fn equal_replicas_share_their_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let bytes = bytes_of(&meta("w", 0, 64), 9);
+    let mut places = Vec::new();
+    for rank in 0..3 {
+        let (part, against) = put(&store, &on_rank(meta("w", 0, 64), rank, 3, Place::Replicate), &bytes);
+        assert_eq!(against, None);
+        places.push(part.at.unwrap());
+    }
+    assert!(places.windows(2).all(|w| w[0] == w[1]));
+    assert_eq!(store.totals().bytes, bytes.len() as u64);
+    assert_eq!((store.totals().records, store.totals().parts), (1, 3));
+    store.finish();
+    assert_eq!(sealed(dir.path(), "shard-00000")["w:forward:out@model0.step0.micro0.call0"].2, bytes);
+}
+
+#[test]
+fn equal_replicas_in_pieces_share_their_bytes_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let bytes = bytes_of(&meta("w", 0, 64), 9);
+    let mut places = Vec::new();
+    for rank in 0..2 {
+        let mut part = store.begin(on_rank(meta("w", 0, 64), rank, 2, Place::Replicate));
+        part.write(0, &bytes[..100]);
+        part.write(100, &bytes[100..]);
+        let Outcome::Stored { part, .. } = part.finish() else { panic!() };
+        places.push(part.at.unwrap());
+    }
+    assert_eq!(places[0], places[1]);
+    put(&store, &meta("next", 0, 4), &[7; 64]);
+    store.finish();
+    assert_sound(dir.path());
+    assert_eq!(sealed(dir.path(), "shard-00000").len(), 2);
+}
+
+#[test]
+fn replicas_that_differ_are_both_kept_and_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    for rank in 0..3 {
+        let record = on_rank(meta("w", 0, 8), rank, 3, Place::Replicate);
+        let (_, against) = put(&store, &record, &bytes_of(&record, u8::from(rank == 1)));
+        assert_eq!(against, (rank == 1).then_some(0));
+    }
+    store.finish();
+    let divergences: Vec<_> = lines(dir.path())
+        .into_iter()
+        .filter_map(|l| if let Line::Divergence { what, against } = l { Some((what.rank, against)) } else { None })
+        .collect();
+    assert_eq!(divergences, [(1, 0)]);
+    assert_eq!(store.totals().divergences, 1);
+    let found = sealed(dir.path(), "shard-00000");
+    assert_eq!(found.keys().filter(|k| k.contains("#rank")).count(), 2);
+    assert_sound(dir.path());
+}
+
+#[test]
+fn a_batch_of_one_that_is_equal_everywhere_is_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    for rank in 0..2 {
+        let same = on_rank(meta("same", 0, 1), rank, 2, Place::ReplicateOrShard0);
+        put(&store, &same, &bytes_of(&same, 0));
+        let other = on_rank(meta("other", 0, 1), rank, 2, Place::ReplicateOrShard0);
+        put(&store, &other, &bytes_of(&other, rank as u8));
+    }
+    store.finish();
+    let found = sealed(dir.path(), "shard-00000");
+    assert_eq!(found["same:forward:out@model0.step0.micro0.call0"].1, [1, 4]);
+    assert_eq!(found["other:forward:out@model0.step0.micro0.call0"].1, [2, 4]);
+}
+
+#[test]
+fn every_element_type_and_every_odd_shape_opens() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    for (n, &dtype) in DType::ALL.iter().enumerate() {
+        let mut record = meta(dtype.name(), 0, 0);
+        record.dtype = dtype;
+        for (call, shape) in [vec![], vec![3], vec![0], vec![2, 0, 5], vec![1, 3, 1]].into_iter().enumerate() {
+            (record.shape, record.call) = (shape, call as u32);
+            put(&store, &record, &bytes_of(&record, n as u8));
+        }
+    }
+    store.finish();
+    let found = sealed(dir.path(), "shard-00000");
+    assert_eq!(found.len(), DType::ALL.len() * 5);
+    let (dtype, shape, _) = &found["complex128:forward:out@model0.step0.micro0.call1"];
+    assert_eq!((dtype.as_str(), shape.as_slice()), ("U8", &[3, 16][..]));
+    let file = fs::read(dir.path().join("shard-00000.safetensors")).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&file).unwrap();
+    let metadata = header.metadata().as_ref().unwrap();
+    assert_eq!(metadata["flexmodel.dtype.complex128:forward:out@model0.step0.micro0.call1"], "complex128");
+    assert_sound(dir.path());
+}
+
+#[test]
+fn shards_roll_when_full_and_late_pieces_still_find_their_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, notices) = store_with(dir.path(), 64 << 10);
+    let piece = |rank| on_rank(meta("late", 0, 64), rank, 2, batch());
+    put(&store, &piece(0), &bytes_of(&piece(0), 0));
+    for step in 0..100 {
+        put(&store, &meta("fill", step, 64), &[1; 1024]);
+        if step == 80 {
+            put(&store, &piece(1), &bytes_of(&piece(1), 1));
+        }
+    }
+    store.finish();
+    assert!(dir.path().join("shard-00001.safetensors").exists());
+    assert_eq!(sealed(dir.path(), "shard-00000")["late:forward:out@model0.step0.micro0.call0"].1, [128, 4]);
+    assert_sound(dir.path());
+    assert_eq!(*notices.lock().unwrap(), [""; 0]);
+    assert!(!fs::read_dir(dir.path()).unwrap().any(|e| e.unwrap().path().extension().is_some_and(|e| e == "open")));
+}
+
+#[test]
+fn a_shard_rolls_before_its_header_overflows() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let long = format!("{}\u{1}\"", "m".repeat(3000));
+    for step in 0..400 {
+        put(&store, &meta(&long, step, 1), &[2; 16]);
+    }
+    store.finish();
+    let all: usize = (0..4).filter(|n| shard::sealed_path(dir.path(), *n).exists()).map(|n| sealed(dir.path(), &shard::stem(n)).len()).sum();
+    assert_eq!(all, 400);
+    assert!(shard::sealed_path(dir.path(), 1).exists());
+}
+
+#[test]
+fn statistics_only_keeps_no_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let mut record = meta("s", 0, 10);
+    record.stats_only = true;
+    let (part, _) = put(&store, &record, &bytes_of(&record, 0));
+    assert_eq!((part.at, part.stats.unwrap().count), (None, 40));
+    store.finish();
+    assert!(!shard::sealed_path(dir.path(), 0).exists());
+}
+
+#[test]
+fn pieces_that_do_not_follow_each_other_are_a_counted_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let record = meta("x", 0, 8);
+    for offsets in [&[(0, 64), (32, 64)][..], &[(64, 64)], &[(0, 64)], &[(0, 64), (64, 65)]] {
+        let mut part = store.begin(record.clone());
+        for &(offset, len) in offsets {
+            part.write(offset, &[0; 65][..len]);
+        }
+        assert!(matches!(part.finish(), Outcome::Lost(_)), "{offsets:?}");
+    }
+    assert_eq!((store.totals().dropped, store.totals().parts), (4, 0));
+    let (part, _) = put(&store, &record, &bytes_of(&record, 0));
+    assert_eq!(part.at.unwrap().offset, format::HEADER_SPACE, "the places of lost parts were not given back");
+    store.finish();
+    assert_sound(dir.path());
+}
+
+#[test]
+fn a_part_that_is_never_finished_holds_up_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = store_with(dir.path(), 4096);
+    let mut abandoned = store.begin(on_rank(meta("gone", 0, 8), 1, 2, batch()));
+    abandoned.write(0, &[1; 64]);
+    for step in 0..20 {
+        put(&store, &meta("a", step, 64), &[1; 1024]);
+    }
+    drop(abandoned);
+    store.finish();
+    assert_sound(dir.path());
+    assert_eq!(parts(dir.path()).len(), 20);
+    assert!(!shard::open_path(dir.path(), 0).exists());
+}
+
+#[test]
+fn threads_of_many_ranks_write_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, notices) = store_with(dir.path(), 256 << 10);
+    std::thread::scope(|scope| {
+        for rank in 0..4u32 {
+            let store = &store;
+            scope.spawn(move || {
+                for step in 0..50 {
+                    let record = on_rank(meta("m", step, 33), rank, 4, batch());
+                    put(store, &record, &bytes_of(&record, rank as u8));
+                }
+            });
+        }
+    });
+    store.finish();
+    assert_sound(dir.path());
+    assert_eq!((store.totals().records, store.totals().parts), (50, 200));
+    assert_eq!(*notices.lock().unwrap(), [""; 0]);
+    let sealed_lines = lines(dir.path()).iter().filter(|l| matches!(l, Line::Sealed { .. })).count();
+    for n in 0..sealed_lines as u32 {
+        sealed(dir.path(), &shard::stem(n));
+    }
+    assert_eq!(sealed_lines, fs::read_dir(dir.path()).unwrap().filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "safetensors")).count());
+}

@@ -1,0 +1,235 @@
+//! The store of one run: what the ingest threads write through.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+};
+
+use wire::record::RecordMeta;
+
+use super::{
+    dir::{self, RunDir},
+    format::{Line, RunInfo, Totals, What},
+    journal::Journal,
+    part::PartWriter,
+    place::Allocator,
+    recover::{self, Found},
+    seal,
+    shard::{Shard, stem},
+};
+
+/// Bytes of tensors in a shard before the next one is begun.
+pub const DEFAULT_SHARD_BYTES: u64 = 512 << 20;
+
+/// How a store writes.
+pub struct Options {
+    /// Bytes of tensors in a shard before the next one is begun.
+    pub shard_bytes: u64,
+    /// Told what the user should read.
+    pub notify: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+/// Writes one run directory. Shared by all threads; no thread ever waits for another rank.
+pub struct Store {
+    dir: RunDir,
+    alloc: Mutex<Allocator>,
+    journal: Arc<Journal>,
+    totals: Mutex<Totals>,
+    /// The last part of each rank that a dead agent journalled: its frame may come again.
+    last_seen: Mutex<HashMap<u32, What>>,
+    /// Losses that ranks counted themselves and a dead agent journalled.
+    lost_by_job: Mutex<HashMap<u32, u64>>,
+    /// The last write failed.
+    broken: AtomicBool,
+    notify: Arc<dyn Fn(&str) + Send + Sync>,
+    sealer: Mutex<Option<(mpsc::Sender<Shard>, JoinHandle<()>)>>,
+}
+
+impl Store {
+    /// Makes the run directory, or takes over one whose agent is gone: then everything journalled is recovered first.
+    /// Also returns what its `run.json` says.
+    pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo)> {
+        let dir = RunDir::claim(path)?;
+        let info = dir.read_info();
+        let Found { next_shard, totals, last_seen, lost_by_job, seen, damaged: _ } = recover::recover(dir.path())?;
+        let journal = Arc::new(Journal::open(dir.path()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
+        let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
+        let sealer = sealer(dir.path().to_owned(), journal.clone(), notify.clone())?;
+        let store = Arc::new(Self {
+            alloc: Mutex::new(Allocator::new(dir.path().to_owned(), options.shard_bytes, next_shard, seen)),
+            journal,
+            totals: Mutex::new(totals),
+            last_seen: Mutex::new(last_seen),
+            lost_by_job: Mutex::new(lost_by_job),
+            broken: AtomicBool::new(false),
+            notify,
+            sealer: Mutex::new(Some(sealer)),
+            dir,
+        });
+        Ok((store, info))
+    }
+
+    /// The run directory.
+    pub fn dir(&self) -> &RunDir {
+        &self.dir
+    }
+
+    /// Begins a part.
+    pub fn begin(self: &Arc<Self>, meta: RecordMeta) -> PartWriter {
+        let last = lock(&self.last_seen).remove(&meta.rank);
+        let repeated = last.is_some_and(|last| last == What::from_meta(meta.clone()));
+        PartWriter::new(self.clone(), meta, repeated)
+    }
+
+    /// Journals that a tensor was refused, for the reason in `meta`.
+    pub fn refused(&self, meta: RecordMeta) -> (What, String) {
+        let reason = meta.refused.clone();
+        let what = What::from_meta(meta);
+        if let Err(e) = self.journal.append(&Line::Refused { what: what.clone(), reason: reason.clone() }) {
+            self.trouble(&e);
+        }
+        self.count(|totals| totals.refused += 1);
+        (what, reason)
+    }
+
+    /// Counts parts that are lost.
+    pub fn dropped(&self, rank: u32, count: u64, reason: &str) {
+        self.count(|totals| totals.dropped += count);
+        self.journal.lose(rank, count, reason);
+        // While the disk is full a line each would be a line too many; they are written once it works again.
+        if !self.broken.load(Ordering::Relaxed)
+            && let Err(e) = self.journal.flush()
+        {
+            self.trouble(&e);
+        }
+    }
+
+    /// Another job attached: nothing of it belongs together with the last one's.
+    pub fn forget_job(&self) {
+        self.alloc().forget_job();
+        self.seal_complete();
+    }
+
+    /// How many of the losses in `rank`'s own counter a dead agent journalled. Asked once, when the rank comes back.
+    pub fn take_lost_by_job(&self, rank: u32) -> u64 {
+        lock(&self.lost_by_job).remove(&rank).unwrap_or(0)
+    }
+
+    /// Counters so far.
+    pub fn totals(&self) -> Totals {
+        *lock(&self.totals)
+    }
+
+    /// Seals everything and makes it last. No part may be under way any more; later ones are lost.
+    pub fn finish(&self) {
+        self.alloc().retire_all();
+        self.seal_complete();
+        if let Some((send, thread)) = lock(&self.sealer).take() {
+            drop(send);
+            // A sealer that panicked leaves its shards open; the next agent seals them.
+            let _ = thread.join();
+        }
+        if let Err(e) = self.journal.flush().and_then(|()| self.journal.sync()) {
+            self.trouble(&e);
+        }
+    }
+
+    /// A write failed: says so once, until writing works again.
+    pub(super) fn trouble(&self, error: &io::Error) {
+        if !self.broken.swap(true, Ordering::Relaxed) {
+            (self.notify)(&format!(
+                "cannot write to {}: {error}; captures are dropped until that is mended, the job goes on",
+                self.dir.path().display()
+            ));
+        }
+    }
+
+    /// A write succeeded.
+    pub(super) fn works(&self) {
+        if self.broken.swap(false, Ordering::Relaxed) {
+            if let Err(e) = self.journal.flush() {
+                return self.trouble(&e);
+            }
+            (self.notify)(&format!("writing to {} works again", self.dir.path().display()));
+        }
+    }
+
+    pub(super) fn alloc(&self) -> MutexGuard<'_, Allocator> {
+        lock(&self.alloc)
+    }
+
+    pub(super) fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    pub(super) fn count(&self, change: impl FnOnce(&mut Totals)) {
+        change(&mut lock(&self.totals));
+    }
+
+    /// Hands shards that nobody writes to any more to the sealer.
+    pub(super) fn seal_complete(&self) {
+        let complete = self.alloc().take_complete();
+        if complete.is_empty() {
+            return;
+        }
+        if let Some((send, _)) = &*lock(&self.sealer) {
+            for shard in complete {
+                // It only fails when the sealer is gone; then the next agent seals.
+                let _ = send.send(shard);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("dir", &self.dir.path()).finish_non_exhaustive()
+    }
+}
+
+/// The thread that seals: its fsync must not hold up a rank.
+fn sealer(
+    dir: PathBuf,
+    journal: Arc<Journal>,
+    notify: Arc<dyn Fn(&str) + Send + Sync>,
+) -> io::Result<(mpsc::Sender<Shard>, JoinHandle<()>)> {
+    let (send, receive) = mpsc::channel::<Shard>();
+    let thread = std::thread::Builder::new().name("sealer".into()).spawn(move || {
+        for shard in receive {
+            if let Err(e) = seal_one(&dir, &journal, &shard) {
+                let name = stem(shard.file.number);
+                notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", dir.display()));
+            }
+        }
+    })?;
+    Ok((send, thread))
+}
+
+fn seal_one(dir: &Path, journal: &Journal, shard: &Shard) -> io::Result<()> {
+    if shard.entries.is_empty() {
+        // Every part that had a place here failed.
+        return std::fs::remove_file(super::shard::open_path(dir, shard.file.number));
+    }
+    let len = seal::seal(dir, &shard.file, &shard.entries)?;
+    journal.append(&Line::Sealed { shard: stem(shard.file.number), len })?;
+    journal.sync()
+}
+
+/// Why a part was lost, in the words of the manifest.
+pub(super) fn reason_of(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => "the disk is full".into(),
+        _ => format!("writing failed: {error}"),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
