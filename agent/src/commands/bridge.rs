@@ -78,13 +78,21 @@ fn up_to_date(python: &Path, force: bool) -> anyhow::Result<(PathBuf, bool)> {
     if let Some(given) = env::var_os(names::BRIDGE).filter(|v| !v.is_empty()).map(PathBuf::from) {
         let marker = cache::marker(&given).with_context(|| names::BRIDGE.to_string())?;
         if marker.key != key {
-            bail!("{}: {} was built for {}, and the job has {key}; unset it", names::BRIDGE, given.display(), marker.key);
+            bail!(
+                "{}: {} was built for {}, and the job has {key}; unset it",
+                names::BRIDGE,
+                given.display(),
+                marker.key
+            );
+        }
+        if !marker.fits(&key) {
+            bail!("{}: {} was built by another version of flexmodel; unset it", names::BRIDGE, given.display());
         }
         return Ok((given, false));
     }
     let sources = build::Sources::installed()?;
     let path = cache::place(&key)?;
-    let current = || cache::marker(&path).is_ok_and(|m| m.key == key && m.digest == sources.digest);
+    let current = || cache::marker(&path).is_ok_and(|m| m.fits(&key) && m.digest == sources.digest);
     if !force && current() {
         return Ok((path, false));
     }

@@ -131,7 +131,9 @@ fn report(args: &Args, outcome: &Outcome) -> anyhow::Result<ExitCode> {
     }
     text::emit(&format!(
         "{} ({}) written to {}\n",
-        text::count(outcome.written, "tensor"), text::bytes(outcome.bytes), args.dest.display()
+        text::count(outcome.written, "tensor"),
+        text::bytes(outcome.bytes),
+        args.dest.display()
     ))?;
     Ok(if outcome.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -153,7 +155,11 @@ fn check_dest(args: &Args) -> anyhow::Result<()> {
             bail!("{}: is a file; --to npy writes a folder, name another", dest.display())
         }
         Ok(_) if !folder && dest.is_dir() => {
-            bail!("{}: is a folder; --to torch writes one file, such as {}", dest.display(), dest.join("run.pt").display())
+            bail!(
+                "{}: is a folder; --to torch writes one file, such as {}",
+                dest.display(),
+                dest.join("run.pt").display()
+            )
         }
         Ok(_) if args.force || folder && is_empty(dest) => {}
         Ok(_) => bail!("{}: is there already; name another or give --force to write over it", dest.display()),

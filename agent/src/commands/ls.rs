@@ -74,7 +74,12 @@ fn list(run: &Run) -> Listing<'_> {
     for record in &run.records {
         let id = &record.id;
         let key = (
-            id.model, id.module.as_str(), id.kind, id.path.as_str(), !id.train, id.recompute,
+            id.model,
+            id.module.as_str(),
+            id.kind,
+            id.path.as_str(),
+            !id.train,
+            id.recompute,
             record.what().dtype as u8,
         );
         groups.entry(key).or_default().push(record);
@@ -161,7 +166,9 @@ fn table(listing: &Listing<'_>) -> String {
     };
     let mut totals = vec![text::count(listing.records, "record"), text::bytes(listing.bytes)];
     let more = [
-        (listing.incomplete, "incomplete"), (listing.refused as u64, "refused"), (listing.dropped, "dropped"),
+        (listing.incomplete, "incomplete"),
+        (listing.refused as u64, "refused"),
+        (listing.dropped, "dropped"),
         (listing.divergences as u64, "divergent"),
     ];
     totals.extend(more.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")));
@@ -205,8 +212,14 @@ fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
     };
     let shape = row.shape.as_ref().map_or_else(|| "-".into(), |(low, high)| text::shape_range(low, high));
     let mut cells = vec![
-        text::safe(display_module(&row.module)), row.kind.into(), text::safe(&row.path), steps, records, shape,
-        row.dtype.into(), text::bytes(row.bytes),
+        text::safe(display_module(&row.module)),
+        row.kind.into(),
+        text::safe(&row.path),
+        steps,
+        records,
+        shape,
+        row.dtype.into(),
+        text::bytes(row.bytes),
     ];
     if several_models {
         cells.insert(0, row.model.to_string());

@@ -133,7 +133,10 @@ fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&
             true => bail!("{}: no records at all", args.run.display()),
             false => bail!(
                 "{}: no records of module {}; the nearest are {} (`flexmodel ls` shows all {})",
-                args.run.display(), display_module(module), near.join(", "), names.len()
+                args.run.display(),
+                display_module(module),
+                near.join(", "),
+                names.len()
             ),
         }
     }
@@ -230,16 +233,26 @@ fn heading(record: &Record, whole: &Whole, rank: Option<u32>) -> String {
     };
     format!(
         "{} ({})  {} {}  model {}\n{when}\n{} {:?}  {}  {from}\n",
-        text::safe(display_module(&id.module)), text::safe(&what.class), id.kind.name(), text::safe(&id.path), id.model,
-        whole.dtype.name(), whole.shape, text::bytes(whole.bytes.len() as u64)
+        text::safe(display_module(&id.module)),
+        text::safe(&what.class),
+        id.kind.name(),
+        text::safe(&id.path),
+        id.model,
+        whole.dtype.name(),
+        whole.shape,
+        text::bytes(whole.bytes.len() as u64)
     )
 }
 
 fn statistics(s: &Stats) -> String {
     let mut line = format!(
         "mean {}  std {}  l2 {}  min {}  max {}  absmax {}",
-        text::optional(s.mean), text::optional(s.std), text::optional(s.l2), text::optional(s.min),
-        text::optional(s.max), text::optional(s.absmax)
+        text::optional(s.mean),
+        text::optional(s.std),
+        text::optional(s.l2),
+        text::optional(s.min),
+        text::optional(s.max),
+        text::optional(s.absmax)
     );
     for (n, what) in [(s.zero, "zero"), (s.nan, "NaN"), (s.inf, "infinite")] {
         if n > 0 {

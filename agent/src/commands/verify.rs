@@ -48,7 +48,9 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         }
         let checked = format!(
             "{}, {}, {} bytes checked",
-            text::count(report.records, "record"), text::count(report.parts, "part"), report.bytes
+            text::count(report.records, "record"),
+            text::count(report.parts, "part"),
+            report.bytes
         );
         out += &match report.problems.len() as u64 {
             0 => format!("ok: {checked}\n"),
@@ -61,23 +63,24 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 fn verify(run: &Run) -> Report {
-    let mut report = Report { problems: run.problems.clone(), notes: run.notes.clone(), ..Report::default() };
+    let mut report = Report {
+        problems: run.problems.clone(),
+        notes: run.notes.clone(),
+        records: run.records.len() as u64,
+        ..Report::default()
+    };
     let mut spans: BTreeMap<&str, BTreeSet<Span>> = BTreeMap::new();
     let mut damaged = BTreeSet::new();
-    for (number, record) in run.records.iter().enumerate() {
-        report.records += 1;
-        for part in &record.parts {
-            report.parts += 1;
-            if let Some(at) = part.at.as_ref() {
-                spans.entry(&at.shard).or_default().insert(Span::of(at));
-            }
-            match part.at.as_ref().map(|_| run.shards().part(part)) {
-                Some(Err(e)) => {
-                    damaged.insert(number);
-                    report.problems.push(part_problem(part, &e));
-                }
-                Some(Ok(bytes)) => report.bytes += bytes.len() as u64,
-                None => {}
+    let served = run.records.iter().enumerate().flat_map(|(number, r)| r.parts.iter().map(move |p| (Some(number), p)));
+    for (number, part) in served.chain(run.replaced.iter().map(|p| (None, p))) {
+        report.parts += 1;
+        let Some(at) = part.at.as_ref() else { continue };
+        spans.entry(&at.shard).or_default().insert(Span::of(at));
+        match run.shards().part(part) {
+            Ok(bytes) => report.bytes += bytes.len() as u64,
+            Err(e) => {
+                damaged.extend(number);
+                report.problems.push(part_problem(part, &e));
             }
         }
     }

@@ -93,12 +93,14 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
         let (a, b) = (&first.what, &part.what);
         if a.dtype != b.dtype {
             return Err(LayoutError::Conflict(format!(
-                "rank {} says {}, rank {} says {}", a.rank, a.dtype.name(), b.rank, b.dtype.name()
+                "rank {} says {}, rank {} says {}",
+                a.rank,
+                a.dtype.name(),
+                b.rank,
+                b.dtype.name()
             )));
         }
-        let same = |x: &Axis, y: &Axis| {
-            x.name == y.name && x.size == y.size && same_place(&x.place, &y.place)
-        };
+        let same = |x: &Axis, y: &Axis| x.name == y.name && x.size == y.size && same_place(&x.place, &y.place);
         if a.axes.len() != b.axes.len() || !a.axes.iter().zip(&b.axes).all(|(x, y)| same(x, y)) {
             return Err(LayoutError::Conflict(format!("ranks {} and {} describe different layouts", a.rank, b.rank)));
         }
@@ -133,7 +135,8 @@ impl Planner<'_> {
             let index = self.parts[m].what.axes[depth].index;
             if index >= axis.size {
                 return Err(LayoutError::Conflict(format!(
-                    "rank {} says {} {index} of {}", self.parts[m].what.rank, axis.name, axis.size
+                    "rank {} says {} {index} of {}",
+                    self.parts[m].what.rank, axis.name, axis.size
                 )));
             }
             groups.entry(index).or_default().push(m);
@@ -185,7 +188,8 @@ impl Planner<'_> {
         for b in rest.iter().map(|&m| &self.parts[m]) {
             if a.what.shape != b.what.shape || crc(a) != crc(b) {
                 return Err(LayoutError::Conflict(format!(
-                    "the layout does not tell ranks {} and {} apart, and they differ", a.what.rank, b.what.rank
+                    "the layout does not tell ranks {} and {} apart, and they differ",
+                    a.what.rank, b.what.rank
                 )));
             }
         }
@@ -224,13 +228,11 @@ impl Planner<'_> {
                 if nodes.len() == 1 { Ok(nodes.remove(0)) } else { Ok(Node::Sum { children: nodes, shape }) }
             }
             // Only reached when replicas differ: the first is served nowhere silently.
-            Place::Replicate => Err(LayoutError::Conflict(format!(
-                "replicas along {} differ: {}", axis.name, self.describe(members)
-            ))),
-            Place::Unknown if nodes.len() == 1 => Ok(nodes.remove(0)),
-            Place::Unknown => {
-                Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(members) })
+            Place::Replicate => {
+                Err(LayoutError::Conflict(format!("replicas along {} differ: {}", axis.name, self.describe(members))))
             }
+            Place::Unknown if nodes.len() == 1 => Ok(nodes.remove(0)),
+            Place::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(members) }),
         }
     }
 
@@ -254,7 +256,10 @@ fn concat(dim: usize, mut nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutE
     }
     let mut shape = nodes.first().map(|n| n.shape().to_vec()).unwrap_or_default();
     if dim >= shape.len() {
-        return Err(LayoutError::Conflict(format!("a shard of dimension {dim} along {}, which {shape:?} lacks", axis.name)));
+        return Err(LayoutError::Conflict(format!(
+            "a shard of dimension {dim} along {}, which {shape:?} lacks",
+            axis.name
+        )));
     }
     let mut total: u64 = 0;
     for node in &nodes {
@@ -262,7 +267,8 @@ fn concat(dim: usize, mut nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutE
         let fits = other.len() == shape.len() && (0..shape.len()).all(|d| d == dim || other[d] == shape[d]);
         if !fits {
             return Err(LayoutError::Conflict(format!(
-                "shapes {shape:?} and {other:?} do not go together on dimension {dim} along {}", axis.name
+                "shapes {shape:?} and {other:?} do not go together on dimension {dim} along {}",
+                axis.name
             )));
         }
         total = total

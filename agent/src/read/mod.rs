@@ -21,8 +21,8 @@ use std::{
 pub use assemble::Whole;
 pub use layout::LayoutError;
 pub use select::{Filter, display_module, natural, nearest};
-pub use shards::{ReadError, Shards};
 use serde::Serialize;
+pub use shards::{ReadError, Shards};
 
 use crate::store::{
     format::{FORMAT, Identity, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo, What},
@@ -105,6 +105,8 @@ pub struct Run {
     pub info: RunInfo,
     /// In the order of their first part in the manifest.
     pub records: Vec<Record>,
+    /// Parts that a later one of the same rank took the place of; nothing is served from them.
+    pub replaced: Vec<Part>,
     /// What is not there, and why.
     pub lost: Lost,
     /// Seals the manifest tells of: shard and length.
@@ -176,6 +178,7 @@ impl Run {
             path: path.to_owned(),
             info,
             records: Vec::new(),
+            replaced: Vec::new(),
             lost: Lost::default(),
             sealed: Vec::new(),
             problems,
@@ -192,7 +195,6 @@ impl Run {
 
     fn take_journal(&mut self, journal: File) -> io::Result<()> {
         let mut by_id: HashMap<Identity, usize> = HashMap::new();
-        let mut again = 0u64;
         let mut lines = manifest::Reader::new(BufReader::with_capacity(1 << 18, journal));
         while let Some(entry) = lines.next_line()? {
             if matches!(entry.line, Err(LineError::Torn)) {
@@ -200,7 +202,7 @@ impl Run {
                 break;
             }
             match entry.line {
-                Ok(Line::Part(part)) => again += u64::from(!self.take_part(part, &mut by_id)),
+                Ok(Line::Part(part)) => self.take_part(part, &mut by_id),
                 Ok(Line::Refused { what, reason }) => self.lost.refused.push((what, reason)),
                 Ok(Line::Divergence { what, against }) => self.lost.divergences.push((what, against)),
                 Ok(Line::Dropped { rank, count, reason }) => self.lost.dropped.push((rank, count, reason)),
@@ -211,14 +213,16 @@ impl Run {
             }
             self.manifest_len = lines.offset();
         }
-        if again > 0 {
-            self.notes.push(format!("{again} parts were captured twice (the job was started again?); the last is served"));
+        if !self.replaced.is_empty() {
+            self.notes.push(format!(
+                "{} captured again later (the job was started again?); the last is served",
+                text::count(self.replaced.len() as u64, "part")
+            ));
         }
         Ok(())
     }
 
-    /// False where this rank had delivered this record before.
-    fn take_part(&mut self, part: Part, by_id: &mut HashMap<Identity, usize>) -> bool {
+    fn take_part(&mut self, part: Part, by_id: &mut HashMap<Identity, usize>) {
         self.ranks.entry(layout::coordinates(&part.what.axes)).or_insert(part.what.rank);
         let at = *by_id.entry(part.what.id.clone()).or_insert_with(|| {
             self.records.push(Record { id: part.what.id.clone(), parts: Vec::new() });
@@ -226,14 +230,8 @@ impl Run {
         });
         let parts = &mut self.records[at].parts;
         match parts.binary_search_by_key(&part.what.rank, |p| p.what.rank) {
-            Ok(old) => {
-                parts[old] = part;
-                false
-            }
-            Err(new) => {
-                parts.insert(new, part);
-                true
-            }
+            Ok(old) => self.replaced.push(std::mem::replace(&mut parts[old], part)),
+            Err(new) => parts.insert(new, part),
         }
     }
 

@@ -133,7 +133,11 @@ mod tests {
     use super::*;
 
     const SMALL: [DType; 6] = [
-        DType::Float16, DType::BFloat16, DType::Float8E5M2, DType::Float8E4M3Fn, DType::Float8E5M2Fnuz,
+        DType::Float16,
+        DType::BFloat16,
+        DType::Float8E5M2,
+        DType::Float8E4M3Fn,
+        DType::Float8E5M2Fnuz,
         DType::Float8E4M3Fnuz,
     ];
 

@@ -10,10 +10,7 @@ use std::{
 
 use memmap2::Mmap;
 
-use super::{
-    assemble::Bytes,
-    layout::byte_len,
-};
+use super::{assemble::Bytes, layout::byte_len};
 use crate::store::format::{HEADER_SPACE, Location, Part};
 
 /// Why a tensor cannot be read.
@@ -91,7 +88,8 @@ impl Shards {
         let len = file.metadata().map_err(|e| ReadError::Damage(format!("{}: {e}", path.display())))?.len();
         if len < end {
             return Err(ReadError::Damage(format!(
-                "{} ends at byte {len}, before byte {end}; it was cut short or copied in part", base(&path)
+                "{} ends at byte {len}, before byte {end}; it was cut short or copied in part",
+                base(&path)
             )));
         }
         // SAFETY: shards are written once: bytes that a manifest line speaks of never change and the file never shrinks
@@ -119,12 +117,17 @@ impl Shards {
     /// A part's bytes, length and checksum compared.
     pub fn part(&self, part: &Part) -> Result<Bytes, ReadError> {
         let what = &part.what;
-        let at = part.at.as_ref().ok_or_else(|| {
-            ReadError::Layout(format!("rank {} kept statistics only (reduce=stats)", what.rank))
-        })?;
+        let at = part
+            .at
+            .as_ref()
+            .ok_or_else(|| ReadError::Layout(format!("rank {} kept statistics only (reduce=stats)", what.rank)))?;
         if byte_len(what.dtype, &what.shape) != Some(at.len) {
             return Err(ReadError::Damage(format!(
-                "rank {}: {} bytes are not a {} of shape {:?}", what.rank, at.len, what.dtype.name(), what.shape
+                "rank {}: {} bytes are not a {} of shape {:?}",
+                what.rank,
+                at.len,
+                what.dtype.name(),
+                what.shape
             )));
         }
         let bytes = self.bytes(at)?;
@@ -132,7 +135,11 @@ impl Shards {
         if crc != at.crc {
             return Err(ReadError::Damage(format!(
                 "{}: bytes {}..{} (rank {}) have checksum {crc:08x} and not {:08x}; `flexmodel verify` lists all damage",
-                at.shard, at.offset, at.offset + at.len, what.rank, at.crc
+                at.shard,
+                at.offset,
+                at.offset + at.len,
+                what.rank,
+                at.crc
             )));
         }
         Ok(bytes)

@@ -111,7 +111,14 @@ fn addends_are_summed_in_their_type() {
 fn parts_without_a_layout_are_named_and_readable_one_by_one() {
     let mut f = Fixture::default();
     for rank in 0..2 {
-        f.part(id("mlp", 0), DType::UInt8, &[1 + u64::from(rank)], rank, dp(rank, 2, Place::Unknown), &vec![9; 1 + rank as usize]);
+        f.part(
+            id("mlp", 0),
+            DType::UInt8,
+            &[1 + u64::from(rank)],
+            rank,
+            dp(rank, 2, Place::Unknown),
+            &vec![9; 1 + rank as usize],
+        );
     }
     let dir = f.finish();
     let run = open(&dir);
@@ -231,12 +238,15 @@ fn statistics_alone_are_not_bytes() {
 fn hostile_part() -> impl Strategy<Value = String> {
     let number = || prop_oneof![Just(0u64), 0u64..5, Just(u64::MAX), Just(1 << 40), any::<u64>()];
     let place = prop_oneof![
-        Just("\"replicate\"".to_owned()), Just("\"partial\"".to_owned()), Just("\"unknown\"".to_owned()),
+        Just("\"replicate\"".to_owned()),
+        Just("\"partial\"".to_owned()),
+        Just("\"unknown\"".to_owned()),
         Just("\"replicate_or_shard0\"".to_owned()),
         (0u32..70).prop_map(|dim| format!("{{\"shard\":{{\"dim\":{dim},\"offset\":null}}}}")),
     ];
-    let axis = (0u32..3, prop_oneof![0u32..4, Just(u32::MAX)], place)
-        .prop_map(|(index, size, place)| format!("{{\"name\":\"dp\",\"index\":{index},\"size\":{size},\"place\":{place}}}"));
+    let axis = (0u32..3, prop_oneof![0u32..4, Just(u32::MAX)], place).prop_map(|(index, size, place)| {
+        format!("{{\"name\":\"dp\",\"index\":{index},\"size\":{size},\"place\":{place}}}")
+    });
     let shape = proptest::collection::vec(number(), 0..4);
     let dtype = prop_oneof![Just("float32"), Just("bfloat16"), Just("bool"), Just("complex32"), Just("int64")];
     let name = prop_oneof![Just("shard-00000"), Just("../x"), Just("")];

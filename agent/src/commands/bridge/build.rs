@@ -20,6 +20,8 @@ use super::{
 const ARCHIVE: &str = "libflexmodel_bridge.a";
 /// What the bridge shows to the world; all else would clash with what torch has loaded.
 const EXPORTS: &str = "{ global: flexmodel_bridge_open; flexmodel_bridge_marker; local: *; };\n";
+/// Pulled out of the archive though no C++ mentions it.
+const ENTRY: &str = "-Wl,-u,flexmodel_bridge_open";
 /// torch's headers take a compiler past a gigabyte of memory each.
 const AT_ONCE: usize = 2;
 
@@ -40,9 +42,8 @@ impl Sources {
 
     fn read(folder: &Path) -> anyhow::Result<Self> {
         let mut files = Vec::new();
-        walk(folder, Path::new(""), &mut files).with_context(|| {
-            format!("{}: the bridge's sources are not there; run scripts/setup", folder.display())
-        })?;
+        walk(folder, Path::new(""), &mut files)
+            .with_context(|| format!("{}: the bridge's sources are not there; run scripts/setup", folder.display()))?;
         files.sort();
         if !files.iter().any(|f| is_source(f)) || !folder.join(ARCHIVE).is_file() {
             bail!("{}: has no *.cc and {ARCHIVE}; run scripts/setup", folder.display());
@@ -97,12 +98,18 @@ pub fn ready<'a>(python: &'a Python, name: &Path) -> anyhow::Result<&'a Torch> {
         bail!("{name}: has no torch; install it there, or give the Python that has it");
     };
     if !torch.headers {
-        bail!("{name}: torch {} at {} came without its C++ headers; install the wheel from PyPI", torch.version, torch.root.display());
+        bail!(
+            "{name}: torch {} at {} came without its C++ headers; install the wheel from PyPI",
+            torch.version,
+            torch.root.display()
+        );
     }
     if !python.python_h {
         bail!(
             "{name}: Python.h is not in {}; install Python's headers (apt install python{}.{}-dev)",
-            python.include.display(), python.version.0, python.version.1
+            python.include.display(),
+            python.version.0,
+            python.version.1
         );
     }
     Ok(torch)
@@ -113,14 +120,18 @@ pub fn build(python: &Python, torch: &Torch, key: &str, sources: &Sources) -> an
     let target = cache::place(key)?;
     let folder = target.parent().context("the cache has no folder")?.to_owned();
     let work = folder.join(format!("build-{}", std::process::id()));
-    fs::create_dir_all(&work)
-        .with_context(|| format!("{}: cannot be made; set {} to a folder of yours", work.display(), wire::env::BRIDGE_CACHE))?;
+    fs::create_dir_all(&work).with_context(|| {
+        format!("{}: cannot be made; set {} to a folder of yours", work.display(), wire::env::BRIDGE_CACHE)
+    })?;
     eprintln!("flexmodel: building the bridge for torch {} (about 1 minute) ...", torch.version);
     let job = Job { python, torch, key, sources, work: &work, log: folder.join("build.log") };
     let made = job.run().and_then(|library| {
         let marker = cache::marker(&library)?;
-        if marker.key != key || marker.digest != sources.digest {
-            bail!("{}: the bridge that was built says it is {} {}", library.display(), marker.key, marker.digest);
+        if !marker.fits(key) || marker.digest != sources.digest {
+            bail!(
+                "the bridge that was built says it is {marker:?}; its sources in {} are not this FlexModel's",
+                sources.folder.display()
+            );
         }
         fs::rename(&library, &target).with_context(|| target.display().to_string())
     });
@@ -198,7 +209,7 @@ impl Job<'_> {
         let exports = self.work.join("exports.map");
         fs::write(&exports, EXPORTS).with_context(|| exports.display().to_string())?;
         let mut flags: Vec<OsString> =
-            ["-shared", "-Wl,-u,flexmodel_bridge_open", "-Wl,--gc-sections"].map(OsString::from).into();
+            ["-shared", ENTRY, "-Wl,--gc-sections", "-Wl,--strip-debug"].map(OsString::from).into();
         flags.push(flag("-Wl,--version-script=", &exports));
         Ok(flags)
     }
@@ -206,12 +217,10 @@ impl Job<'_> {
     fn spawn(&self, mut command: Command, compiler: &[OsString]) -> anyhow::Result<Child> {
         let mut log = File::options().append(true).open(&self.log)?;
         writeln!(log, "{command:?}")?;
-        command
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("the C++ compiler {compiler:?} cannot be started; install g++ or set CXX"))
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().with_context(|| {
+            let words: Vec<_> = compiler.iter().map(|word| word.to_string_lossy()).collect();
+            format!("the C++ compiler ({}) cannot be started; install g++ or set CXX", words.join(" "))
+        })
     }
 
     fn finish(&self, (what, mut child): (PathBuf, Child), others: &mut Vec<(PathBuf, Child)>) -> anyhow::Result<()> {
@@ -228,7 +237,10 @@ impl Job<'_> {
         let errors: Vec<&str> = log.lines().filter(|l| is_error(l)).take(3).collect();
         bail!(
             "the bridge for {} does not build ({}: {status}); all of it is in {}\n{}",
-            self.key, what.display(), self.log.display(), errors.join("\n")
+            self.key,
+            what.display(),
+            self.log.display(),
+            errors.join("\n")
         )
     }
 }

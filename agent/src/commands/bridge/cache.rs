@@ -8,12 +8,15 @@ use std::{
 use anyhow::{Context, bail};
 use memmap2::Mmap;
 use serde::Serialize;
-use wire::env as names;
+use wire::{
+    env as names,
+    tap_abi::{MARKER_PREFIX, TAP_ABI},
+};
 
 /// The library's name in its folder.
 pub const LIBRARY: &str = "libflexmodel_torch.so";
-/// How the marker in a bridge begins; the whole is `FLEXMODEL-BRIDGE key=<key> digest=<hex> abi=<n>;`.
-const MARK: &[u8] = b"FLEXMODEL-BRIDGE key=";
+/// What follows the marker's prefix; the whole is `FLEXMODEL-BRIDGE key=<key> digest=<hex> abi=<n>;`.
+const KEY: &[u8] = b" key=";
 
 /// What a bridge says it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -24,6 +27,13 @@ pub struct Marker {
     pub digest: String,
     /// Version of the tables between it and the interposer.
     pub abi: String,
+}
+
+impl Marker {
+    /// Whether it may be loaded by this FlexModel beside the torch that `key` names.
+    pub fn fits(&self, key: &str) -> bool {
+        self.key == key && self.abi == TAP_ABI.to_string()
+    }
 }
 
 /// The folder of all bridges.
@@ -53,8 +63,8 @@ pub fn marker(path: &Path) -> anyhow::Result<Marker> {
 }
 
 fn parse(bytes: &[u8]) -> Option<Marker> {
-    let at = find(bytes, MARK)?;
-    let rest = bytes.get(at + MARK.len()..)?;
+    let mark = [MARKER_PREFIX.as_bytes(), KEY].concat();
+    let rest = bytes.get(find(bytes, &mark)? + mark.len()..)?;
     let text = std::str::from_utf8(rest.get(..rest.iter().take(512).position(|&b| b == b';')?)?).ok()?;
     let (key, rest) = text.split_once(" digest=")?;
     let (digest, abi) = rest.split_once(" abi=")?;
@@ -92,7 +102,10 @@ mod tests {
         let mut bytes = b"FLEXMODEL-BRIDG\0FFLEX".to_vec();
         bytes.extend_from_slice(b"FLEXMODEL-BRIDGE key=torch2.11.0+cu130 digest=0a1b2c3d abi=2;rest");
         let marker = parse(&bytes).unwrap();
-        assert_eq!((marker.key.as_str(), marker.digest.as_str(), marker.abi.as_str()), ("torch2.11.0+cu130", "0a1b2c3d", "2"));
+        assert_eq!(
+            (marker.key.as_str(), marker.digest.as_str(), marker.abi.as_str()),
+            ("torch2.11.0+cu130", "0a1b2c3d", "2")
+        );
     }
 
     #[test]

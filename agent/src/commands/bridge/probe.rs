@@ -59,9 +59,7 @@ impl Python {
     pub fn suits(&self) -> Result<(), String> {
         let (major, minor, patch) = self.version;
         if (major, minor) < OLDEST {
-            return Err(format!(
-                "Python {major}.{minor}.{patch} is too old; use {}.{} or newer", OLDEST.0, OLDEST.1
-            ));
+            return Err(format!("Python {major}.{minor}.{patch} is too old; use {}.{} or newer", OLDEST.0, OLDEST.1));
         }
         if self.implementation != "cpython" || self.free_threaded {
             let which = if self.free_threaded { "free-threaded Python" } else { self.implementation.as_str() };
@@ -75,7 +73,11 @@ impl Python {
         let torch = self.torch.as_ref()?;
         Some(format!(
             "torch{}-cuda{}-cxx11abi{}-cp{}{}",
-            torch.version, torch.cuda.as_deref().unwrap_or("none"), torch.cxx11_abi, self.version.0, self.version.1
+            torch.version,
+            torch.cuda.as_deref().unwrap_or("none"),
+            torch.cxx11_abi,
+            self.version.0,
+            self.version.1
         ))
     }
 }
@@ -101,7 +103,11 @@ pub fn probe(python: &Path) -> anyhow::Result<Python> {
     if let Some(torch) = &answer.torch
         && (torch.version.is_empty() || torch.version.contains(['/', '\0', '"', '\\', ' ', ';']))
     {
-        bail!("{}: its torch at {} does not say its version; install torch again", python.display(), torch.root.display());
+        bail!(
+            "{}: its torch at {} does not say its version; install torch again",
+            python.display(),
+            torch.root.display()
+        );
     }
     Ok(answer)
 }
@@ -140,10 +146,17 @@ mod tests {
 
     fn python(version: (u32, u32, u32), cuda: Option<&str>) -> Python {
         Python {
-            version, executable: "python".into(), implementation: "cpython".into(), free_threaded: false,
-            include: PathBuf::new(), python_h: true,
+            version,
+            executable: "python".into(),
+            implementation: "cpython".into(),
+            free_threaded: false,
+            include: PathBuf::new(),
+            python_h: true,
             torch: Some(Torch {
-                root: PathBuf::new(), version: "2.11.0+cu130".into(), cuda: cuda.map(str::to_owned), cxx11_abi: 1,
+                root: PathBuf::new(),
+                version: "2.11.0+cu130".into(),
+                cuda: cuda.map(str::to_owned),
+                cxx11_abi: 1,
                 headers: true,
             }),
         }
@@ -151,9 +164,7 @@ mod tests {
 
     #[test]
     fn the_key_says_what_must_be_equal() {
-        assert_eq!(
-            python((3, 11, 7), Some("13.0")).key().unwrap(), "torch2.11.0+cu130-cuda13.0-cxx11abi1-cp311"
-        );
+        assert_eq!(python((3, 11, 7), Some("13.0")).key().unwrap(), "torch2.11.0+cu130-cuda13.0-cxx11abi1-cp311");
         assert!(python((3, 12, 0), None).key().unwrap().ends_with("-cudanone-cxx11abi1-cp312"));
     }
 

@@ -38,7 +38,11 @@ fn shared_memory() -> Check {
         let fd = libc::memfd_create(c"flexmodel-doctor".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
         if fd < 0 {
             let e = std::io::Error::last_os_error();
-            return Check::no(name, format!("memfd_create: {e}"), "a container's seccomp profile may forbid it; allow it");
+            return Check::no(
+                name,
+                format!("memfd_create: {e}"),
+                "a container's seccomp profile may forbid it; allow it",
+            );
         }
         OwnedFd::from_raw_fd(fd)
     };
@@ -61,7 +65,9 @@ fn descriptors() -> Check {
     let name = "unix sockets";
     match pass_descriptor() {
         Ok(true) => Check::ok(name, "descriptors pass (SCM_RIGHTS)"),
-        Ok(false) => Check::no(name, "a descriptor that was sent did not arrive", "a sandbox may strip it; run outside of it"),
+        Ok(false) => {
+            Check::no(name, "a descriptor that was sent did not arrive", "a sandbox may strip it; run outside of it")
+        }
         Err(e) => Check::no(name, e.to_string(), "allow unix sockets in the container's seccomp profile"),
     }
 }
@@ -125,7 +131,8 @@ fn memory() -> Check {
             format!("set {}=64M or less", wire::env::SLAB),
         ),
         Some(free) => Check::ok(
-            name, format!("{} free: room for {} slabs of {slab}, one a rank", text::bytes(free), free / DEFAULT_SLAB_BYTES),
+            name,
+            format!("{} free: room for {} slabs of {slab}, one a rank", text::bytes(free), free / DEFAULT_SLAB_BYTES),
         ),
     }
 }

@@ -32,7 +32,11 @@ fn library() -> Check {
         Err(e) => return Check::no(name, format!("{e:#}"), "run scripts/setup"),
     };
     if path.as_os_str().as_bytes().iter().any(|b| b": ".contains(b)) {
-        return Check::no(name, format!("{} has a space or colon, which LD_PRELOAD takes apart", path.display()), "move it");
+        return Check::no(
+            name,
+            format!("{} has a space or colon, which LD_PRELOAD takes apart", path.display()),
+            "move it",
+        );
     }
     let run = Command::new("/bin/true").env("LD_PRELOAD", &path).stdin(Stdio::null()).output();
     match run {
@@ -43,7 +47,9 @@ fn library() -> Check {
             name,
             format!(
                 "/bin/true with {} ends with {}: {}",
-                path.display(), output.status, String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or("")
+                path.display(),
+                output.status,
+                String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or("")
             ),
             "build it on this machine with scripts/setup",
         ),
@@ -63,7 +69,9 @@ fn compiler() -> Check {
         Ok(output) if output.status.success() => {
             Check::ok(name, String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or("").to_owned())
         }
-        Ok(output) => Check::no(name, format!("{} --version ends with {}", program.display(), output.status), "set CXX"),
+        Ok(output) => {
+            Check::no(name, format!("{} --version ends with {}", program.display(), output.status), "set CXX")
+        }
         Err(e) => Check::no(name, format!("{}: {e}", program.display()), "install g++ or set CXX"),
     }
 }
@@ -90,7 +98,9 @@ fn of_python(python: &probe::Python, path: &Path) -> Vec<Check> {
     let cuda = torch.cuda.as_ref().map_or_else(|| "without CUDA".to_owned(), |v| format!("for CUDA {v}"));
     checks.push(match torch.headers {
         true => Check::ok("torch", format!("{} {cuda}", torch.version)),
-        false => Check::no("torch", format!("{} came without its C++ headers", torch.version), "install the wheel from PyPI"),
+        false => {
+            Check::no("torch", format!("{} came without its C++ headers", torch.version), "install the wheel from PyPI")
+        }
     });
     checks.extend(python.key().map(|key| bridge(&key)));
     checks
@@ -100,9 +110,11 @@ fn bridge(key: &str) -> Check {
     let name = "bridge";
     if let Some(given) = env::var_os(wire::env::BRIDGE).filter(|v| !v.is_empty()).map(PathBuf::from) {
         return match cache::marker(&given) {
-            Ok(m) if m.key == key => Check::ok(name, format!("{}, by {}", given.display(), wire::env::BRIDGE)),
+            Ok(m) if m.fits(key) => Check::ok(name, format!("{}, by {}", given.display(), wire::env::BRIDGE)),
             Ok(m) => Check::no(
-                name, format!("{} was built for {}", given.display(), m.key), format!("unset {}", wire::env::BRIDGE),
+                name,
+                format!("{} was built for {}", given.display(), m.key),
+                format!("unset {}", wire::env::BRIDGE),
             ),
             Err(e) => Check::no(name, format!("{e:#}"), format!("unset {}", wire::env::BRIDGE)),
         };
@@ -113,7 +125,7 @@ fn bridge(key: &str) -> Check {
         Err(e) => return Check::no(name, format!("{e:#}"), "run scripts/setup"),
     };
     match cache::place(key).and_then(|path| Ok((cache::marker(&path), path))) {
-        Ok((Ok(m), path)) if m.key == key && m.digest == sources.digest => Check::ok(name, path.display().to_string()),
+        Ok((Ok(m), path)) if m.fits(key) && m.digest == sources.digest => Check::ok(name, path.display().to_string()),
         Ok((Ok(_), _)) => Check::absent(name, format!("from other sources than this FlexModel's: {later}")),
         Ok((Err(_), _)) => Check::absent(name, format!("not built yet for {key}: {later}")),
         Err(e) => Check::no(name, format!("{e:#}"), "set it"),

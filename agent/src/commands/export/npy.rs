@@ -68,7 +68,12 @@ pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Out
         outcome.bytes += whole.bytes.len() as u64;
         let what = record.what();
         entries.push(Entry {
-            file, id: &record.id, class: &what.class, dtype: whole.dtype.name(), shape: whole.shape, npy,
+            file,
+            id: &record.id,
+            class: &what.class,
+            dtype: whole.dtype.name(),
+            shape: whole.shape,
+            npy,
             dp_size: what.dp_size,
         });
     }
@@ -174,8 +179,16 @@ mod tests {
 
     fn id(module: &str, path: &str) -> Identity {
         Identity {
-            module: module.into(), kind: wire::hooks::Kind::Forward, path: path.into(), model: 0, step: 3, micro: 0,
-            call: 1, repeat: 0, train: false, recompute: false,
+            module: module.into(),
+            kind: wire::hooks::Kind::Forward,
+            path: path.into(),
+            model: 0,
+            step: 3,
+            micro: 0,
+            call: 1,
+            repeat: 0,
+            train: false,
+            recompute: false,
         }
     }
 
@@ -190,7 +203,10 @@ mod tests {
 
     #[test]
     fn file_names_are_safe_and_unique() {
-        assert_eq!(file_name(&id("layers.0.mlp", "out[0]")), "layers.0.mlp-forward-out_0_-model0-step3-micro0-call1-eval");
+        assert_eq!(
+            file_name(&id("layers.0.mlp", "out[0]")),
+            "layers.0.mlp-forward-out_0_-model0-step3-micro0-call1-eval"
+        );
         assert!(!file_name(&id("../../etc", "out")).contains('/'));
         assert!(file_name(&id("../x", "out")).starts_with("_.."));
         assert!(file_name(&id(&"é".repeat(500), "out")).len() <= NAME);

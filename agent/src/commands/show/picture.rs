@@ -120,7 +120,9 @@ pub fn draw(values: &Values<'_>, shape: &[u64], width: usize, colour: bool) -> S
     let what = if colour { "mean" } else { "mean |x|" };
     out += &format!(
         "{rows} x {columns}; a cell is the {what} of up to {} x {} elements, the strongest {}",
-        elements(rows, height), elements(columns, width), text::number(peak)
+        elements(rows, height),
+        elements(columns, width),
+        text::number(peak)
     );
     if cells.iter().any(|c| !c.is_finite()) {
         out += if colour { "; green: NaN or infinite" } else { "; !: NaN or infinite" };
