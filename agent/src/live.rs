@@ -4,7 +4,7 @@
 //!
 //! | what | bound |
 //! |---|---|
-//! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (96 bytes each): at most 100 MB with the rings' slack |
+//! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (104 bytes each): at most 110 MB with the rings' slack |
 //! | series | [`MAX_SERIES`]; later ones are counted in the totals but not charted, and a notice says so |
 //! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them |
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
@@ -26,7 +26,7 @@ use tokio::sync::Notify;
 use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals, What};
 
 pub use series::Coord;
-use series::{Key, Moments, Series, Slot};
+use series::{Key, Series, Slot};
 pub use view::{Delta, ModelsView, Picked, RunView, SeriesQuery, SeriesView};
 
 /// Most points kept of one series; the newest stay.
@@ -287,9 +287,8 @@ impl Inner {
         self.totals.refused = self.totals.refused.saturating_add(1);
         self.run_changed();
         let (id, kind) = (&what.id, what.id.kind.name());
-        let same = |r: &&mut Refusal| {
-            r.module == id.module && r.kind == kind && r.path == id.path && r.reason == reason
-        };
+        let same =
+            |r: &&mut Refusal| r.module == id.module && r.kind == kind && r.path == id.path && r.reason == reason;
         match self.refusals.iter_mut().find(same) {
             Some(refusal) => refusal.count += 1,
             None => {
@@ -319,7 +318,7 @@ impl Inner {
         let series = &mut self.series[index as usize];
         series.bytes = series.bytes.saturating_add(bytes);
         let coord = Coord::of(id);
-        match series.add(coord, Moments::of(part), next, clock, limit) {
+        match series.add(part, next, clock, limit) {
             Slot::New => {
                 self.totals.records += 1;
                 self.recent.push_back(Recent { series: index, coord, parts: vec![part.clone()] });

@@ -35,7 +35,8 @@ struct Reader {
 
 pub async fn events(State(shared): State<Arc<Shared>>) -> Response {
     let Ok(permit) = shared.streams.clone().try_acquire_owned() else {
-        return (StatusCode::SERVICE_UNAVAILABLE, "too many pages are open on this dashboard; close one\n").into_response();
+        return (StatusCode::SERVICE_UNAVAILABLE, "too many pages are open on this dashboard; close one\n")
+            .into_response();
     };
     let reader = Reader { live: shared.live.clone(), since: 0, series: 0, first: true, _permit: permit };
     let events = stream::unfold(reader, |mut reader| async move {

@@ -151,7 +151,8 @@ fn enter(guard: &Guard, rest: &str, elsewhere: bool) -> Response {
     if elsewhere {
         // After a link on another site's page, the browser would not send the cookie along a redirect; it does on a
         // step that begins on a page of ours.
-        let page = "<!doctype html><meta http-equiv=\"refresh\" content=\"0;url=/\"><a href=\"/\">Open the dashboard</a>";
+        let page =
+            "<!doctype html><meta http-equiv=\"refresh\" content=\"0;url=/\"><a href=\"/\">Open the dashboard</a>";
         let html = (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
         return (StatusCode::OK, [html, (header::SET_COOKIE, cookie)], page).into_response();
     }

@@ -45,7 +45,9 @@ pub async fn serve(listener: TcpListener, live: Arc<Live>, run_dir: PathBuf, tok
     if !address.ip().is_loopback() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("the dashboard does not listen on {address}: only on 127.0.0.1 or [::1]; forward the port with ssh"),
+            format!(
+                "the dashboard does not listen on {address}: only on 127.0.0.1 or [::1]; forward the port with ssh"
+            ),
         ));
     }
     if token.is_empty() {

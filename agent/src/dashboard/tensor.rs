@@ -92,7 +92,7 @@ impl Tensors {
         };
         let node = layout::plan(&shown).map_err(|e| e.to_string())?;
         let mut leaves = Vec::new();
-        node.leaves(&mut leaves);
+        let summed = walk(&node, &mut leaves);
         leaves.sort_unstable();
         leaves.dedup();
         let mut bytes: Vec<Option<Bytes>> = vec![None; shown.len()];
@@ -101,7 +101,6 @@ impl Tensors {
         }
         let source = Source { node: &node, dtype: first.dtype, bytes: &bytes };
         let whole = leaves.iter().map(|&i| &shown[i]).filter_map(|p| p.at.as_ref()).map(|at| at.len).sum();
-        let summed = has_sum(&node);
         let known = if summed { None } else { leaves.iter().map(|&i| shown[i].stats).collect() };
         Ok(Look {
             id: id.clone(),
@@ -184,11 +183,21 @@ pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
     axes.iter().map(line).collect()
 }
 
-fn has_sum(node: &Node) -> bool {
+/// Adds the parts that the whole is made of; says whether any are addends.
+fn walk(node: &Node, leaves: &mut Vec<usize>) -> bool {
     match node {
-        Node::Leaf { .. } => false,
-        Node::Concat { children, .. } => children.iter().any(has_sum),
-        Node::Sum { .. } => true,
+        Node::Leaf { part, .. } => {
+            leaves.push(*part);
+            false
+        }
+        Node::Concat { children, .. } => {
+            let sums = children.iter().filter(|child| walk(child, leaves)).count();
+            sums > 0
+        }
+        Node::Sum { children, .. } => {
+            children.iter().for_each(|child| _ = walk(child, leaves));
+            true
+        }
     }
 }
 

@@ -1,0 +1,97 @@
+//! Tests of reading elements through a layout: the same numbers as putting the whole together.
+
+use super::*;
+use crate::{
+    read::assemble,
+    store::{format::What, stats::to_f64, testing},
+};
+
+struct Case {
+    parts: Vec<Part>,
+    bytes: Vec<Vec<u8>>,
+}
+
+/// Name, index, size, place.
+type Along<'a> = (&'a str, u32, u32, Place);
+
+/// Parts with different elements, one a rank: shape and axes.
+fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
+    let mut out = Case { parts: Vec::new(), bytes: Vec::new() };
+    for (rank, (shape, axes)) in ranks.iter().enumerate() {
+        let mut what = What::from_meta(testing::meta("m", 0, 1));
+        what.rank = rank as u32;
+        what.dtype = dtype;
+        what.shape = shape.to_vec();
+        what.axes = axes
+            .iter()
+            .map(|(name, index, size, place)| Axis {
+                name: (*name).into(),
+                index: *index,
+                size: *size,
+                place: place.clone(),
+            })
+            .collect();
+        let real = component(dtype);
+        let numbers = shape.iter().product::<u64>() as usize * dtype.size() / real.size();
+        let bytes = (0..numbers).flat_map(|i| ((100 * rank + i) as f32).to_le_bytes()).collect::<Vec<u8>>();
+        let at =
+            crate::store::format::Location { shard: "s".into(), offset: 0, len: bytes.len() as u64, crc: rank as u32 };
+        out.parts.push(Part { what, at: Some(at), stats: None });
+        out.bytes.push(bytes);
+    }
+    out
+}
+
+fn check(case: Case) {
+    let node = layout::plan(&case.parts).unwrap();
+    let dtype = case.parts[0].what.dtype;
+    let leaf = |i: usize| Ok::<_, String>(Bytes::Owned(case.bytes[i].clone()));
+    let whole = assemble::assemble(&node, dtype, &mut { leaf }).unwrap();
+    let expected: Vec<f64> = whole.chunks_exact(dtype.size()).map(|x| to_f64(dtype, x)).collect();
+    let bytes: Vec<Option<Bytes>> = case.bytes.iter().map(|b| Some(Bytes::Owned(b.clone()))).collect();
+    let source = Source { node: &node, dtype, bytes: &bytes };
+    let shape = node.shape().to_vec();
+    let cols = *shape.last().unwrap();
+    let mut at = 0;
+    for row in 0..expected.len() as u64 / cols {
+        let mut coordinates = vec![0; shape.len() - 1];
+        let mut rest = row;
+        for (c, dim) in coordinates.iter_mut().zip(&shape).rev() {
+            *c = rest % dim;
+            rest /= dim;
+        }
+        for start in 0..cols {
+            let mut out = vec![f64::NAN; (cols - start) as usize];
+            source.read(&coordinates, start, &mut out);
+            assert_eq!(out, expected[at + start as usize..at + cols as usize], "row {row} from {start}");
+        }
+        at += cols as usize;
+    }
+}
+
+fn shard(dim: u32) -> Place {
+    Place::Shard { dim, offset: None }
+}
+
+#[test]
+fn uneven_pieces_of_every_dimension_read_as_the_whole() {
+    check(case(DType::Float32, &[(&[2, 3, 4], &[("dp", 0, 2, shard(0))]), (&[1, 3, 4], &[("dp", 1, 2, shard(0))])]));
+    check(case(DType::Float32, &[(&[2, 3, 4], &[("dp", 0, 2, shard(1))]), (&[2, 2, 4], &[("dp", 1, 2, shard(1))])]));
+    check(case(DType::Float32, &[(&[2, 3, 4], &[("tp", 0, 2, shard(2))]), (&[2, 3, 1], &[("tp", 1, 2, shard(2))])]));
+}
+
+#[test]
+fn two_mesh_axes_read_as_the_whole() {
+    let place = |dp, tp| [("dp", dp, 2, shard(0)), ("tp", tp, 2, shard(1))];
+    let axes: Vec<_> = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(dp, tp)| place(dp, tp)).into();
+    check(case(DType::Float32, &[(&[2, 3], &axes[0]), (&[2, 5], &axes[1]), (&[1, 3], &axes[2]), (&[1, 5], &axes[3])]));
+}
+
+#[test]
+fn addends_and_complex_elements_read_as_the_whole() {
+    let axes = |i| [("tp", i, 2, Place::Partial)];
+    check(case(DType::Float32, &[(&[2, 3], &axes(0)), (&[2, 3], &axes(1))]));
+    check(case(DType::Complex64, &[(&[2, 3], &axes(0)), (&[2, 3], &axes(1))]));
+    let axes = |i| [("dp", i, 2, shard(1))];
+    check(case(DType::Complex64, &[(&[2, 3], &axes(0)), (&[2, 1], &axes(1))]));
+}

@@ -128,6 +128,12 @@ impl Moments {
     }
 }
 
+/// How many parts make a record of this layout.
+fn promised(axes: &[Axis]) -> u32 {
+    let divided = axes.iter().filter(|a| a.place != Place::Replicate);
+    divided.fold(1u32, |n, a| n.saturating_mul(a.size))
+}
+
 /// One record in a series.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Point {
@@ -135,6 +141,9 @@ pub(super) struct Point {
     pub moments: Moments,
     /// Number of the record among the recent ones.
     pub number: u64,
+    /// Parts that came, of those that the layout promises; replicas count neither way.
+    pub pieces: u32,
+    pub promised: u32,
     /// Clock of the last part that was merged in.
     pub changed: u64,
 }
@@ -182,8 +191,10 @@ impl Series {
     }
 
     /// Takes a part in. Ranks run ahead of each other, so it may belong before the newest record.
-    pub fn add(&mut self, at: Coord, moments: Moments, number: u64, clock: u64, limit: usize) -> Slot {
+    pub fn add(&mut self, part: &Part, number: u64, clock: u64, limit: usize) -> Slot {
         self.changed = clock;
+        let (at, moments) = (Coord::of(&part.what.id), Moments::of(part));
+        let pieces = u32::from(moments.role != Role::Copy);
         let place = match self.points.back() {
             Some(last) if last.at < at => self.points.len(),
             None => 0,
@@ -192,6 +203,7 @@ impl Series {
         if let Some(point) = self.points.get_mut(place).filter(|p| p.at == at) {
             let clean = point.moments.bad == 0;
             point.moments.merge(&moments);
+            point.pieces += pieces;
             point.changed = clock;
             self.bad += u64::from(clean && point.moments.bad > 0);
             return Slot::Known(point.number);
@@ -201,7 +213,8 @@ impl Series {
         }
         // A copy says nothing that the part it copies will not say.
         let moments = if moments.role == Role::Copy { Moments::none(Role::Piece) } else { moments };
-        self.points.insert(place, Point { at, moments, number, changed: clock });
+        self.points
+            .insert(place, Point { at, moments, number, pieces, promised: promised(&part.what.axes), changed: clock });
         self.count += 1;
         self.bad += u64::from(moments.bad > 0);
         while self.points.len() > limit {

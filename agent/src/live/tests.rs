@@ -1,0 +1,194 @@
+//! Tests of the live state.
+
+use wire::record::Place;
+
+use super::*;
+use crate::store::{
+    format::{Location, Stats},
+    testing,
+};
+
+fn stats(values: &[f32]) -> Stats {
+    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    crate::store::stats::compute(wire::dtype::DType::Float32, &bytes).unwrap()
+}
+
+/// The part of `rank` of `world` at `step`, with these elements.
+fn part(step: u64, rank: u32, world: u32, place: Place, values: &[f32]) -> Part {
+    let what = What::from_meta(testing::on_rank(testing::meta("layers.0.mlp", step, 1), rank, world, place));
+    let at = Location { shard: "shard-00000".into(), offset: 1 << 20, len: 4 * values.len() as u64, crc: 1 };
+    Part { what, at: Some(at), stats: Some(stats(values)) }
+}
+
+fn query() -> SeriesQuery {
+    SeriesQuery { module: "layers.0.mlp".into(), ..SeriesQuery::default() }
+}
+
+fn close(a: Option<f64>, b: Option<f64>) -> bool {
+    let (a, b) = (a.unwrap(), b.unwrap());
+    (a - b).abs() <= 1e-9 * a.abs().max(1.0)
+}
+
+#[test]
+fn the_parts_of_a_record_make_one_point_with_the_statistics_of_the_whole() {
+    let live = Live::new(RunInfo::default());
+    live.part(&part(3, 0, 2, testing::batch(), &[1.0, 2.0, -7.5]));
+    assert_eq!(live.series(&query()).1[0].points.complete, [false]);
+    live.part(&part(3, 1, 2, testing::batch(), &[10.0, 4.0]));
+    let (_, series) = live.series(&query());
+    let (points, whole) = (&series[0].points, stats(&[1.0, 2.0, -7.5, 10.0, 4.0]));
+    assert_eq!((points.step.as_slice(), points.complete.as_slice()), ([3].as_slice(), [true].as_slice()));
+    assert!(close(points.mean[0], whole.mean) && close(points.std[0], whole.std));
+    assert!(close(points.l2[0], whole.l2) && close(points.absmax[0], whole.absmax));
+    let totals = live.run().totals;
+    assert_eq!((totals.records, totals.parts, totals.bytes), (1, 2, 20));
+}
+
+#[test]
+fn replicas_count_once_in_whatever_order_they_come() {
+    for place in [Place::Replicate, Place::ReplicateOrShard0] {
+        for order in [[0, 1], [1, 0]] {
+            let live = Live::new(RunInfo::default());
+            order.iter().for_each(|&rank| live.part(&part(0, rank, 2, place.clone(), &[3.0, 4.0])));
+            let (_, series) = live.series(&query());
+            assert!(close(series[0].points.l2[0], Some(5.0)), "{place:?} {order:?}");
+        }
+    }
+}
+
+#[test]
+fn parts_that_might_have_been_replicas_and_differ_are_pieces() {
+    let live = Live::new(RunInfo::default());
+    live.part(&part(0, 0, 2, Place::ReplicateOrShard0, &[3.0]));
+    live.part(&part(0, 1, 2, Place::ReplicateOrShard0, &[4.0]));
+    assert!(close(live.series(&query()).1[0].points.l2[0], Some(5.0)));
+}
+
+#[test]
+fn a_slow_rank_joins_the_records_of_a_fast_one() {
+    let live = Live::new(RunInfo::default());
+    for rank in [0, 1] {
+        for step in 0..50 {
+            live.part(&part(step, rank, 2, testing::batch(), &[step as f32]));
+        }
+    }
+    let (_, series) = live.series(&query());
+    assert_eq!(series[0].points.step, (0..50).collect::<Vec<_>>());
+    assert!(series[0].points.complete.iter().all(|&c| c));
+    assert_eq!(live.run().totals.records, 50);
+    let id = part(7, 0, 2, testing::batch(), &[0.0]).what.id;
+    assert_eq!(live.pick(&id).unwrap().parts.len(), 2);
+}
+
+#[test]
+fn rings_keep_the_newest_and_nothing_more() {
+    let live = Live::new(RunInfo::default());
+    for step in 0..(MAX_RECORDS as u64 + 100) {
+        live.part(&part(step, 0, 1, testing::batch(), &[1.0]));
+    }
+    let (_, series) = live.series(&query());
+    assert_eq!(series[0].points.step.len(), POINTS_PER_SERIES);
+    assert_eq!(series[0].points.step.last(), Some(&(MAX_RECORDS as u64 + 99)));
+    assert_eq!(series[0].summary.state.count, MAX_RECORDS as u64 + 100);
+    let all = live.records(&query(), usize::MAX);
+    assert_eq!(all.len(), MAX_RECORDS);
+    assert_eq!(all[0].id.step, MAX_RECORDS as u64 + 99);
+    assert!(live.pick(&part(0, 0, 1, testing::batch(), &[]).what.id).is_none());
+}
+
+#[test]
+fn records_of_many_parts_are_bounded_by_their_parts() {
+    let live = Live::new(RunInfo::default());
+    let ranks = 512;
+    for step in 0..(2 * MAX_PARTS as u64 / u64::from(ranks)) {
+        (0..ranks).for_each(|rank| live.part(&part(step, rank, ranks, testing::batch(), &[1.0])));
+    }
+    assert_eq!(live.records(&query(), usize::MAX).len(), MAX_PARTS / ranks as usize);
+}
+
+#[test]
+fn many_series_share_the_budget_of_points() {
+    let live = Live::new(RunInfo::default());
+    let mut one = part(0, 0, 1, testing::batch(), &[1.0]);
+    for series in 0..(POINT_BUDGET / POINTS_PER_SERIES * 4) {
+        one.what.id.module = format!("m{series}");
+        for step in 0..600 {
+            one.what.id.step = step;
+            live.part(&one);
+        }
+    }
+    let inner = live.lock();
+    assert!(inner.series.iter().map(|s| s.points.len()).sum::<usize>() <= POINT_BUDGET);
+    assert!(inner.series.iter().all(|s| s.points.len() <= inner.limit()));
+    assert!(inner.series.iter().all(|s| s.points.back().is_some_and(|p| p.at.step == 599)));
+}
+
+#[test]
+fn every_changed_series_is_told_even_when_few_fit() {
+    let live = Live::new(RunInfo::default());
+    let mut one = part(0, 0, 1, testing::batch(), &[1.0]);
+    for series in 0..25 {
+        one.what.id.module = format!("m{series}");
+        live.part(&one);
+    }
+    let (mut since, mut seen, mut told) = (0, 0, std::collections::BTreeSet::new());
+    for _ in 0..3 {
+        let delta = live.delta(since, &mut seen, 10);
+        assert!(delta.series.len() <= 10);
+        since = delta.clock;
+        told.extend(delta.series.into_iter().map(|(id, _)| id));
+    }
+    assert_eq!(told.len(), 25);
+    assert!(live.delta(since, &mut seen, 10).series.is_empty());
+}
+
+#[test]
+fn only_points_that_changed_are_sent_again() {
+    let live = Live::new(RunInfo::default());
+    (0..5).for_each(|step| live.part(&part(step, 0, 2, testing::batch(), &[1.0])));
+    let (since, _) = live.series(&query());
+    live.part(&part(2, 1, 2, testing::batch(), &[2.0]));
+    let (_, series) = live.series(&SeriesQuery { since, ..query() });
+    assert_eq!(series[0].points.step, [2]);
+}
+
+#[test]
+fn not_a_number_is_counted_and_leaves_the_rest_readable() {
+    let live = Live::new(RunInfo::default());
+    live.part(&part(0, 0, 2, testing::batch(), &[f32::NAN, 3.0]));
+    live.part(&part(0, 1, 2, testing::batch(), &[4.0]));
+    let (_, series) = live.series(&query());
+    assert_eq!((series[0].points.bad[0], series[0].summary.state.bad), (1, 1));
+    assert!(close(series[0].points.l2[0], Some(5.0)));
+}
+
+#[test]
+fn the_state_follows_the_ranks_and_the_end() {
+    let live = Live::new(RunInfo::default());
+    assert_eq!(live.run().state, "waiting");
+    live.attached(0, 10);
+    assert_eq!(live.run().state, "live");
+    live.left(0);
+    assert_eq!(live.run().state, "idle");
+    live.info(&RunInfo {
+        finished_ns: Some(1),
+        totals: Totals { records: 9, ..Totals::default() },
+        ..RunInfo::default()
+    });
+    assert_eq!((live.run().state, live.run().totals.records), ("finished", 9));
+}
+
+#[test]
+fn notices_and_refusals_are_bounded_and_repeats_are_counted() {
+    let live = Live::new(RunInfo::default());
+    (0..3 * MAX_NOTICES).for_each(|i| live.notice(&format!("notice {i}")));
+    assert_eq!(live.run().notices.len(), MAX_NOTICES);
+    let mut what = part(0, 0, 1, testing::batch(), &[1.0]).what;
+    (0..7).for_each(|_| live.refused(&what, "sparse"));
+    assert_eq!(live.run().refusals[0].count, 7);
+    for i in 0..2 * MAX_REFUSALS {
+        what.id.module = format!("m{i}");
+        live.refused(&what, "sparse");
+    }
+    assert_eq!(live.run().refusals.len(), MAX_REFUSALS);
+}

@@ -123,6 +123,8 @@ pub struct Columns {
     pub l2: Vec<Option<f64>>,
     pub absmax: Vec<Option<f64>>,
     pub bad: Vec<u64>,
+    /// Every part that the layout promises is there.
+    pub complete: Vec<bool>,
 }
 
 /// Which series, and which of their points.
@@ -280,8 +282,11 @@ impl super::Inner {
 impl ModelView {
     fn of(model: &ModelInfo) -> Self {
         let kinds = |mask: u32| Kind::ALL.into_iter().filter(|k| mask & k.bit() != 0).map(Kind::name).collect();
-        let module =
-            |m: &wire::control::ModuleInfo| ModuleView { name: m.name.clone(), class: m.class.clone(), kinds: kinds(m.kinds) };
+        let module = |m: &wire::control::ModuleInfo| ModuleView {
+            name: m.name.clone(),
+            class: m.class.clone(),
+            kinds: kinds(m.kinds),
+        };
         Self { model: model.model, modules: model.modules.iter().map(module).collect() }
     }
 }
@@ -321,6 +326,7 @@ fn columns(s: &Series, since: u64) -> Columns {
         out.l2.push(l2);
         out.absmax.push(absmax);
         out.bad.push(p.moments.bad);
+        out.complete.push(p.pieces >= p.promised);
     }
     out
 }

@@ -42,6 +42,7 @@ for (const [key, label, title] of [
 function setState(next) {
   if (state === next) return;
   state = next;
+  panel?.drawTab();
   const pill = byId("state");
   text(pill, STATES[next] ?? next);
   pill.dataset.state = next;
@@ -81,6 +82,8 @@ function drawRate() {
 const loadRun = throttle(1000, async () => {
   const run = await get("/api/run");
   const command = run.info.command.join(" ");
+  text(byId("hooks"), run.info.hooks);
+  byId("hooks").title = `hooks: ${run.info.hooks}`;
   text(byId("command"), command);
   byId("command").title = `${command}\nhooks: ${run.info.hooks}\ntorch ${run.info.torch || "?"}, Python ${run.info.python || "?"}, ${run.info.wrapper || "no wrapper known"}, world ${run.info.world}`;
   document.title = `FlexModel${run.info.command.length ? ` · ${command.slice(0, 60)}` : ""}`;
@@ -203,7 +206,8 @@ function route() {
     return;
   }
   panel?.close();
-  panel = new ModulePanel(model, module, tab, (key) => window.history.replaceState(null, "", address(model, module, key)));
+  const isLive = () => state === "live" || state === "waiting" || state === "connecting";
+  panel = new ModulePanel(model, module, tab, isLive, (key) => window.history.replaceState(null, "", address(model, module, key)));
   byId("panel").replaceChildren(panel.element);
   tree.mark(model, module);
 }

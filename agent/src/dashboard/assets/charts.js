@@ -50,7 +50,7 @@ export class Charts {
     this.plots = MEASURES.map((measure) => this.plot(measure));
     this.element = h(
       "section", { class: "charts", "aria-label": "Statistics over steps" },
-      h("div", { class: "bar" }, this.legend, h("label", { class: "quiet" }, this.logBox, " log scale")),
+      h("div", { class: "bar" }, this.legend, h("label", { class: "quiet" }, this.logBox, "log scale")),
       h("div", { class: "multiples" }, this.plots.map((plot) => plot.figure)),
     );
   }
@@ -131,10 +131,10 @@ export class Charts {
     const { x, y } = plot;
     const base = y.height - BOTTOM;
     const axis = s("g", { class: "axis" });
-    let values = ticks(low, high, 3);
+    let values = ticks(low, high, 4);
     if (log) {
       const whole = values.filter((v) => Math.abs(v - Math.round(v)) < 1e-6);
-      values = (whole.length >= 2 ? whole : values).map((v) => 10 ** v);
+      values = whole.length >= 2 ? whole.map((v) => 10 ** v) : ticks(10 ** low, 10 ** high, 4);
     }
     // One more digit where the range is narrow beside its values.
     const narrow = Math.abs(high - low) < 0.02 * Math.max(Math.abs(high), Math.abs(low));
@@ -143,7 +143,7 @@ export class Charts {
       axis.append(s("line", { x1: LEFT, x2: x.width - RIGHT, y1: at, y2: at, class: "grid" }));
       axis.append(s("text", { x: LEFT - 5, y: at + 3.5, class: "y" }, number(value, narrow ? 4 : 3)));
     }
-    const wide = Math.max(1, Math.floor((x.width - LEFT) / 70));
+    const wide = Math.max(1, Math.floor((x.width - LEFT) / 48));
     for (const step of ticks(x.first, x.last, wide).filter(Number.isInteger)) {
       if (step < 0) continue;
       axis.append(s("line", { x1: x.of(step), x2: x.of(step), y1: base, y2: base + 3, class: "tick" }));
@@ -197,15 +197,17 @@ export class Charts {
     if (this.hover !== null) marks.push(vertical(this.hover, "cross"));
     const readings = [];
     for (const group of plot.groups) {
+      const name = group.train ? "train" : "eval";
       const step = at === null ? group.steps[group.steps.length - 1] : group.steps.find((g) => g.step === at);
       if (!step || step.value === null) continue;
-      const spread = step.high > step.low ? ` (${number(step.low, 3)} … ${number(step.high, 3)})` : "";
-      readings.push(`${number(step.value)}${at !== null && this.hover !== null ? spread : ""}`);
+      const spread = step.high > step.low ? `from ${number(step.low)} to ${number(step.high)} over ${step.n} records` : name;
+      readings.push(h("span", { class: `reading ${name}`, title: `step ${step.step}, ${name}: ${spread}` }, number(step.value)));
       if (this.hover !== null && (!y.log || step.low > 0)) {
-        marks.push(s("circle", { cx: x.of(step.step), cy: y.of(step.value), r: 3.5, class: `spot ${group.train ? "train" : "eval"}` }));
+        marks.push(s("circle", { cx: x.of(step.step), cy: y.of(step.value), r: 3.5, class: `spot ${name}` }));
       }
     }
-    text(plot.readout, readings.length ? `${readings.join(" · ")}${at === null ? "" : `  @${at}`}` : "");
+    if (readings.length > 0 && at !== null) readings.push(`@${at}`);
+    plot.readout.replaceChildren(...readings);
     plot.overlay.replaceChildren(...marks);
   }
 

@@ -16,8 +16,9 @@ const MEANING = {
 const MOST_POINTS = 4096;
 
 export class ModulePanel {
-  constructor(model, module, wanted, onTab) {
-    Object.assign(this, { model, module, wanted, onTab });
+  /** `isLive()`: parts may still come. `onTab(key)`: the user looks at another kind or leaf. */
+  constructor(model, module, wanted, isLive, onTab) {
+    Object.assign(this, { model, module, wanted, isLive, onTab });
     this.series = new Map();
     this.clock = 0;
     this.tab = null;
@@ -51,7 +52,7 @@ export class ModulePanel {
     this.status = h("p", { class: "status", role: "status", hidden: true });
     this.below = h("section", { class: "records", "aria-label": "One record" },
       h("div", { class: "picker" }, step(-1, "Previous record", "‹"), this.slider, step(1, "Next record", "›"), this.where,
-        this.rank, h("label", { class: "quiet" }, this.followBox, " newest")),
+        this.rank, h("label", { class: "quiet" }, this.followBox, "newest")),
       this.status, this.picture.element);
     this.picture.element.hidden = true;
     this.element = h("div", { class: "module" },
@@ -156,9 +157,11 @@ export class ModulePanel {
     const group = this.groups().find((g) => g.key === this.tab);
     if (!group) return;
     const lines = [...group.series].sort((a, b) => Number(b.train) - Number(a.train));
-    this.charts.load(lines.map((one) => ({ name: one.train ? "train" : "eval", train: one.train, points: one.points })));
+    const live = this.isLive();
+    const points = new Map(lines.map((one) => [one, live ? settled(one.points) : one.points]));
+    this.charts.load(lines.map((one) => ({ name: one.train ? "train" : "eval", train: one.train, points: points.get(one) })));
     const before = this.records[this.at];
-    this.records = lines.flatMap((one) => one.points.map((p) => ({ ...p, train: one.train, series: one }))).sort(inOrder);
+    this.records = lines.flatMap((one) => points.get(one).map((p) => ({ ...p, train: one.train, series: one }))).sort(inOrder);
     this.slider.max = Math.max(0, this.records.length - 1);
     if (this.records.length === 0) return;
     if (this.follow || !before) this.pick(this.records.length - 1, true);
@@ -256,6 +259,14 @@ export class ModulePanel {
 function inOrder(a, b) {
   return a.step - b.step || a.micro - b.micro || a.call - b.call || a.repeat - b.repeat
     || Number(a.recompute) - Number(b.recompute) || Number(b.train) - Number(a.train);
+}
+
+/** Without the newest points whose other ranks' parts are still on their way. */
+function settled(points) {
+  let end = points.length;
+  while (end > 0 && !points[end - 1].complete) end -= 1;
+  // Parts that were lost never come.
+  return points.length - end > 16 ? points : points.slice(0, end);
 }
 
 /** Points that came, column by column, into those that are known. */

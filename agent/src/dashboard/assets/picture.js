@@ -35,14 +35,14 @@ export class Picture {
     this.peak = h("select", { "aria-label": "What a cell shows", onchange: () => this.drawHeat() },
       h("option", { value: "mean" }, "mean of cell"), h("option", { value: "peak" }, "peak of cell"));
     this.bars = s("svg", { class: "histogram", role: "img" });
-    this.bin = h("output", { class: "readout" });
+    this.bin = h("output", { class: "quiet caption bin-readout" });
     this.logBox = h("input", { type: "checkbox", onchange: () => this.drawBars() });
     this.table = h("table", { class: "stats" });
     this.facts = h("dl", { class: "facts" });
     this.element = h(
       "div", { class: "picture" },
       h("figure", { class: "card bars" },
-        h("figcaption", {}, h("b", {}, "histogram"), this.bin, h("label", { class: "quiet" }, this.logBox, " log")), this.bars),
+        h("figcaption", {}, h("b", {}, "histogram"), h("label", { class: "quiet" }, this.logBox, "log")), this.bars, this.bin),
       h("figure", { class: "card map" },
         h("figcaption", {}, h("b", {}, "heat map"), this.cell, this.peak), this.heat, this.caption,
         h("div", { class: "scalebar", role: "group", "aria-label": "Colour scale" }, this.low, this.scale, this.high, this.clip)),
@@ -51,7 +51,7 @@ export class Picture {
     this.heat.addEventListener("pointermove", (event) => this.readCell(event));
     this.heat.addEventListener("pointerleave", () => text(this.cell, ""));
     this.bars.addEventListener("pointermove", (event) => this.readBin(event));
-    this.bars.addEventListener("pointerleave", () => text(this.bin, ""));
+    this.bars.addEventListener("pointerleave", () => this.tellBars());
     dark.addEventListener("change", () => this.look && this.drawHeat());
   }
 
@@ -140,6 +140,7 @@ export class Picture {
     this.bars.setAttribute("viewBox", `0 0 ${width} ${height}`);
     if (bins.length === 0) {
       this.bars.replaceChildren(s("text", { x: width / 2, y: height / 2, class: "none" }, "nothing finite to count"));
+      this.tellBars();
       return;
     }
     const fit = this.logBox.checked ? (n) => Math.log10(n + 1) : (n) => n;
@@ -161,6 +162,7 @@ export class Picture {
     } else parts.push(label(width / 2, "middle", low));
     this.bars.setAttribute("aria-label", `Histogram from ${number(low)} to ${number(high)}`);
     this.bars.replaceChildren(...parts);
+    this.tellBars();
   }
 
   readBin(event) {
@@ -173,12 +175,17 @@ export class Picture {
     text(this.bin, `${edge(i)} … ${edge(i + 1)}: ${count(bins[i])}`);
   }
 
+  tellBars() {
+    const { bins } = this.look.histogram;
+    text(this.bin, bins.length ? `${bins.length} bins · highest ${count(Math.max(...bins))}` : "");
+  }
+
   drawAbout() {
     const { stats, look } = { stats: this.look.stats, look: this.look };
     const rows = [
       ["mean", number(stats.mean, 6)], ["std", number(stats.std, 6)], ["l2 norm", number(stats.l2, 6)],
       ["abs max", number(stats.absmax, 6)], ["min", number(stats.min, 6)], ["max", number(stats.max, 6)],
-      ["zeros", share(stats.zero, stats.count)], ["NaN", count(stats.nan), stats.nan > 0], ["infinite", count(stats.inf), stats.inf > 0],
+      ["zeros", share(stats.zero, stats.count)], ["NaN · inf", `${count(stats.nan)} · ${count(stats.inf)}`, stats.nan + stats.inf > 0],
     ];
     this.table.replaceChildren(
       h("caption", {}, look.stats_sampled ? "statistics of the sample" : "statistics"),
@@ -187,14 +194,22 @@ export class Picture {
     const facts = [
       ["shape", shape(look.shape)], ["dtype", look.dtype], ["bytes", bytes(look.bytes)],
       ["layout", look.rank === null ? (look.layout.length ? look.layout.join("\n") : "one process") : `rank ${look.rank} alone`],
-      ["dp size", look.dp_size > 1 ? String(look.dp_size) : null],
-      ["parts", look.parts.map((p) => `rank ${p.rank} ${shape(p.shape)}`).slice(0, 8).join("\n") + (look.parts.length > 8 ? "\n…" : "")],
+      // Only a gradient is to be divided by it.
+      ["dp size", look.dp_size > 1 && /^(backward|grad)/.test(look.kind) ? String(look.dp_size) : null],
+      ["parts", partsLine(look.parts)],
       ["captured", clock(look.time_ms)],
     ];
     this.facts.replaceChildren(
       ...facts.filter(([, value]) => value).flatMap(([name, value]) => [h("dt", {}, name), h("dd", { class: name }, value)]),
     );
   }
+}
+
+function partsLine(parts) {
+  if (parts.length < 2) return null;
+  if (parts.every((p) => shape(p.shape) === shape(parts[0].shape))) return `${parts.length} × ${shape(parts[0].shape)}`;
+  const lines = parts.slice(0, 6).map((p) => `rank ${p.rank} ${shape(p.shape)}`);
+  return [...lines, ...(parts.length > 6 ? ["…"] : [])].join("\n");
 }
 
 function share(n, all) {

@@ -71,7 +71,8 @@ export class Tree {
     const label = name.slice(name.lastIndexOf(".") + 1);
     const node = {
       key, model, name, label, parent, children: [], class: "", kinds: [], taps: false,
-      tapsBelow: false, own: 0, bad: 0, all: 0, row: null, depth: parent ? parent.depth + 1 : 0,
+      tapsBelow: false, own: 0, bad: 0, all: 0, row: null,
+      depth: parent ? parent.depth + 1 : 0, inner: [], level: 0, lead: "",
     };
     this.nodes.set(key, node);
     parent?.children.push(node);
@@ -112,25 +113,31 @@ export class Tree {
     return this.filter.value.toLowerCase().split(/\s+/).filter(Boolean);
   }
 
+  /** The rows to show, in order; sets each node's `inner` (children that may show), `level` and `lead`. */
   visible() {
     const words = this.words();
     const only = this.tapped.checked;
-    const out = [];
     const matches = (node) => {
       const hay = `${shown(node.name)} ${node.class}`.toLowerCase();
       return words.every((word) => hay.includes(word)) && (!only || node.taps);
     };
-    const walk = (node) => {
-      const place = out.length;
-      out.push(node);
-      let kept = matches(node);
-      const from = out.length;
-      for (const child of node.children) if (walk(child)) kept = true;
-      if (!kept) out.length = place;
-      else if (!this.isOpen(node)) out.length = from;
-      return kept;
+    const keep = (node) => {
+      node.inner = node.children.filter(keep);
+      return node.inner.length > 0 || matches(node);
     };
-    this.roots.forEach(walk);
+    const out = [];
+    const walk = (node, level, lead) => {
+      const [child] = node.inner;
+      // A module that is there only to hold one other shares its line.
+      if (only && node.parent && !node.taps && node.inner.length === 1) {
+        walk(child, level, `${lead}${node.label}.`);
+        return;
+      }
+      Object.assign(node, { level, lead });
+      out.push(node);
+      if (this.isOpen(node)) node.inner.forEach((one) => walk(one, level + 1, ""));
+    };
+    this.roots.filter(keep).forEach((root) => walk(root, 0, ""));
     return out;
   }
 
@@ -159,18 +166,18 @@ export class Tree {
     }
     const row = node.row;
     const [twist, name, kind] = row.children;
-    const leaf = node.children.length === 0;
+    const leaf = node.inner.length === 0;
     row.dataset.key = node.key;
-    row.style.setProperty("--depth", node.depth);
+    row.style.setProperty("--depth", node.level);
     row.tabIndex = node === this.cursor ? 0 : -1;
-    row.setAttribute("aria-level", node.depth + 1);
+    row.setAttribute("aria-level", node.level + 1);
     row.setAttribute("aria-selected", node.key === this.chosen);
     if (leaf) row.removeAttribute("aria-expanded");
     else row.setAttribute("aria-expanded", this.isOpen(node));
     row.classList.toggle("taps", node.taps);
     row.title = `${shown(node.name)}${node.kinds.length ? ` — tapped: ${node.kinds.join(", ")}` : ""}`;
     text(twist, leaf ? "" : "▸");
-    text(name, node.label || ROOT_NAME);
+    text(name, node.lead + (node.label || ROOT_NAME));
     text(kind, node.class);
     this.badge(node);
     return row;
@@ -206,7 +213,7 @@ export class Tree {
     const node = row && this.nodes.get(row.dataset.key);
     if (!node) return;
     this.cursor = node;
-    if (event.target.classList.contains("twist") || (!node.taps && node.children.length > 0)) this.toggle(node);
+    if (event.target.classList.contains("twist") || (!node.taps && node.inner.length > 0)) this.toggle(node);
     else this.choose(node.model, node.name);
   }
 
@@ -231,14 +238,15 @@ export class Tree {
       this.draw();
       to.row.focus();
     };
-    const inner = node.children.length > 0;
+    const inner = node.inner.length > 0;
+    const outer = nodes.slice(0, at).findLast((one) => one.level < node.level);
     const actions = {
       ArrowDown: () => go(nodes[at + 1]),
       ArrowUp: () => go(nodes[at - 1]),
       Home: () => go(nodes[0]),
       End: () => go(nodes[nodes.length - 1]),
       ArrowRight: () => (inner && !this.isOpen(node) ? this.toggle(node, true) : inner && go(nodes[at + 1])),
-      ArrowLeft: () => (inner && this.isOpen(node) ? this.toggle(node, false) : go(node.parent)),
+      ArrowLeft: () => (inner && this.isOpen(node) ? this.toggle(node, false) : go(outer)),
       Enter: () => this.choose(node.model, node.name),
       " ": () => this.choose(node.model, node.name),
     };
