@@ -1,6 +1,7 @@
 // The callables that the shim registers as hooks. Each is a vectorcall object: firing one runs no Python.
 #include "flexmodel/tap.h"
 
+#include <ATen/TracerMode.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -72,7 +73,8 @@ Ref wrap(at::Tensor tensor) {
 // Runs a hook's body so that nothing of ours ever reaches the job.
 template <typename Body>
 PyObject* guarded(Body body) {
-  if (!active()) return none();
+  // A traced graph must be the module's alone.
+  if (!active() || at::tracer::impl::is_dispatch_enabled()) return none();
   try {
     Ref result = body();
     return result ? result.release() : none();

@@ -50,13 +50,20 @@ class Family:
         self._on_change()
 
     def _join(self, parent: nn.Module, child: nn.Module) -> None:
-        self.node(parent)
-        parents = self.node(child).parents
+        self._node(parent)
+        parents = self._node(child).parents
         if not any(p() is parent for p in parents):
             parents.append(weakref.ref(parent))
 
-    def node(self, module: nn.Module) -> _Node:
-        """What is known of a module; from now on it is known."""
+    def meet(self, module: nn.Module) -> None:
+        """From now on this module is known."""
+        self._node(module)
+
+    def serial(self, module: nn.Module) -> int:
+        """A number of the module's own, in the order in which modules were met."""
+        return self._node(module).serial
+
+    def _node(self, module: nn.Module) -> _Node:
         key = id(module)
         node = self._nodes.get(key)
         if node is None:
@@ -66,7 +73,7 @@ class Family:
         return node
 
     def _parent(self, module: nn.Module) -> nn.Module | None:
-        for ref in self.node(module).parents:
+        for ref in self._node(module).parents:
             parent = ref()
             if parent is not None and any(c is module for c in parent.__dict__.get("_modules", {}).values()):
                 return parent

@@ -29,7 +29,8 @@ class Models:
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
         self._family = Family(on_change=self._arm)
-        self._call = nn.Module.__call__
+        self._original = nn.Module.__call__
+        self._ours = self._replacement()
         self._armed = False
         self._looking = False
         self._traceable = "torch._dynamo" in sys.modules
@@ -43,28 +44,34 @@ class Models:
         """Start."""
         self._family.watch()
         stepped = self._bridge.stepped
+        _hide_from_jit()
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
         atexit.register(self._bridge.finish)
         self._arm()
 
-    def _arm(self) -> None:
-        if self._armed or not self._bridge.active():
-            return
+    def _replacement(self) -> Any:
+        """What stands in for `nn.Module.__call__` while we are armed. One function for good: torch.compile keeps it."""
         models, original = self, nn.Module.__call__
+        look = guarded(self._bridge, self._look)
 
         def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            models._disarm(__call__, original)
-            guarded(models._bridge, models._look)(self)
+            if not torch.compiler.is_compiling() and models._armed:
+                models._disarm(original)
+                look(self)
             return original(self, *args, **kwargs)
 
-        nn.Module.__call__ = __call__  # type: ignore[method-assign]
-        self._armed = True
+        return __call__
 
-    def _disarm(self, ours: Any, original: Any) -> None:
-        # Somebody else may have replaced it since (torch.fx does while it traces): then theirs stays.
-        if nn.Module.__call__ is ours:
+    def _arm(self) -> None:
+        # Somebody else may have replaced it (torch.fx does while it traces): then theirs stays, and we look later.
+        if not self._armed and nn.Module.__call__ is self._original and self._bridge.active():
+            nn.Module.__call__ = self._ours  # type: ignore[method-assign]
+            self._armed = True
+
+    def _disarm(self, original: Any) -> None:
+        if nn.Module.__call__ is self._ours:
             nn.Module.__call__ = original  # type: ignore[method-assign]
-            self._armed = False
+        self._armed = False
 
     def _look(self, called: nn.Module) -> None:
         if self._looking or not self._bridge.active():
@@ -74,8 +81,9 @@ class Models:
             return
         self._looking = True
         try:
-            self._family.node(called)
-            for top in self._family.tops():
+            self._family.meet(called)
+            serial = self._family.serial
+            for top in sorted(self._family.tops(), key=lambda top: serial(authored(top))):
                 self._tap(top, *rank)
             self._bridge.resolved()
         finally:
@@ -89,7 +97,7 @@ class Models:
             for name, m in modules
         ]
         model = authored(top)
-        serial = self._family.node(model).serial
+        serial = self._family.serial(model)
         found = self._bridge.select(serial, entries, wrapper_name(top), is_data_parallel(top), rank, world)
         if not found:
             return
@@ -100,7 +108,7 @@ class Models:
             self._before(model, scope[0])
         for index, (before, after) in found:
             module = modules[index][1]
-            number = self._family.node(module).serial
+            number = self._family.serial(module)
             if number not in self._tapped:
                 self._tapped.add(number)
                 if before is not None:
@@ -119,7 +127,7 @@ class Models:
         self._hooks.append((weakref.ref(module), "_forward_hooks", handle.id))
 
     def _dressed(self, hook: Any) -> Any:
-        return traceable(hook) if self._traceable else hook
+        return Traceable(hook) if self._traceable else hook
 
     def dynamo_is_here(self) -> None:
         """torch.compile is in use: every hook has to be something that it can trace."""
@@ -130,7 +138,7 @@ class Models:
             module = ref()
             hook = None if module is None else getattr(module, kind).get(number)
             if hook is not None:
-                getattr(module, kind)[number] = traceable(hook)
+                getattr(module, kind)[number] = Traceable(hook)
                 module._forward_hooks_always_called.pop(number, None)
 
     def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
@@ -147,12 +155,38 @@ class Models:
             )
 
 
-def traceable(hook: Any) -> Any:
-    """`hook` for torch.compile's eyes: nothing while it traces, so that it neither breaks the graph nor refuses it."""
+class Traceable:
+    """A hook for torch.compile's eyes: nothing while it traces, so that it neither breaks the graph nor refuses it."""
 
-    def tap(*args: Any) -> Any:
+    def __init__(self, hook: Any) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
-        return hook(*args)
+        return self._hook(*args)
 
-    return tap
+    def __reduce__(self) -> Any:
+        return self._hook.__reduce__()
+
+
+def _hide_from_jit() -> None:
+    """torch.jit.script compiles a module's hooks with it, and would refuse ours."""
+    recursive = torch.jit._recursive
+    original = recursive.get_hook_stubs
+
+    def get_hook_stubs(module: nn.Module) -> Any:
+        kept = {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
+        for name, hooks in kept.items():
+            setattr(module, name, type(hooks)((k, h) for k, h in hooks.items() if not _is_ours(h)))
+        try:
+            return original(module)
+        finally:
+            for name, hooks in kept.items():
+                setattr(module, name, hooks)
+
+    recursive.get_hook_stubs = get_hook_stubs
+
+
+def _is_ours(hook: Any) -> bool:
+    return type(hook).__module__ in ("flexmodel_inside", __name__)
