@@ -10,6 +10,7 @@
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 
+mod recent;
 mod series;
 mod view;
 
@@ -26,7 +27,7 @@ use tokio::sync::Notify;
 use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals, What};
 
 pub use series::Coord;
-use series::{Key, Series, Slot};
+use series::{Series, Slot};
 pub use view::{Delta, ModelsView, Picked, RunView, SeriesQuery, SeriesView};
 
 /// Most points kept of one series; the newest stay.
@@ -102,23 +103,14 @@ pub struct Divergence {
     pub against: u32,
 }
 
-/// A record among the newest, with the places of its parts.
-struct Recent {
-    series: u32,
-    coord: Coord,
-    parts: Vec<Part>,
-}
-
 #[derive(Default)]
 struct Inner {
     info: RunInfo,
     models: BTreeMap<u32, ModelInfo>,
     series: Vec<Series>,
-    by_key: HashMap<Key, u32>,
-    recent: VecDeque<Recent>,
-    /// Number of the record at the front of `recent`.
-    first_recent: u64,
-    recent_parts: usize,
+    /// Places in `series`, by module: a module has few.
+    by_module: HashMap<String, Vec<u32>>,
+    recent: recent::Ring,
     ranks: BTreeMap<u32, Rank>,
     notices: VecDeque<String>,
     refusals: VecDeque<Refusal>,
@@ -313,28 +305,16 @@ impl Inner {
             self.totals.records += u64::from(what.axes.iter().all(|a| a.index == 0));
             return;
         };
-        let next = self.first_recent + self.recent.len() as u64;
-        let (clock, limit) = (self.clock, self.limit());
+        let (number, clock, limit) = (self.recent.next(), self.clock, self.limit());
         let series = &mut self.series[index as usize];
         series.bytes = series.bytes.saturating_add(bytes);
-        let coord = Coord::of(id);
-        match series.add(part, next, clock, limit) {
+        match series.add(part, number, clock, limit) {
             Slot::New => {
                 self.totals.records += 1;
-                self.recent.push_back(Recent { series: index, coord, parts: vec![part.clone()] });
+                self.recent.begin(index, part);
             }
-            Slot::Known(number) => {
-                let at = number.checked_sub(self.first_recent).and_then(|n| usize::try_from(n).ok());
-                let Some(recent) = at.and_then(|n| self.recent.get_mut(n)) else { return };
-                recent.parts.push(part.clone());
-            }
-            Slot::TooOld => return,
-        }
-        self.recent_parts += 1;
-        while self.recent.len() > MAX_RECORDS || (self.recent_parts > MAX_PARTS && self.recent.len() > 1) {
-            let gone = self.recent.pop_front().map_or(0, |r| r.parts.len());
-            self.recent_parts -= gone;
-            self.first_recent += 1;
+            Slot::Known(number) => self.recent.join(number, part),
+            Slot::TooOld => {}
         }
     }
 
@@ -345,8 +325,7 @@ impl Inner {
 
     /// The series of a part, made if it is new; `None` if there are too many.
     fn series_of(&mut self, what: &What) -> Option<u32> {
-        let key = Key::of(&what.id);
-        if let Some(&index) = self.by_key.get(&key) {
+        if let Some(index) = self.find(&what.id) {
             return Some(index);
         }
         if self.series.len() >= MAX_SERIES {
@@ -360,8 +339,8 @@ impl Inner {
         }
         let before = self.limit();
         let index = self.series.len() as u32;
-        self.series.push(Series::new(key.clone(), what));
-        self.by_key.insert(key, index);
+        self.series.push(Series::new(what));
+        self.by_module.entry(what.id.module.clone()).or_default().push(index);
         let limit = self.limit();
         if limit < before {
             self.series.iter_mut().for_each(|s| s.shrink(limit));
@@ -369,9 +348,10 @@ impl Inner {
         Some(index)
     }
 
-    /// The series and coordinate of an identity, if it is charted.
-    fn find(&self, id: &Identity) -> Option<(u32, Coord)> {
-        self.by_key.get(&Key::of(id)).map(|&index| (index, Coord::of(id)))
+    /// The series of an identity, if it is charted.
+    fn find(&self, id: &Identity) -> Option<u32> {
+        let places = self.by_module.get(&id.module)?;
+        places.iter().copied().find(|&i| self.series[i as usize].key.is_of(id))
     }
 }
 

@@ -11,7 +11,7 @@ use wire::{
 use crate::store::format::{Identity, Part, Stats, What};
 
 /// What tells one series from another.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug)]
 pub(super) struct Key {
     pub model: u32,
     pub module: String,
@@ -24,6 +24,15 @@ impl Key {
     pub fn of(id: &Identity) -> Self {
         let (module, path) = (id.module.clone(), id.path.clone());
         Self { model: id.model, module, kind: id.kind, path, train: id.train }
+    }
+
+    /// Whether a record of this identity belongs here.
+    pub fn is_of(&self, id: &Identity) -> bool {
+        self.kind == id.kind
+            && self.train == id.train
+            && self.model == id.model
+            && self.path == id.path
+            && self.module == id.module
     }
 }
 
@@ -176,9 +185,9 @@ pub(super) struct Series {
 }
 
 impl Series {
-    pub fn new(key: Key, what: &What) -> Self {
+    pub fn new(what: &What) -> Self {
         Self {
-            key,
+            key: Key::of(&what.id),
             class: what.class.clone(),
             group: what.group.clone(),
             dtype: what.dtype,

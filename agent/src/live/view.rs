@@ -202,14 +202,7 @@ impl Live {
     /// The series that a query means, and the clock to ask from next time.
     pub fn series(&self, query: &SeriesQuery) -> (u64, Vec<SeriesView>) {
         let inner = self.lock();
-        let wanted = |s: &&Series| {
-            s.key.model == query.model
-                && s.key.module == query.module
-                && query.kind.is_none_or(|k| s.key.kind == k)
-                && query.path.as_ref().is_none_or(|p| s.key.path == *p)
-                && query.train.is_none_or(|t| s.key.train == t)
-        };
-        let found = inner.series.iter().enumerate().filter(|(_, s)| wanted(s));
+        let found = inner.series.iter().enumerate().filter(|(_, s)| query.wants(s));
         let views = found.map(|(id, s)| SeriesView { summary: summary(id, s), points: columns(s, query.since) });
         (inner.clock, views.collect())
     }
@@ -241,27 +234,30 @@ impl Live {
     /// The newest records that a query means, newest first.
     pub fn records(&self, query: &SeriesQuery, limit: usize) -> Vec<Picked> {
         let inner = self.lock();
-        let wanted = |id: &Identity| {
-            id.model == query.model
-                && id.module == query.module
-                && query.kind.is_none_or(|k| id.kind == k)
-                && query.path.as_ref().is_none_or(|p| id.path == *p)
-                && query.train.is_none_or(|t| id.train == t)
-        };
-        let recent = inner.recent.iter().rev().filter_map(|r| r.parts.first().map(|p| (&p.what.id, &r.parts)));
-        let found = recent.filter(|(id, _)| wanted(id)).take(limit);
-        found.map(|(id, parts)| Picked { id: id.clone(), parts: parts.clone() }).collect()
+        let recent = inner.recent.newest().map(|r| (r, &inner.series[r.series as usize]));
+        let found = recent.filter(|(_, series)| query.wants(series)).take(limit);
+        found.map(|(r, series)| Picked { id: r.identity(series), parts: r.parts(series) }).collect()
     }
 
     /// The parts of a record, if it is among the newest.
     pub fn pick(&self, id: &Identity) -> Option<Picked> {
         let inner = self.lock();
-        let (index, at) = inner.find(id)?;
-        let points = &inner.series[index as usize].points;
-        let point = points.get(points.partition_point(|p| p.at < at)).filter(|p| p.at == at)?;
-        let place = usize::try_from(point.number.checked_sub(inner.first_recent)?).ok()?;
-        let recent = inner.recent.get(place).filter(|r| r.series == index && r.coord == at)?;
-        Some(Picked { id: id.clone(), parts: recent.parts.clone() })
+        let (index, at) = (inner.find(id)?, Coord::of(id));
+        let series = &inner.series[index as usize];
+        let point = series.points.get(series.points.partition_point(|p| p.at < at)).filter(|p| p.at == at)?;
+        let recent = inner.recent.get(point.number).filter(|r| r.series == index && r.coord == at)?;
+        Some(Picked { id: id.clone(), parts: recent.parts(series) })
+    }
+}
+
+impl SeriesQuery {
+    fn wants(&self, series: &Series) -> bool {
+        let key = &series.key;
+        key.model == self.model
+            && key.module == self.module
+            && self.kind.is_none_or(|k| key.kind == k)
+            && self.path.as_ref().is_none_or(|p| key.path == *p)
+            && self.train.is_none_or(|t| key.train == t)
     }
 }
 

@@ -1,0 +1,165 @@
+//! The newest records with the places of their parts, in a bounded ring.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use wire::{dtype::DType, record::Axis};
+
+use super::{
+    MAX_PARTS, MAX_RECORDS,
+    series::{Coord, Series},
+};
+use crate::store::format::{Identity, Location, Part, Stats, What};
+
+/// Layouts and shard names repeat from part to part: this many are remembered to share them.
+const SHARED: usize = 64;
+
+/// A record among the newest.
+pub(super) struct Recent {
+    pub series: u32,
+    pub coord: Coord,
+    parts: Vec<Kept>,
+}
+
+/// A part without what its series knows already.
+struct Kept {
+    dtype: DType,
+    shape: Box<[u64]>,
+    rank: u32,
+    axes: Arc<[Axis]>,
+    dp_size: u32,
+    time_ns: u64,
+    at: Option<(Arc<str>, u64, u64, u32)>,
+    stats: Option<Stats>,
+}
+
+/// The ring. Records are numbered in the order they began.
+#[derive(Default)]
+pub(super) struct Ring {
+    records: VecDeque<Recent>,
+    /// Number of the record at the front.
+    first: u64,
+    parts: usize,
+    axes: Vec<Arc<[Axis]>>,
+    shard: Option<Arc<str>>,
+}
+
+impl Ring {
+    /// The number that the next record will have.
+    pub fn next(&self) -> u64 {
+        self.first + self.records.len() as u64
+    }
+
+    /// A record begins.
+    pub fn begin(&mut self, series: u32, part: &Part) {
+        let parts = vec![self.keep(part)];
+        self.records.push_back(Recent { series, coord: Coord::of(&part.what.id), parts });
+        self.parts += 1;
+        self.trim();
+    }
+
+    /// Another part of the record of this number; nothing if it has left the ring.
+    pub fn join(&mut self, number: u64, part: &Part) {
+        let kept = self.keep(part);
+        let place = number.checked_sub(self.first).and_then(|n| usize::try_from(n).ok());
+        let Some(recent) = place.and_then(|n| self.records.get_mut(n)) else { return };
+        recent.parts.push(kept);
+        self.parts += 1;
+        self.trim();
+    }
+
+    /// The record of this number, if it is still here.
+    pub fn get(&self, number: u64) -> Option<&Recent> {
+        self.records.get(usize::try_from(number.checked_sub(self.first)?).ok()?)
+    }
+
+    /// Newest first.
+    pub fn newest(&self) -> impl Iterator<Item = &Recent> {
+        self.records.iter().rev()
+    }
+
+    fn trim(&mut self) {
+        while self.records.len() > MAX_RECORDS || (self.parts > MAX_PARTS && self.records.len() > 1) {
+            self.parts -= self.records.pop_front().map_or(0, |r| r.parts.len());
+            self.first += 1;
+        }
+    }
+
+    fn keep(&mut self, part: &Part) -> Kept {
+        let what = &part.what;
+        Kept {
+            dtype: what.dtype,
+            shape: what.shape.as_slice().into(),
+            rank: what.rank,
+            axes: self.axes(what.rank as usize % SHARED, &what.axes),
+            dp_size: what.dp_size,
+            time_ns: what.time_ns,
+            at: part.at.as_ref().map(|at| (self.shard(&at.shard), at.offset, at.len, at.crc)),
+            stats: part.stats,
+        }
+    }
+
+    /// Parts of one rank mostly lie alike.
+    fn axes(&mut self, slot: usize, axes: &[Axis]) -> Arc<[Axis]> {
+        if self.axes.len() <= slot {
+            self.axes.resize_with(slot + 1, || Arc::new([]));
+        }
+        let last = &mut self.axes[slot];
+        if **last != *axes {
+            *last = axes.into();
+        }
+        last.clone()
+    }
+
+    fn shard(&mut self, name: &str) -> Arc<str> {
+        match &self.shard {
+            Some(last) if **last == *name => last.clone(),
+            _ => self.shard.insert(name.into()).clone(),
+        }
+    }
+}
+
+impl Recent {
+    /// What the record is.
+    pub fn identity(&self, series: &Series) -> Identity {
+        let Coord { step, micro, call, repeat, recompute } = self.coord;
+        let key = &series.key;
+        let (module, path) = (key.module.clone(), key.path.clone());
+        Identity {
+            module,
+            kind: key.kind,
+            path,
+            model: key.model,
+            step,
+            micro,
+            call,
+            repeat,
+            train: key.train,
+            recompute,
+        }
+    }
+
+    /// Its parts, as they were journalled.
+    pub fn parts(&self, series: &Series) -> Vec<Part> {
+        let part = |kept: &Kept| Part {
+            what: What {
+                id: self.identity(series),
+                class: series.class.clone(),
+                group: series.group.clone(),
+                dtype: kept.dtype,
+                shape: kept.shape.to_vec(),
+                rank: kept.rank,
+                axes: kept.axes.to_vec(),
+                dp_size: kept.dp_size,
+                time_ns: kept.time_ns,
+            },
+            at: kept.at.as_ref().map(|(shard, offset, len, crc)| Location {
+                shard: shard.to_string(),
+                offset: *offset,
+                len: *len,
+                crc: *crc,
+            }),
+            stats: kept.stats,
+        };
+        self.parts.iter().map(part).collect()
+    }
+}
