@@ -197,3 +197,6 @@ fn meta(path: &Path) -> rusqlite::Result<(i64, i64)> {
     let get = |key: &str| db.query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get(0));
     Ok((get("format")?, get("manifest_len")?))
 }
+
+#[cfg(test)]
+mod tests;

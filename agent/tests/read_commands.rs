@@ -220,3 +220,27 @@ fn what_is_no_run_is_one_line_in_every_command() {
     fs::remove_file(run.path().join("manifest.jsonl")).unwrap();
     assert!(refused(&["ls", at(&run)]).contains("copied in part"));
 }
+
+#[test]
+fn statistics_that_were_kept_alone_are_shown_for_the_whole() {
+    let mut f = Fixture::default();
+    for rank in 0..2 {
+        f.part(id("m", 0), DType::Float32, &[1, 2], rank, dp(rank, 2, fixture::shard(0)), &f32s(&[1.0; 2]));
+    }
+    let lines = text(&f.lines);
+    f.lines.clear();
+    for line in lines.lines() {
+        let rec = line.split_once("\"rec\":").unwrap().1.strip_suffix('}').unwrap();
+        let (head, _) = rec.split_once("\"at\":").unwrap();
+        let stats = "{\"count\":2,\"mean\":1.0,\"std\":0.0,\"l2\":1.5,\"absmax\":1.0,\"min\":1.0,\"max\":1.0,\"nan\":0,\"inf\":0,\"zero\":0}";
+        f.lines.extend(line_of(&format!("{head}\"at\":null,\"stats\":{stats}}}")));
+    }
+    let dir = f.finish();
+    assert!(ok(&["ls", at(&dir)]).contains("[2, 2]"));
+    let out = ok(&["show", at(&dir), "m"]);
+    assert!(out.contains("[2, 2]  statistics only") && out.contains("mean 1 "), "{out}");
+    assert_eq!(json(&["show", at(&dir), "m", "--json"])["stats"]["count"], 4);
+    let dest = dir.path().join("x.pt");
+    let export = flexmodel(&["export", at(&dir), "--to", "torch", dest.to_str().unwrap()]);
+    assert!(text(&export.stderr).contains("statistics only"), "{}", text(&export.stderr));
+}

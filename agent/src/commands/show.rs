@@ -9,9 +9,9 @@ use serde::Serialize;
 use wire::hooks::Kind;
 
 use crate::{
-    read::{Filter, Record, Run, Whole, display_module, nearest, text},
+    read::{Filter, ReadError, Record, Run, Whole, display_module, nearest, text},
     store::{
-        format::{Identity, Stats},
+        format::{Identity, Part, Stats},
         stats,
     },
 };
@@ -72,11 +72,11 @@ struct Shown<'a> {
     class: &'a str,
     dtype: &'static str,
     shape: &'a [u64],
-    bytes: usize,
+    bytes: Option<usize>,
     ranks: Vec<u32>,
     dp_size: u32,
     stats: Option<Stats>,
-    histogram: picture::Histogram,
+    histogram: Option<picture::Histogram>,
     /// Records that fit the question as well.
     others: usize,
 }
@@ -87,34 +87,46 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     let module = if args.module == "(root)" { "" } else { args.module.as_str() };
     let mut found: Vec<&Record> = matching(&run, &args, module)?;
     found.sort_by(|a, b| order(a).cmp(&order(b)));
-    let (record, whole, skipped) = choose(&run, &args, &found)?;
-    let summary = stats::compute(whole.dtype, &whole.bytes);
-    let values = picture::Values::new(whole.dtype, &whole.bytes);
-    let histogram = picture::histogram(&values, 40);
+    let Chosen { record, whole, skipped } = choose(&run, &args, &found)?;
+    let measured = match &whole {
+        Some(whole) => stats::compute(whole.dtype, &whole.bytes),
+        None => part_or_whole_stats(record, args.rank),
+    };
+    let picture = whole.as_ref().map(|whole| {
+        let values = picture::Values::new(whole.dtype, &whole.bytes);
+        let histogram = picture::histogram(&values, 40);
+        (values, histogram, whole)
+    });
+    let shape = match &whole {
+        Some(whole) => whole.shape.clone(),
+        None => shape_of(record, args.rank),
+    };
     if args.json {
         let shown = Shown {
             name: record.id.to_string(),
             id: &record.id,
             class: &record.what().class,
-            dtype: whole.dtype.name(),
-            shape: &whole.shape,
-            bytes: whole.bytes.len(),
+            dtype: record.what().dtype.name(),
+            shape: &shape,
+            bytes: whole.as_ref().map(|whole| whole.bytes.len()),
             ranks: ranks(record, args.rank),
             dp_size: record.what().dp_size,
-            stats: summary,
-            histogram,
+            stats: measured,
+            histogram: picture.map(|(_, histogram, _)| histogram),
             others: found.len() - 1,
         };
         text::emit(&(serde_json::to_string_pretty(&shown)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut out = heading(record, &whole, args.rank);
-    if let Some(summary) = summary {
-        out += &statistics(&summary);
+    let mut out = heading(record, &shape, whole.as_ref(), args.rank);
+    if let Some(measured) = measured {
+        out += &statistics(&measured);
     }
-    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    out += &picture::draw(&values, &whole.shape, picture::terminal_width(), colour);
-    out += &picture::sparkline(&histogram);
+    if let Some((values, histogram, whole)) = picture {
+        let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        out += &picture::draw(&values, &whole.shape, picture::terminal_width(), colour);
+        out += &picture::sparkline(&histogram);
+    }
     out += &rest(&found, record);
     if let Some(reason) = skipped {
         out += &format!("a later step is not complete and was passed over: {}\n", text::safe(&reason));
@@ -194,30 +206,58 @@ fn order(r: &Record) -> (std::cmp::Reverse<u64>, bool, bool, Kind, u32, u32, u32
     (std::cmp::Reverse(id.step), !id.train, id.recompute, id.kind, id.model, id.micro, id.call, &id.path, id.repeat)
 }
 
-/// The first of `found` that can be read, and why a later step was passed over. A step that was asked for is not replaced.
-fn choose<'a>(run: &Run, args: &Args, found: &[&'a Record]) -> anyhow::Result<(&'a Record, Whole, Option<String>)> {
+/// What is shown.
+struct Chosen<'a> {
+    record: &'a Record,
+    /// `None` where only statistics were kept.
+    whole: Option<Whole>,
+    /// Why a later step was passed over.
+    skipped: Option<String>,
+}
+
+/// The first of `found` that is complete. A step that was asked for is not replaced.
+fn choose<'a>(run: &Run, args: &Args, found: &[&'a Record]) -> anyhow::Result<Chosen<'a>> {
     let mut skipped = None;
-    for record in found {
+    for &record in found {
         let read = match args.rank {
+            _ if record.stats_only() && (args.rank.is_some() || record.shape().is_ok()) => {
+                return Ok(Chosen { record, whole: None, skipped });
+            }
             Some(rank) => run.part(record, rank),
             None => run.whole(record),
         };
         match read {
-            Ok(whole) => return Ok((record, whole, skipped)),
-            Err(e @ crate::read::ReadError::Incomplete(_)) if args.step.is_none() => {
+            Ok(whole) => return Ok(Chosen { record, whole: Some(whole), skipped }),
+            Err(e @ ReadError::Incomplete(_)) if args.step.is_none() => {
                 skipped.get_or_insert_with(|| e.to_string());
             }
-            Err(e) => return Err(e.into()),
+            Err(ReadError::Damage(e)) => bail!(e),
+            Err(e) => bail!("{e}; --rank N shows what one rank captured"),
         }
     }
     bail!("{}; --rank N shows what one rank captured", skipped.unwrap_or_default())
+}
+
+fn of_rank(record: &Record, rank: u32) -> Option<&Part> {
+    record.parts.iter().find(|p| p.what.rank == rank)
+}
+
+fn part_or_whole_stats(record: &Record, rank: Option<u32>) -> Option<Stats> {
+    rank.map_or_else(|| record.stats(), |rank| of_rank(record, rank)?.stats)
+}
+
+fn shape_of(record: &Record, rank: Option<u32>) -> Vec<u64> {
+    match rank {
+        Some(rank) => of_rank(record, rank).map(|p| p.what.shape.clone()).unwrap_or_default(),
+        None => record.shape().unwrap_or_default(),
+    }
 }
 
 fn ranks(record: &Record, only: Option<u32>) -> Vec<u32> {
     only.map_or_else(|| record.parts.iter().map(|p| p.what.rank).collect(), |rank| vec![rank])
 }
 
-fn heading(record: &Record, whole: &Whole, rank: Option<u32>) -> String {
+fn heading(record: &Record, shape: &[u64], whole: Option<&Whole>, rank: Option<u32>) -> String {
     let (id, what) = (&record.id, record.what());
     let mut when = format!("step {}, micro {}, call {}", id.step, id.micro, id.call);
     if id.repeat > 0 {
@@ -238,9 +278,9 @@ fn heading(record: &Record, whole: &Whole, rank: Option<u32>) -> String {
         id.kind.name(),
         text::safe(&id.path),
         id.model,
-        whole.dtype.name(),
-        whole.shape,
-        text::bytes(whole.bytes.len() as u64)
+        what.dtype.name(),
+        shape,
+        whole.map_or_else(|| "statistics only".into(), |whole| text::bytes(whole.bytes.len() as u64))
     )
 }
 

@@ -87,8 +87,8 @@ fn verify(run: &Run) -> Report {
     for (number, record) in run.records.iter().enumerate() {
         match record.shape() {
             Err(LayoutError::Missing(_)) => report.incomplete += 1,
-            // Statistics only, and parts that are kept apart, are what was asked for.
-            Ok(_) | Err(LayoutError::StatsOnly(_) | LayoutError::Unknown { .. }) => {}
+            // Parts that are kept apart are what was asked for.
+            Ok(_) | Err(LayoutError::Unknown { .. }) => {}
             Err(_) if damaged.contains(&number) => {}
             Err(e) if is_divergence(run, number) => report.notes.push(format!("{}: {e}", record.id)),
             Err(e) => report.problems.push(Problem::new(record.id.to_string(), e.to_string())),

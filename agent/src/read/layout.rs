@@ -1,7 +1,8 @@
 //! How the parts of a record make the whole: from layouts to a plan, without touching a byte.
 //!
-//! Parts are grouped by their coordinate on the first mesh axis, each group is planned over the remaining axes, and the
-//! axis's [`Place`] says how the groups combine. The result is a tree that [`super::assemble`] carries out.
+//! Replicas are one tensor and must look alike. What is left is grouped by its coordinate on the first mesh axis, each
+//! group is planned over the remaining axes, and the axis's [`Place`] says how the groups combine. The result is a tree
+//! that [`super::assemble`] carries out. `python-shim/flexmodel/_assemble.py` says the same in Python.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +11,7 @@ use wire::{
     record::{Axis, Place},
 };
 
-use crate::store::format::Part;
+use crate::store::format::{Part, Stats};
 
 /// Coordinates on a mesh: axis name, index, size.
 pub type Coordinates = Vec<(String, u32, u32)>;
@@ -58,9 +59,6 @@ pub enum LayoutError {
     /// Ranks have not (yet) delivered; not damage.
     #[error("incomplete: {}", missing_text(.0))]
     Missing(Vec<Coordinates>),
-    /// A part was kept as statistics only.
-    #[error("rank {0} kept statistics only (reduce=stats), so there are no elements to read")]
-    StatsOnly(u32),
     /// The layout is not known.
     #[error("how the parts lie along axis {axis} is not known; read them one by one: {parts}")]
     Unknown {
@@ -89,36 +87,86 @@ pub fn coordinates(axes: &[Axis]) -> Coordinates {
 /// Plans the whole of a record's parts. Takes hostile parts.
 pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
     let first = parts.first().ok_or_else(|| LayoutError::Conflict("a record without parts".into()))?;
+    let axes = settled(parts, &first.what.axes);
     for part in parts {
         let (a, b) = (&first.what, &part.what);
         if a.dtype != b.dtype {
-            return Err(LayoutError::Conflict(format!(
-                "rank {} says {}, rank {} says {}",
-                a.rank,
-                a.dtype.name(),
-                b.rank,
-                b.dtype.name()
-            )));
+            let (x, y) = (a.dtype.name(), b.dtype.name());
+            return Err(LayoutError::Conflict(format!("rank {} says {x}, rank {} says {y}", a.rank, b.rank)));
         }
         let same = |x: &Axis, y: &Axis| x.name == y.name && x.size == y.size && same_place(&x.place, &y.place);
-        if a.axes.len() != b.axes.len() || !a.axes.iter().zip(&b.axes).all(|(x, y)| same(x, y)) {
+        if axes.len() != b.axes.len() || !axes.iter().zip(&b.axes).all(|(x, y)| same(x, y)) {
             return Err(LayoutError::Conflict(format!("ranks {} and {} describe different layouts", a.rank, b.rank)));
         }
-        if part.at.is_none() {
-            return Err(LayoutError::StatsOnly(b.rank));
+        if let Some(odd) = b.axes.iter().find(|axis| axis.index >= axis.size) {
+            let (index, name, size) = (odd.index, &odd.name, odd.size);
+            return Err(LayoutError::Conflict(format!("rank {} says {name} {index} of {size}", b.rank)));
         }
     }
-    // Parts arrive in any order; replicas are compared member by member, so in order of their coordinates.
-    let mut all: Vec<usize> = (0..parts.len()).collect();
-    all.sort_by_key(|&i| (parts[i].what.axes.iter().map(|a| a.index).collect::<Vec<_>>(), parts[i].what.rank));
-    Planner { parts, axes: &first.what.axes }.group(&all, 0, &mut Vec::new())
+    let one_each = unique(parts)?;
+    Planner { parts, axes: &axes }.group(&one_each, 0, &mut Vec::new())
+}
+
+/// Statistics of the whole from those of its parts; `None` for sums, and where a part has none.
+pub fn stats(node: &Node, parts: &[Part]) -> Option<Stats> {
+    match node {
+        Node::Leaf { part, .. } => parts.get(*part)?.stats,
+        Node::Concat { children, .. } => {
+            children.iter().map(|c| stats(c, parts)).reduce(|a, b| Some(a?.merge(&b?))).flatten()
+        }
+        Node::Sum { .. } => None,
+    }
 }
 
 fn same_place(a: &Place, b: &Place) -> bool {
     match (a, b) {
         (Place::Shard { dim: x, .. }, Place::Shard { dim: y, .. }) => x == y,
+        (Place::Shard { dim: 0, .. }, Place::ReplicateOrShard0)
+        | (Place::ReplicateOrShard0, Place::Shard { dim: 0, .. }) => true,
         _ => a == b,
     }
+}
+
+/// The first part's axes; where it had a batch of one and could not tell, another part's word for a shard counts.
+fn settled(parts: &[Part], axes: &[Axis]) -> Vec<Axis> {
+    let mut axes = axes.to_vec();
+    for (depth, axis) in axes.iter_mut().enumerate().filter(|(_, a)| a.place == Place::ReplicateOrShard0) {
+        let says = |p: &Part| p.what.axes.get(depth).is_some_and(|a| matches!(a.place, Place::Shard { dim: 0, .. }));
+        if parts.iter().any(says) {
+            axis.place = Place::Shard { dim: 0, offset: None };
+        }
+    }
+    axes
+}
+
+/// One part of every set of replicas, in order of their coordinates.
+fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
+    let mut kept: BTreeMap<Vec<u32>, usize> = BTreeMap::new();
+    for (i, part) in parts.iter().enumerate() {
+        let own = |axis: &&Axis| axis.place != Place::Replicate;
+        let place = part.what.axes.iter().filter(own).map(|axis| axis.index).collect();
+        let other = *kept.entry(place).or_insert(i);
+        let (a, b) = (&parts[other], part);
+        if !alike(a, b) {
+            let replicas = b.what.axes.iter().any(|axis| axis.place == Place::Replicate);
+            let why =
+                if replicas { "hold replicas that differ" } else { "differ, and the layout does not tell them apart" };
+            return Err(LayoutError::Conflict(format!(
+                "ranks {} and {} {why}; read them one by one",
+                a.what.rank, b.what.rank
+            )));
+        }
+    }
+    Ok(kept.into_values().collect())
+}
+
+/// Whether two parts hold the same bytes, by their checksums (by their statistics where bytes were not kept).
+fn alike(a: &Part, b: &Part) -> bool {
+    a.what.shape == b.what.shape
+        && match (&a.at, &b.at) {
+            (Some(x), Some(y)) => x.crc == y.crc,
+            _ => a.stats == b.stats,
+        }
 }
 
 struct Planner<'a> {
@@ -127,42 +175,30 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
+    /// `members` is not empty, and has one part for each set of coordinates on axes that are not replicas.
     fn group(&self, members: &[usize], depth: usize, at: &mut Coordinates) -> Result<Node, LayoutError> {
-        let Some(axis) = self.axes.get(depth) else { return self.single(members) };
+        let Some(axis) = self.axes.get(depth) else {
+            let part = members[0];
+            return Ok(Node::Leaf { part, shape: self.parts[part].what.shape.clone() });
+        };
+        if axis.place == Place::Replicate {
+            return self.group(members, depth + 1, at);
+        }
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         for &m in members {
-            // `plan` made sure that every part has this axis.
-            let index = self.parts[m].what.axes[depth].index;
-            if index >= axis.size {
-                return Err(LayoutError::Conflict(format!(
-                    "rank {} says {} {index} of {}",
-                    self.parts[m].what.rank, axis.name, axis.size
-                )));
-            }
-            groups.entry(index).or_default().push(m);
+            // `plan` made sure that every part has every axis.
+            groups.entry(self.parts[m].what.axes[depth].index).or_default().push(m);
         }
-        let replicated = matches!(axis.place, Place::Replicate);
-        if !replicated && groups.len() < axis.size as usize {
-            return Err(LayoutError::Missing(self.missing(&groups, axis, at)));
-        }
+        let mut missing = self.missing(&groups, axis, at);
         let mut nodes = Vec::with_capacity(groups.len());
-        let mut missing = Vec::new();
-        let mut conflict = None;
         for (&index, group) in &groups {
             at.push((axis.name.clone(), index, axis.size));
             match self.group(group, depth + 1, at) {
                 Ok(node) => nodes.push(node),
                 Err(LayoutError::Missing(more)) => missing.extend(more),
-                Err(other) => conflict = Some(other),
+                Err(other) => return Err(other),
             }
             at.pop();
-            // One complete replica is the whole.
-            if replicated && conflict.is_none() && nodes.len() == 1 && self.agree(&groups) {
-                return Ok(nodes.remove(0));
-            }
-        }
-        if let Some(e) = conflict {
-            return Err(e);
         }
         if !missing.is_empty() {
             return Err(LayoutError::Missing(missing));
@@ -171,6 +207,9 @@ impl Planner<'_> {
     }
 
     fn missing(&self, groups: &BTreeMap<u32, Vec<usize>>, axis: &Axis, at: &Coordinates) -> Vec<Coordinates> {
+        if groups.len() == axis.size as usize {
+            return Vec::new();
+        }
         // A hostile axis may claim four billion members; a few names are enough.
         (0..axis.size)
             .filter(|i| !groups.contains_key(i))
@@ -179,61 +218,32 @@ impl Planner<'_> {
             .collect()
     }
 
-    /// Parts with the same coordinates on every axis must be the same tensor.
-    fn single(&self, members: &[usize]) -> Result<Node, LayoutError> {
-        let [first, rest @ ..] = members else {
-            return Err(LayoutError::Conflict("a record without parts".into()));
-        };
-        let a = &self.parts[*first];
-        for b in rest.iter().map(|&m| &self.parts[m]) {
-            if a.what.shape != b.what.shape || crc(a) != crc(b) {
-                return Err(LayoutError::Conflict(format!(
-                    "the layout does not tell ranks {} and {} apart, and they differ",
-                    a.what.rank, b.what.rank
-                )));
-            }
-        }
-        Ok(Node::Leaf { part: *first, shape: a.what.shape.clone() })
-    }
-
-    /// Whether every group of replicas holds the same shapes and checksums.
-    fn agree(&self, groups: &BTreeMap<u32, Vec<usize>>) -> bool {
-        let look = |group: &Vec<usize>| -> Vec<(Vec<u64>, Option<u32>)> {
-            group.iter().map(|&m| (self.parts[m].what.shape.clone(), crc(&self.parts[m]))).collect()
-        };
-        let mut looks = groups.values().map(look);
-        match looks.next() {
-            // Groups of unequal size: some rank is late; what it will say cannot be compared yet.
-            Some(first) => looks.all(|other| other.len() != first.len() || other == first),
-            None => true,
-        }
-    }
-
     fn combine(&self, axis: &Axis, mut nodes: Vec<Node>, members: &[usize]) -> Result<Node, LayoutError> {
+        if nodes.len() == 1 {
+            return Ok(nodes.remove(0));
+        }
         match axis.place {
             Place::Shard { dim, .. } => concat(dim as usize, nodes, axis),
             Place::ReplicateOrShard0 => {
-                let parts = || members.iter().map(|&m| &self.parts[m]);
-                let equal = parts().all(|p| {
-                    let first = &self.parts[members[0]];
-                    p.what.shape == first.what.shape && crc(p) == crc(first)
-                });
-                if equal && !nodes.is_empty() { Ok(nodes.swap_remove(0)) } else { concat(0, nodes, axis) }
+                let equal = members.iter().all(|&m| alike(&self.parts[m], &self.parts[members[0]]));
+                if equal { Ok(nodes.swap_remove(0)) } else { concat(0, nodes, axis) }
             }
             Place::Partial => {
-                let shape = nodes.first().map(|n| n.shape().to_vec()).unwrap_or_default();
+                let shape = nodes[0].shape().to_vec();
                 if nodes.iter().any(|n| n.shape() != shape) {
                     return Err(LayoutError::Conflict(format!("addends along {} differ in shape", axis.name)));
                 }
-                if nodes.len() == 1 { Ok(nodes.remove(0)) } else { Ok(Node::Sum { children: nodes, shape }) }
+                Ok(Node::Sum { children: nodes, shape })
             }
-            // Only reached when replicas differ: the first is served nowhere silently.
-            Place::Replicate => {
-                Err(LayoutError::Conflict(format!("replicas along {} differ: {}", axis.name, self.describe(members))))
+            // One group each: neither comes here with several.
+            Place::Replicate | Place::Unknown => {
+                Err(LayoutError::Conflict(format!("{} along {}", self.describe(members), axis.name)))
             }
-            Place::Unknown if nodes.len() == 1 => Ok(nodes.remove(0)),
-            Place::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(members) }),
         }
+    }
+
+    fn all_alike(&self, members: &[usize]) -> bool {
+        members.iter().all(|&m| alike(&self.parts[m], &self.parts[members[0]]))
     }
 
     fn describe(&self, members: &[usize]) -> String {
@@ -246,14 +256,7 @@ impl Planner<'_> {
     }
 }
 
-fn crc(part: &Part) -> Option<u32> {
-    part.at.as_ref().map(|at| at.crc)
-}
-
-fn concat(dim: usize, mut nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError> {
-    if nodes.len() == 1 {
-        return Ok(nodes.remove(0));
-    }
+fn concat(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError> {
     let mut shape = nodes.first().map(|n| n.shape().to_vec()).unwrap_or_default();
     if dim >= shape.len() {
         return Err(LayoutError::Conflict(format!(

@@ -25,7 +25,7 @@ use serde::Serialize;
 pub use shards::{ReadError, Shards};
 
 use crate::store::{
-    format::{FORMAT, Identity, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo, What},
+    format::{FORMAT, Identity, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo, Stats, What},
     manifest::{self, LineError},
 };
 
@@ -70,6 +70,16 @@ impl Record {
     /// Shape of the whole, or why there is none.
     pub fn shape(&self) -> Result<Vec<u64>, LayoutError> {
         layout::plan(&self.parts).map(|node| node.shape().to_vec())
+    }
+
+    /// Statistics of the whole, as far as those of the parts tell them.
+    pub fn stats(&self) -> Option<Stats> {
+        layout::plan(&self.parts).ok().and_then(|node| layout::stats(&node, &self.parts))
+    }
+
+    /// Whether only statistics were kept.
+    pub fn stats_only(&self) -> bool {
+        self.parts.iter().any(|p| p.at.is_none())
     }
 
     /// Tensor bytes that its parts take in the store.

@@ -5,7 +5,7 @@ use wire::{
 };
 
 use super::*;
-use crate::store::format::{self, Stats};
+use crate::store::format;
 
 #[path = "../../tests/fixture/mod.rs"]
 mod fixture;
@@ -78,8 +78,16 @@ fn a_replica_is_enough_and_differing_ones_are_named() {
     let run = open(&dir);
     assert_eq!(&*run.whole(&run.records[0]).unwrap().bytes, [7, 8]);
     let e = run.whole(&run.records[1]).unwrap_err().to_string();
-    assert!(e.contains("rank 0") && e.contains("rank 1") && e.contains("differ"), "{e}");
+    assert!(e.contains("ranks 0 and 1 hold replicas that differ"), "{e}");
     assert_eq!(&*run.part(&run.records[1], 1).unwrap().bytes, [7, 9]);
+}
+
+#[test]
+fn replicas_stand_in_for_each_other_on_every_axis() {
+    let mut f = Fixture::default();
+    f.part(id("m", 0), DType::UInt8, &[1], 0, mesh((0, 2, Place::Replicate), (0, 2, shard(0))), &[1]);
+    f.part(id("m", 0), DType::UInt8, &[1], 3, mesh((1, 2, Place::Replicate), (1, 2, shard(0))), &[2]);
+    assert_eq!(&*only(&open(&f.finish())).bytes, [1, 2]);
 }
 
 #[test]
