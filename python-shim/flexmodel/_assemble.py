@@ -6,6 +6,7 @@ pieces are joined on the sharded dimension, or added. `agent/src/read/layout.rs`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
@@ -63,6 +64,8 @@ def plan(parts: Sequence[Part]) -> Node:
     first = parts[0]
     if len(parts) == 1 and all(a.size == 1 or a.place == "replicate" for a in first.axes):
         return Leaf(first, first.shape)
+    parts = _settled(parts)
+    first = parts[0]
     look = [(a.name, a.size, a.place, a.dim) for a in first.axes]
     for part in parts:
         if part.dtype != first.dtype:
@@ -70,6 +73,22 @@ def plan(parts: Sequence[Part]) -> Node:
         if [(a.name, a.size, a.place, a.dim) for a in part.axes] != look:
             raise ApartError(f"ranks {first.rank} and {part.rank} describe different layouts")
     return _join(_unique(parts), 0)
+
+
+def _settled(parts: Sequence[Part]) -> Sequence[Part]:
+    """Where a part had a batch of one and could not tell, another part's word for a shard of dimension 0 counts."""
+    for depth, axis in enumerate(parts[0].axes):
+        said = [p.axes[depth] for p in parts if depth < len(p.axes)]
+        if any(a.place == "shard" and a.dim == 0 for a in said) and any(a.place == "replicate_or_shard0" for a in said):
+            parts = [_sharded(p, depth) for p in parts]
+    return parts
+
+
+def _sharded(part: Part, depth: int) -> Part:
+    axes = list(part.axes)
+    if depth < len(axes) and axes[depth].place == "replicate_or_shard0":
+        axes[depth] = dataclasses.replace(axes[depth], place="shard", dim=0)
+    return part._replace(axes=tuple(axes))
 
 
 def _unique(parts: Sequence[Part]) -> list[Part]:
@@ -99,8 +118,6 @@ def _join(parts: list[Part], depth: int) -> Node:
     if depth == len(axes):
         return Leaf(parts[0], parts[0].shape)
     axis = axes[depth]
-    if axis.place == "unknown" and axis.size > 1:
-        raise ApartError(f"how they lie along {axis.name} is not known")
     members: dict[int, list[Part]] = {}
     for part in parts:
         members.setdefault(part.axes[depth].index, []).append(part)
@@ -127,6 +144,10 @@ def _join(parts: list[Part], depth: int) -> Node:
         if any(c.shape != children[0].shape for c in children):
             raise ApartError(f"the addends along {axis.name} differ in shape")
         return Sum(tuple(children), children[0].shape)
+    if axis.place == "unknown":
+        if all(_alike(p, parts[0]) for p in parts):
+            return children[0]
+        raise ApartError(f"how they lie along {axis.name} is not known")
     raise ApartError(f"{axis.place!r} along {axis.name} is no layout that this flexmodel knows")
 
 

@@ -31,11 +31,12 @@ pub enum Place {
         /// Where this part starts in the whole, if it is known.
         offset: Option<u64>,
     },
-    /// Replicate if all parts turn out to be equal bytes, else a shard of dimension 0 (batch size 1 is ambiguous).
+    /// Replicate if all parts turn out to be equal bytes, else a shard of dimension 0 (batch size 1 is ambiguous). Where
+    /// another part says `Shard` of dimension 0, so does this one.
     ReplicateOrShard0,
     /// Members hold addends of the whole.
     Partial,
-    /// It is sharded or differs, and how is not known: parts are kept apart.
+    /// It is sharded or differs, and how is not known: parts are kept apart, unless they turn out to be equal bytes.
     Unknown,
 }
 
