@@ -9,6 +9,7 @@ mod live;
 mod read;
 mod server;
 mod store;
+mod summary;
 
 use std::process::ExitCode;
 

@@ -1,6 +1,37 @@
-//! `flexmodel agent`.
+//! `flexmodel agent`: the sidecar alone.
 
-use std::path::PathBuf;
+use std::{
+    io::{self, BufRead, Write},
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use anyhow::{Context, anyhow};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::{MissedTickBehavior, interval},
+};
+
+use crate::{
+    dashboard, index,
+    server::{
+        PATIENCE, Server, attach,
+        board::Board,
+        parent::{FromAgent, ToAgent},
+        socket::Listening,
+    },
+    store::{DEFAULT_SHARD_BYTES, Options, Store, format::RunInfo},
+    summary,
+};
+
+/// How often `run.json` is written while it changes, and how often the parent hears of progress.
+const TICK: Duration = Duration::from_millis(500);
+/// The agent gives way to the job.
+const NICENESS: i32 = 10;
 
 /// Where it listens and writes.
 #[derive(Debug, clap::Args)]
@@ -14,9 +45,255 @@ pub struct Args {
     /// Loopback port of the dashboard; 0 takes a free one
     #[arg(long, default_value_t = 0)]
     pub port: u16,
+    /// Bytes of tensors in a shard file before the next one is begun
+    #[arg(long, value_name = "BYTES", value_parser = wire::env::parse_bytes, default_value_t = DEFAULT_SHARD_BYTES)]
+    pub shard_bytes: u64,
+    /// Started by `flexmodel run`: JSON lines on stdin and stdout
+    #[arg(long, hide = true)]
+    pub child: bool,
+}
+
+/// What ends the agent.
+#[derive(Debug)]
+enum End {
+    /// A signal.
+    Asked,
+    /// The parent, with the command's exit code.
+    Finish(Option<i32>),
+}
+
+/// What the parent says.
+#[derive(Debug)]
+enum Word {
+    Said(ToAgent),
+    Gone,
 }
 
 /// Runs it.
-pub fn main(_args: Args) -> anyhow::Result<std::process::ExitCode> {
-    anyhow::bail!("agent is not there yet")
+pub fn main(args: Args) -> anyhow::Result<ExitCode> {
+    let child = args.child;
+    match Agent::start(args) {
+        Err(e) if child => {
+            say(&FromAgent::Failed(format!("{e:#}")));
+            Ok(ExitCode::FAILURE)
+        }
+        Err(e) => Err(e),
+        Ok(agent) => agent.run(),
+    }
+}
+
+struct Agent {
+    child: bool,
+    server: Arc<Server>,
+    listening: Listening,
+    dashboard: std::net::TcpListener,
+    token: String,
+}
+
+impl Agent {
+    fn start(args: Args) -> anyhow::Result<Self> {
+        give_way();
+        let dashboard = bind(args.port)?;
+        let token = token().context("no random numbers for the dashboard's token")?;
+        let listening = Listening::bind(&args.socket)?;
+        let board: Arc<OnceLock<Arc<Board>>> = Arc::default();
+        let told = board.clone();
+        let notify = move |text: &str| match told.get() {
+            Some(board) => board.trouble(text),
+            None => eprintln!("flexmodel: {text}"),
+        };
+        let options = Options { shard_bytes: args.shard_bytes, notify: Box::new(notify) };
+        let (store, before) = Store::open(&args.out, options)?;
+        let board = board.get_or_init(|| Arc::new(Board::new(before))).clone();
+        board.save(&store);
+        let server = Server::new(store, board).context("cannot start a thread")?;
+        Ok(Self { child: args.child, server, listening, dashboard, token })
+    }
+
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .context("cannot start the agent's threads")?;
+        let end = runtime.block_on(self.serve())?;
+        self.server.drain();
+        self.server.store.finish();
+        let exit_code = if let End::Finish(code) = end { code } else { None };
+        let info = self.server.board.finish(&self.server.store, exit_code);
+        let run = self.server.store.dir().path();
+        if let Err(e) = index::build(run) {
+            // Derived, and made again when it is asked for.
+            eprintln!("flexmodel: {e:#}");
+        }
+        if self.child {
+            say(&FromAgent::Done { totals: info.totals });
+        } else {
+            eprint!("{}", summary::text(run, &info.totals));
+        }
+        runtime.shutdown_background();
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Until the end; then everybody who has connected is taken in.
+    async fn serve(&self) -> anyhow::Result<End> {
+        let listener = UnixListener::from_std(self.listening.listener()?)?;
+        let address = self.dashboard.local_addr()?;
+        let url = format!("http://{address}/?token={}", self.token);
+        let run = self.server.store.dir().path().to_owned();
+        let page = TcpListener::from_std(self.dashboard.try_clone()?)?;
+        tokio::spawn(dashboard::serve(page, self.server.board.live().clone(), run.clone(), self.token.clone()));
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut words = if self.child { listen_to_parent() } else { mpsc::unbounded_channel().1 };
+        if self.child {
+            say(&FromAgent::Ready { run, dashboard: url });
+        } else {
+            let socket = self.listening.path().display();
+            announce(&format!("flexmodel agent: socket unix:{socket}, run {}, dashboard {url}\n", run.display()));
+        }
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut orphan = None;
+        let mut job = None;
+        let end = loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        tokio::spawn(attach::serve(self.server.clone(), stream, self.server.arrival()));
+                    }
+                    Err(e) => {
+                        self.server.board.trouble(&format!("cannot take a rank in: {e}"));
+                        tokio::time::sleep(TICK).await;
+                    }
+                },
+                _ = terminate.recv() => break End::Asked,
+                _ = interrupt.recv() => break End::Asked,
+                Some(word) = words.recv() => match word {
+                    Word::Said(ToAgent::Job { command, hooks, pid }) => {
+                        job = Some(pid);
+                        self.server.board.job(command, hooks);
+                    }
+                    Word::Said(ToAgent::Finish { exit_code }) => break End::Finish(exit_code),
+                    Word::Gone => orphan = Some(job),
+                },
+                _ = tick.tick() => {
+                    self.tick().await;
+                    // Nobody will say when it is over: it is when the job is gone and every slab is empty.
+                    if orphan.is_some_and(|job| !job.is_some_and(is_alive)) && !self.server.is_busy() {
+                        break End::Asked;
+                    }
+                }
+            }
+        };
+        self.take_in_the_rest(&listener).await;
+        Ok(end)
+    }
+
+    async fn tick(&self) {
+        let server = self.server.clone();
+        // It writes a file. If that thread panicked, run.json is written at the end.
+        let _ = tokio::task::spawn_blocking(move || server.board.save(&server.store)).await;
+        if self.child {
+            say(&FromAgent::Progress(self.server.store.totals()));
+        }
+    }
+
+    /// A job may be over before its ranks were taken in: their slabs are in the socket's queue.
+    async fn take_in_the_rest(&self, listener: &UnixListener) {
+        let rest = async {
+            while self.listening.somebody_waits() {
+                let Ok((stream, _)) = listener.accept().await else { return };
+                tokio::spawn(attach::serve(self.server.clone(), stream, self.server.arrival()));
+            }
+        };
+        // Bounded, whoever keeps connecting.
+        let _ = tokio::time::timeout(PATIENCE, rest).await;
+    }
+}
+
+/// Loopback only.
+fn bind(port: u16) -> anyhow::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", port)).map_err(|e| match e.kind() {
+        io::ErrorKind::AddrInUse => anyhow!("port {port} is in use; give another --port, or none for any that is free"),
+        _ => anyhow!("cannot listen on port {port}: {e}; give another --port, or none for any that is free"),
+    })?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// 128 random bits.
+fn token() -> io::Result<String> {
+    let mut bytes = [0u8; 16];
+    io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+fn give_way() {
+    // SAFETY: plain system calls on this process. A file past its size limit is an error to us, not a signal.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        // Writing to a terminal from the background must not stop it either.
+        libc::signal(libc::SIGTTOU, libc::SIG_IGN);
+        libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS);
+    }
+}
+
+fn is_alive(pid: u32) -> bool {
+    // SAFETY: signal 0 only asks.
+    unsafe { libc::kill(pid as libc::pid_t, 0) == 0 }
+}
+
+/// Reads the parent's lines on a thread of its own: stdin cannot be waited for otherwise.
+fn listen_to_parent() -> mpsc::UnboundedReceiver<Word> {
+    let (send, receive) = mpsc::unbounded_channel();
+    let heard = std::thread::Builder::new().name("parent".into()).spawn(move || {
+        for line in io::stdin().lock().lines() {
+            let Ok(line) = line else { break };
+            if let Ok(word) = serde_json::from_str(&line)
+                && send.send(Word::Said(word)).is_err()
+            {
+                return;
+            }
+        }
+        // The agent may have ended meanwhile.
+        let _ = send.send(Word::Gone);
+    });
+    if let Err(e) = heard {
+        eprintln!("flexmodel: the agent cannot hear what started it: {e}");
+    }
+    receive
+}
+
+/// One JSON line on stdout. A parent that is stopped must not stop its agent: what does not fit its pipe is left out.
+fn say(word: &FromAgent) {
+    if let Ok(mut line) = serde_json::to_vec(word) {
+        line.push(b'\n');
+        // SAFETY: stdout's descriptor; poll and write take a valid buffer. Short lines are written whole or not at all
+        // (PIPE_BUF).
+        unsafe {
+            let mut poll = libc::pollfd { fd: 1, events: libc::POLLOUT, revents: 0 };
+            let patience = if matches!(word, FromAgent::Progress(_)) { 0 } else { 5000 };
+            if libc::poll(&mut poll, 1, patience) > 0 {
+                libc::write(1, line.as_ptr().cast(), line.len());
+            }
+        }
+    }
+}
+
+/// One line on stdout. Nobody may be reading it.
+fn announce(line: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Closes the run of an agent that died: recovers, seals, counts.
+pub fn close_for_the_dead(run: &std::path::Path, exit_code: Option<i32>) -> anyhow::Result<RunInfo> {
+    let notify = Box::new(|text: &str| eprintln!("flexmodel: {text}"));
+    let (store, before) = Store::open(run, Options { shard_bytes: DEFAULT_SHARD_BYTES, notify })?;
+    let board = Board::new(before);
+    board.notice("the agent died during the run; what came after is not captured");
+    store.finish();
+    let info = board.finish(&store, exit_code);
+    index::build(run)?;
+    Ok(info)
 }

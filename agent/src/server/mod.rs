@@ -1,1 +1,153 @@
-//! Takes ranks in: attach, ingest, heartbeat.
+//! Takes ranks in and keeps what they capture.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`socket`] | the listening socket, and messages with descriptors off it |
+//! | [`attach`] | one connection: hello, welcome, messages, goodbye |
+//! | [`session`] | a rank's slab and how far along it is |
+//! | [`ingest`] | the thread that empties a slab into the store |
+//! | [`board`] | `run.json`, notices and the dashboard's live state |
+//! | [`parent`] | words between `flexmodel run` and the agent it started |
+//!
+//! # Invariants
+//!
+//! - **AGENT-1** A frame is released after its bytes are written, and a tensor's last frame after its line is.
+//! - **AGENT-2** No rank waits for another: each has a thread, and the store's locks are never held over I/O on tensors.
+//! - **AGENT-3** Every slab's heart beats on a thread that does nothing else, whatever the disk does.
+//! - **AGENT-4** Damage in a slab, a message or a record costs that slab, connection or record, and one notice.
+//!
+//! # Memory
+//!
+//! The agent holds no tensor: payloads are summed and written straight from the slabs, which the jobs allocated. Of its
+//! own it has, for each rank, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
+//! unfinished tensors; for each connection a message that has not come in full (16 MiB at most, usually some
+//! hundred bytes); the [`store`](crate::store)'s and the dashboard's bounded tables. Together that stays below 64 MiB
+//! beside the slabs for a node of ordinary size.
+
+pub mod attach;
+pub mod board;
+pub mod ingest;
+pub mod parent;
+pub mod session;
+pub mod socket;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use wire::slab::SlabReader;
+
+use crate::store::Store;
+use board::Board;
+use session::Session;
+
+/// Time between two beats of a slab's heart.
+const BEAT: Duration = Duration::from_millis(50);
+/// How long finishing goes on without any progress.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Most slabs at a time.
+const MAX_SESSIONS: usize = 4096;
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Server {
+    /// Where captures go.
+    pub store: Arc<Store>,
+    /// What people see.
+    pub board: Arc<Board>,
+    sessions: Mutex<HashMap<(u32, u32), Arc<Session>>>,
+    /// Slabs whose heart beats. A list of its own: nobody holds this lock for longer than a list takes.
+    beating: Mutex<Vec<Arc<Session>>>,
+    /// Connections that have not said hello yet.
+    arriving: AtomicUsize,
+}
+
+impl Server {
+    /// Starts the heart as well.
+    pub fn new(store: Arc<Store>, board: Arc<Board>) -> std::io::Result<Arc<Self>> {
+        let server = Arc::new(Self {
+            store,
+            board,
+            sessions: Mutex::default(),
+            beating: Mutex::default(),
+            arriving: AtomicUsize::new(0),
+        });
+        let weak = Arc::downgrade(&server);
+        std::thread::Builder::new().name("heart".into()).spawn(move || {
+            while let Some(server) = weak.upgrade() {
+                server.beat();
+                drop(server);
+                std::thread::sleep(BEAT);
+            }
+        })?;
+        Ok(server)
+    }
+
+    fn beat(&self) {
+        let mut beating = self.beating.lock().unwrap_or_else(PoisonError::into_inner);
+        beating.retain(|session| !session.is_done());
+        for session in &*beating {
+            SlabReader::beat(session.mapping());
+        }
+    }
+
+    fn beat_for(&self, session: Arc<Session>) {
+        SlabReader::beat(session.mapping());
+        self.beating.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, HashMap<(u32, u32), Arc<Session>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody connected.
+    pub fn arrival(self: &Arc<Self>) -> Arrival {
+        self.arriving.fetch_add(1, Ordering::AcqRel);
+        Arrival(self.clone())
+    }
+
+    /// Whether some rank is attached or its slab not empty yet.
+    pub fn is_busy(&self) -> bool {
+        self.arriving.load(Ordering::Acquire) > 0 || self.sessions().values().any(|s| !s.is_done())
+    }
+
+    /// Empties every slab of what is in it now. Gives up when nothing moves for [`PATIENCE`].
+    pub fn drain(&self) {
+        let mut seen = self.progress();
+        let mut since = Instant::now();
+        while self.is_busy() && since.elapsed() < PATIENCE {
+            for session in self.sessions().values() {
+                session.stop_at_head();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+            let now = self.progress();
+            if now != seen {
+                seen = now;
+                since = Instant::now();
+            }
+        }
+    }
+
+    /// Changes whenever anything moves.
+    fn progress(&self) -> (usize, u64, u64) {
+        let sessions = self.sessions();
+        let open = sessions.values().filter(|s| !s.is_done()).count();
+        let tails = sessions.values().fold(0u64, |sum, s| sum.wrapping_add(s.tail()));
+        (open, tails, self.store.totals().bytes)
+    }
+}
+
+/// A connection that has not said hello yet: finishing waits for it.
+#[derive(Debug)]
+pub struct Arrival(Arc<Server>);
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        self.0.arriving.fetch_sub(1, Ordering::AcqRel);
+    }
+}

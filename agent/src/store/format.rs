@@ -249,11 +249,25 @@ impl What {
     pub fn from_meta(m: RecordMeta) -> Self {
         Self {
             id: Identity {
-                module: m.module, kind: m.kind, path: m.path, model: m.model, step: m.step, micro: m.micro,
-                call: m.call, repeat: m.repeat, train: m.train, recompute: m.recompute,
+                module: m.module,
+                kind: m.kind,
+                path: m.path,
+                model: m.model,
+                step: m.step,
+                micro: m.micro,
+                call: m.call,
+                repeat: m.repeat,
+                train: m.train,
+                recompute: m.recompute,
             },
-            class: m.class, group: m.group, dtype: m.dtype, shape: m.shape, rank: m.rank, axes: m.axes,
-            dp_size: m.dp_size, time_ns: m.time_ns,
+            class: m.class,
+            group: m.group,
+            dtype: m.dtype,
+            shape: m.shape,
+            rank: m.rank,
+            axes: m.axes,
+            dp_size: m.dp_size,
+            time_ns: m.time_ns,
         }
     }
 }
@@ -261,8 +275,15 @@ impl What {
 impl std::fmt::Display for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
-            f, "{}:{}:{}@model{}.step{}.micro{}.call{}",
-            self.module, self.kind.name(), self.path, self.model, self.step, self.micro, self.call
+            f,
+            "{}:{}:{}@model{}.step{}.micro{}.call{}",
+            self.module,
+            self.kind.name(),
+            self.path,
+            self.model,
+            self.step,
+            self.micro,
+            self.call
         )?;
         if self.repeat > 0 {
             write!(f, ".repeat{}", self.repeat)?;

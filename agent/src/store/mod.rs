@@ -44,4 +44,4 @@ mod tests;
 mod writer;
 
 pub use part::{Outcome, PartWriter};
-pub use writer::{Options, Store};
+pub use writer::{DEFAULT_SHARD_BYTES, Options, Store};

@@ -142,7 +142,7 @@ impl Store {
     }
 
     /// A write failed: says so once, until writing works again.
-    pub(super) fn trouble(&self, error: &io::Error) {
+    pub fn trouble(&self, error: &io::Error) {
         if !self.broken.swap(true, Ordering::Relaxed) {
             (self.notify)(&format!(
                 "cannot write to {}: {error}; captures are dropped until that is mended, the job goes on",

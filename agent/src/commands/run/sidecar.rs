@@ -1,0 +1,259 @@
+//! The agent as a child of `flexmodel run`.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    time::Duration,
+};
+
+use anyhow::{Context, anyhow, bail};
+
+use super::{job::Ended, prepare::Plan, words};
+use crate::{
+    server::parent::{FromAgent, ToAgent},
+    store::format::Totals,
+};
+
+/// Longest time an agent may take to be ready.
+const STARTING: Duration = Duration::from_secs(60);
+
+/// What happens while the command runs.
+pub enum News {
+    /// Counters.
+    Progress(Totals),
+    /// The agent is dead, and how that came; told once.
+    AgentDied(String),
+    /// The command is over.
+    JobEnded(Ended),
+}
+
+/// A line of the agent's, or something else that `run` waits for.
+pub enum Event {
+    /// The agent said something.
+    Said(FromAgent),
+    /// The agent closed its stdout.
+    Silent,
+    /// The command is over.
+    JobEnded(Ended),
+}
+
+/// The agent, in a process group of its own: what kills or interrupts it does not reach the job, nor the other way.
+pub struct Sidecar {
+    child: Child,
+    words: Option<ChildStdin>,
+    events: Receiver<Event>,
+    sender: Sender<Event>,
+    run: PathBuf,
+    dashboard: String,
+    socket: PathBuf,
+    totals: Totals,
+    done: bool,
+    silent: bool,
+    _folder: PrivateFolder,
+}
+
+impl Sidecar {
+    /// Starts it and waits until ranks may attach.
+    pub fn start(plan: &Plan) -> anyhow::Result<Self> {
+        let folder = PrivateFolder::make()?;
+        let socket = folder.0.join("agent.sock");
+        let exe = std::env::current_exe().context("cannot tell where flexmodel is")?;
+        let mut command = Command::new(exe);
+        command.arg("agent").arg("--child").arg("--socket").arg(&socket).arg("--out").arg(&plan.out);
+        command.arg("--port").arg(plan.port.to_string());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        let mut child = command.spawn().context("cannot start the agent")?;
+        let (words, said) = (child.stdin.take(), child.stdout.take().context("the agent has no stdout")?);
+        let (sender, events) = channel();
+        let send = sender.clone();
+        std::thread::Builder::new().name("agent".into()).spawn(move || {
+            for line in BufReader::new(said).lines() {
+                let Ok(line) = line else { break };
+                if let Ok(said) = serde_json::from_str(&line)
+                    && send.send(Event::Said(said)).is_err()
+                {
+                    return;
+                }
+            }
+            // The receiver lives as long as the process.
+            let _ = send.send(Event::Silent);
+        })?;
+        let (run, dashboard) = match events.recv_timeout(STARTING) {
+            Ok(Event::Said(FromAgent::Ready { run, dashboard })) => (run, dashboard),
+            Ok(Event::Said(FromAgent::Failed(why))) => {
+                // It exits by itself.
+                let _ = child.wait();
+                bail!("{why}");
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                bail!("the agent did not start within {} seconds; is the disk of --out very slow?", STARTING.as_secs());
+            }
+            _ => return Err(anyhow!("the agent {} before it was ready", how(&mut child))),
+        };
+        Ok(Self {
+            child,
+            words,
+            events,
+            sender,
+            run,
+            dashboard,
+            socket,
+            totals: Totals::default(),
+            done: false,
+            silent: false,
+            _folder: folder,
+        })
+    }
+
+    /// The run directory.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// The dashboard's address.
+    pub fn dashboard(&self) -> &str {
+        &self.dashboard
+    }
+
+    /// Where ranks attach.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Counters that the agent told last.
+    pub fn last_totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// For whoever waits for the command.
+    pub fn sender(&self) -> Sender<Event> {
+        self.sender.clone()
+    }
+
+    /// Tells the agent what was started.
+    pub fn tell_job(&mut self, plan: &Plan, pid: u32) {
+        self.tell(&ToAgent::Job { command: words(&plan.command), hooks: plan.hooks.clone(), pid });
+    }
+
+    /// Tells the agent that the command is over.
+    pub fn finish(&mut self, exit_code: Option<i32>) {
+        self.tell(&ToAgent::Finish { exit_code });
+    }
+
+    fn tell(&mut self, word: &ToAgent) {
+        let Some(stdin) = self.words.as_mut() else { return };
+        let told = serde_json::to_vec(word).map_err(std::io::Error::from).and_then(|mut line| {
+            line.push(b'\n');
+            stdin.write_all(&line)
+        });
+        if told.is_err() {
+            // It is dead, which its stdout tells.
+            self.words = None;
+        }
+    }
+
+    /// The next thing that happens.
+    pub fn news(&mut self) -> News {
+        loop {
+            // This struct holds a sender: receiving cannot fail.
+            let Ok(event) = self.events.recv() else { continue };
+            match event {
+                Event::Said(said) => {
+                    self.hear(said);
+                    return News::Progress(self.totals);
+                }
+                Event::Silent => {
+                    self.silent = true;
+                    return News::AgentDied(how(&mut self.child));
+                }
+                Event::JobEnded(ended) => return News::JobEnded(ended),
+            }
+        }
+    }
+
+    /// The final counters; `None` if the agent died, or if nothing was heard of it for `patience`.
+    pub fn wait_for_totals(&mut self, patience: Duration) -> Option<Totals> {
+        while !self.done && !self.silent {
+            match self.events.recv_timeout(patience) {
+                Ok(Event::Said(said)) => self.hear(said),
+                Ok(Event::Silent) => self.silent = true,
+                Ok(Event::JobEnded(_)) => {}
+                Err(_) => return None,
+            }
+        }
+        if self.done || self.silent {
+            // It has said its last, and only exits now.
+            let _ = self.child.wait();
+        }
+        self.done.then_some(self.totals)
+    }
+
+    fn hear(&mut self, said: FromAgent) {
+        match said {
+            FromAgent::Progress(totals) => self.totals = totals,
+            FromAgent::Done { totals } => {
+                self.totals = totals;
+                self.done = true;
+            }
+            FromAgent::Ready { .. } | FromAgent::Failed(_) => {}
+        }
+    }
+
+    /// Whether its process is there.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+/// How a child that closed its stdout ended.
+fn how(child: &mut Child) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match child.wait() {
+        Ok(status) => match status.signal() {
+            Some(signal) => format!("was killed by signal {signal}"),
+            None => format!("ended with code {}", status.code().unwrap_or(-1)),
+        },
+        Err(e) => format!("is gone ({e})"),
+    }
+}
+
+/// A folder that only we can enter, with a short path: unix sockets allow no more than 107 bytes.
+#[derive(Debug)]
+struct PrivateFolder(PathBuf);
+
+impl PrivateFolder {
+    fn make() -> anyhow::Result<Self> {
+        let mut last = None;
+        for base in [std::env::temp_dir(), "/tmp".into(), "/dev/shm".into()] {
+            if base.as_os_str().len() > 60 {
+                continue;
+            }
+            // mkdtemp makes it with mode 0700.
+            let mut name = base.join("flexmodel-XXXXXX").into_os_string().into_encoded_bytes();
+            name.push(0);
+            // SAFETY: a NUL-terminated buffer of ours, which mkdtemp changes in place.
+            if unsafe { libc::mkdtemp(name.as_mut_ptr().cast()) }.is_null() {
+                last = Some(std::io::Error::last_os_error());
+                continue;
+            }
+            name.pop();
+            use std::os::unix::ffi::OsStringExt;
+            return Ok(Self(std::ffi::OsString::from_vec(name).into()));
+        }
+        let why = last.map_or_else(|| "no short path".to_owned(), |e| e.to_string());
+        bail!("cannot make a temporary folder for the agent's socket: {why}; set TMPDIR to a folder of yours")
+    }
+}
+
+impl Drop for PrivateFolder {
+    fn drop(&mut self) {
+        // The agent removes its socket. Whatever else is there is left.
+        let _ = std::fs::remove_file(self.0.join("agent.sock"));
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}

@@ -1,0 +1,185 @@
+//! What people see of the run: `run.json`, notices, and the dashboard's live state.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use wire::control::{Hello, ModuleInfo};
+
+use crate::{
+    live::Live,
+    store::{
+        Store,
+        format::{FORMAT, ModelInfo, RunInfo},
+    },
+};
+
+/// Most notices kept.
+const MAX_NOTICES: usize = 200;
+/// Longest notice, in bytes.
+const MAX_NOTICE: usize = 4096;
+/// Most models whose tree is kept.
+const MAX_MODELS: usize = 64;
+
+/// Most ranks whose process is remembered.
+const MAX_RANKS: usize = 1 << 16;
+
+/// Collects what is known of the run.
+pub struct Board {
+    info: Mutex<RunInfo>,
+    live: Arc<Live>,
+    changed: AtomicBool,
+    /// Process of each rank that attached last.
+    pids: Mutex<HashMap<u32, u32>>,
+}
+
+impl Board {
+    /// Of a run that is begun or continued; `before` is what its `run.json` says.
+    pub fn new(before: RunInfo) -> Self {
+        let mut info = RunInfo { format: FORMAT, flexmodel: env!("CARGO_PKG_VERSION").into(), ..before };
+        (info.finished_ns, info.exit_code) = (None, None);
+        if info.started_ns == 0 {
+            info.started_ns = now_ns();
+        }
+        let live = Live::new(info.clone());
+        Self { info: Mutex::new(info), live, changed: AtomicBool::new(true), pids: Mutex::default() }
+    }
+
+    /// The dashboard's live state.
+    pub fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    /// Something went wrong in the agent: one line on stderr and in the run.
+    pub fn trouble(&self, text: &str) {
+        eprintln!("flexmodel: {text}");
+        self.notice(text);
+    }
+
+    /// Something that the user should read once.
+    pub fn notice(&self, text: &str) {
+        let mut end = text.len().min(MAX_NOTICE);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        let text = &text[..end];
+        let mut info = self.info();
+        // Every rank says the same.
+        if info.notices.len() < MAX_NOTICES && !info.notices.iter().any(|n| n == text) {
+            info.notices.push(text.to_owned());
+            drop(info);
+            self.live.notice(text);
+            self.change();
+        }
+    }
+
+    /// What `flexmodel run` started.
+    pub fn job(&self, command: Vec<String>, hooks: String) {
+        let mut info = self.info();
+        (info.command, info.hooks) = (command, hooks);
+        drop(info);
+        self.change();
+    }
+
+    /// Whether this rank attached before from another process.
+    pub fn is_another_job(&self, hello: &Hello) -> bool {
+        let mut pids = self.pids.lock().unwrap_or_else(PoisonError::into_inner);
+        if pids.len() >= MAX_RANKS {
+            pids.clear();
+        }
+        pids.insert(hello.rank, hello.pid).is_some_and(|before| before != hello.pid)
+    }
+
+    /// A rank attached.
+    pub fn attached(&self, hello: &Hello) {
+        let mut info = self.info();
+        info.world = info.world.max(hello.world);
+        let fill = |field: &mut String, value: &str| {
+            if field.is_empty() {
+                *field = value.to_owned();
+            }
+        };
+        fill(&mut info.node, &hello.node);
+        fill(&mut info.torch, &hello.torch);
+        fill(&mut info.python, &hello.python);
+        fill(&mut info.wrapper, &hello.wrapper);
+        fill(&mut info.hooks, &hello.hooks);
+        if info.command.is_empty() && hello.rank == 0 {
+            info.command.clone_from(&hello.command);
+        }
+        drop(info);
+        self.live.attached(hello.rank, hello.pid);
+        self.change();
+    }
+
+    /// A rank is gone.
+    pub fn left(&self, rank: u32) {
+        self.live.left(rank);
+    }
+
+    /// A model was found; every rank says so.
+    pub fn model(&self, model: u32, modules: Vec<ModuleInfo>) {
+        let found = ModelInfo { model, modules };
+        let mut guard = self.info();
+        let info = &mut *guard;
+        match info.models.iter().position(|m| m.model == model) {
+            Some(at) if info.models[at] == found => return,
+            Some(at) => info.models[at].clone_from(&found),
+            None if info.models.len() >= MAX_MODELS => return,
+            None => info.models.push(found.clone()),
+        }
+        drop(guard);
+        self.live.model(&found);
+        self.change();
+    }
+
+    /// Writes `run.json` if anything changed.
+    pub fn save(&self, store: &Store) {
+        if !self.changed.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let info = RunInfo { totals: store.totals(), ..self.info().clone() };
+        if let Err(e) = store.dir().write_info(&info) {
+            store.trouble(&e);
+            self.changed.store(true, Ordering::Release);
+        }
+    }
+
+    /// The run is over: its final `run.json`.
+    pub fn finish(&self, store: &Store, exit_code: Option<i32>) -> RunInfo {
+        let info = {
+            let mut info = self.info();
+            (info.totals, info.finished_ns, info.exit_code) = (store.totals(), Some(now_ns()), exit_code);
+            info.clone()
+        };
+        if let Err(e) = store.dir().write_info(&info) {
+            store.trouble(&e);
+        }
+        self.live.info(&info);
+        info
+    }
+
+    fn change(&self) {
+        self.changed.store(true, Ordering::Release);
+        self.live.info(&self.info().clone());
+    }
+
+    fn info(&self) -> MutexGuard<'_, RunInfo> {
+        self.info.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Board {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Board").finish_non_exhaustive()
+    }
+}
+
+fn now_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+}

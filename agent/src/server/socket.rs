@@ -1,0 +1,168 @@
+//! The listening socket, and messages with descriptors off a connection.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::{
+            fs::{FileTypeExt, MetadataExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{anyhow, bail};
+
+/// Longest path of a unix socket in bytes.
+pub const MAX_PATH: usize = 107;
+/// Bytes asked for at a time.
+const CHUNK: usize = 64 << 10;
+
+/// A listening socket that only its owner can reach. Its file goes with it.
+#[derive(Debug)]
+pub struct Listening {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Listening {
+    /// Listens at `path`. A socket whose agent is dead is replaced; a live agent's is refused.
+    pub fn bind(path: &Path) -> anyhow::Result<Self> {
+        let shown = path.display();
+        if path.as_os_str().len() > MAX_PATH {
+            bail!(
+                "the path of --socket is {} bytes long and may have {MAX_PATH}; give a shorter one, such as {}",
+                path.as_os_str().len(),
+                std::env::temp_dir().join("flexmodel.sock").display()
+            );
+        }
+        match fs::symlink_metadata(path) {
+            Ok(found) if !found.file_type().is_socket() => bail!("{shown} is there and is no socket; give another --socket"),
+            Ok(_) if UnixStream::connect(path).is_ok() => {
+                bail!("an agent is listening at {shown} already; attach to that one, or give another --socket")
+            }
+            Ok(_) => fs::remove_file(path).map_err(|e| cannot_listen(path, &e))?,
+            Err(_) => {}
+        }
+        // SAFETY: umask has no memory effects. No other thread of ours makes files yet.
+        let before = unsafe { libc::umask(0o177) };
+        let listener = UnixListener::bind(path);
+        // SAFETY: as above.
+        unsafe { libc::umask(before) };
+        let listener = listener.map_err(|e| cannot_listen(path, &e))?;
+        let inode = fs::symlink_metadata(path).map_err(|e| cannot_listen(path, &e))?.ino();
+        listener.set_nonblocking(true).map_err(|e| cannot_listen(path, &e))?;
+        Ok(Self { listener, path: path.to_owned(), inode })
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// For tokio, which takes its own copy.
+    pub fn listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
+    /// Whether somebody has connected and was not accepted yet.
+    pub fn somebody_waits(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd; a timeout of zero never blocks.
+        unsafe { libc::poll(&mut poll, 1, 0) > 0 }
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|m| m.ino() == self.inode) {
+            // Nothing to do about it: the next agent replaces it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn cannot_listen(path: &Path, error: &io::Error) -> anyhow::Error {
+    anyhow!("cannot listen at {}: {error}; give another --socket", path.display())
+}
+
+/// Reads what has come, without waiting: bytes to the end of `bytes`, a descriptor into `fd`. Further descriptors are
+/// closed. Returns the number of bytes, 0 at the end.
+pub fn receive(stream: &impl AsRawFd, bytes: &mut Vec<u8>, fd: &mut Option<OwnedFd>) -> io::Result<usize> {
+    #[repr(align(8))]
+    struct Ancillary([u8; 256]);
+    let mut ancillary = Ancillary([0; 256]);
+    let before = bytes.len();
+    bytes.resize(before + CHUNK, 0);
+    let mut slice = libc::iovec { iov_base: bytes[before..].as_mut_ptr().cast(), iov_len: CHUNK };
+    // SAFETY: msghdr is plain data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&mut slice, 1);
+    (message.msg_control, message.msg_controllen) = (ancillary.0.as_mut_ptr().cast(), ancillary.0.len());
+    // SAFETY: every pointer in the message outlives the call, and the lengths are theirs.
+    let n = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
+    bytes.truncate(before + usize::try_from(n).unwrap_or(0));
+    if n < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: recvmsg filled the ancillary buffer up to msg_controllen.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    while !header.is_null() {
+        // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return headers that lie in the buffer.
+        let (level, kind, len) = unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
+        if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
+            // SAFETY: no memory is touched; the length of an empty header.
+            let data = len.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
+            for n in 0..data / size_of::<i32>() {
+                // SAFETY: the kernel put that many descriptors there; each is ours now.
+                let taken = unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().add(n).read_unaligned()) };
+                if fd.is_none() {
+                    *fd = Some(taken);
+                }
+            }
+        }
+        // SAFETY: as for CMSG_FIRSTHDR.
+        header = unsafe { libc::CMSG_NXTHDR(&message, header) };
+    }
+    Ok(n as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn only_the_owner_can_reach_it_and_it_goes_with_its_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listening = Listening::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let text = format!("{:#}", Listening::bind(&path).unwrap_err());
+        assert!(text.contains("already"), "{text}");
+        drop(listening);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_dead_agents_socket_is_replaced_and_another_file_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        drop(Listening::bind(&path).unwrap());
+        fs::write(&path, "mine").unwrap();
+        assert!(Listening::bind(&path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_path_too_long_is_refused_by_its_length() {
+        let path = PathBuf::from(format!("/tmp/{}", "x".repeat(200)));
+        let text = format!("{:#}", Listening::bind(&path).unwrap_err());
+        assert!(text.contains("205") && text.contains("107"), "{text}");
+    }
+}
