@@ -4,9 +4,9 @@
 //!
 //! | what | bound |
 //! |---|---|
-//! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (104 bytes each): at most 110 MB with the rings' slack |
+//! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (104 bytes each): at most 28 MB |
 //! | series | [`MAX_SERIES`]; later ones are counted in the totals but not charted, and a notice says so |
-//! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them |
+//! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them, about 300 bytes each: 10 MB |
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 
@@ -33,9 +33,9 @@ pub use view::{Delta, ModelsView, Picked, RunView, SeriesQuery, SeriesView};
 /// Most points kept of one series; the newest stay.
 pub const POINTS_PER_SERIES: usize = 2048;
 /// Most points kept of all series. When there are many series, each keeps fewer.
-pub const POINT_BUDGET: usize = 1 << 19;
+pub const POINT_BUDGET: usize = 1 << 18;
 /// Most series: (model, module, kind, path, training mode).
-pub const MAX_SERIES: usize = 1 << 14;
+pub const MAX_SERIES: usize = 1 << 13;
 /// Newest records kept with the places of their parts.
 pub const MAX_RECORDS: usize = 4096;
 /// Most parts that those records hold between them.

@@ -222,13 +222,14 @@ impl Series {
         }
         // A copy says nothing that the part it copies will not say.
         let moments = if moments.role == Role::Copy { Moments::none(Role::Piece) } else { moments };
+        // Before it grows, so that a ring never holds memory for more than its limit.
+        let gone = self.points.len().saturating_sub(limit - 1);
+        self.points.drain(..gone);
+        let place = place.saturating_sub(gone);
         self.points
             .insert(place, Point { at, moments, number, pieces, promised: promised(&part.what.axes), changed: clock });
         self.count += 1;
         self.bad += u64::from(moments.bad > 0);
-        while self.points.len() > limit {
-            self.points.pop_front();
-        }
         Slot::New
     }
 
