@@ -225,8 +225,11 @@ impl Planner<'_> {
         match axis.place {
             Place::Shard { dim, .. } => concat(dim as usize, nodes, axis),
             Place::ReplicateOrShard0 => {
-                let equal = members.iter().all(|&m| alike(&self.parts[m], &self.parts[members[0]]));
-                if equal { Ok(nodes.swap_remove(0)) } else { concat(0, nodes, axis) }
+                if self.all_alike(members) {
+                    Ok(nodes.swap_remove(0))
+                } else {
+                    concat(0, nodes, axis)
+                }
             }
             Place::Partial => {
                 let shape = nodes[0].shape().to_vec();
@@ -235,10 +238,11 @@ impl Planner<'_> {
                 }
                 Ok(Node::Sum { children: nodes, shape })
             }
-            // One group each: neither comes here with several.
-            Place::Replicate | Place::Unknown => {
-                Err(LayoutError::Conflict(format!("{} along {}", self.describe(members), axis.name)))
-            }
+            // Equal bytes show that there was nothing to know.
+            Place::Unknown if self.all_alike(members) => Ok(nodes.swap_remove(0)),
+            Place::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(members) }),
+            // Replicas are one part by now.
+            Place::Replicate => Err(LayoutError::Conflict(format!("{} along {}", self.describe(members), axis.name))),
         }
     }
 

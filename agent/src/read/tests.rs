@@ -105,6 +105,25 @@ fn ambiguous_parts_are_one_if_equal_and_laid_together_if_not() {
 }
 
 #[test]
+fn a_batch_of_one_beside_larger_ones_is_a_piece_of_the_batch() {
+    for (first, second) in [(Place::ReplicateOrShard0, shard(0)), (shard(0), Place::ReplicateOrShard0)] {
+        let mut f = Fixture::default();
+        f.part(id("m", 0), DType::UInt8, &[1, 2], 0, dp(0, 2, first), &[7, 8]);
+        f.part(id("m", 0), DType::UInt8, &[1, 2], 1, dp(1, 2, second), &[7, 8]);
+        assert_eq!(only(&open(&f.finish())).shape, [2, 2]);
+    }
+}
+
+#[test]
+fn equal_bytes_are_whole_where_the_layout_is_not_known() {
+    let mut f = Fixture::default();
+    for rank in 0..2 {
+        f.part(id("m", 0), DType::UInt8, &[2], rank, dp(rank, 2, Place::Unknown), &[7, 8]);
+    }
+    assert_eq!(&*only(&open(&f.finish())).bytes, [7, 8]);
+}
+
+#[test]
 fn addends_are_summed_in_their_type() {
     let mut f = Fixture::default();
     for rank in 0..3 {
