@@ -10,7 +10,7 @@ export function number(x, digits = 4) {
     const short = mantissa.includes(".") ? mantissa.replace(/\.?0+$/, "") : mantissa;
     return minus(`${short}e${exponent.replace("+", "")}`);
   }
-  const fixed = x.toPrecision(digits);
+  const fixed = size >= 10 ** digits ? x.toFixed(0) : x.toPrecision(digits);
   return minus(fixed.includes(".") ? fixed.replace(/\.?0+$/, "") : fixed);
 }
 
