@@ -1,6 +1,7 @@
 //! `index.sqlite`: the manifest as two tables, for questions that a line-by-line file answers slowly.
 //!
-//! It is derived. `meta` says how much of the manifest it was made from; whoever finds another length makes it again.
+//! It is derived. `meta` says how much of the manifest it was made from; where that is another length, `flexmodel ls` makes
+//! it again.
 //! Integers are SQLite's signed 64 bits: a larger unsigned value is kept with its bits, as a negative number.
 
 use std::{fs, path::Path};
@@ -48,8 +49,16 @@ pub fn build(run: &Path) -> anyhow::Result<()> {
     made
 }
 
+/// Makes the index of a finished run again if it was deleted or is stale. A folder that may not be written to has none.
+pub fn refresh(run: &Run) {
+    if run.finished() && !fresh(&run.path) {
+        // Nothing needs it: the manifest is what is read.
+        let _ = build(&run.path);
+    }
+}
+
 /// Whether the index was made from the manifest as it is now.
-pub fn fresh(run: &Path) -> bool {
+fn fresh(run: &Path) -> bool {
     let Ok(manifest) = fs::metadata(run.join(MANIFEST_FILE)) else { return false };
     meta(&run.join(INDEX_FILE)).is_ok_and(|meta| meta == (i64::from(FORMAT), signed(manifest.len())))
 }
@@ -60,7 +69,8 @@ pub fn check(run: &Run) -> Result<(), Problem> {
     if !path.exists() {
         return Ok(());
     }
-    let problem = |what: String| Problem::new(INDEX_FILE, format!("{what}; delete it and it is made again"));
+    let problem =
+        |what: String| Problem::new(INDEX_FILE, format!("{what}; delete it and `flexmodel ls` makes it again"));
     let (format, manifest_len) = meta(&path).map_err(|e| problem(format!("does not read ({e})")))?;
     if format != i64::from(FORMAT) || manifest_len != signed(run.manifest_len) {
         return match run.finished() {

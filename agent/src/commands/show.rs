@@ -9,7 +9,7 @@ use serde::Serialize;
 use wire::hooks::Kind;
 
 use crate::{
-    read::{Filter, ReadError, Record, Run, Whole, display_module, nearest, text},
+    read::{Filter, ReadError, Record, Run, Whole, display_module, natural, nearest, text},
     store::{
         format::{Identity, Part, Stats},
         stats,
@@ -169,32 +169,40 @@ fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&
     };
     let found: Vec<&Record> = of_module.iter().copied().filter(|r| filter.wants(r)).collect();
     if found.is_empty() {
-        bail!("{}: no such record of {}; there is {}", args.run.display(), display_module(module), choices(&of_module));
+        bail!(
+            "{}: no such record of {}; there is {}",
+            args.run.display(),
+            display_module(module),
+            choices(&of_module, None)
+        );
     }
     Ok(found)
 }
 
-/// What differs among records, in one line.
-fn choices(records: &[&Record]) -> String {
-    fn unique<T: Ord + ToString>(what: &str, values: impl Iterator<Item = T>) -> Option<String> {
-        let set: std::collections::BTreeSet<T> = values.collect();
-        let names: Vec<String> = set.iter().map(T::to_string).collect();
-        match names.len() {
-            0 => None,
-            1..=8 => Some(format!("{what} {}", names.join(", "))),
-            n => Some(format!("{what} {} .. {} ({n} of them)", names[0], names[n - 1])),
+/// What there is among records, in one line; of what they all have in common with `shown`, nothing.
+fn choices(records: &[&Record], shown: Option<&Record>) -> String {
+    let one = |what: &str, value: &dyn Fn(&Record) -> Vec<String>| {
+        let mut names: Vec<String> = records.iter().flat_map(|r| value(r)).collect();
+        names.sort_by(|a, b| natural(a).cmp(&natural(b)));
+        names.dedup();
+        if names.is_empty() || shown.is_some_and(|shown| value(shown) == names) {
+            return None;
         }
-    }
-    let ids = || records.iter().map(|r| &r.id);
+        Some(match names.len() {
+            1..=8 => format!("{what} {}", names.join(", ")),
+            n => format!("{what} {} .. {} ({n} of them)", names[0], names[n - 1]),
+        })
+    };
     let all = [
-        unique("kind", ids().map(|i| i.kind.name())),
-        unique("path", ids().map(|i| text::safe(&i.path))),
-        unique("step", ids().map(|i| i.step)),
-        unique("model", ids().map(|i| i.model)),
-        unique("micro", ids().map(|i| i.micro)),
-        unique("call", ids().map(|i| i.call)),
-        unique("mode", ids().map(|i| if i.train { "train" } else { "eval" })),
-        unique("rank", records.iter().flat_map(|r| r.parts.iter().map(|p| p.what.rank))),
+        one("kind", &|r| vec![r.id.kind.name().into()]),
+        one("path", &|r| vec![text::safe(&r.id.path)]),
+        one("step", &|r| vec![r.id.step.to_string()]),
+        one("model", &|r| vec![r.id.model.to_string()]),
+        one("micro", &|r| vec![r.id.micro.to_string()]),
+        one("call", &|r| vec![r.id.call.to_string()]),
+        one("repeat", &|r| vec![r.id.repeat.to_string()]),
+        one("mode", &|r| vec![if r.id.train { "train" } else { "eval" }.into()]),
+        one("rank", &|r| r.parts.iter().map(|p| p.what.rank.to_string()).collect()),
     ];
     all.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
@@ -307,6 +315,6 @@ fn rest(found: &[&Record], shown: &Record) -> String {
     let others: Vec<&Record> = found.iter().copied().filter(|r| r.id != shown.id).collect();
     match others.len() {
         0 => String::new(),
-        n => format!("{} more: {}\n", n, choices(&others)),
+        n => format!("{} more: {}\n", n, choices(&others, Some(shown))),
     }
 }

@@ -1,12 +1,7 @@
 use wire::dtype::DType;
 
 use super::*;
-use crate::store::format;
-
-#[path = "../../tests/fixture/mod.rs"]
-#[allow(dead_code)]
-mod fixture;
-use fixture::*;
+use crate::read::fixture::*;
 
 fn two_parts() -> Fixture {
     let mut f = Fixture::default();
@@ -45,6 +40,6 @@ fn an_index_of_a_shorter_manifest_is_stale_and_one_that_lies_is_named() {
     more.part(id("late", 4), DType::UInt8, &[1], 0, Vec::new(), &[1]);
     fs::write(dir.path().join(MANIFEST_FILE), &more.lines).unwrap();
     assert!(!fresh(dir.path()));
-    build(dir.path()).unwrap();
+    refresh(&Run::open(dir.path()).unwrap());
     assert!(fresh(dir.path()));
 }

@@ -365,4 +365,10 @@ fn has_shards(path: &Path) -> bool {
 }
 
 #[cfg(test)]
+use crate::store::format;
+#[cfg(test)]
+#[path = "../../tests/fixture/mod.rs"]
+#[allow(dead_code)]
+pub mod fixture;
+#[cfg(test)]
 mod tests;

@@ -4,12 +4,7 @@ use wire::{
     record::{Axis, Place},
 };
 
-use super::*;
-use crate::store::format;
-
-#[path = "../../tests/fixture/mod.rs"]
-mod fixture;
-use fixture::*;
+use super::{fixture::*, *};
 
 fn open(dir: &tempfile::TempDir) -> Run {
     Run::open(dir.path()).unwrap()

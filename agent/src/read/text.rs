@@ -11,16 +11,16 @@ pub fn emit(text: &str) -> io::Result<()> {
     }
 }
 
-/// Bytes with a unit: `512 B`, `1.5 MiB`.
+/// Bytes with a unit, powers of 1000 as in the summary of a run: `512 B`, `1.5 MB`.
 pub fn bytes(n: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if n < 1024 {
+    const UNITS: [&str; 5] = ["kB", "MB", "GB", "TB", "PB"];
+    if n < 1000 {
         return format!("{n} B");
     }
-    let mut value = n as f64 / 1024.0;
+    let mut value = n as f64 / 1000.0;
     let mut unit = 0;
-    while value >= 1023.95 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
         unit += 1;
     }
     format!("{value:.1} {}", UNITS[unit])
@@ -95,9 +95,10 @@ mod tests {
 
     #[test]
     fn units_and_digits() {
-        assert_eq!(bytes(1023), "1023 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
-        assert_eq!(bytes(16 << 20), "16.0 MiB");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1536), "1.5 kB");
+        assert_eq!(bytes(999_999), "1.0 MB");
+        assert_eq!(bytes(16 << 20), "16.8 MB");
         assert_eq!(number(0.012345678), "0.012346");
         assert_eq!(number(-1234.5), "-1234.5");
         assert_eq!(number(3.0), "3");

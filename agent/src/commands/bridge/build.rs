@@ -174,7 +174,7 @@ impl Job<'_> {
         command.arg(flag("-L", &self.torch.root.join("lib")));
         command.args(["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10", "-lpthread", "-ldl"]);
         let child = self.spawn(command, &compiler)?;
-        self.finish(("the link".into(), child), &mut Vec::new())?;
+        self.finish(("the link".into(), child), &mut [])?;
         Ok(library)
     }
 
@@ -223,7 +223,7 @@ impl Job<'_> {
         })
     }
 
-    fn finish(&self, (what, mut child): (PathBuf, Child), others: &mut Vec<(PathBuf, Child)>) -> anyhow::Result<()> {
+    fn finish(&self, (what, mut child): (PathBuf, Child), others: &mut [(PathBuf, Child)]) -> anyhow::Result<()> {
         let status = child.wait()?;
         if status.success() {
             return Ok(());

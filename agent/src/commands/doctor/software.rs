@@ -124,7 +124,7 @@ fn bridge(key: &str) -> Check {
         Ok(sources) => sources,
         Err(e) => return Check::no(name, format!("{e:#}"), "run scripts/setup"),
     };
-    match cache::place(key).and_then(|path| Ok((cache::marker(&path), path))) {
+    match cache::place(key).map(|path| (cache::marker(&path), path)) {
         Ok((Ok(m), path)) if m.fits(key) && m.digest == sources.digest => Check::ok(name, path.display().to_string()),
         Ok((Ok(_), _)) => Check::absent(name, format!("from other sources than this FlexModel's: {later}")),
         Ok((Err(_), _)) => Check::absent(name, format!("not built yet for {key}: {later}")),
