@@ -1,38 +1,54 @@
 //! The one summary that a finished run prints.
 
-use std::path::Path;
+use std::{fs::File, io::BufReader, path::Path};
 
-use crate::store::format::Totals;
+use crate::{
+    read::{
+        display_module,
+        text::{bytes, count},
+    },
+    store::{
+        format::{Line, MANIFEST_FILE, Totals},
+        manifest::Reader,
+    },
+};
 
 /// What was captured, what was not, where it is, and how to look at it.
 pub fn text(run: &Path, t: &Totals) -> String {
     let shown = relative(run);
     let mut out = format!("flexmodel: {} in {shown}\n", counts(t));
-    if t.records > 0 {
-        out += &format!("flexmodel: look at it with  flexmodel ls {shown}  or in Python  flexmodel.open({shown:?})\n");
+    if let Some(module) = some_module(run) {
+        let show = format!("flexmodel show {} {}", quoted(&shown), quoted(&module));
+        out += &format!("flexmodel: look at it with: {show}, or in Python: flexmodel.open({shown:?})\n");
     }
     out
 }
 
-/// `12 records, 3.4 MB`, and whatever else is not zero.
+/// `12 records, 3.4 MB`, and what was lost.
 pub fn counts(t: &Totals) -> String {
-    let mut out = format!("{} records, {}", t.records, bytes(t.bytes));
-    for (n, what) in [(t.dropped, "dropped"), (t.refused, "refused"), (t.divergences, "divergences")] {
-        out += &format!(", {n} {what}");
-    }
-    out
+    format!(
+        "{}, {}, {} dropped, {} refused, {}",
+        count(t.records, "record"),
+        bytes(t.bytes),
+        t.dropped,
+        t.refused,
+        count(t.divergences, "divergence")
+    )
 }
 
-/// A number of bytes for people.
-pub fn bytes(n: u64) -> String {
-    let mut value = n as f64;
-    for unit in ["bytes", "kB", "MB", "GB"] {
-        if value < 1000.0 {
-            return if unit == "bytes" { format!("{n} bytes") } else { format!("{value:.1} {unit}") };
-        }
-        value /= 1000.0;
-    }
-    format!("{value:.1} TB")
+/// The module of the first part in a run.
+fn some_module(run: &Path) -> Option<String> {
+    let manifest = File::open(run.join(MANIFEST_FILE)).ok()?;
+    Reader::new(BufReader::new(manifest)).flatten().find_map(|entry| match entry.line {
+        Ok(Line::Part(part)) => Some(display_module(&part.what.id.module).to_owned()),
+        _ => None,
+    })
+}
+
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
 /// The path as a person here would write it.
@@ -47,15 +63,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn byte_counts_are_short() {
-        assert_eq!(bytes(999), "999 bytes");
-        assert_eq!(bytes(16_800_000), "16.8 MB");
-        assert_eq!(bytes(5_000_000_000_000), "5.0 TB");
+    fn what_was_lost_is_always_said() {
+        let totals = Totals { records: 1, bytes: 3 << 20, dropped: 3, ..Totals::default() };
+        assert_eq!(counts(&totals), "1 record, 3.1 MB, 3 dropped, 0 refused, 0 divergences");
     }
 
     #[test]
-    fn what_was_lost_is_always_said() {
-        let totals = Totals { records: 2, dropped: 3, ..Totals::default() };
-        assert_eq!(counts(&totals), "2 records, 0 bytes, 3 dropped, 0 refused, 0 divergences");
+    fn words_survive_a_shell() {
+        assert_eq!(quoted("layers.0.mlp"), "layers.0.mlp");
+        assert_eq!(quoted("(root)"), "'(root)'");
+        assert_eq!(quoted("it's"), "'it'\\''s'");
     }
 }

@@ -31,6 +31,7 @@ pub fn start(server: Arc<Server>, session: Arc<Session>, reader: SlabReader) -> 
         server,
         session,
         open: VecDeque::new(),
+        newest: 0,
         orphan: None,
         counted: if baseline <= dropped { baseline } else { 0 },
         looked: Instant::now(),
@@ -44,6 +45,8 @@ struct Ingest {
     session: Arc<Session>,
     /// Tensors whose last piece has not come, oldest first.
     open: VecDeque<(u64, PartWriter)>,
+    /// Largest number of a tensor so far.
+    newest: u64,
     /// The last tensor of which only later pieces were seen.
     orphan: Option<u64>,
     /// Of the rank's own losses, those that are journalled.
@@ -69,7 +72,7 @@ impl Ingest {
         let mut stuck: Option<Instant> = None;
         loop {
             if self.session.is_drained() {
-                self.forsake(!self.open.is_empty());
+                self.forsake(self.session.hung_up() != Some(true));
                 return Ok(());
             }
             let pending = match reader.fetch()? {
@@ -105,16 +108,17 @@ impl Ingest {
         }
     }
 
-    /// Nothing more is read. What the rank began and gave up it has counted itself, unless it was cut off.
+    /// Nothing more is read. What the rank gave up before it went on to other tensors it has counted itself; what it
+    /// was at when it was cut off it has not.
     fn forsake(&mut self, cut_off: bool) {
-        if cut_off && let Some((_, part)) = self.open.pop_back() {
-            drop(part);
+        if cut_off && self.open.back().is_some_and(|(record, _)| *record == self.newest) {
             self.lose(1, "the job ended in the middle of it");
         }
         self.open.clear();
     }
 
     fn take(&mut self, frame: Frame<'_>) {
+        self.newest = self.newest.max(frame.record);
         if !frame.meta.is_empty() {
             match RecordMeta::decode(&frame.meta) {
                 Ok(meta) if meta.rank != self.session.rank => {

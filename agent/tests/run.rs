@@ -1,0 +1,222 @@
+//! `flexmodel run` around commands that are no Python, with a rank played by the `produce` example.
+
+mod rank;
+
+use std::{
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use rank::{info, total, verify, wait_until};
+
+/// A home with a preload library that the dynamic linker refuses with a line and goes on without.
+fn home(folder: &Path) -> PathBuf {
+    let home = folder.join("home");
+    fs::create_dir_all(&home).unwrap();
+    fs::write(home.join("libflexmodel.so"), "").unwrap();
+    home
+}
+
+/// A rank that captures until `folder/stop` is there or `steps` are over.
+fn produce(steps: u32) -> String {
+    let example = Path::new(env!("CARGO_BIN_EXE_flexmodel")).with_file_name("examples").join("produce");
+    assert!(example.is_file(), "cargo test builds examples too");
+    format!("{} --socket ${{FLEXMODEL_AGENT#unix:}} --steps {steps} --elements 64 --pause 2 --slab 16M", example.display())
+}
+
+struct Run {
+    child: Child,
+    out: PathBuf,
+}
+
+impl Run {
+    fn start(folder: &Path, script: &str) -> Self {
+        Self::with(folder, script, |_| {})
+    }
+
+    fn with(folder: &Path, script: &str, change: impl FnOnce(&mut Command)) -> Self {
+        let out = folder.join("run");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flexmodel"));
+        command.args(["run", "--hooks", "layers.*.mlp", "--out"]).arg(&out).args(["--", "bash", "-c", script]);
+        command.env("FLEXMODEL_HOME", home(folder)).env_remove("FLEXMODEL_HOOKS").env_remove("FLEXMODEL_DISABLE");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        change(&mut command);
+        Self { child: command.spawn().unwrap(), out }
+    }
+
+    /// Exit code, stdout, stderr.
+    fn wait(mut self) -> (Option<i32>, String, String) {
+        let (mut out, mut err) = (String::new(), String::new());
+        self.child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        self.child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+        (self.child.wait().unwrap().code(), out, err)
+    }
+
+    /// The agent's process.
+    fn agent(&self) -> i32 {
+        let children = format!("/proc/{0}/task/{0}/children", self.child.id());
+        let mut found = None;
+        wait_until("the agent", || {
+            let all = fs::read_to_string(&children).unwrap_or_default();
+            found = all.split_whitespace().map(|pid| pid.parse().unwrap()).find(|pid: &i32| {
+                fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.windows(6).any(|w| w == b"\0agent"))
+            });
+            found.is_some()
+        });
+        found.unwrap()
+    }
+
+    fn parts(&self) -> usize {
+        rank::parts(&self.out).len()
+    }
+}
+
+fn kill(pid: i32, signal: i32) {
+    // SAFETY: a signal to a process that this test started.
+    unsafe { libc::kill(pid, signal) };
+}
+
+fn is_alive(pid: i32) -> bool {
+    // A zombie whose parent is gone or busy counts as dead.
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| !s.contains(") Z "))
+}
+
+#[test]
+fn the_summary_says_what_was_captured_and_stdout_is_the_jobs() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = Run::start(dir.path(), &format!("echo mine; {}; exit 3", produce(5)));
+    let out = run.out.clone();
+    let (code, stdout, stderr) = run.wait();
+    assert_eq!((code, stdout.as_str()), (Some(3), "mine\n"), "{stderr}");
+    let shown = out.to_str().unwrap();
+    assert!(stderr.contains("55 records") && stderr.contains(shown) && stderr.contains("flexmodel show"), "{stderr}");
+    verify(&out);
+    assert_eq!(info(&out)["exit_code"], 3);
+    assert_eq!(info(&out)["command"][0], "bash");
+    assert_eq!(info(&out)["hooks"], "layers.*.mlp");
+}
+
+#[test]
+fn an_agent_that_is_killed_costs_captures_and_is_said_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let stop = dir.path().join("stop");
+    let script = format!("{} & while ! [ -e {} ]; do sleep 0.02; done; kill $!; exit 7", produce(100_000), stop.display());
+    let run = Run::start(dir.path(), &script);
+    let out = run.out.clone();
+    wait_until("some parts", || run.parts() > 30);
+    kill(run.agent(), libc::SIGKILL);
+    fs::write(&stop, "").unwrap();
+    let (code, _, stderr) = run.wait();
+    assert_eq!(code, Some(7), "{stderr}");
+    assert_eq!(stderr.matches("was killed by signal 9").count(), 1, "{stderr}");
+    assert!(stderr.contains(" records, "), "{stderr}");
+    verify(&out);
+    assert_eq!(total(&out, "parts") as usize, rank::parts(&out).len());
+    assert_eq!(info(&out)["exit_code"], 7);
+    assert!(!rank::lines(&out, "sealed").is_empty());
+}
+
+#[test]
+fn when_run_is_killed_the_agent_stays_for_the_job_and_then_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let stop = dir.path().join("stop");
+    let script = format!("{} & while ! [ -e {} ]; do sleep 0.02; done; kill $!", produce(100_000), stop.display());
+    let mut run = Run::start(dir.path(), &script);
+    let out = run.out.clone();
+    wait_until("some parts", || run.parts() > 30);
+    let agent = run.agent();
+    run.child.kill().unwrap();
+    run.child.wait().unwrap();
+    let before = run.parts();
+    wait_until("more parts", || run.parts() > before + 20);
+    fs::write(&stop, "").unwrap();
+    wait_until("the agent's end", || !is_alive(agent));
+    verify(&out);
+    assert!(info(&out)["finished_ns"].is_u64());
+}
+
+#[test]
+fn a_key_on_the_terminal_reaches_the_command_once() {
+    let dir = tempfile::tempdir().unwrap();
+    // A terminal of its own for run and what it starts; `script` types Ctrl-C into it.
+    let ready = dir.path().join("ready");
+    let caught = dir.path().join("caught");
+    let job = format!(
+        "trap 'echo x >> {1}' INT; touch {0}; for i in $(seq 100); do sleep 0.1; [ -e {1} ] && sleep 0.5 && exit 4; done",
+        ready.display(),
+        caught.display()
+    );
+    let typed = format!("while ! [ -e {} ]; do sleep 0.05; done; sleep 0.2; printf '\\003'; sleep 3", ready.display());
+    let job_file = dir.path().join("job.sh");
+    fs::write(&job_file, job).unwrap();
+    let line = format!(
+        "{} run --hooks a --out {} -- bash {}",
+        env!("CARGO_BIN_EXE_flexmodel"),
+        dir.path().join("run").display(),
+        job_file.display()
+    );
+    let outer = format!("( {typed} ) | script -qec '{line}' /dev/null");
+    let done = Command::new("bash").args(["-c", &outer]).env("FLEXMODEL_HOME", home(dir.path())).output();
+    let done = done.unwrap();
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert_eq!(fs::read_to_string(&caught).unwrap_or_default(), "x\n", "{text}");
+    assert_eq!(done.status.code(), Some(4), "{text}");
+    assert!(text.contains("records"), "{text}");
+}
+
+#[test]
+fn signals_from_elsewhere_reach_the_command() {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1] {
+        let dir = tempfile::tempdir().unwrap();
+        let ready = dir.path().join("ready");
+        let script = format!(
+            "trap 'exit 5' INT TERM HUP USR1; touch {}; for i in $(seq 300); do sleep 0.05; done",
+            ready.display()
+        );
+        let run = Run::start(dir.path(), &script);
+        wait_until("the command", || ready.exists());
+        kill(run.child.id() as i32, signal);
+        let (code, _, stderr) = run.wait();
+        assert_eq!(code, Some(5), "signal {signal}: {stderr}");
+    }
+}
+
+#[test]
+fn bad_use_is_one_line_and_nothing_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = dir.path().join("run");
+    fs::create_dir_all(&full).unwrap();
+    fs::write(full.join("mine"), "").unwrap();
+    let (code, stdout, stderr) = Run::start(dir.path(), "echo ran").wait();
+    assert_eq!((code, stdout.as_str()), (Some(1), ""));
+    assert!(stderr.lines().count() == 1 && stderr.contains("run-2"), "{stderr}");
+    for (arguments, code, word) in [
+        (&["run", "--hooks", "a:forwrd", "--", "echo", "ran"][..], 2, "forward"),
+        (&["run", "--hooks", "w:param", "--", "echo", "ran"], 2, "w:param"),
+        (&["run", "--", "echo", "ran"], 2, "--hooks"),
+        (&["run", "--hooks", "a"], 2, "COMMAND"),
+        (&["run", "--hooks", "a", "--on-full", "maybe", "--", "echo", "ran"], 2, "maybe"),
+        (&["run", "--hooks", "a", "--", "no-such-command-here"], 127, "no-such-command-here"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flexmodel"));
+        command.args(arguments).current_dir(dir.path()).env_remove("FLEXMODEL_HOOKS").env("FLEXMODEL_HOME", home(dir.path()));
+        let done = command.output().unwrap();
+        let stderr = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(code), "{stderr}");
+        assert!(stderr.lines().count() == 1 && stderr.starts_with("flexmodel: ") && stderr.contains(word), "{stderr}");
+        assert!(done.stdout.is_empty() && !dir.path().join("runs").exists());
+    }
+}
+
+#[test]
+fn switched_off_it_is_the_command_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = Run::with(dir.path(), "echo \"[$LD_PRELOAD$FLEXMODEL_AGENT]\"; exit 6", |command| {
+        command.env("FLEXMODEL_DISABLE", "1");
+    });
+    let out = run.out.clone();
+    assert_eq!(run.wait(), (Some(6), "[]\n".into(), String::new()));
+    assert!(!out.exists());
+}
