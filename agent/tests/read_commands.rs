@@ -164,7 +164,10 @@ fn verify_names_every_kind_of_damage() {
     let data = format::HEADER_SPACE as usize;
     let shard = "shard-00000.safetensors";
     let out = problems(&example().finish(), |p| edit(&p.join(shard), |b| b[data + 13] ^= 4));
-    assert!(out.contains("shard-00000, layers.0.mlp:forward:out@model0.step0") && out.contains("of rank 1"), "{out}");
+    assert!(
+        out.contains("shard-00000.safetensors, layers.0.mlp:forward:out@model0.step0") && out.contains("of rank 1"),
+        "{out}"
+    );
     assert_eq!(out.lines().count(), 2, "{out}");
     let out = problems(&example().finish(), |p| edit(&p.join(shard), |b| b.truncate(data + 70)));
     assert!(out.contains("cut short") && out.contains("as when it was sealed"), "{out}");

@@ -76,11 +76,11 @@ fn verify(run: &Run) -> Report {
         report.parts += 1;
         let Some(at) = part.at.as_ref() else { continue };
         spans.entry(&at.shard).or_default().insert(Span::of(at));
-        match run.shards().part(part) {
+        match run.shards().check(part) {
             Ok(bytes) => report.bytes += bytes.len() as u64,
             Err(e) => {
                 damaged.extend(number);
-                report.problems.push(part_problem(part, &e));
+                report.problems.push(part_problem(run, at, part, &e));
             }
         }
     }
@@ -95,7 +95,7 @@ fn verify(run: &Run) -> Report {
         }
     }
     for (shard, spans) in &spans {
-        overlaps(shard, spans, &mut report.problems);
+        overlaps(&run.shards().name(shard), spans, &mut report.problems);
     }
     sealed::check(run, &mut report.problems);
     if let Err(what) = index::check(run) {
@@ -117,9 +117,9 @@ fn is_divergence(run: &Run, record: usize) -> bool {
     run.lost.divergences.iter().any(|(what, _)| what.id == run.records[record].id)
 }
 
-fn part_problem(part: &Part, e: &ReadError) -> Problem {
-    let shard = part.at.as_ref().map_or("", |at| at.shard.as_str());
-    Problem::new(format!("{shard}, {} of rank {}", part.what.id, part.what.rank), e.to_string())
+fn part_problem(run: &Run, at: &Location, part: &Part, e: &ReadError) -> Problem {
+    let place = format!("{}, {} of rank {}", run.shards().name(&at.shard), part.what.id, part.what.rank);
+    Problem::new(place, e.to_string())
 }
 
 /// Where bytes are, in order of their start.

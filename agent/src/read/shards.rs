@@ -71,9 +71,14 @@ impl Shards {
             }
         }
         Err(match last.kind() {
-            io::ErrorKind::NotFound => ReadError::Damage(format!("{stem}.safetensors is missing")),
-            _ => ReadError::Damage(format!("{stem}.safetensors: {last}")),
+            io::ErrorKind::NotFound => ReadError::Damage("the file is missing".into()),
+            _ => ReadError::Damage(format!("the file does not open ({last})")),
         })
+    }
+
+    /// The name of a shard's file, for messages.
+    pub fn name(&self, stem: &str) -> String {
+        self.file(stem).map_or_else(|_| format!("{stem}.safetensors"), |(path, _)| base(&path))
     }
 
     /// A shard's map that reaches at least to `end`.
@@ -85,16 +90,15 @@ impl Shards {
             return Ok(map.clone());
         }
         let (path, file) = self.file(stem)?;
-        let len = file.metadata().map_err(|e| ReadError::Damage(format!("{}: {e}", path.display())))?.len();
+        let len = file.metadata().map_err(|e| ReadError::Damage(e.to_string()))?.len();
         if len < end {
             return Err(ReadError::Damage(format!(
-                "{} ends at byte {len}, before byte {end}; it was cut short or copied in part",
-                base(&path)
+                "the file ends at byte {len}, before byte {end}; it was cut short or copied in part"
             )));
         }
         // SAFETY: shards are written once: bytes that a manifest line speaks of never change and the file never shrinks
         // (STORE's rule). Who truncates a shard by hand meanwhile gets SIGBUS, as with every mmap reader.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| ReadError::Damage(format!("{}: {e}", path.display())))?;
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| ReadError::Damage(e.to_string()))?;
         let map = Arc::new(map);
         open.insert(stem.to_owned(), map.clone());
         Ok(map)
@@ -102,20 +106,35 @@ impl Shards {
 
     /// The bytes at a location, checksum not compared.
     pub fn bytes(&self, at: &Location) -> Result<Bytes, ReadError> {
+        self.mapped(at).map_err(|e| e.about(&self.name(&at.shard)))
+    }
+
+    fn mapped(&self, at: &Location) -> Result<Bytes, ReadError> {
         if at.len == 0 {
             return Ok(Bytes::Owned(Vec::new()));
         }
         let end = at.offset.checked_add(at.len).filter(|_| at.offset >= HEADER_SPACE);
-        let end = end.ok_or_else(|| {
-            ReadError::Damage(format!("{} bytes {}+{} are outside of every shard", at.shard, at.offset, at.len))
-        })?;
+        let end =
+            end.ok_or_else(|| ReadError::Damage(format!("bytes {}+{} are outside of every shard", at.offset, at.len)))?;
         let map = self.map(&at.shard, end)?;
         // The map reaches to `end`, so both fit into usize.
         Ok(Bytes::Mapped(map, at.offset as usize..end as usize))
     }
 
-    /// A part's bytes, length and checksum compared.
+    /// A part's bytes, length and checksum compared; damage with its place and the way out.
     pub fn part(&self, part: &Part) -> Result<Bytes, ReadError> {
+        self.check(part).map_err(|e| match (e, &part.at) {
+            (ReadError::Damage(what), Some(at)) => ReadError::Damage(format!(
+                "{}, rank {}: {what}; `flexmodel verify` lists all damage",
+                self.name(&at.shard),
+                part.what.rank
+            )),
+            (other, _) => other,
+        })
+    }
+
+    /// The same, where the place is said by who asks.
+    pub fn check(&self, part: &Part) -> Result<Bytes, ReadError> {
         let what = &part.what;
         let at = part
             .at
@@ -123,22 +142,19 @@ impl Shards {
             .ok_or_else(|| ReadError::Layout(format!("rank {} kept statistics only (reduce=stats)", what.rank)))?;
         if byte_len(what.dtype, &what.shape) != Some(at.len) {
             return Err(ReadError::Damage(format!(
-                "rank {}: {} bytes are not a {} of shape {:?}",
-                what.rank,
+                "{} bytes are not a {} of shape {:?}",
                 at.len,
                 what.dtype.name(),
                 what.shape
             )));
         }
-        let bytes = self.bytes(at)?;
+        let bytes = self.mapped(at)?;
         let crc = crc32c::crc32c(&bytes);
         if crc != at.crc {
             return Err(ReadError::Damage(format!(
-                "{}: bytes {}..{} (rank {}) have checksum {crc:08x} and not {:08x}; `flexmodel verify` lists all damage",
-                at.shard,
+                "bytes {}..{} have checksum {crc:08x} and not {:08x}",
                 at.offset,
                 at.offset + at.len,
-                what.rank,
                 at.crc
             )));
         }

@@ -115,18 +115,23 @@ pub fn probe(python: &Path) -> anyhow::Result<Python> {
 /// The interpreter that the user most likely means: the active virtual environment's, the one beside this command as
 /// it was called, else the first on PATH.
 pub fn default_python() -> anyhow::Result<PathBuf> {
+    let named = env::var_os("VIRTUAL_ENV").filter(|v| !v.is_empty()).map(|v| Path::new(&v).join("bin/python"));
+    let first = on_path("python3").or_else(|| on_path("python"));
+    let active = first.clone().filter(|python| in_environment(python));
     let beside = env::args_os().next().map(PathBuf::from).and_then(|me| {
         let folder = me.parent().filter(|p| !p.as_os_str().is_empty())?.to_owned();
         Some(folder.join("python"))
     });
-    let active = env::var_os("VIRTUAL_ENV").filter(|v| !v.is_empty()).map(|v| Path::new(&v).join("bin/python"));
-    active
+    [named, active, beside, first]
         .into_iter()
-        .chain(beside)
+        .flatten()
         .find(|p| p.is_file())
-        .or_else(|| on_path("python3"))
-        .or_else(|| on_path("python"))
         .context("no python on PATH; activate your environment or give --python PATH")
+}
+
+/// Whether an interpreter on PATH is a virtual environment's: its folder was put there by activation.
+fn in_environment(python: &Path) -> bool {
+    python.parent().and_then(Path::parent).is_some_and(|prefix| prefix.join("pyvenv.cfg").is_file())
 }
 
 /// The first executable of this name on PATH.
