@@ -28,7 +28,7 @@ use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals, What};
 
 pub use series::Coord;
 use series::{Series, Slot};
-pub use view::{Delta, ModelsView, Picked, RunView, SeriesQuery, SeriesView};
+pub use view::{Picked, RunView, SeriesQuery};
 
 /// Most points kept of one series; the newest stay.
 pub const POINTS_PER_SERIES: usize = 2048;

@@ -8,11 +8,11 @@ import signal
 import urllib.error
 import urllib.request
 
-import harness
+import flexmodel
 import pytest
 from webdriver import Browser, available
 
-import flexmodel
+import harness
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs chromium and chromedriver")
 
@@ -20,11 +20,24 @@ HOOKS = "model.layers.*.mlp:forward,backward;lm_head"
 MLP = "#/0/model.layers.1.mlp"
 BADGE = """
     const row = document.querySelector(`[data-key="0/${arguments[0]}"] .badge`);
-    return row ? Number(row.textContent) : 0;
+    return (row ? Number(row.textContent) : 0);
 """
 CONNECTED = "return document.getElementById('state').dataset.state === arguments[0]"
 TILE = "return document.querySelector(`[data-tile=${arguments[0]}] dd`).textContent"
-PICTURE = "return !document.querySelector('.picture')?.hidden && document.querySelector('.where').textContent.includes(arguments[0])"
+PICTURE = """
+    const hidden = document.querySelector(".picture")?.hidden ?? true;
+    return !hidden && document.querySelector(".where").textContent.includes(arguments[0]);
+"""
+LENGTHS = """
+    const lines = [...document.querySelectorAll(".chart")].map((chart) => chart.querySelector("path.line.train"));
+    const lengths = lines.map((line) => line?.getTotalLength() ?? 0);
+    return lengths.length === 4 && lengths.every((n) => n > 10);
+"""
+POINTS = "document.querySelector('.chart path.line').getAttribute('d').split('L').length"
+RECORDS = "Number(document.querySelector('[data-tile=records] dd').textContent.replace(/[^0-9]/g, ''))"
+BARS = """
+    return [...document.querySelectorAll(".histogram .bin")].filter((bin) => bin.getAttribute("height") > 0).length;
+"""
 TABLE = """
     const rows = [...document.querySelectorAll(".stats tr")];
     return Object.fromEntries(rows.map((row) => [row.children[0].textContent, row.children[1].textContent]));
@@ -49,7 +62,16 @@ def address(text: str) -> str:
 def training(tmp_path_factory: pytest.TempPathFactory):
     """A language model in training on two ranks, for as long as the tests look at it."""
     out = tmp_path_factory.mktemp("live") / "run"
-    command = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(out), "--", *harness.torchrun("train_lm.py", "100000")]
+    command = [
+        harness.FLEXMODEL,
+        "run",
+        "--hooks",
+        HOOKS,
+        "--out",
+        str(out),
+        "--",
+        *harness.torchrun("train_lm.py", "100000"),
+    ]
     with harness.Job(command) as job:
         job.wait_for_line("step   0")
         yield out, address(job.err)
@@ -96,20 +118,18 @@ def test_the_token_leaves_the_address_and_nothing_comes_from_elsewhere(page, tra
 
 def test_counts_rise_while_the_job_runs(page):
     before = page.wait(BADGE, "model.layers.0.mlp", what="a count in the tree")
-    records = number(page.run(TILE, "records").replace("\u202f", ""))
-    page.wait(f"{BADGE.replace('return row', 'return row && Number(row.textContent) > arguments[1]')}", "model.layers.0.mlp", before)
-    page.wait("return Number(document.querySelector('[data-tile=records] dd').textContent.replace(/\\D/g, '')) > arguments[0]", records)
+    records = page.run(f"return {RECORDS}")
+    page.wait(BADGE.replace("return", "return arguments[1] < "), "model.layers.0.mlp", before)
+    page.wait(f"return {RECORDS} > arguments[0]", records, what=f"more than {records} records")
     assert page.run(TILE, "dropped") == "0"
 
 
 def test_a_module_shows_its_charts_and_they_grow(page):
     page.wait(BADGE, "model.layers.1.mlp")
     page.click('[data-key="0/model.layers.1.mlp"] .name')
-    lengths = "return [...document.querySelectorAll('.chart')].map((c) => c.querySelector('path.line.train')?.getTotalLength() ?? 0)"
-    first = page.wait(f"const all = (() => {{ {lengths} }})(); return all.length === 4 && all.every((n) => n > 10) && all")
-    points = "return document.querySelector('.chart path.line').getAttribute('d').split('L').length"
-    before = page.run(points)
-    page.wait(f"return (() => {{ {points} }})() > arguments[0]", before, what=f"more than {before} points (lengths {first})")
+    page.wait(LENGTHS, what="four charts with lines")
+    before = page.run(f"return {POINTS}")
+    page.wait(f"return {POINTS} > arguments[0]", before, what=f"more than {before} points")
     tabs = page.run("return [...document.querySelectorAll('.tab')].map((t) => t.textContent)")
     assert [" ".join(tab.split()[:2]) for tab in tabs] == ["forward out", "backward in[0]"]
 
@@ -124,12 +144,16 @@ def test_a_record_shows_what_the_reader_reads(page, training):
     tensor = flexmodel.open(training[0]).get("model.layers.1.mlp", kind="forward", step=1)
     wanted = {"mean": tensor.mean().item(), "l2 norm": tensor.norm().item(), "max": tensor.max().item()}
     shown = "const mean = [...document.querySelectorAll('.stats td')][0]?.textContent.replace('\\u2212', '-'); "
-    page.wait(f"{shown} return Math.abs(Number(mean) - arguments[0]) < 1e-4 * Math.abs(arguments[0])", wanted["mean"], what=f"{wanted}")
+    page.wait(
+        f"{shown} return Math.abs(Number(mean) - arguments[0]) < 1e-4 * Math.abs(arguments[0])",
+        wanted["mean"],
+        what=f"{wanted}",
+    )
     table = page.run(TABLE)
     for name, value in wanted.items():
         assert number(table[name]) == pytest.approx(value, rel=1e-3)
     assert page.run(COLOURS) > 20
-    assert page.run("return [...document.querySelectorAll('.histogram .bin')].filter((b) => b.getAttribute('height') > 0).length") > 10
+    assert page.run(BARS) > 10
     facts = page.run("return document.querySelector('.facts').innerText")
     assert "dp: shard of dim 0, 2 ranks" in facts and str(list(tensor.shape)) in facts
 
@@ -188,6 +212,8 @@ def test_the_end_of_the_run_stays_on_the_page(tmp_path, browser):
         stop.touch()
         job.wait().expect(0)
     browser.wait(CONNECTED, "finished", what="the state finished")
+    banner = browser.run("return document.getElementById('banner').textContent")
+    assert "exit code 0" in banner and str(tmp_path / "run") in banner
     keep(browser, "finished")
 
 
@@ -198,6 +224,7 @@ def test_a_killed_agent_is_told(tmp_path, browser):
         browser.wait(CONNECTED, "waiting", what="the state waiting")
         os.kill(agent.process.pid, signal.SIGKILL)
         browser.wait(CONNECTED, "lost", what="the state lost")
+        assert "does not answer" in browser.run("return document.getElementById('banner').textContent")
         keep(browser, "lost")
     browser.console()
 

@@ -13,11 +13,27 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--force-device-scale-factor=1",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--force-device-scale-factor=1",
 ]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-KEYS = {"down": "\ue015", "up": "\ue013", "left": "\ue012", "right": "\ue014", "enter": "\ue007", "home": "\ue011", "end": "\ue010"}
+KEYS = {
+    "down": "\ue015",
+    "up": "\ue013",
+    "left": "\ue012",
+    "right": "\ue014",
+    "enter": "\ue007",
+    "home": "\ue011",
+    "end": "\ue010",
+}
 
 
 def available() -> bool:
@@ -27,7 +43,9 @@ def available() -> bool:
 
 def browser_path() -> str | None:
     """Where the browser is."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
 
 
 class Browser:
@@ -113,7 +131,11 @@ class Browser:
 
     def type(self, keys: str) -> None:
         """Types into what has the focus; names in `KEYS` are keys."""
-        actions = [{"type": kind, "value": key} for key in ([KEYS[keys]] if keys in KEYS else keys) for kind in ("keyDown", "keyUp")]
+        actions = [
+            {"type": kind, "value": key}
+            for key in ([KEYS[keys]] if keys in KEYS else keys)
+            for kind in ("keyDown", "keyUp")
+        ]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def console(self) -> list[dict[str, Any]]:

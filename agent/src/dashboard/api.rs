@@ -14,7 +14,7 @@ use wire::hooks::Kind;
 
 use super::{Shared, tensor::layout_lines};
 use crate::{
-    live::{Picked, SeriesQuery},
+    live::{Picked, RunView, SeriesQuery},
     store::format::Identity,
 };
 
@@ -32,8 +32,17 @@ impl IntoResponse for Refusal {
 
 type Answer<T> = Result<Json<T>, Refusal>;
 
+/// The run, and where it lies.
+#[derive(Serialize)]
+struct RunAnswer {
+    dir: String,
+    #[serde(flatten)]
+    run: RunView,
+}
+
 pub async fn run(State(shared): State<Arc<Shared>>) -> Response {
-    Json(shared.live.run()).into_response()
+    let dir = shared.tensors.run_dir().display().to_string();
+    Json(RunAnswer { dir, run: shared.live.run() }).into_response()
 }
 
 pub async fn modules(State(shared): State<Arc<Shared>>) -> Response {

@@ -4,7 +4,7 @@
 //! checksum is compared here (that would read every byte); `flexmodel verify` does that.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -72,6 +72,11 @@ struct PartLook {
 impl Tensors {
     pub fn new(run_dir: PathBuf) -> Self {
         Self { shards: Shards::new(&run_dir), run_dir, older: Mutex::default() }
+    }
+
+    /// Where they lie.
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
     }
 
     /// Looks at a record as a whole, or at what one rank captured of it. The error is a whole sentence.

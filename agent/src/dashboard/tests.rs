@@ -279,6 +279,7 @@ fn the_api_tells_of_the_run_its_modules_and_series() {
     let run = site.get("/api/run").json();
     assert_eq!((run["state"].as_str(), run["totals"]["records"].as_u64()), (Some("live"), Some(2)));
     assert_eq!((run["notices"][0].as_str(), run["ranks"][0]["pid"].as_u64()), (Some("read me"), Some(77)));
+    assert_eq!(run["dir"].as_str(), site.dir.path().to_str());
     let modules = site.get("/api/modules").json();
     assert_eq!(modules["series"][0]["module"], "layers.0.mlp");
     assert_eq!(modules["series"][0]["count"], 2);

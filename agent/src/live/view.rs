@@ -151,6 +151,8 @@ pub struct Delta {
     pub clock: u64,
     /// As in [`RunView`].
     pub state: &'static str,
+    /// The command's exit code, once it is known.
+    pub exit_code: Option<i32>,
     /// Largest step seen.
     pub step: u64,
     /// Counters.
@@ -223,6 +225,7 @@ impl Live {
         Delta {
             clock,
             state: inner.state(),
+            exit_code: inner.info.exit_code,
             step: inner.step,
             totals: inner.totals,
             run: inner.run_clock > since,

@@ -19,6 +19,7 @@ let state = "connecting";
 let delta = null;
 let panel = null;
 let overview = null;
+let directory = "RUN";
 
 const tree = new Tree(byId("tree"), byId("filter"), byId("tapped"), (model, module) => go(model, module));
 
@@ -46,6 +47,21 @@ function setState(next) {
   const pill = byId("state");
   text(pill, STATES[next] ?? next);
   pill.dataset.state = next;
+  drawBanner();
+}
+
+/** What to do once nobody answers any more. */
+function drawBanner() {
+  const banner = byId("banner");
+  const read = [" What is on this page stays; read on with ", h("code", {}, `flexmodel show ${directory} MODULE`), " or ", h("code", {}, `flexmodel.open("${directory}")`), "."];
+  const exit = delta?.exit_code ?? null;
+  const said = {
+    finished: [exit === null ? "The run is over and its agent has ended." : `The command ended with exit code ${exit}, and the agent with it.`, ...read],
+    lost: ["The agent does not answer; if it comes back, this page goes on by itself.", ...read],
+  }[state];
+  banner.hidden = said === undefined;
+  banner.classList.toggle("lost", state === "lost");
+  banner.replaceChildren(...(said ?? []));
 }
 
 function drawTiles() {
@@ -82,7 +98,8 @@ function drawRate() {
 const loadRun = throttle(1000, async () => {
   const run = await get("/api/run");
   const command = run.info.command.join(" ");
-  text(byId("hooks"), run.info.hooks);
+  directory = run.dir;
+  text(byId("hooks"), run.info.hooks ? `hooks  ${run.info.hooks}` : "");
   byId("hooks").title = `hooks: ${run.info.hooks}`;
   text(byId("command"), command);
   byId("command").title = `${command}\nhooks: ${run.info.hooks}\ntorch ${run.info.torch || "?"}, Python ${run.info.python || "?"}, ${run.info.wrapper || "no wrapper known"}, world ${run.info.world}`;

@@ -70,7 +70,7 @@ export class ModulePanel {
     try {
       answer = await get("/api/series", { model: this.model, module: this.module, since: this.clock });
     } catch (error) {
-      this.say(error.message);
+      if (!(error instanceof TypeError)) this.say(error.message);
       return;
     }
     if (this.gone) return;
@@ -237,7 +237,8 @@ export class ModulePanel {
         return this.fetchTensor(tries - 1);
       }
       this.shownRecord = null;
-      this.say(error.message);
+      // A failed connection: the page tells of the agent's end once, at its top.
+      this.say(error instanceof TypeError ? "Only the agent can read this record, and it has ended." : error.message);
     }
   }
 

@@ -106,7 +106,7 @@ export class Tree {
 
   isOpen(node) {
     if (this.words().length > 0) return true;
-    return this.open.get(node.key) ?? (node.depth < 1 || (node.tapsBelow && this.nodes.size <= 4 * SMALL));
+    return this.open.get(node.key) ?? (node.depth < 1 || (node.inner.some((child) => child.tapsBelow) && this.nodes.size <= 4 * SMALL));
   }
 
   words() {
