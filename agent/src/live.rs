@@ -13,12 +13,13 @@
 mod recent;
 mod series;
 mod view;
+mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -29,6 +30,7 @@ use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals, What};
 pub use series::Coord;
 use series::{Series, Slot};
 pub use view::{Picked, RunView, SeriesQuery};
+pub use watch::Watch;
 
 /// Most points kept of one series; the newest stay.
 pub const POINTS_PER_SERIES: usize = 2048;
@@ -56,6 +58,8 @@ pub struct Live {
     clock: AtomicU64,
     /// Wakes the event streams at once for what cannot wait: the end of the run.
     urgent: Notify,
+    /// Pages that watch and have not heard of the end.
+    watching: AtomicUsize,
 }
 
 /// A rank, as far as the agent knows it.
@@ -134,7 +138,8 @@ impl Live {
             inner.notice(notice);
         }
         inner.take_info(info);
-        Arc::new(Self { clock: AtomicU64::new(inner.clock), inner: Mutex::new(inner), urgent: Notify::new() })
+        let clock = AtomicU64::new(inner.clock);
+        Arc::new(Self { clock, inner: Mutex::new(inner), urgent: Notify::new(), watching: AtomicUsize::new(0) })
     }
 
     /// A part was journalled.
@@ -200,6 +205,9 @@ impl Live {
     }
 
     /// What is known of the run changed; once `finished_ns` is set, its totals count.
+    ///
+    /// The agent ends soon after that: where pages are open, this waits until they have heard of the end and had a
+    /// moment to ask for the last points, at most 1.5 seconds in all. Not for a thread that serves them.
     pub fn info(&self, info: &RunInfo) {
         let finished = info.finished_ns.is_some();
         self.change(|inner| {
@@ -210,6 +218,7 @@ impl Live {
         });
         if finished {
             self.urgent.notify_waiters();
+            self.farewell();
         }
     }
 

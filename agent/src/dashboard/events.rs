@@ -17,7 +17,7 @@ use futures_util::stream;
 use tokio::{sync::OwnedSemaphorePermit, time};
 
 use super::Shared;
-use crate::live::Live;
+use crate::live::{Live, Watch};
 
 const TICK: Duration = Duration::from_millis(250);
 const HEARTBEAT: Duration = Duration::from_secs(10);
@@ -30,6 +30,9 @@ struct Reader {
     series: usize,
     /// The first event is due at once, whatever changed.
     first: bool,
+    /// The event before told of the end.
+    over: bool,
+    watch: Watch,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -38,7 +41,15 @@ pub async fn events(State(shared): State<Arc<Shared>>) -> Response {
         return (StatusCode::SERVICE_UNAVAILABLE, "too many pages are open on this dashboard; close one\n")
             .into_response();
     };
-    let reader = Reader { live: shared.live.clone(), since: 0, series: 0, first: true, _permit: permit };
+    let reader = Reader {
+        live: shared.live.clone(),
+        since: 0,
+        series: 0,
+        first: true,
+        over: false,
+        watch: Watch::new(shared.live.clone()),
+        _permit: permit,
+    };
     let events = stream::unfold(reader, |mut reader| async move {
         let event = reader.next().await;
         Some((Ok::<_, Infallible>(event), reader))
@@ -48,6 +59,11 @@ pub async fn events(State(shared): State<Arc<Shared>>) -> Response {
 
 impl Reader {
     async fn next(&mut self) -> Event {
+        if self.over {
+            // Asked for the next event: the one before is on its way.
+            time::sleep(TICK / 8).await;
+            self.watch.told();
+        }
         loop {
             if !self.first {
                 tokio::select! {
@@ -61,6 +77,7 @@ impl Reader {
             self.first = false;
             let delta = self.live.delta(self.since, &mut self.series, MAX_SERIES_AN_EVENT);
             self.since = delta.clock;
+            self.over = delta.state == "finished";
             // Numbers, short words and strings always make JSON.
             return Event::default().json_data(&delta).unwrap_or_else(|_| Event::default().comment("lost"));
         }

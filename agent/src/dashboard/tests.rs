@@ -348,6 +348,28 @@ fn events_tell_at_once_what_is_there() {
 }
 
 #[test]
+fn an_open_page_hears_of_the_end_before_the_agent_goes_on() {
+    let site = Site::new();
+    let mut stream = TcpStream::connect(site.address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+        .write_all(format!("GET /events HTTP/1.1\r\nHost: {}\r\n{}\r\n", site.host(), bearer(TOKEN)).as_bytes())
+        .unwrap();
+    let mut chunk = [0; 65536];
+    let mut text = String::new();
+    while !text.contains("\n\n") || !text.contains("data: ") {
+        let n = stream.read(&mut chunk).unwrap();
+        text.push_str(&String::from_utf8_lossy(&chunk[..n]));
+    }
+    site.live.info(&RunInfo { finished_ns: Some(1), exit_code: Some(3), ..RunInfo::default() });
+    // What came meanwhile is in the socket already: nothing is waited for here.
+    stream.set_nonblocking(true).unwrap();
+    let n = stream.read(&mut chunk).unwrap();
+    let last = String::from_utf8_lossy(&chunk[..n]);
+    assert!(last.contains("\"state\":\"finished\"") && last.contains("\"exit_code\":3"), "{last}");
+}
+
+#[test]
 fn streams_are_bounded_and_come_free_again() {
     let site = Site::new();
     let request = format!("GET /events HTTP/1.1\r\nHost: {}\r\n{}\r\n", site.host(), bearer(TOKEN));

@@ -255,6 +255,13 @@ stream.addEventListener("message", (event) => {
   setState(delta.state);
   drawTiles();
   takeSeries(delta.series, delta.clock);
+  if (delta.state === "finished") {
+    // The agent is about to end.
+    panel?.refresh.now();
+    loadModules.now();
+    loadRun.now();
+    return;
+  }
   if (delta.run) loadRun();
   if (delta.models) loadModules();
 });

@@ -44,7 +44,7 @@ export async function get(path, parameters = {}, signal = undefined) {
   throw new Error(reason || `the agent answered ${answer.status}`);
 }
 
-/** Runs `work` at most once per `wait` milliseconds, and once more if it was asked for meanwhile. */
+/** Runs `work` at most once per `wait` milliseconds, and once more if it was asked for meanwhile; `.now()` at once. */
 export function throttle(wait, work) {
   let timer = null;
   let again = false;
@@ -67,5 +67,6 @@ export function throttle(wait, work) {
     timer = 0;
     fire();
   };
+  request.now = work;
   return request;
 }

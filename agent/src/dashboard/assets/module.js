@@ -200,7 +200,7 @@ export class ModulePanel {
     this.tell();
     this.charts.choose(this.records[at].step);
     if (same && this.shownTab === this.tab) return;
-    if (follow && this.shownTab === this.tab) this.lookNewest();
+    if (follow && this.isLive() && this.shownTab === this.tab) this.lookNewest();
     else this.look();
   }
 
