@@ -89,7 +89,7 @@ impl Shards {
         {
             return Ok(map.clone());
         }
-        let (path, file) = self.file(stem)?;
+        let (_, file) = self.file(stem)?;
         let len = file.metadata().map_err(|e| ReadError::Damage(e.to_string()))?.len();
         if len < end {
             return Err(ReadError::Damage(format!(
