@@ -19,6 +19,8 @@ namespace flexmodel {
 namespace {
 
 constexpr uint32_t kBefore = bit(kForwardPre) | bit(kBackward);
+// Most calls of one module under way: more are left of forwards that raised.
+constexpr size_t kMaxUndo = 64;
 
 // What the two hooks of a tap share. Guarded by the GIL.
 struct Shared {
@@ -146,6 +148,7 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
   return guarded([&]() -> Ref {
     Call call{};
     const bool wanted = fire(shared.tap, firing(args[0], args[1], args[2], true), call);
+    if (shared.undo.size() >= kMaxUndo) shared.undo.erase(shared.undo.begin());
     shared.undo.emplace_back();
     if (!wanted) return Ref();
     Inputs inputs(call);

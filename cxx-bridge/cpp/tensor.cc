@@ -1,6 +1,8 @@
 // Describing tensors and copying them out.
 #include "flexmodel/tensor.h"
 
+#include "flexmodel/ffi.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
@@ -57,6 +59,9 @@ c10::Stream copy_stream(const c10::impl::VirtualGuardImpl& guard, c10::Device de
 std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType type, uint8_t* destination) {
   const c10::Device device = source.device();
   const c10::impl::VirtualGuardImpl guard(device.type());
+  // A copy inside a CUDA graph would be replayed into a slot that is long somebody else's, and break the capture.
+  TORCH_CHECK(!is_capturing(reinterpret_cast<size_t>(guard.getStream(device).native_handle())),
+              "the stream is being captured into a CUDA graph");
   at::Tensor snapshot = at::empty_like(source, source.options().dtype(type), at::MemoryFormat::Contiguous);
   snapshot.copy_(source);
   const c10::Stream job = guard.getStream(device);

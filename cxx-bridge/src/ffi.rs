@@ -1,13 +1,14 @@
 //! The one bridge between Rust and C++: what each side offers the other.
 //!
 //! *Mutability.* Tensors are only read. *Aliasing.* A `&Tensor` borrows what a tap holds on its stack and never
-//! outlives the call; what has to live longer is a [`ffi::Ticket`], which owns its own reference.
+//! outlives the call; what has to live longer is a [`bridge::Ticket`], which owns its own reference.
 
 use crate::host::{active, capture, edit, fault, finish, fire, notice, resolved, scope, select, stepped};
+use crate::pin::is_capturing;
 
 #[cxx::bridge(namespace = "flexmodel")]
 #[allow(missing_docs)]
-pub mod ffi {
+pub mod bridge {
     /// `wire::tap_abi::Firing`.
     #[derive(Clone, Copy)]
     struct Firing {
@@ -63,7 +64,14 @@ pub mod ffi {
     }
 
     extern "Rust" {
-        fn select(serial: u64, modules: &Vec<Module>, wrapper: &str, data_parallel: bool, rank: u32, world: u32) -> Vec<Selected>;
+        fn select(
+            serial: u64,
+            modules: &Vec<Module>,
+            wrapper: &str,
+            data_parallel: bool,
+            rank: u32,
+            world: u32,
+        ) -> Vec<Selected>;
         fn resolved();
         fn scope(serial: u64, enter: bool, firing: &Firing);
         fn stepped();
@@ -74,6 +82,7 @@ pub mod ffi {
         fn fault(text: &str);
         fn finish();
         fn active() -> bool;
+        fn is_capturing(stream: usize) -> bool;
     }
 
     unsafe extern "C++" {
@@ -91,7 +100,13 @@ pub mod ffi {
         ///
         /// # Safety
         /// `destination` must take `count` elements of `dtype`, until the ticket was waited for.
-        unsafe fn copy_out(tensor: &Tensor, dtype: u8, first: u64, count: u64, destination: *mut u8) -> Result<UniquePtr<Ticket>>;
+        unsafe fn copy_out(
+            tensor: &Tensor,
+            dtype: u8,
+            first: u64,
+            count: u64,
+            destination: *mut u8,
+        ) -> Result<UniquePtr<Ticket>>;
 
         /// Waits until the copy is done.
         fn wait(self: &Ticket) -> Result<()>;

@@ -4,7 +4,7 @@ use std::{ffi::c_void, sync::OnceLock};
 
 use wire::tap_abi::{self, HostTable, ModelDesc, Rank, Refusal, Str, TensorDesc};
 
-use crate::ffi::ffi::{Call, Firing, Leaf, LeafEdit, Module, Selected, Tensor};
+use crate::ffi::bridge::{Call, Firing, Leaf, LeafEdit, Module, Selected, Tensor};
 
 static HOST: OnceLock<&'static HostTable> = OnceLock::new();
 
@@ -37,6 +37,8 @@ impl From<tap_abi::Call> for Call {
     }
 }
 
+// cxx knows `Vec`, not slices of shared structs.
+#[allow(clippy::ptr_arg)]
 pub fn select(
     serial: u64,
     modules: &Vec<Module>,

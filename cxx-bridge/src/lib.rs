@@ -9,7 +9,7 @@
 //! | [`ffi`] | the cxx bridge |
 //! | [`host`] | what C++ calls: the interposer's table |
 //! | [`table`] | what the interposer calls: the bridge's table |
-//! | [`pin`] | page-locks the slab, where a CUDA driver is |
+//! | [`pin`] | asks the CUDA driver, where there is one: page-locks the slab, knows graph captures |
 //! | `cpp/tensor.cc` | describes tensors and copies them out |
 //! | `cpp/leaves.cc` | walks tuples, lists, dicts and dataclasses |
 //! | `cpp/gradients.cc` | identity nodes, gradient hooks, edits |

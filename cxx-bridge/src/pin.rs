@@ -1,8 +1,21 @@
-//! Page-locks the slab so that a device can copy into it while the job goes on.
+//! The few things asked of the CUDA driver itself, where there is one.
 
 use cudarc::driver::sys;
 
-/// Registers `len` bytes at `base` with the CUDA driver, if the process has one *and* uses it. `false` is normal.
+/// Whether work on this CUDA stream goes into a graph instead of being run.
+pub fn is_capturing(stream: usize) -> bool {
+    // SAFETY: looks for the library only.
+    if !unsafe { sys::is_culib_present() } {
+        return false;
+    }
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: the handle is a live stream of torch's.
+    let outcome = unsafe { sys::cuStreamIsCapturing(stream as sys::CUstream, &mut status) };
+    outcome == sys::CUresult::CUDA_SUCCESS && status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
+}
+
+/// Page-locks the slab so that a device can copy into it while the job goes on: registers `len` bytes at `base` with the
+/// driver, if the process has one *and* uses it. `false` is normal.
 pub fn register(base: *mut u8, len: usize) -> bool {
     // A machine without a GPU is a normal machine: look before calling, cudarc panics on a missing driver.
     // SAFETY: looks for the library only.

@@ -1,23 +1,23 @@
 //! What the interposer calls.
 
-use std::ffi::c_void;
+use std::{
+    ffi::c_void,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use cxx::UniquePtr;
 use wire::tap_abi::{BridgeTable, Copied, HostTable, TAP_ABI};
 
 use crate::{
-    ffi::ffi::{self, Tensor, Ticket},
+    ffi::bridge::{self, Tensor, Ticket},
     host, pin,
 };
 
-static TABLE: BridgeTable = BridgeTable {
-    abi: TAP_ABI,
-    size: size_of::<BridgeTable>() as u32,
-    python_module,
-    copy,
-    wait,
-    pin: pin_slab,
-};
+/// A copy that failed is told once; every one is counted.
+static TOLD: AtomicBool = AtomicBool::new(false);
+
+static TABLE: BridgeTable =
+    BridgeTable { abi: TAP_ABI, size: size_of::<BridgeTable>() as u32, python_module, copy, wait, pin: pin_slab };
 
 /// The one exported function ([`wire::tap_abi::OpenBridge`]): takes the host's table, gives the bridge's; null if
 /// they are of different versions.
@@ -36,7 +36,7 @@ pub unsafe extern "C" fn flexmodel_bridge_open(table: *const HostTable) -> *cons
 }
 
 unsafe extern "C" fn python_module() -> *mut c_void {
-    ffi::python_module() as *mut c_void
+    bridge::python_module() as *mut c_void
 }
 
 unsafe extern "C" fn copy(handle: *const c_void, dtype: u8, first: u64, count: u64, dst: *mut u8) -> Copied {
@@ -44,11 +44,14 @@ unsafe extern "C" fn copy(handle: *const c_void, dtype: u8, first: u64, count: u
     // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc).
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return failed };
     // SAFETY: the interposer reserved room for `count` elements at `dst` and keeps it until `wait`.
-    match unsafe { ffi::copy_out(tensor, dtype, first, count, dst) } {
+    match unsafe { bridge::copy_out(tensor, dtype, first, count, dst) } {
         Ok(ticket) if ticket.is_null() => Copied { code: 0, ticket: std::ptr::null_mut() },
         Ok(ticket) => Copied { code: 1, ticket: ticket.into_raw().cast() },
         Err(why) => {
-            host::notice(&format!("a tensor could not be copied: {why}"));
+            if !TOLD.swap(true, Ordering::Relaxed) {
+                let why = why.what();
+                host::notice(&format!("tensors are dropped: {}", why.lines().next().unwrap_or(why)));
+            }
             failed
         }
     }

@@ -106,8 +106,8 @@ struct Torch {
 
 impl Torch {
     fn running((major, minor): (u32, u32)) -> Result<Self, String> {
-        let version = python::imported_string(c"torch.version", c"__version__")
-            .ok_or("torch does not tell its version")?;
+        let version =
+            python::imported_string(c"torch.version", c"__version__").ok_or("torch does not tell its version")?;
         let cuda = python::imported_string(c"torch.version", c"cuda").unwrap_or_else(|| "none".into());
         Ok(Self { version, cuda, tag: format!("cp{major}{minor}") })
     }
@@ -142,20 +142,26 @@ fn find_bridge(torch: &Torch) -> Result<PathBuf, String> {
         let path = PathBuf::from(path);
         return match Marker::read(&path) {
             None => Err(format!("{} is not a FlexModel bridge", path.display())),
-            Some(m) if m.abi != TAP_ABI => {
-                Err(format!("{} speaks ABI {}, this libflexmodel.so {TAP_ABI}; run: flexmodel bridge build", path.display(), m.abi))
-            }
+            Some(m) if m.abi != TAP_ABI => Err(format!(
+                "{} speaks ABI {}, this libflexmodel.so {TAP_ABI}; run: flexmodel bridge build",
+                path.display(),
+                m.abi
+            )),
             Some(m) if !torch.fits(&m.key) => Err(format!(
                 "the bridge {} is for {}, this process has {wanted}; run: flexmodel bridge build",
-                path.display(), m.key
+                path.display(),
+                m.key
             )),
             Some(_) => Ok(path),
         };
     }
     let cache = cache_folder().ok_or("there is no home folder to look for a bridge in")?;
-    let fitting = fs::read_dir(&cache).into_iter().flatten().flatten().map(|e| e.path().join("libflexmodel_torch.so")).find(
-        |path| Marker::read(path).is_some_and(|m| m.abi == TAP_ABI && torch.fits(&m.key)),
-    );
+    let fitting = fs::read_dir(&cache)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path().join("libflexmodel_torch.so"))
+        .find(|path| Marker::read(path).is_some_and(|m| m.abi == TAP_ABI && torch.fits(&m.key)));
     fitting.ok_or_else(|| format!("no bridge for {wanted} in {}; run: flexmodel bridge build", cache.display()))
 }
 

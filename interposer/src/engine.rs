@@ -111,7 +111,12 @@ impl Engine {
         for i in 0..desc.count {
             // SAFETY: i < count; the strings live through the call (caller).
             let (name, class, qualified, batch_dim) = unsafe {
-                ((*desc.names.add(i)).get(), (*desc.classes.add(i)).get(), (*desc.qualified.add(i)).get(), *desc.batch_dims.add(i))
+                (
+                    (*desc.names.add(i)).get(),
+                    (*desc.classes.add(i)).get(),
+                    (*desc.qualified.add(i)).get(),
+                    *desc.batch_dims.add(i),
+                )
             };
             let hooks = self.matching(name, class, qualified);
             let kinds = hooks.iter().filter_map(|&h| self.hooks.get(h)).fold(0, |mask, h| mask | h.kind_mask());
@@ -257,7 +262,14 @@ impl Engine {
     ///
     /// # Safety
     /// `tensor.sizes` must point to `ndim` sizes.
-    pub unsafe fn cargo(&self, call: &Call, kind: Kind, path: Str<'_>, repeat: u32, tensor: &TensorDesc) -> Option<Cargo> {
+    pub unsafe fn cargo(
+        &self,
+        call: &Call,
+        kind: Kind,
+        path: Str<'_>,
+        repeat: u32,
+        tensor: &TensorDesc,
+    ) -> Option<Cargo> {
         let tap = self.taps.get(call.tap as usize)?;
         let model = self.models.get(tap.model)?;
         // SAFETY: the caller's string lives through the call.

@@ -27,6 +27,8 @@
 //! - **OPEN-1** An inner error or panic turns taps off in this process with one line; the job goes on.
 //! - **WAIT-1** No wait is unbounded: see [`shipping`].
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
+
 mod boot;
 mod dlopen;
 mod engine;

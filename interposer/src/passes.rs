@@ -14,6 +14,8 @@ use wire::tap_abi::{Call, Firing};
 
 /// Most calls of one tap that wait for a replay.
 const MAX_AWAITING: usize = 1024;
+/// Most calls of one tap under way: a module that calls itself, or forwards that raised.
+const MAX_OPEN: usize = 64;
 /// Passes whose batch sizes are remembered, for gradients that come late.
 const REMEMBERED: usize = 64;
 
@@ -135,7 +137,10 @@ impl Calls {
         wants_gradients: bool,
         firing: &Firing,
     ) -> Option<Call> {
-        if paired && !firing.pre && let Some(call) = self.open.pop() {
+        if paired
+            && !firing.pre
+            && let Some(call) = self.open.pop()
+        {
             if let Some(call) = call {
                 self.await_replay(passes, wants_gradients, firing, call);
             }
@@ -143,6 +148,9 @@ impl Calls {
         }
         let call = if firing.replay { self.replayed(firing) } else { Some(self.fresh(passes, clock, tap, firing)) };
         if paired && firing.pre {
+            if self.open.len() >= MAX_OPEN {
+                self.open.remove(0);
+            }
             self.open.push(call);
         } else if let Some(call) = call {
             self.await_replay(passes, wants_gradients, firing, call);
@@ -151,7 +159,9 @@ impl Calls {
     }
 
     fn fresh(&mut self, passes: &mut Passes, clock: &mut Clock, tap: u32, firing: &Firing) -> Call {
-        if passes.depth == 0 && self.open.is_empty() {
+        if passes.depth == 0 {
+            // Called from outside: what is open is left of a forward that raised.
+            self.open.clear();
             passes.begin(clock, u64::from(tap), firing);
         }
         if self.pass != passes.number {
@@ -263,6 +273,16 @@ mod tests {
         assert_eq!(w.fire(1, train()), Some((0, 0, 0)));
         assert_eq!(w.fire(0, train()), Some((0, 1, 0)));
         assert_eq!(w.fire(1, train()), Some((0, 1, 0)));
+    }
+
+    #[test]
+    fn a_direct_call_after_one_that_raised_is_a_pass_of_its_own() {
+        let (mut clock, mut passes, mut calls) = (Clock::default(), Passes::default(), Calls::default());
+        let before = Firing { pre: true, ..train() };
+        for micro in 0..3 {
+            let call = calls.place(&mut passes, &mut clock, 0, true, true, &before).unwrap();
+            assert_eq!((call.micro, call.call), (micro, 0));
+        }
     }
 
     #[test]

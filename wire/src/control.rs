@@ -101,8 +101,7 @@ pub enum ControlError {
 
 /// Encodes a message with its length prefix.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, ControlError> {
-    let body = bincode::serde::encode_to_vec(message, config())
-        .map_err(|e| ControlError::Malformed(e.to_string()))?;
+    let body = bincode::serde::encode_to_vec(message, config()).map_err(|e| ControlError::Malformed(e.to_string()))?;
     if body.len() > MAX_BODY {
         return Err(ControlError::TooLong(body.len()));
     }

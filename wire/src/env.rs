@@ -55,12 +55,9 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         Some(b'g' | b'G') => (&text[..text.len() - 1], 30),
         _ => (text, 0),
     };
-    let count: u64 = digits
-        .parse()
-        .map_err(|_| format!("'{text}' is not a number of bytes such as 268435456, 256M or 1G"))?;
-    count
-        .checked_mul(1 << shift)
-        .ok_or_else(|| format!("'{text}' is more than 2^64 bytes"))
+    let count: u64 =
+        digits.parse().map_err(|_| format!("'{text}' is not a number of bytes such as 268435456, 256M or 1G"))?;
+    count.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is more than 2^64 bytes"))
 }
 
 /// Path of the socket in a [`AGENT`] value; the error is a whole sentence.

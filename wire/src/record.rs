@@ -159,8 +159,7 @@ impl RecordMeta {
         if flags > 7 {
             return Err(RecordError("unknown flags"));
         }
-        let [model, micro, call, repeat, rank, dp_size] =
-            [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
+        let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
         let step = r.u64()?;
         let time_ns = r.u64()?;
         let ndim = usize::from(r.u8()?);
@@ -182,9 +181,7 @@ impl RecordMeta {
             let (code, dim, offset) = (r.u8()?, r.u32()?, r.u64()?);
             let place = match code {
                 0 => Place::Replicate,
-                1 if (dim as usize) < ndim => {
-                    Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) }
-                }
+                1 if (dim as usize) < ndim => Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) },
                 1 => return Err(RecordError("shard of a dimension the tensor does not have")),
                 2 => Place::ReplicateOrShard0,
                 3 => Place::Partial,
@@ -198,11 +195,26 @@ impl RecordMeta {
             return Err(RecordError("trailing bytes"));
         }
         Ok(Self {
-            module, class, kind, path, group, model, step, micro, call, repeat,
+            module,
+            class,
+            kind,
+            path,
+            group,
+            model,
+            step,
+            micro,
+            call,
+            repeat,
             train: flags & 1 != 0,
             recompute: flags & 2 != 0,
             stats_only: flags & 4 != 0,
-            dtype, shape, rank, axes, dp_size, time_ns, refused,
+            dtype,
+            shape,
+            rank,
+            axes,
+            dp_size,
+            time_ns,
+            refused,
         })
     }
 }
@@ -244,9 +256,7 @@ impl<'a> Reader<'a> {
         if len > MAX_NAME {
             return Err(RecordError("name too long"));
         }
-        std::str::from_utf8(self.take(len)?)
-            .map(str::to_owned)
-            .map_err(|_| RecordError("name is not UTF-8"))
+        std::str::from_utf8(self.take(len)?).map(str::to_owned).map_err(|_| RecordError("name is not UTF-8"))
     }
 }
 
@@ -257,11 +267,26 @@ mod tests {
 
     pub(crate) fn example() -> RecordMeta {
         RecordMeta {
-            module: "layers.0.mlp".into(), class: "MLP".into(), kind: Kind::Forward, path: "out[0]".into(),
-            group: String::new(), model: 1, step: 7, micro: 2, call: 3, repeat: 0, train: true, recompute: false,
-            stats_only: false, dtype: DType::BFloat16, shape: vec![2, 0, 5], rank: 1,
+            module: "layers.0.mlp".into(),
+            class: "MLP".into(),
+            kind: Kind::Forward,
+            path: "out[0]".into(),
+            group: String::new(),
+            model: 1,
+            step: 7,
+            micro: 2,
+            call: 3,
+            repeat: 0,
+            train: true,
+            recompute: false,
+            stats_only: false,
+            dtype: DType::BFloat16,
+            shape: vec![2, 0, 5],
+            rank: 1,
             axes: vec![Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0, offset: None } }],
-            dp_size: 2, time_ns: 99, refused: String::new(),
+            dp_size: 2,
+            time_ns: 99,
+            refused: String::new(),
         }
     }
 

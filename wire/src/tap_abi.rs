@@ -92,8 +92,17 @@ impl Refusal {
     /// The refusal with this code; [`Refusal::Subclass`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
         const ALL: [Refusal; 11] = [
-            Refusal::None, Refusal::Sparse, Refusal::Meta, Refusal::Quantized, Refusal::Functorch, Refusal::DTensor,
-            Refusal::Subclass, Refusal::Nested, Refusal::Dtype, Refusal::Device, Refusal::SharedInput,
+            Refusal::None,
+            Refusal::Sparse,
+            Refusal::Meta,
+            Refusal::Quantized,
+            Refusal::Functorch,
+            Refusal::DTensor,
+            Refusal::Subclass,
+            Refusal::Nested,
+            Refusal::Dtype,
+            Refusal::Device,
+            Refusal::SharedInput,
         ];
         ALL.into_iter().find(|r| *r as u8 == code).unwrap_or(Refusal::Subclass)
     }
@@ -228,7 +237,8 @@ pub struct HostTable {
     /// A tap fires; fills `Call` and returns whether there is anything to do.
     pub fire: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
     /// Captures a leaf.
-    pub capture: unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc),
+    pub capture:
+        unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc),
     /// How a leaf is edited.
     pub edit: unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>) -> LeafEdit,
     /// One line for the user, on stderr and in the run.

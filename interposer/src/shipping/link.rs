@@ -149,9 +149,8 @@ impl Link {
         let mut chunk = [0; 512];
         loop {
             // SAFETY: the buffer is valid for its length; MSG_DONTWAIT never blocks.
-            let n = unsafe {
-                libc::recv(stream.as_raw_fd(), chunk.as_mut_ptr().cast(), chunk.len(), libc::MSG_DONTWAIT)
-            };
+            let n =
+                unsafe { libc::recv(stream.as_raw_fd(), chunk.as_mut_ptr().cast(), chunk.len(), libc::MSG_DONTWAIT) };
             match n {
                 0 => return self.lost(),
                 n if n > 0 => self.inbox.extend(chunk.iter().take(n as usize)),

@@ -79,15 +79,18 @@ pub fn now_ns() -> u64 {
 pub fn configure(hooks: &str) -> Result<(), String> {
     let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
     let agent = set(env::AGENT).ok_or_else(|| {
-        format!("{} is not set; start one with: flexmodel agent --socket PATH --out DIR, or use flexmodel run", env::AGENT)
+        format!(
+            "{} is not set; start one with: flexmodel agent --socket PATH --out DIR, or use flexmodel run",
+            env::AGENT
+        )
     })?;
     let socket = env::agent_socket(&agent).map_err(|why| format!("{}: {why}", env::AGENT))?;
     let slab_bytes = match set(env::SLAB) {
         Some(text) => env::parse_bytes(&text).map_err(|why| format!("{}: {why}", env::SLAB))?,
         None => env::DEFAULT_SLAB_BYTES,
     };
-    let on_full = OnFull::parse(&set(env::ON_FULL).unwrap_or_default())
-        .map_err(|why| format!("{}: {why}", env::ON_FULL))?;
+    let on_full =
+        OnFull::parse(&set(env::ON_FULL).unwrap_or_default()).map_err(|why| format!("{}: {why}", env::ON_FULL))?;
     *lock() = Some(Shipper {
         link: Link::new(socket, hooks, on_full),
         slab_bytes: slab_bytes.max(env::MIN_SLAB_BYTES),

@@ -52,9 +52,8 @@ impl Mapping {
         let len = ring_len + HEADER_LEN;
         let fail = |what| move || SlabError::System { what, bytes: len, source: io::Error::last_os_error() };
         // SAFETY: a NUL-terminated name and known flags.
-        let raw = unsafe {
-            libc::memfd_create(c"flexmodel-slab".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-        };
+        let raw =
+            unsafe { libc::memfd_create(c"flexmodel-slab".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
         if raw < 0 {
             return Err(fail("memfd_create")());
         }
@@ -120,14 +119,7 @@ impl Mapping {
         let flags = libc::MAP_SHARED | if populate { libc::MAP_POPULATE } else { 0 };
         // SAFETY: a fresh shared mapping of a descriptor we hold.
         let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                flags,
-                fd.as_raw_fd(),
-                0,
-            )
+            libc::mmap(std::ptr::null_mut(), len as usize, libc::PROT_READ | libc::PROT_WRITE, flags, fd.as_raw_fd(), 0)
         };
         match NonNull::new(base.cast::<u8>()) {
             Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => {
@@ -183,20 +175,10 @@ impl Drop for Mapping {
 
 /// Sleeps until `word` is no longer `seen`, somebody [`wake`]s it, or `limit` passes. Works across processes.
 pub(super) fn sleep(word: &AtomicU32, seen: u32, limit: Duration) {
-    let limit = libc::timespec {
-        tv_sec: limit.as_secs() as libc::time_t,
-        tv_nsec: libc::c_long::from(limit.subsec_nanos()),
-    };
+    let limit =
+        libc::timespec { tv_sec: limit.as_secs() as libc::time_t, tv_nsec: libc::c_long::from(limit.subsec_nanos()) };
     // SAFETY: the word is valid for the call; FUTEX_WAIT only compares it. Any outcome is fine: callers look again.
-    unsafe {
-        libc::syscall(
-            libc::SYS_futex,
-            std::ptr::from_ref(word),
-            libc::FUTEX_WAIT,
-            seen,
-            &raw const limit,
-        )
-    };
+    unsafe { libc::syscall(libc::SYS_futex, std::ptr::from_ref(word), libc::FUTEX_WAIT, seen, &raw const limit) };
 }
 
 /// Wakes every sleeper on `word`.

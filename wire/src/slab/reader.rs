@@ -48,7 +48,10 @@ impl SlabReader {
         let header = map.header();
         let (tail, head) = (header.tail.load(Ordering::Acquire), protocol::published(&header.head));
         if tail > head || head - tail > map.ring_len() || !tail.is_multiple_of(FRAME_ALIGN) {
-            return Err(SlabError::Foreign(format!("tail {tail} and head {head} do not fit a ring of {}", map.ring_len())));
+            return Err(SlabError::Foreign(format!(
+                "tail {tail} and head {head} do not fit a ring of {}",
+                map.ring_len()
+            )));
         }
         Ok(Self { map: Arc::new(map), tail })
     }
@@ -76,7 +79,10 @@ impl SlabReader {
                 return Err(damage("a frame of another generation", self.tail));
             }
             let room = (ring - at).min(head - self.tail);
-            if header.frame_len < FRAME_HEADER_LEN || header.frame_len > room || !header.frame_len.is_multiple_of(FRAME_ALIGN) {
+            if header.frame_len < FRAME_HEADER_LEN
+                || header.frame_len > room
+                || !header.frame_len.is_multiple_of(FRAME_ALIGN)
+            {
                 return Err(damage("a frame longer than its ring", self.tail));
             }
             match state {
@@ -123,7 +129,10 @@ impl SlabReader {
 
     /// A private copy of the frame header at ring offset `at`.
     fn header(&self, at: u64) -> Result<FrameHeader, SlabError> {
-        let from = self.map.ring(at, FRAME_HEADER_LEN).ok_or_else(|| damage("a frame header past the ring's end", self.tail))?;
+        let from = self
+            .map
+            .ring(at, FRAME_HEADER_LEN)
+            .ok_or_else(|| damage("a frame header past the ring's end", self.tail))?;
         // SAFETY: 64 bytes are inside the ring; any bit pattern is a FrameHeader.
         Ok(unsafe { from.add(8).cast::<FrameHeader>().read_unaligned() })
     }
@@ -139,7 +148,10 @@ impl SlabReader {
         if !fits || !in_total {
             return Err(bad("a payload longer than its frame or tensor")());
         }
-        let meta_at = self.map.ring(at + FRAME_HEADER_LEN, u64::from(header.meta_len)).ok_or_else(bad("metadata past the ring"))?;
+        let meta_at = self
+            .map
+            .ring(at + FRAME_HEADER_LEN, u64::from(header.meta_len))
+            .ok_or_else(bad("metadata past the ring"))?;
         let mut meta = vec![0; header.meta_len as usize];
         // SAFETY: the range was checked against the ring just above.
         unsafe { std::ptr::copy_nonoverlapping(meta_at, meta.as_mut_ptr(), meta.len()) };

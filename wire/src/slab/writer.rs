@@ -47,8 +47,7 @@ impl SlabWriter {
 
     /// Largest payload a single frame may carry: a quarter of the ring, so that pieces overlap with their draining.
     pub fn max_piece(&self) -> u64 {
-        (self.map.ring_len() / 4).saturating_sub(u64::from(MAX_META) + FRAME_HEADER_LEN + FRAME_ALIGN)
-            .max(FRAME_ALIGN)
+        (self.map.ring_len() / 4).saturating_sub(u64::from(MAX_META) + FRAME_HEADER_LEN + FRAME_ALIGN).max(FRAME_ALIGN)
             / FRAME_ALIGN
             * FRAME_ALIGN
     }
@@ -87,10 +86,8 @@ impl SlabWriter {
             self.head += pad;
             at = 0;
         }
-        let header = FrameHeader {
-            meta_len, frame_len, record, piece_offset, payload_len, total_len,
-            ..self.blank(self.head)
-        };
+        let header =
+            FrameHeader { meta_len, frame_len, record, piece_offset, payload_len, total_len, ..self.blank(self.head) };
         self.put(at, header, meta, State::Writing)?;
         self.head += frame_len;
         protocol::publish(&self.map.header().head, self.head);
@@ -100,10 +97,7 @@ impl SlabWriter {
     }
 
     fn blank(&self, position: u64) -> FrameHeader {
-        FrameHeader {
-            generation: (position / self.map.ring_len() + 1) as u32,
-            ..bytemuck::Zeroable::zeroed()
-        }
+        FrameHeader { generation: (position / self.map.ring_len() + 1) as u32, ..bytemuck::Zeroable::zeroed() }
     }
 
     /// Writes a header and metadata at ring offset `at` (SLAB-2: before `head` passes it).
