@@ -103,13 +103,34 @@ impl Rank {
     fn train(&mut self) -> std::io::Result<()> {
         for step in 0..self.args.steps {
             for layer in 0..self.args.layers {
-                self.capture(step, &format!("layers.{layer}.mlp"), "MLP", Kind::Forward, "out", Place::Shard { dim: 0, offset: None });
+                self.capture(
+                    step,
+                    &format!("layers.{layer}.mlp"),
+                    "MLP",
+                    Kind::Forward,
+                    "out",
+                    Place::Shard { dim: 0, offset: None },
+                );
             }
-            self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[0]", Place::Shard { dim: 0, offset: None });
+            self.capture(
+                step,
+                "layers.0.attn",
+                "Attention",
+                Kind::Forward,
+                "out[0]",
+                Place::Shard { dim: 0, offset: None },
+            );
             self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[1]", Place::Replicate);
             self.capture(step, "lm_head", "Linear", Kind::Forward, "out", Place::Shard { dim: 0, offset: None });
             for layer in (0..self.args.layers).rev() {
-                self.capture(step, &format!("layers.{layer}.mlp"), "MLP", Kind::Backward, "in[0]", Place::Shard { dim: 0, offset: None });
+                self.capture(
+                    step,
+                    &format!("layers.{layer}.mlp"),
+                    "MLP",
+                    Kind::Backward,
+                    "in[0]",
+                    Place::Shard { dim: 0, offset: None },
+                );
             }
             std::thread::sleep(Duration::from_millis(self.args.pause));
         }

@@ -106,7 +106,8 @@ mod tests {
 
     #[test]
     fn everything_behind_the_command_is_the_commands() {
-        let cli = Cli::try_parse_from(["flexmodel", "run", "--hooks", "a", "--", "python", "t.py", "--out", "x"]).unwrap();
+        let cli =
+            Cli::try_parse_from(["flexmodel", "run", "--hooks", "a", "--", "python", "t.py", "--out", "x"]).unwrap();
         let Command::Run(args) = cli.command else { panic!("not run") };
         assert_eq!(args.command, ["python", "t.py", "--out", "x"]);
         assert_eq!(args.out, None);

@@ -22,7 +22,8 @@ pub fn home() -> anyhow::Result<PathBuf> {
         }
         return absolute(&named);
     }
-    let exe = env::current_exe().and_then(|exe| exe.canonicalize()).context("cannot tell where flexmodel is installed")?;
+    let exe =
+        env::current_exe().and_then(|exe| exe.canonicalize()).context("cannot tell where flexmodel is installed")?;
     let beside = exe.parent().and_then(Path::parent).map(|prefix| prefix.join("lib/flexmodel"));
     match beside {
         Some(home) if home.is_dir() => Ok(home),

@@ -267,9 +267,7 @@ fn a_full_disk_is_said_once_counted_and_survived() {
     let limit = |bytes: u64| {
         let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
         // SAFETY: a valid limit for our own child.
-        let done = unsafe {
-            libc::prlimit(agent.child.id() as i32, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut())
-        };
+        let done = unsafe { libc::prlimit(agent.child.id() as i32, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut()) };
         assert_eq!(done, 0);
     };
     let mut rank = Rank::attached(&agent, 0, 1, 8 << 20);

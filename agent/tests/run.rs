@@ -23,7 +23,10 @@ fn home(folder: &Path) -> PathBuf {
 fn produce(steps: u32) -> String {
     let example = Path::new(env!("CARGO_BIN_EXE_flexmodel")).with_file_name("examples").join("produce");
     assert!(example.is_file(), "cargo test builds examples too");
-    format!("{} --socket ${{FLEXMODEL_AGENT#unix:}} --steps {steps} --elements 64 --pause 2 --slab 16M", example.display())
+    format!(
+        "{} --socket ${{FLEXMODEL_AGENT#unix:}} --steps {steps} --elements 64 --pause 2 --slab 16M",
+        example.display()
+    )
 }
 
 struct Run {
@@ -102,7 +105,8 @@ fn the_summary_says_what_was_captured_and_stdout_is_the_jobs() {
 fn an_agent_that_is_killed_costs_captures_and_is_said_once() {
     let dir = tempfile::tempdir().unwrap();
     let stop = dir.path().join("stop");
-    let script = format!("{} & while ! [ -e {} ]; do sleep 0.02; done; kill $!; exit 7", produce(100_000), stop.display());
+    let script =
+        format!("{} & while ! [ -e {} ]; do sleep 0.02; done; kill $!; exit 7", produce(100_000), stop.display());
     let run = Run::start(dir.path(), &script);
     let out = run.out.clone();
     wait_until("some parts", || run.parts() > 30);
@@ -201,7 +205,11 @@ fn bad_use_is_one_line_and_nothing_runs() {
         (&["run", "--hooks", "a", "--", "no-such-command-here"], 127, "no-such-command-here"),
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flexmodel"));
-        command.args(arguments).current_dir(dir.path()).env_remove("FLEXMODEL_HOOKS").env("FLEXMODEL_HOME", home(dir.path()));
+        command
+            .args(arguments)
+            .current_dir(dir.path())
+            .env_remove("FLEXMODEL_HOOKS")
+            .env("FLEXMODEL_HOME", home(dir.path()));
         let done = command.output().unwrap();
         let stderr = String::from_utf8(done.stderr).unwrap();
         assert_eq!(done.status.code(), Some(code), "{stderr}");

@@ -172,7 +172,7 @@ impl Ingest {
                 }
             }
             Outcome::Repeated => {}
-            Outcome::Lost(_) => live.dropped(self.session.rank, 1),
+            Outcome::Lost => live.dropped(self.session.rank, 1),
         }
     }
 

@@ -39,7 +39,9 @@ impl Listening {
             );
         }
         match fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => bail!("{shown} is there and is no socket; give another --socket"),
+            Ok(found) if !found.file_type().is_socket() => {
+                bail!("{shown} is there and is no socket; give another --socket")
+            }
             Ok(_) if UnixStream::connect(path).is_ok() => {
                 bail!("an agent is listening at {shown} already; attach to that one, or give another --socket")
             }
@@ -117,7 +119,8 @@ pub fn receive(stream: &impl AsRawFd, bytes: &mut Vec<u8>, fd: &mut Option<Owned
             let data = len.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
             for n in 0..data / size_of::<i32>() {
                 // SAFETY: the kernel put that many descriptors there; each is ours now.
-                let taken = unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().add(n).read_unaligned()) };
+                let taken =
+                    unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().add(n).read_unaligned()) };
                 if fd.is_none() {
                     *fd = Some(taken);
                 }

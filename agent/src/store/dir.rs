@@ -57,7 +57,10 @@ impl RunDir {
         let run = Self { path, _lock: lock };
         let format = run.read_info().format;
         if format > FORMAT {
-            bail!("{} was written in format {format}, and this flexmodel knows up to {FORMAT}; use a newer one", run.path.display());
+            bail!(
+                "{} was written in format {format}, and this flexmodel knows up to {FORMAT}; use a newer one",
+                run.path.display()
+            );
         }
         Ok(run)
     }

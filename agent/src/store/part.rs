@@ -27,8 +27,8 @@ pub enum Outcome {
     },
     /// It was journalled before, by the agent that died.
     Repeated,
-    /// It is counted as dropped, for this reason.
-    Lost(String),
+    /// It is counted as dropped.
+    Lost,
 }
 
 /// Takes a part's bytes in order and writes them where they belong. Dropping it without [`finish`](Self::finish)
@@ -172,7 +172,7 @@ impl PartWriter {
             self.place();
         }
         if let Some(reason) = self.failed.take() {
-            return self.lose(reason);
+            return self.lose(&reason);
         }
         if self.same_as.is_none() {
             self.same_as = self.equal_replica();
@@ -188,7 +188,7 @@ impl PartWriter {
         let part = Box::new(Part { what: self.what.clone(), at, stats: Some(self.stats.stats()) });
         if let Err(e) = self.store.journal().append(&Line::Part((*part).clone())) {
             self.store.trouble(&e);
-            return self.lose(reason_of(&e));
+            return self.lose(&reason_of(&e));
         }
         self.store.works();
         let against = self.compare(&part);
@@ -249,9 +249,9 @@ impl PartWriter {
         self.store.seal_complete();
     }
 
-    fn lose(self, reason: String) -> Outcome {
-        self.store.dropped(self.what.rank, 1, &reason);
-        Outcome::Lost(reason)
+    fn lose(self, reason: &str) -> Outcome {
+        self.store.dropped(self.what.rank, 1, reason);
+        Outcome::Lost
     }
 }
 

@@ -38,7 +38,8 @@ impl<K: Clone + Eq + Hash, V> Recent<K, V> {
     /// Puts an entry in as the newest, and gives back the values that had to go for it.
     pub fn insert(&mut self, key: K, value: V) -> Vec<V> {
         self.clock += 1;
-        let mut gone: Vec<V> = self.entries.insert(key.clone(), (self.clock, value)).map(|(_, v)| v).into_iter().collect();
+        let mut gone: Vec<V> =
+            self.entries.insert(key.clone(), (self.clock, value)).map(|(_, v)| v).into_iter().collect();
         self.order.push_back((self.clock, key));
         while self.entries.len() > self.limit {
             let Some((clock, key)) = self.order.pop_front() else { break };

@@ -122,9 +122,9 @@ fn whole_of(parts: &[&Entry]) -> Option<usize> {
     let first = parts.first()?;
     match first.lie {
         Lie::Whole => (parts.len() == 1).then_some(0),
-        Lie::Piece { size, ambiguous: true, .. } => {
-            (size as usize == parts.len() && parts.iter().all(|p| p.crc == first.crc && p.shape == first.shape)).then_some(0)
-        }
+        Lie::Piece { size, ambiguous: true, .. } => (size as usize == parts.len()
+            && parts.iter().all(|p| p.crc == first.crc && p.shape == first.shape))
+        .then_some(0),
         _ => None,
     }
 }

@@ -57,7 +57,9 @@ impl ShardFile {
         let outcome = match reserved {
             0 => Ok(()),
             _ => match io::Error::last_os_error() {
-                e if e.raw_os_error() == Some(libc::EOPNOTSUPP) => file.write_all_at(&vec![0; HEADER_SPACE as usize], 0),
+                e if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    file.write_all_at(&vec![0; HEADER_SPACE as usize], 0)
+                }
                 e => Err(e),
             },
         };
@@ -202,7 +204,8 @@ impl Shard {
 /// Most bytes of header that a part can take, with the filler behind it.
 pub fn header_cost(name: &str, what: &What) -> usize {
     // Control characters take six bytes in JSON; a type of its own is named a second time in the metadata.
-    let escaped: usize = name.bytes().map(|b| if b < 0x20 { 6 } else { 1 + usize::from(b == b'"' || b == b'\\') }).sum();
+    let escaped: usize =
+        name.bytes().map(|b| if b < 0x20 { 6 } else { 1 + usize::from(b == b'"' || b == b'\\') }).sum();
     let names = if what.dtype.safetensors().is_none() { 2 } else { 1 };
     names * (escaped + 48) + ENTRY_JSON + what.shape.len() * 21 + FILLER_JSON
 }

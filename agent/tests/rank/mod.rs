@@ -42,7 +42,12 @@ pub fn flexmodel(arguments: &[&str]) -> Output {
 #[track_caller]
 pub fn verify(run: &Path) {
     let done = flexmodel(&["verify", run.to_str().unwrap()]);
-    assert!(done.status.success(), "{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(
+        done.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&done.stdout),
+        String::from_utf8_lossy(&done.stderr)
+    );
 }
 
 /// A running agent, killed when dropped.

@@ -98,7 +98,8 @@ fn magnitude(re: f64, im: f64) -> f64 {
     if re.is_nan() || im.is_nan() { f64::NAN } else { re.hypot(im) }
 }
 
-static E4M3FN: LazyLock<[f32; 256]> = LazyLock::new(|| eight_bits(|x| if x & 0x7f == 0x7f { f32::NAN } else { scaled(x, 3, 7) }));
+static E4M3FN: LazyLock<[f32; 256]> =
+    LazyLock::new(|| eight_bits(|x| if x & 0x7f == 0x7f { f32::NAN } else { scaled(x, 3, 7) }));
 static E5M2: LazyLock<[f32; 256]> = LazyLock::new(|| {
     eight_bits(|x| match x & 0x7f {
         0x7c if x & 0x80 == 0 => f32::INFINITY,
@@ -107,8 +108,10 @@ static E5M2: LazyLock<[f32; 256]> = LazyLock::new(|| {
         _ => scaled(x, 2, 15),
     })
 });
-static E4M3FNUZ: LazyLock<[f32; 256]> = LazyLock::new(|| eight_bits(|x| if x == 0x80 { f32::NAN } else { scaled(x, 3, 8) }));
-static E5M2FNUZ: LazyLock<[f32; 256]> = LazyLock::new(|| eight_bits(|x| if x == 0x80 { f32::NAN } else { scaled(x, 2, 16) }));
+static E4M3FNUZ: LazyLock<[f32; 256]> =
+    LazyLock::new(|| eight_bits(|x| if x == 0x80 { f32::NAN } else { scaled(x, 3, 8) }));
+static E5M2FNUZ: LazyLock<[f32; 256]> =
+    LazyLock::new(|| eight_bits(|x| if x == 0x80 { f32::NAN } else { scaled(x, 2, 16) }));
 static E8M0: LazyLock<[f32; 256]> =
     LazyLock::new(|| eight_bits(|x| if x == 0xff { f32::NAN } else { 2f32.powi(i32::from(x) - 127) }));
 

@@ -72,8 +72,12 @@ fn killed_between_rename_and_its_line_the_line_is_added() {
     killed(dir.path());
     store(dir.path()).finish();
     let whole = fs::read(dir.path().join(MANIFEST_FILE)).unwrap();
-    let without: Vec<u8> =
-        whole.split_inclusive(|&b| b == b'\n').filter(|l| !l.windows(6).any(|w| w == b"sealed")).flatten().copied().collect();
+    let without: Vec<u8> = whole
+        .split_inclusive(|&b| b == b'\n')
+        .filter(|l| !l.windows(6).any(|w| w == b"sealed"))
+        .flatten()
+        .copied()
+        .collect();
     assert!(without.len() < whole.len());
     fs::write(dir.path().join(MANIFEST_FILE), without).unwrap();
     store(dir.path()).finish();

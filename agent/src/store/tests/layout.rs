@@ -190,7 +190,10 @@ fn a_shard_rolls_before_its_header_overflows() {
         put(&store, &meta(&long, step, 1), &[2; 16]);
     }
     store.finish();
-    let all: usize = (0..4).filter(|n| shard::sealed_path(dir.path(), *n).exists()).map(|n| sealed(dir.path(), &shard::stem(n)).len()).sum();
+    let all: usize = (0..4)
+        .filter(|n| shard::sealed_path(dir.path(), *n).exists())
+        .map(|n| sealed(dir.path(), &shard::stem(n)).len())
+        .sum();
     assert_eq!(all, 400);
     assert!(shard::sealed_path(dir.path(), 1).exists());
 }
@@ -217,7 +220,7 @@ fn pieces_that_do_not_follow_each_other_are_a_counted_loss() {
         for &(offset, len) in offsets {
             part.write(offset, &[0; 65][..len]);
         }
-        assert!(matches!(part.finish(), Outcome::Lost(_)), "{offsets:?}");
+        assert!(matches!(part.finish(), Outcome::Lost), "{offsets:?}");
     }
     assert_eq!((store.totals().dropped, store.totals().parts), (4, 0));
     let (part, _) = put(&store, &record, &bytes_of(&record, 0));
@@ -265,5 +268,11 @@ fn threads_of_many_ranks_write_at_once() {
     for n in 0..sealed_lines as u32 {
         sealed(dir.path(), &shard::stem(n));
     }
-    assert_eq!(sealed_lines, fs::read_dir(dir.path()).unwrap().filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "safetensors")).count());
+    assert_eq!(
+        sealed_lines,
+        fs::read_dir(dir.path())
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "safetensors"))
+            .count()
+    );
 }

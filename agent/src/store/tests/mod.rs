@@ -60,7 +60,8 @@ fn parts(dir: &Path) -> Vec<Part> {
 
 /// The bytes at a location, from whichever file the shard is in now.
 fn at(dir: &Path, place: &Location) -> Vec<u8> {
-    let file = ["safetensors", "open"].iter().map(|e| dir.join(&place.shard).with_extension(e)).find(|p| p.exists()).unwrap();
+    let file =
+        ["safetensors", "open"].iter().map(|e| dir.join(&place.shard).with_extension(e)).find(|p| p.exists()).unwrap();
     let all = fs::read(file).unwrap();
     all[place.offset as usize..(place.offset + place.len) as usize].to_vec()
 }
