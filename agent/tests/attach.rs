@@ -375,3 +375,30 @@ fn a_job_that_dies_in_the_middle_of_a_tensor_loses_that_one() {
     verify(&out);
     assert_eq!((total(&out, "parts"), total(&out, "dropped")), (1, 1));
 }
+
+#[test]
+fn a_job_that_is_started_again_is_put_together_with_itself_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let out = agent.out.clone();
+    for start in 0..2 {
+        let mut ranks = [0, 1].map(|n| {
+            let mut rank = Rank::new(n, 2, SLAB);
+            rank.pid += start * 10;
+            rank
+        });
+        // The second start's rank 1 comes when its rank 0 has shipped already; the first start's rank 1 died before.
+        for rank in &mut ranks[..if start == 0 { 1 } else { 2 }] {
+            assert_eq!(rank.attach(&agent.socket), FromAgent::Welcome);
+            rank.ship("a", 0, 3);
+            rank.drained();
+            rank.stream = None;
+        }
+    }
+    agent.finish();
+    verify(&out);
+    let again = &parts(&out)[1..];
+    let offset = |part: &serde_json::Value| part["at"]["offset"].as_u64().unwrap();
+    assert_eq!(again.len(), 2);
+    assert_eq!(offset(&again[1]), offset(&again[0]) + 3 * 64, "the pieces of the second start lie side by side");
+}

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, BufRead, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -132,6 +132,12 @@ impl Agent {
             eprint!("{}", summary::text(run, &info.totals));
         }
         runtime.shutdown_background();
+        if self.child {
+            let folder = self.listening.path().parent().map(Path::to_owned);
+            drop(self.listening);
+            // `run` made it and may have been killed. It is removed only if it is empty.
+            folder.map(std::fs::remove_dir);
+        }
         Ok(ExitCode::SUCCESS)
     }
 
@@ -287,7 +293,7 @@ fn announce(line: &str) {
 }
 
 /// Closes the run of an agent that died: recovers, seals, counts.
-pub fn close_for_the_dead(run: &std::path::Path, exit_code: Option<i32>) -> anyhow::Result<RunInfo> {
+pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>) -> anyhow::Result<RunInfo> {
     let notify = Box::new(|text: &str| eprintln!("flexmodel: {text}"));
     let (store, before) = Store::open(run, Options { shard_bytes: DEFAULT_SHARD_BYTES, notify })?;
     let board = Board::new(before);

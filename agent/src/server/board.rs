@@ -86,13 +86,16 @@ impl Board {
         self.change();
     }
 
-    /// Whether this rank attached before from another process.
+    /// Whether another job begins with this rank: it attached before from another process.
     pub fn is_another_job(&self, hello: &Hello) -> bool {
         let mut pids = self.pids.lock().unwrap_or_else(PoisonError::into_inner);
-        if pids.len() >= MAX_RANKS {
+        let another = pids.get(&hello.rank).is_some_and(|before| *before != hello.pid);
+        if another || pids.len() >= MAX_RANKS {
+            // Its other ranks are no surprise.
             pids.clear();
         }
-        pids.insert(hello.rank, hello.pid).is_some_and(|before| before != hello.pid)
+        pids.insert(hello.rank, hello.pid);
+        another
     }
 
     /// A rank attached.

@@ -56,6 +56,7 @@ struct Ingest {
 
 impl Ingest {
     fn run(&mut self, mut reader: SlabReader) {
+        let _end = End(self.session.clone());
         if let Err(e) = self.empty(&mut reader) {
             let rank = self.session.rank;
             self.server.board.trouble(&format!("{e}: nothing more is read from rank {rank}, the others go on"));
@@ -63,7 +64,6 @@ impl Ingest {
             self.session.damaged.notify_one();
         }
         self.count_losses();
-        self.session.end();
         self.server.board.left(self.session.rank);
     }
 
@@ -72,9 +72,11 @@ impl Ingest {
         let mut stuck: Option<Instant> = None;
         loop {
             if self.session.is_drained() {
-                self.forsake(self.session.hung_up() != Some(true));
+                self.forsake(!self.session.hung_up().is_some_and(|(_, in_good_order)| in_good_order));
                 return Ok(());
             }
+            // Before the look at the slab: what came before the end of the connection must be seen.
+            let gone = self.session.hung_up();
             let pending = match reader.fetch()? {
                 Fetched::Frame(frame) => {
                     self.take(frame);
@@ -88,12 +90,13 @@ impl Ingest {
             };
             if !pending {
                 stuck = None;
-                let died = self.session.hung_up() == Some(false);
-                if self.session.end_if_hung_up() {
-                    self.forsake(died);
+                if let Some((connection, in_good_order)) = gone
+                    && self.session.end_after(connection)
+                {
+                    self.forsake(!in_good_order);
                     return Ok(());
                 }
-            } else if self.session.hung_up().is_some() || self.session.is_stopping() {
+            } else if gone.is_some() || self.session.is_stopping() {
                 let patience = if self.session.is_stopping() { PATIENCE / 2 } else { GRACE };
                 if stuck.get_or_insert_with(Instant::now).elapsed() > patience {
                     // Whoever was writing this frame never will again.
@@ -194,5 +197,14 @@ impl Ingest {
             self.lose(now - self.counted, LOST_BY_JOB);
             self.counted = now;
         }
+    }
+}
+
+/// Ends the session however its thread ends: its heart must not beat for a slab that nobody reads.
+struct End(Arc<Session>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }

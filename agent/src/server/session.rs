@@ -32,8 +32,8 @@ pub struct Session {
 enum Phase {
     /// The rank is there, by its connection of this number.
     Attached(u32),
-    /// The connection is gone; `true`: in good order.
-    HungUp(bool),
+    /// That connection is gone; `true`: in good order.
+    HungUp(u32, bool),
     /// Nothing more is read.
     Done,
 }
@@ -74,25 +74,26 @@ impl Session {
     pub fn hang_up(&self, connection: u32, in_good_order: bool) {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         if *phase == Phase::Attached(connection) {
-            *phase = Phase::HungUp(in_good_order);
+            *phase = Phase::HungUp(connection, in_good_order);
         }
     }
 
-    /// Whether the connection is gone, and whether in good order.
-    pub fn hung_up(&self) -> Option<bool> {
+    /// The connection that is gone, and whether in good order.
+    pub fn hung_up(&self) -> Option<(u32, bool)> {
         match *self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
-            Phase::HungUp(in_good_order) => Some(in_good_order),
+            Phase::HungUp(connection, in_good_order) => Some((connection, in_good_order)),
             _ => None,
         }
     }
 
-    /// Ends the session if the rank is gone; whether it did.
-    pub fn end_if_hung_up(&self) -> bool {
+    /// Ends the session, unless the rank has come back since that connection; whether it did.
+    pub fn end_after(&self, connection: u32) -> bool {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*phase, Phase::HungUp(_)) {
+        let ends = matches!(*phase, Phase::HungUp(last, _) if last == connection);
+        if ends {
             *phase = Phase::Done;
         }
-        *phase == Phase::Done
+        ends
     }
 
     /// Ends the session in any case.
@@ -136,4 +137,44 @@ fn inode_of(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
         return Err(std::io::Error::last_os_error());
     }
     Ok((stat.st_dev, stat.st_ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use wire::slab::SlabWriter;
+
+    use super::*;
+
+    #[test]
+    fn a_session_ends_after_its_last_connection_only() {
+        let slab = SlabWriter::create(1 << 20, 0).unwrap();
+        let session = Session::new(0, slab.mapping().clone()).unwrap();
+        session.hang_up(0, false);
+        assert_eq!(session.hung_up(), Some((0, false)));
+        assert_eq!(session.adopt(slab.mapping().fd()), Some(1));
+        assert!(!session.end_after(0), "it has come back");
+        session.hang_up(0, true);
+        assert_eq!(session.hung_up(), None, "the end of the old connection was noticed late");
+        session.hang_up(1, true);
+        assert!(session.end_after(1) && session.is_done());
+        assert_eq!(session.adopt(slab.mapping().fd()), None);
+    }
+
+    #[test]
+    fn other_memory_is_another_session() {
+        let (slab, other) = (SlabWriter::create(1 << 20, 0).unwrap(), SlabWriter::create(1 << 20, 0).unwrap());
+        let session = Session::new(0, slab.mapping().clone()).unwrap();
+        assert_eq!(session.adopt(other.mapping().fd()), None);
+    }
+
+    #[test]
+    fn a_busy_rank_does_not_push_the_end_ahead_of_itself() {
+        let mut slab = SlabWriter::create(1 << 20, 0).unwrap();
+        let session = Session::new(0, slab.mapping().clone()).unwrap();
+        assert!(!session.is_drained());
+        session.stop_at_head();
+        slab.try_reserve(1, b"m", 0, 64, 64).unwrap().commit();
+        session.stop_at_head();
+        assert!(session.is_drained());
+    }
 }

@@ -131,7 +131,8 @@ impl Store {
     pub fn finish(&self) {
         self.alloc().retire_all();
         self.seal_complete();
-        if let Some((send, thread)) = lock(&self.sealer).take() {
+        let sealer = lock(&self.sealer).take();
+        if let Some((send, thread)) = sealer {
             drop(send);
             // A sealer that panicked leaves its shards open; the next agent seals them.
             let _ = thread.join();
