@@ -8,11 +8,18 @@ use super::{
     protocol,
 };
 
+/// Looks that a reader takes on its own after the last frame, each after twice the time, before it has to be woken.
+const GLANCES: u32 = 5;
+/// Before the first of them.
+const GLANCE: Duration = Duration::from_micros(20);
+
 /// Reads frames in order.
 #[derive(Debug)]
 pub struct SlabReader {
     map: Arc<Mapping>,
     tail: u64,
+    /// Waits since the last frame.
+    idle: u32,
 }
 
 /// One frame, checked. Its payload stays valid until [`SlabReader::release`].
@@ -53,7 +60,7 @@ impl SlabReader {
                 map.ring_len()
             )));
         }
-        Ok(Self { map: Arc::new(map), tail })
+        Ok(Self { map: Arc::new(map), tail, idle: 0 })
     }
 
     /// The memory, for heartbeats from another thread.
@@ -90,6 +97,7 @@ impl SlabReader {
                 Some(State::Writing) => return Ok(Fetched::Pending),
                 Some(State::Pad | State::Abandoned) => self.release_len(header.frame_len),
                 Some(State::Ready) => {
+                    self.idle = 0;
                     let (meta, payload) = self.body(at, &header)?;
                     // SAFETY: body checked that the range lies inside the ring; it stays mapped while self does, and
                     // the job does not write to a Ready frame (SLAB-3).
@@ -162,8 +170,14 @@ impl SlabReader {
         Ok((meta, payload))
     }
 
-    /// Sleeps until the job commits something or `limit` passes.
-    pub fn wait(&self, limit: Duration) {
+    /// Sleeps until the job commits something or `limit` passes. The first few sleeps after a frame are short ones that
+    /// nobody has to end: waking us costs the job more than a small tensor does, and more are likely on their way.
+    pub fn wait(&mut self, limit: Duration) {
+        if self.idle < GLANCES {
+            std::thread::sleep(limit.min(GLANCE * (1 << self.idle)));
+            self.idle += 1;
+            return;
+        }
         let header = self.map.header();
         let seen = header.doorbell.load(Ordering::SeqCst);
         header.agent_waits.store(1, Ordering::SeqCst);
