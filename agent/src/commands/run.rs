@@ -92,6 +92,9 @@ fn conclude(agent: &mut Sidecar, ended: Ended) -> anyhow::Result<Totals> {
         eprintln!("flexmodel: the agent is still writing to {}; it ends by itself", summary::relative(agent.run()));
         return Ok(agent.last_totals());
     }
+    if let Some(how) = agent.untold_death() {
+        eprintln!("flexmodel: the agent {how}; what it had captured is kept");
+    }
     match close_for_the_dead(agent.run(), exit_code) {
         Ok(info) => Ok(info.totals),
         Err(e) => {

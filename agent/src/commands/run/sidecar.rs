@@ -52,6 +52,7 @@ pub struct Sidecar {
     totals: Totals,
     done: bool,
     silent: bool,
+    told: bool,
     _folder: PrivateFolder,
 }
 
@@ -106,6 +107,7 @@ impl Sidecar {
             totals: Totals::default(),
             done: false,
             silent: false,
+            told: false,
             _folder: folder,
         })
     }
@@ -168,7 +170,7 @@ impl Sidecar {
                     return News::Progress(self.totals);
                 }
                 Event::Silent => {
-                    self.silent = true;
+                    (self.silent, self.told) = (true, true);
                     return News::AgentDied(how(&mut self.child));
                 }
                 Event::JobEnded(ended) => return News::JobEnded(ended),
@@ -191,6 +193,14 @@ impl Sidecar {
             let _ = self.child.wait();
         }
         self.done.then_some(self.totals)
+    }
+
+    /// How the agent ended, if it died and nobody has said so yet.
+    pub fn untold_death(&mut self) -> Option<String> {
+        (self.silent && !self.done && !self.told).then(|| {
+            self.told = true;
+            how(&mut self.child)
+        })
     }
 
     fn hear(&mut self, said: FromAgent) {
