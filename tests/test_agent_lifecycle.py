@@ -1,8 +1,8 @@
 """The agent comes late, dies, stops, fills its disk, falls behind: the job never notices more than lost captures."""
 
 import contextlib
-import os
 import pathlib
+import re
 import signal
 import subprocess
 
@@ -75,16 +75,14 @@ def _same_losses(outcome: harness.Outcome, tmp_path: pathlib.Path) -> None:
         assert job.wait().losses[: goal + 1] == outcome.losses
 
 
-def test_an_agent_that_comes_late_gets_the_rest(training, tmp_path):
+def test_an_agent_that_comes_late_gets_what_waits_in_the_slab_and_the_rest(training, tmp_path):
     job = training()
     job.go_on(3)
     with harness.agent(tmp_path / "x", job.socket):
         _wait_for_records(tmp_path / "x")
         job.go_on(3)
         outcome = job.finish()
-    steps = _steps(tmp_path / "x")
-    assert min(steps) > 0
-    assert steps == set(range(min(steps), max(steps) + 1))
+    assert _steps(tmp_path / "x") == set(range(len(outcome.losses)))
     _same_losses(outcome, tmp_path)
 
 
@@ -190,10 +188,10 @@ def _peak_memory(pid: int) -> int:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MiB."""
-    folder = tmp_path / "disk"
+    """A file system of 100 MiB, less than half of what the job captures."""
+    folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
@@ -205,10 +203,12 @@ def test_a_full_disk_is_said_once_counted_and_survived(small_disk, untapped_once
     argv = harness.torchrun("wide.py", str(STEPS), str(ROWS))
     outcome = harness.tapped(argv, "*:forward,backward_pre", small_disk / "x").expect(0)
     assert outcome.losses == untapped_once(argv).losses
-    lines = [line for line in outcome.err.splitlines() if "space" in line.lower() or "disk" in line.lower()]
-    assert 1 <= len(lines) <= 2, outcome.text
-    assert os.path.exists(small_disk / "x" / "manifest.jsonl")
+    assert outcome.err.count("No space left on device") == 1, outcome.text
     run = flexmodel.open(small_disk / "x")
     complete = [record for record in run.records if record.complete]
     assert complete
-    assert captures.same_bytes(complete[0].tensor()[: 2 * ROWS], complete[0].tensor())
+    stored = sum(len(record.parts) for record in run.records)
+    dropped = int(re.search(r"(\d+) dropped", outcome.err)[1])
+    assert dropped > 0
+    assert stored + dropped == 2 * 4 * 2 * STEPS
+    assert captures.same_bytes(run.get("0", step=0), torch.cat(_wide_parts()))

@@ -1,11 +1,12 @@
 """A transformers model under FSDP2, as scripts/quickstart trains it."""
 
-import captures
-import harness
 import pytest
-import reference
 import torch
 import train_lm
+
+import captures
+import harness
+import reference
 
 TAPPED = {"model", "model.embed_tokens", "model.layers.0.mlp", "model.layers.3.self_attn", "model.layers.1", "lm_head"}
 HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
