@@ -55,9 +55,12 @@ def unusual(run_once):
 def test_every_element_type_and_form_is_kept_to_the_bit(unusual):
     model = dtypes.Everything()
     recorder = reference.Recorder(model, lambda name: name.count(".") == 1 and name not in REFUSED)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):
         recorder.forward_pass(step)
-        model(dtypes.batch(step))
+        optimizer.zero_grad()
+        model(dtypes.batch(step)).backward()
+        optimizer.step()
     expected = {key: value for key, value in recorder.found.items() if key.kind == "forward"}
     assert len(expected) == 2 * (len(dtypes.DTYPES) + len(dtypes.FORMS) - len(REFUSED))
     captures.expect_equal(captures.read(unusual.run), expected)
