@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, Listener
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FLEXMODEL = pathlib.Path(shutil.which("flexmodel") or sys.exit("bench: flexmodel is not on PATH; use scripts/bench"))
+EXAMPLES = ROOT / "target" / "release" / "examples"
 LIBRARY = FLEXMODEL.resolve().parent.parent / "lib" / "flexmodel" / "libflexmodel.so"
 
 

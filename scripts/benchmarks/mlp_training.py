@@ -1,9 +1,10 @@
 """An ordinary FSDP2 training script: eight MLP blocks, 16.8 MB of their outputs a step over both ranks.
 
-    torchrun --nproc-per-node 2 mlp_training.py BLOCK ROUNDS
+    torchrun --nproc-per-node 2 mlp_training.py STEPS ROUNDS
 
-Steps come in blocks. FlexModel, if it is there, was told by the hooks which blocks to tap; the script taps others with
-hooks of its own, and leaves others alone. Rank 0 prints one line a block: its variant and its steps' seconds.
+Steps come in blocks of STEPS. FlexModel, if it is there, was told by the hooks which blocks to tap; the script taps others with
+hooks of its own, and leaves others alone. Rank 0 prints one line a block: its variant, its steps' seconds, and the
+seconds of CPU that this process used for them.
 """
 
 import json
@@ -85,16 +86,17 @@ def main(steps: int, rounds: int) -> None:
         for variant in order(number):
             own = Own(model, variant == "gather") if variant in ("clone", "gather") else None
             dist.barrier()
-            times = []
+            times, cpu = [], time.process_time()
             for _ in range(steps):
                 times.append(step())
                 if own:
                     own.kept.clear()
+            cpu = time.process_time() - cpu
             if own:
                 own.remove()
             time.sleep(0.5)  # whoever still has something to write writes it now, and not in the next block
             if dist.get_rank() == 0:
-                print("BLOCK", json.dumps([variant, times]), flush=True)
+                print("BLOCK", json.dumps([variant, times, cpu]), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
