@@ -27,6 +27,8 @@ def row(name: str, samples: Sequence[float], goal: str = "", form: str = "{:.3f}
     low, _, high = statistics.quantiles(s, n=4) if len(s) > 1 else (s[0],) * 3
     show = form.format
     spread = f"middle half {show(low)} .. {show(high)}, all {show(s[0])} .. {show(s[-1])}, n={len(s)}"
+    if len(s) == 1:
+        spread = ""
     print(f"  {name:<46} {show(statistics.median(s)):>9}   {spread}{'   goal ' + goal if goal else ''}", flush=True)
 
 

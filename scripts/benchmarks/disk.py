@@ -45,7 +45,7 @@ def disk() -> None:
     title("disk: bytes a second of agent / dd conv=fsync, the same bytes, until they are synced")
     ratios, speeds = [], []
     with scratch() as work:
-        for n in range(ROUNDS):
+        for _ in range(ROUNDS):
             seconds, size = agent_to_disk(work)
             source, copy = work / "all", work / "copy"
             with source.open("wb") as out:

@@ -17,7 +17,8 @@ def main() -> None:
     title("latency: from the tap (a 1 MiB output) to Run.refresh() with the record in it")
     with scratch() as work:
         out = work / "run"
-        argv = [FLEXMODEL, "run", "--hooks", "0", "--out", out, "--", sys.executable, HERE / "latency_training.py", STEPS]
+        program = [sys.executable, HERE / "latency_training.py", STEPS]
+        argv = [FLEXMODEL, "run", "--hooks", "0", "--out", out, "--", *program]
         job = subprocess.Popen(list(map(str, argv)), env=environment(), stderr=subprocess.PIPE, text=True)
         while not (out / "run.json").exists() and job.poll() is None:
             time.sleep(0.01)
@@ -40,7 +41,7 @@ def main() -> None:
         if job.returncode != 0 or seen < STEPS:
             sys.exit(f"bench: {seen} of {STEPS} records were seen\n{errors}")
         row("milliseconds", late, form="{:.2f}")
-        print(f"  99 of 100 are readable within                  {statistics.quantiles(late, n=100)[98]:9.2f}   milliseconds")
+        row("99 of 100 within", [statistics.quantiles(late, n=100)[98]], form="{:.2f}")
         row("of which one look at the run", looks, form="{:.2f}")
 
 

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 mlp_training.py STEPS ROUNDS
 
-Steps come in blocks of STEPS. FlexModel, if it is there, was told by the hooks which blocks to tap; the script taps others with
-hooks of its own, and leaves others alone. Rank 0 prints one line a block: its variant, its steps' seconds, and the
-seconds of CPU that this process used for them.
+Steps come in blocks of STEPS. FlexModel, if it is there, was told by the hooks which blocks to tap; the script taps
+others with hooks of its own, and leaves others alone. Rank 0 prints one line a block: its variant, its steps' seconds,
+and the seconds of CPU that this process used for them.
 """
 
 import json
