@@ -6,7 +6,10 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -72,12 +75,19 @@ Ref wrap(at::Tensor tensor) {
   return Ref(object);
 }
 
+// wire::env::FAULT: proves that what C++ throws stays here.
+bool throws() {
+  static const char* const fault = std::getenv("FLEXMODEL_TEST_FAULT");
+  return fault != nullptr && std::strcmp(fault, "throw-in-tap") == 0;
+}
+
 // Runs a hook's body so that nothing of ours ever reaches the job.
 template <typename Body>
 PyObject* guarded(Body body) {
   // A traced graph must be the module's alone.
   if (!active() || at::tracer::impl::is_dispatch_enabled()) return none();
   try {
+    if (throws()) throw std::runtime_error("injected by FLEXMODEL_TEST_FAULT=throw-in-tap");
     Ref result = body();
     return result ? result.release() : none();
   } catch (const PyError&) {

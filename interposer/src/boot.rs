@@ -62,6 +62,9 @@ extern "C" fn pending(_: *mut c_void) -> c_int {
 }
 
 fn start() -> Result<(), String> {
+    // Panics end at our boundaries, which say one line; std's own report would be many. This hook is this library's
+    // alone: it has a copy of std of its own.
+    std::panic::set_hook(Box::new(|_| {}));
     host::injected("panic-in-load");
     let found = python::version().ok_or("this Python does not tell its version")?;
     if found < OLDEST_PYTHON {

@@ -84,11 +84,6 @@ impl Link {
         self.hello.rank
     }
 
-    /// Whether an agent has our slab.
-    pub fn attached(&self) -> bool {
-        self.stream.is_some()
-    }
-
     /// Sends a message, now or when an agent is there.
     pub fn say(&mut self, message: ToAgent) {
         self.send(&message);

@@ -139,7 +139,9 @@ pub fn ship(cargo: Cargo) {
             count(|h| &h.dropped);
             return;
         };
-        if len > 0 && !fill(slot, &cargo, at / item, len / item) {
+        if len == 0 {
+            slot.commit();
+        } else if !fill(slot, &cargo, at / item, len / item) {
             count(|h| &h.dropped);
             return;
         }
@@ -269,7 +271,7 @@ impl Patience {
     }
 }
 
-/// The process ends in good order: waits for copies under way, tells the agent, and says what was never delivered.
+/// The process ends in good order: waits for copies under way, and tells the agent, which has the slab and goes on.
 pub fn finish() {
     pending::drain(FAREWELL);
     let mut guard = lock();
@@ -284,11 +286,5 @@ pub fn finish() {
         dropped: header.dropped.load(Ordering::Relaxed) + LOST.load(Ordering::Relaxed),
         refused: header.refused.load(Ordering::Relaxed),
     };
-    let delivered = shipper.link.attached();
     shipper.link.say(ToAgent::Bye(counts));
-    let left = writer.in_flight();
-    drop(guard);
-    if !delivered && counts.records > 0 && left > 0 {
-        log::line("no agent is there at the end: what it had not taken yet is lost");
-    }
 }
