@@ -1,5 +1,6 @@
 """A transformers model under FSDP2, as scripts/quickstart trains it."""
 
+import flexmodel
 import pytest
 import torch
 import train_lm
@@ -55,3 +56,9 @@ def test_outputs_of_model_classes_are_named_by_their_fields(outcome):
     assert ("model", "forward", "out.last_hidden_state") in paths
     assert ("model.layers.3.self_attn", "forward", "out[0]") in paths
     assert ("model.layers.3.self_attn", "forward_pre", "in.hidden_states") in paths
+
+
+def test_classes_are_those_that_the_author_wrote(outcome):
+    classes = {record.module: record.class_name for record in flexmodel.open(outcome.run).records}
+    assert classes["model.layers.1"] == "LlamaDecoderLayer"  # and not fully_shard's FSDPLlamaDecoderLayer
+    assert classes["model.layers.0.mlp"] == "LlamaMLP"

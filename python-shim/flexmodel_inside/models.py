@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import guarded
 from .family import Family
-from .naming import authored, named
+from .naming import authored, authored_class, named
 from .ranks import rank_and_world
 from .wrappers import batch_dims, is_data_parallel, wrapper_name
 
@@ -92,10 +92,10 @@ class Models:
     def _tap(self, top: nn.Module, rank: int, world: int) -> None:
         modules = list(named(top))
         dims = batch_dims(modules)
-        entries = [
-            (name, type(m).__name__, f"{type(m).__module__}.{type(m).__qualname__}", dims.get(id(m), -1))
-            for name, m in modules
-        ]
+        entries = []
+        for name, module in modules:
+            cls = authored_class(module)
+            entries.append((name, cls.__name__, f"{cls.__module__}.{cls.__qualname__}", dims.get(id(module), -1)))
         model = authored(top)
         serial = self._family.serial(model)
         found = self._bridge.select(serial, entries, wrapper_name(top), is_data_parallel(top), rank, world)

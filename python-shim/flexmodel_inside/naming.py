@@ -19,6 +19,9 @@ _WRAPPERS = {
     ("megatron.core.transformer.module", "Float16Module"),
 }
 
+# What torch puts before a class's name when it swaps in a subclass.
+_SUBCLASS_PREFIXES = ("FSDP", "DDP", "Parametrized")
+
 
 def unwrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper; None if `module` is no wrapper."""
@@ -36,6 +39,17 @@ def authored(module: nn.Module) -> nn.Module:
     while (inner := unwrapped(module)) is not None:
         module = inner
     return module
+
+
+def authored_class(module: nn.Module) -> type:
+    """The class its author gave it: fully_shard and parametrizations swap in a subclass, such as `FSDPLinear`."""
+    cls = type(module)
+    while cls.__module__.startswith("torch."):
+        base = next((b for b in cls.__bases__ if cls.__name__ in {prefix + b.__name__ for prefix in _SUBCLASS_PREFIXES}), None)
+        if base is None:
+            break
+        cls = base
+    return cls
 
 
 def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
