@@ -17,13 +17,28 @@ PROGRAM = str(HERE / "programs" / "gpu.py")
 HOOKS = "layers.*.mlp:forward,backward,backward_pre;layers.*.turn:forward_pre;head"
 
 
-def job(*arguments: str, hooks: str | None = None, out: str = "", env: dict[str, str] | None = None) -> tuple[str, list[float]]:
+def job(
+    *arguments: str, hooks: str | None = None, out: str = "", env: dict[str, str] | None = None
+) -> tuple[str, list[float]]:
     """stdout and step times of the program, tapped if `hooks` are given."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", PROGRAM, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        PROGRAM,
+        *arguments,
+    ]
     if hooks is not None:
         command = [os.environ["FLEXMODEL"], "run", "--hooks", hooks, "--out", out, "--", *command]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=False,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
         env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **(env or {})},
     )
     ours = [line for line in done.stderr.splitlines() if line.startswith("flexmodel:")]
@@ -46,7 +61,9 @@ def reference(dtype: str) -> dict[tuple[str, str], torch.Tensor]:
                 lambda m, gi, go, n=name: seen.update({(n, "backward"): gi[0].cpu(), (n, "backward_pre"): go[0].cpu()})
             )
         if name.endswith(".turn"):
-            module.register_forward_pre_hook(lambda m, i, n=name: seen.__setitem__((n, "forward_pre"), i[0].detach().cpu()))
+            module.register_forward_pre_hook(
+                lambda m, i, n=name: seen.__setitem__((n, "forward_pre"), i[0].detach().cpu())
+            )
         if name == "head":
             module.register_forward_hook(lambda m, i, o, n=name: seen.__setitem__((n, "forward"), o.detach().cpu()))
     # A full backward hook refuses the in-place operation behind it: the reference does without.
@@ -73,18 +90,30 @@ def main() -> None:
             for (module, kind), tensor in expected.items():
                 got = run.get(module, kind=kind, step=0)
                 assert got.dtype == tensor.dtype and got.shape == tensor.shape, (module, kind, got.shape, tensor.shape)
-                assert torch.equal(got, tensor), f"{dtype} {module} {kind}: max error {(got.float() - tensor.float()).abs().max()}"
+                assert torch.equal(got, tensor), (
+                    f"{dtype} {module} {kind}: max error {(got.float() - tensor.float()).abs().max()}"
+                )
                 worst = max(worst, float((got.float() - tensor.float()).abs().max()))
             print(f"{dtype}: losses bitwise equal, {len(expected)} tensors equal to plain hooks (max error {worst})")
         # 8 outputs of 8 x 128 x 4096 in bfloat16 a step: odd steps are not tapped, so both are timed in one process.
         for slab in ("256M", "1G"):
             hooks = "layers.*.mlp:forward@every=2"
-            _, times = job("bfloat16", "4096", "8", "8", "60", hooks=hooks, out=f"{folder}/speed{slab}", env={"FLEXMODEL_SLAB": slab})
+            _, times = job(
+                "bfloat16",
+                "4096",
+                "8",
+                "8",
+                "60",
+                hooks=hooks,
+                out=f"{folder}/speed{slab}",
+                env={"FLEXMODEL_SLAB": slab},
+            )
             on, off = times[10::2], times[11::2]
             ratios = [a / b for a, b in zip(on, off, strict=True)]
             low, mid, high = statistics.quantiles(ratios, n=4)
             print(
-                f"slab {slab}: {8 * 8 * 128 * 4096 * 2 / 1e6:.1f} MB a tapped step; step {statistics.median(on) * 1e3:.2f} ms tapped, "
+                f"slab {slab}: {8 * 8 * 128 * 4096 * 2 / 1e6:.1f} MB a tapped step; "
+                f"step {statistics.median(on) * 1e3:.2f} ms tapped, "
                 f"{statistics.median(off) * 1e3:.2f} ms not; ratio median {mid:.3f} (quartiles {low:.3f} .. {high:.3f})"
             )
             assert len(flexmodel.open(f"{folder}/speed{slab}").records) == 8 * 30

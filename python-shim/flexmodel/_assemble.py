@@ -77,7 +77,7 @@ def plan(parts: Sequence[Part]) -> Node:
 
 def _settled(parts: Sequence[Part]) -> Sequence[Part]:
     """Where a part had a batch of one and could not tell, another part's word for a shard of dimension 0 counts."""
-    for depth, axis in enumerate(parts[0].axes):
+    for depth in range(len(parts[0].axes)):
         said = [p.axes[depth] for p in parts if depth < len(p.axes)]
         if any(a.place == "shard" and a.dim == 0 for a in said) and any(a.place == "replicate_or_shard0" for a in said):
             parts = [_sharded(p, depth) for p in parts]

@@ -22,7 +22,10 @@ from . import imports
 
 
 def start(bridge: Any) -> None:
-    """Wait for `torch.nn` and `torch.optim`, then watch for models. `bridge` is the module of `cxx-bridge/cpp/module.cc`."""
+    """Wait for `torch.nn` and `torch.optim`, then watch for models.
+
+    `bridge` is the module that `cxx-bridge/cpp/module.cc` makes.
+    """
 
     def watch() -> None:
         from .models import Models

@@ -81,7 +81,7 @@ class Family:
 
     def tops(self) -> Iterator[nn.Module]:
         """Live modules that are in no other, in order of construction."""
-        for node in sorted(list(self._nodes.values()), key=lambda n: n.serial):
+        for node in sorted(self._nodes.values(), key=lambda n: n.serial):
             module = node.module()
             if module is not None and self._parent(module) is None:
                 yield module

@@ -45,7 +45,9 @@ def authored_class(module: nn.Module) -> type:
     """The class its author gave it: fully_shard and parametrizations swap in a subclass, such as `FSDPLinear`."""
     cls = type(module)
     while cls.__module__.startswith("torch."):
-        base = next((b for b in cls.__bases__ if cls.__name__ in {prefix + b.__name__ for prefix in _SUBCLASS_PREFIXES}), None)
+        base = next(
+            (b for b in cls.__bases__ if cls.__name__ in {prefix + b.__name__ for prefix in _SUBCLASS_PREFIXES}), None
+        )
         if base is None:
             break
         cls = base
@@ -53,7 +55,10 @@ def authored_class(module: nn.Module) -> type:
 
 
 def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Canonical name and module for all of a model, parents first; the model itself is ''. A shared module has its first name."""
+    """Canonical name and module for all of a model, parents first; the model itself is ''.
+
+    A module that is there twice has its first name.
+    """
     seen: set[int] = set()
     stack = [("", authored(top))]
     while stack:

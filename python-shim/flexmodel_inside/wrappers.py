@@ -1,4 +1,7 @@
-"""How the job distributes a model, read off the objects it is made of. Nothing is imported that the job has not imported."""
+"""How the job distributes a model, read off the objects it is made of.
+
+Nothing is imported that the job has not imported.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains on one GPU under FSDP2, in bfloat16 where it says so, with an in-place operation right behind a tapped module."""
+"""Trains on one GPU under FSDP2, with an in-place operation right behind a tapped module."""
 
 import sys
 import time
