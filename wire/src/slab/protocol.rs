@@ -56,7 +56,10 @@ mod model {
     /// the agent is reading (SLAB-3).
     #[test]
     fn frames_are_never_read_while_written() {
-        loom::model(|| {
+        // Three preemptions show every bug of this size within a second; without a bound it takes minutes.
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
             struct Ring {
                 head: AtomicU64,
                 tail: AtomicU64,
