@@ -16,8 +16,10 @@ use flexmodel_wire::{
     slab::{Fetched, SlabReader, SlabWriter},
 };
 
-/// Bytes moved in one measurement.
-const ROUND: usize = 1 << 30;
+/// Bytes moved by each side in its turn.
+const TURN: usize = 64 << 20;
+/// Turns of each side in a round.
+const TURNS: usize = 16;
 
 fn main() {
     let mut args = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("FRAME_BYTES ROUNDS"));
@@ -26,33 +28,35 @@ fn main() {
     let fd = writer.mapping().fd().try_clone_to_owned().expect("a descriptor");
     let over = AtomicBool::new(false);
     // As many bytes of memory on both sides, each page touched before.
-    let source = vec![1u8; ROUND.min(64 << 20) / frame * frame];
+    let source = vec![1u8; TURN / frame * frame];
     let mut plain = vec![2u8; DEFAULT_SLAB_BYTES as usize / frame * frame];
     std::thread::scope(|scope| {
         scope.spawn(|| release_all(SlabReader::attach(fd).expect("our own slab"), &over));
-        for round in 0..rounds {
+        let mut at = 0;
+        for _ in 0..rounds {
             let (mut slab, mut memcpy) = (0.0, 0.0);
-            for turn in 0..2 {
-                match (round + turn) % 2 {
-                    0 => slab = timed(|| into_slab(&mut writer, &source, frame)),
-                    _ => memcpy = timed(|| into_memory(&mut plain, &source, frame)),
+            for turn in 0..2 * TURNS {
+                // slab memcpy memcpy slab: neither always comes first
+                match turn % 4 {
+                    0 | 3 => slab += seconds(|| into_slab(&mut writer, &source, frame)),
+                    _ => memcpy += seconds(|| at = into_memory(&mut plain, &source, frame, at)),
                 }
             }
-            println!("{slab:.3} {memcpy:.3}");
+            let speed = |seconds: f64| (source.len() * TURNS) as f64 / seconds / 1e9;
+            println!("{:.3} {:.3}", speed(slab), speed(memcpy));
         }
         over.store(true, Ordering::Relaxed);
     });
 }
 
-/// Gigabytes a second.
-fn timed(move_all: impl FnOnce()) -> f64 {
+fn seconds(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
-    move_all();
-    ROUND as f64 / start.elapsed().as_secs_f64() / 1e9
+    work();
+    start.elapsed().as_secs_f64()
 }
 
 fn into_slab(writer: &mut SlabWriter, source: &[u8], frame: usize) {
-    for bytes in source.chunks_exact(frame).cycle().take(ROUND / frame) {
+    for bytes in source.chunks_exact(frame) {
         let record = writer.begin_record();
         let slot = loop {
             match writer.try_reserve(
@@ -72,13 +76,14 @@ fn into_slab(writer: &mut SlabWriter, source: &[u8], frame: usize) {
     }
 }
 
-fn into_memory(plain: &mut [u8], source: &[u8], frame: usize) {
-    let mut at = 0;
-    for bytes in source.chunks_exact(frame).cycle().take(ROUND / frame) {
+/// Goes round as the slab does; returns where it stopped.
+fn into_memory(plain: &mut [u8], source: &[u8], frame: usize, mut at: usize) -> usize {
+    for bytes in source.chunks_exact(frame) {
         plain[at..at + frame].copy_from_slice(bytes);
         at = (at + frame) % plain.len();
     }
     std::hint::black_box(plain);
+    at
 }
 
 /// An agent that has nothing to do but to make room.

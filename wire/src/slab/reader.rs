@@ -9,9 +9,9 @@ use super::{
 };
 
 /// Looks that a reader takes on its own after the last frame, each after twice the time, before it has to be woken.
-const GLANCES: u32 = 5;
+const GLANCES: u32 = 3;
 /// Before the first of them.
-const GLANCE: Duration = Duration::from_micros(20);
+const GLANCE: Duration = Duration::from_micros(200);
 
 /// Reads frames in order.
 #[derive(Debug)]
