@@ -43,7 +43,8 @@ def main() -> None:
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", work / "requests.so", work / "requests.c"], check=True)
         running = []
         for n, extra in enumerate(VARIANTS.values()):
-            argv = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={work}/out{n}"]
+            argv = ["setarch", "-R", "valgrind", "--tool=callgrind", "--instr-atstart=no"]
+            argv += [f"--callgrind-out-file={work}/out{n}"]
             argv += [sys.executable, str(HERE / "counted.py"), str(work / "requests.so")]
             with open(work / f"log{n}", "w") as log:
                 running.append(subprocess.Popen(argv, env=environment(**extra), stderr=log))

@@ -4,6 +4,7 @@ import mmap
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ ROUNDS, ELEMENTS, STEPS = 5, 16 << 20, 1
 
 
 def agent_to_disk(work: pathlib.Path) -> tuple[float, int]:
-    """Seconds from the first tensor to everything synced and sealed, and bytes of tensors."""
+    """Seconds from a slab full of tensors to everything synced and sealed, and the bytes of the sealed files."""
     run, socket = work / "run", work / "s"
     agent = subprocess.Popen(
         [FLEXMODEL, "agent", "--socket", socket, "--out", run], env=environment(), stderr=subprocess.PIPE, text=True,
@@ -23,15 +24,31 @@ def agent_to_disk(work: pathlib.Path) -> tuple[float, int]:
     )  # fmt: skip
     while not socket.is_socket():
         time.sleep(0.01)
-    produce = [EXAMPLES / "produce", "--socket", socket, "--ranks", "1", "--layers", "4"]
+    # While it stands still, its rank makes up tensors and fills the slab: that is not what is measured.
+    agent.send_signal(signal.SIGSTOP)
+    argv = [EXAMPLES / "produce", "--socket", socket, "--ranks", "1", "--layers", "4", "--slab", "1G"]
+    rank = subprocess.Popen([*argv, "--steps", str(STEPS), "--elements", str(ELEMENTS)])
+    until_idle(rank.pid)
     start = time.perf_counter()
-    subprocess.run([*produce, "--steps", str(STEPS), "--elements", str(ELEMENTS)], check=True)
+    agent.send_signal(signal.SIGCONT)
+    rank.wait()
     agent.terminate()
     _, errors = agent.communicate()
     seconds = time.perf_counter() - start
-    if agent.returncode != 0:
+    if agent.returncode != 0 or rank.returncode != 0:
         sys.exit(f"bench: the agent failed\n{errors}")
     return seconds, sum(f.stat().st_size for f in run.glob("*.safetensors"))
+
+
+def until_idle(pid: int) -> None:
+    """Returns once a process has used no CPU for a while, but had used some."""
+    used, since = 0.0, time.monotonic()
+    while time.monotonic() - since < 0.5:
+        time.sleep(0.05)
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        now = int(fields[11]) + int(fields[12])
+        if now != used or now < 10:
+            used, since = now, time.monotonic()
 
 
 def dd(source: pathlib.Path, target: pathlib.Path) -> float:

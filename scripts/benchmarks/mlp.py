@@ -7,7 +7,7 @@ import sys
 
 from common import FLEXMODEL, HERE, cpu_seconds, environment, row, scratch, title
 
-STEPS, ROUNDS = 8, 8
+STEPS, ROUNDS = 8, 6
 GOALS = {"flexmodel": "<= 1.02", "clone": "", "gather": ""}
 NAMES = {
     "flexmodel": "flexmodel, whole tensors in a run directory",

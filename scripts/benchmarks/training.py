@@ -58,13 +58,13 @@ def main() -> None:
             dist.broadcast_object_list(todo)
         if todo[0] is None:
             break
-        times = []
+        times, cpu = [], time.process_time()
         for _ in range(todo[0]):
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
         if connection:
-            connection.send(times)
+            connection.send((times, time.process_time() - cpu))
     if sharded:
         dist.barrier()
         dist.destroy_process_group()
