@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from .naming import own
+
 
 class _Node:
     __slots__ = ("module", "parents", "serial")
@@ -44,7 +46,7 @@ class Family:
             self._on_change()
 
     def _restored(self, module: nn.Module) -> None:
-        for child in module.__dict__.get("_modules", {}).values():
+        for child in own(module, "_modules", {}).values():
             if isinstance(child, nn.Module):
                 self._join(module, child)
         self._on_change()
@@ -75,7 +77,7 @@ class Family:
     def _parent(self, module: nn.Module) -> nn.Module | None:
         for ref in self._node(module).parents:
             parent = ref()
-            if parent is not None and any(c is module for c in parent.__dict__.get("_modules", {}).values()):
+            if parent is not None and any(c is module for c in own(parent, "_modules", {}).values()):
                 return parent
         return None
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import guarded
 from .family import Family
-from .naming import authored, authored_class, named
+from .naming import authored, authored_class, named, own
 from .ranks import rank_and_world
 from .wrappers import batch_dims, is_data_parallel, wrapper_name
 
@@ -144,7 +144,7 @@ class Models:
     def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
         compiled: set[int] = set()
         for module in top.modules():
-            if "_orig_mod" in module.__dict__.get("_modules", {}) or module._compiled_call_impl is not None:
+            if "_orig_mod" in own(module, "_modules", {}) or module._compiled_call_impl is not None:
                 compiled.update(map(id, module.modules()))
         count = sum(id(m) in compiled for m in tapped)
         if count and not self._said_compiled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -23,9 +24,18 @@ _WRAPPERS = {
 _SUBCLASS_PREFIXES = ("FSDP", "DDP", "Parametrized")
 
 
+def own(module: nn.Module, name: str, default: Any) -> Any:
+    """An attribute of the module itself. Never by `__dict__`: asking for it makes Python build one for good, and every
+    later attribute of that module is then slower to find."""
+    try:
+        return object.__getattribute__(module, name)
+    except AttributeError:
+        return default
+
+
 def unwrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper; None if `module` is no wrapper."""
-    children = module.__dict__.get("_modules", {})
+    children = own(module, "_modules", {})
     for name in _PRIVATE:
         if children.get(name) is not None:
             return children[name]
@@ -69,7 +79,7 @@ def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         children = [
             (f"{name}.{key}" if name else key, authored(child))
-            for key, child in module.__dict__.get("_modules", {}).items()
+            for key, child in own(module, "_modules", {}).items()
             if isinstance(child, nn.Module)
         ]
         stack.extend(reversed(children))

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from .naming import own
+
 
 def _class(module: str, name: str) -> type | None:
     return getattr(sys.modules.get(module), name, None)
@@ -59,7 +61,7 @@ def batch_dims(names: list[tuple[str, nn.Module]]) -> dict[int, int]:
     """The batch dimension by id(module) where a module states it: `batch_first=False` means [length, batch, ...]."""
     second: set[str] = set()
     for name, module in names:
-        if module.__dict__.get("batch_first") is False:
+        if own(module, "batch_first", None) is False:
             second.add(name)
     out: dict[int, int] = {}
     for name, module in names:
