@@ -205,6 +205,7 @@ def test_a_full_disk_is_said_once_counted_and_survived(small_disk, untapped_once
     assert outcome.losses == untapped_once(argv).losses
     assert outcome.err.count("No space left on device") == 1, outcome.text
     run = flexmodel.open(small_disk / "x")
+    assert run.info.finished_ns is not None and run.info.exit_code == 0
     complete = [record for record in run.records if record.complete]
     assert complete
     stored = sum(len(record.parts) for record in run.records)

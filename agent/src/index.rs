@@ -2,16 +2,24 @@
 //!
 //! It is derived. `meta` says how much of the manifest it was made from; where that is another length, `flexmodel ls` makes
 //! it again.
+//! It is made line by line: however long a run was, the agent that closes it needs no more memory for that.
 //! Integers are SQLite's signed 64 bits: a larger unsigned value is kept with its bits, as a negative number.
 
-use std::{fs, path::Path};
+use std::{
+    fs::{self, File},
+    io::BufReader,
+    path::Path,
+};
 
 use anyhow::Context;
 use rusqlite::{Connection, OpenFlags, params};
 
 use crate::{
     read::{Problem, Run},
-    store::format::{FORMAT, INDEX_FILE, MANIFEST_FILE, Part},
+    store::{
+        format::{FORMAT, INDEX_FILE, Line, MANIFEST_FILE, Part},
+        manifest::{LineError, Reader},
+    },
 };
 
 /// The tables, as any SQLite client sees them.
@@ -25,21 +33,20 @@ CREATE TABLE parts (
     shard TEXT, offset INTEGER, len INTEGER, crc INTEGER,
     count INTEGER, mean REAL, std REAL, l2 REAL, absmax REAL, min REAL, max REAL, nan INTEGER, inf INTEGER, zero INTEGER
 );
+CREATE UNIQUE INDEX parts_by_module
+    ON parts (module, kind, path, step, model, micro, call, repeat, train, recompute, rank);
 ";
-const KEYS: &str = "
-CREATE INDEX parts_by_module ON parts (module, kind, path, step);
-CREATE INDEX parts_by_step ON parts (step);
-";
-const INSERT: &str = "INSERT INTO parts VALUES (
+const KEYS: &str = "CREATE INDEX parts_by_step ON parts (step);";
+/// A part that was captured again takes the place of the first, as everywhere.
+const INSERT: &str = "INSERT OR REPLACE INTO parts VALUES (
     ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25,
     ?26, ?27, ?28, ?29, ?30, ?31, ?32)";
 
 /// Makes the index of a run from its manifest; an old one is replaced whole.
 pub fn build(run: &Path) -> anyhow::Result<()> {
-    let open = Run::open(run)?;
     let target = run.join(INDEX_FILE);
     let temporary = run.join(format!(".{INDEX_FILE}.{}", std::process::id()));
-    let made = fill(&temporary, &open)
+    let made = fill(&temporary, &run.join(MANIFEST_FILE))
         .and_then(|()| Ok(fs::rename(&temporary, &target)?))
         .with_context(|| format!("{}: cannot be written; the run can be read without it", target.display()));
     if made.is_err() {
@@ -129,7 +136,8 @@ pub fn check(run: &Run) -> Result<(), Problem> {
     }
 }
 
-fn fill(path: &Path, run: &Run) -> anyhow::Result<()> {
+fn fill(path: &Path, manifest: &Path) -> anyhow::Result<()> {
+    let mut lines = Reader::new(BufReader::with_capacity(1 << 18, File::open(manifest)?));
     // A file left by a process of the same number that died.
     let _ = fs::remove_file(path);
     let mut db = Connection::open(path)?;
@@ -137,14 +145,21 @@ fn fill(path: &Path, run: &Run) -> anyhow::Result<()> {
     db.execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")?;
     let all = db.transaction()?;
     all.execute_batch(TABLES)?;
+    let mut complete = 0;
     {
         let mut insert = all.prepare(INSERT)?;
-        for part in run.records.iter().flat_map(|r| &r.parts) {
-            add(&mut insert, part)?;
+        while let Some(entry) = lines.next_line()? {
+            match entry.line {
+                Ok(Line::Part(part)) => add(&mut insert, &part)?,
+                Err(LineError::Torn) => break,
+                // Not parts, or damage that verify names.
+                Ok(_) | Err(_) => {}
+            }
+            complete = lines.offset();
         }
     }
     all.execute_batch(KEYS)?;
-    let meta = [("format", i64::from(FORMAT)), ("manifest_len", signed(run.manifest_len))];
+    let meta = [("format", i64::from(FORMAT)), ("manifest_len", signed(complete))];
     for (key, value) in meta {
         all.execute("INSERT INTO meta VALUES (?1, ?2)", params![key, value])?;
     }

@@ -5,6 +5,7 @@ mod rank;
 use std::{
     fs,
     io::Read,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -45,6 +46,7 @@ impl Run {
         command.args(["run", "--hooks", "layers.*.mlp", "--out"]).arg(&out).args(["--", "bash", "-c", script]);
         command.env("FLEXMODEL_HOME", home(folder)).env_remove("FLEXMODEL_HOOKS").env_remove("FLEXMODEL_DISABLE");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        unignore_signals(&mut command);
         change(&mut command);
         Self { child: command.spawn().unwrap(), out }
     }
@@ -74,6 +76,19 @@ impl Run {
     fn parts(&self) -> usize {
         rank::parts(&self.out).len()
     }
+}
+
+/// Lets signals end what the command starts, also where the tests themselves run with some ignored (as under nohup).
+fn unignore_signals(command: &mut Command) {
+    // SAFETY: signal is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        })
+    };
 }
 
 fn kill(pid: i32, signal: i32) {
@@ -151,7 +166,8 @@ fn a_key_on_the_terminal_reaches_the_command_once() {
     let ready = dir.path().join("ready");
     let caught = dir.path().join("caught");
     let job = format!(
-        "trap 'echo x >> {1}' INT; {PAUSE}; : > {0}; while ! [ -e {1} ]; do pause 0.1; done; pause 0.5; exit 4",
+        "trap 'echo x >> {1}' INT; {PAUSE}; : > {0}; \
+         for i in {{1..300}}; do [ -e {1} ] && break; pause 0.1; done; pause 0.5; exit 4",
         ready.display(),
         caught.display()
     );
@@ -165,8 +181,10 @@ fn a_key_on_the_terminal_reaches_the_command_once() {
         job_file.display()
     );
     let outer = format!("( {typed} ) | script -qec '{line}' /dev/null");
-    let done = Command::new("bash").args(["-c", &outer]).env("FLEXMODEL_HOME", home(dir.path())).output();
-    let done = done.unwrap();
+    let mut terminal = Command::new("bash");
+    terminal.args(["-c", &outer]).env("FLEXMODEL_HOME", home(dir.path()));
+    unignore_signals(&mut terminal);
+    let done = terminal.output().unwrap();
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
     assert_eq!(fs::read_to_string(&caught).unwrap_or_default(), "x\n", "{text}");
     assert_eq!(done.status.code(), Some(4), "{text}");

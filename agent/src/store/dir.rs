@@ -75,16 +75,32 @@ impl RunDir {
         fs::read(self.path.join(RUN_FILE)).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()
     }
 
-    /// Replaces `run.json`.
+    /// Replaces `run.json`. While a run is under way the next one's space is kept, so that a disk that fills up in between
+    /// does not hide how the run ended.
     pub fn write_info(&self, info: &RunInfo) -> io::Result<()> {
         let mut json = serde_json::to_vec_pretty(info)?;
         json.push(b'\n');
         let new = self.path.join(format!("{RUN_FILE}.new"));
-        let mut file = File::create(&new)?;
+        let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(&new)?;
         file.write_all(&json)?;
+        file.set_len(json.len() as u64)?;
         file.sync_all()?;
-        fs::rename(new, self.path.join(RUN_FILE))?;
-        sync_dir(&self.path)
+        fs::rename(&new, self.path.join(RUN_FILE))?;
+        sync_dir(&self.path)?;
+        if info.finished_ns.is_none() {
+            // Without it the next write may fail, and says so then.
+            let _ = reserve(&new, 2 * json.len() as i64);
+        }
+        Ok(())
+    }
+}
+
+fn reserve(path: &Path, bytes: i64) -> io::Result<()> {
+    let file = File::create(path)?;
+    // SAFETY: the descriptor is open.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 
