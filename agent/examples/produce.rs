@@ -155,26 +155,15 @@ impl Rank {
             size => vec![Axis { name: "dp".into(), index: self.rank, size, place }],
         };
         let meta = RecordMeta {
-            module: module.into(),
             class: class.into(),
             kind,
             path: path.into(),
-            group: String::new(),
-            model: 0,
             step,
-            micro: 0,
-            call: 0,
-            repeat: 0,
-            train: true,
-            recompute: false,
-            stats_only: false,
-            dtype: DType::Float32,
-            shape,
             rank: self.rank,
             axes,
             dp_size: self.args.ranks,
             time_ns: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
-            refused: String::new(),
+            ..RecordMeta::output(module, DType::Float32, shape)
         };
         self.ship(&meta, bytes_of(&values));
     }

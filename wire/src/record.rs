@@ -104,6 +104,33 @@ pub struct RecordMeta {
 pub struct RecordError(pub &'static str);
 
 impl RecordMeta {
+    /// The only output of a module in the first pass of a job of one process. Producers change what differs:
+    /// `RecordMeta { step, ..RecordMeta::output("layers.0.mlp", dtype, shape) }`.
+    pub fn output(module: &str, dtype: DType, shape: Vec<u64>) -> Self {
+        Self {
+            module: module.to_owned(),
+            class: String::new(),
+            kind: Kind::Forward,
+            path: "out".to_owned(),
+            group: String::new(),
+            model: 0,
+            step: 0,
+            micro: 0,
+            call: 0,
+            repeat: 0,
+            train: true,
+            recompute: false,
+            stats_only: false,
+            dtype,
+            shape,
+            rank: 0,
+            axes: Vec::new(),
+            dp_size: 1,
+            time_ns: 0,
+            refused: String::new(),
+        }
+    }
+
     /// Bytes of payload: the product of `shape` times the element size, 0 if refused; `None` on overflow.
     pub fn payload_len(&self) -> Option<u64> {
         if !self.refused.is_empty() {
@@ -265,28 +292,19 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    pub(crate) fn example() -> RecordMeta {
+    fn example() -> RecordMeta {
         RecordMeta {
-            module: "layers.0.mlp".into(),
             class: "MLP".into(),
-            kind: Kind::Forward,
             path: "out[0]".into(),
-            group: String::new(),
             model: 1,
             step: 7,
             micro: 2,
             call: 3,
-            repeat: 0,
-            train: true,
-            recompute: false,
-            stats_only: false,
-            dtype: DType::BFloat16,
-            shape: vec![2, 0, 5],
             rank: 1,
             axes: vec![Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0, offset: None } }],
             dp_size: 2,
             time_ns: 99,
-            refused: String::new(),
+            ..RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 0, 5])
         }
     }
 

@@ -2,7 +2,6 @@
 
 use wire::{
     dtype::DType,
-    hooks::Kind,
     record::{Axis, Place, RecordMeta},
 };
 
@@ -10,28 +9,7 @@ use super::format::{Location, Part, Stats, What};
 
 /// A float32 forward output of shape `[rows, 4]`, whole.
 pub fn meta(module: &str, step: u64, rows: u64) -> RecordMeta {
-    RecordMeta {
-        module: module.into(),
-        class: "MLP".into(),
-        kind: Kind::Forward,
-        path: "out".into(),
-        group: String::new(),
-        model: 0,
-        step,
-        micro: 0,
-        call: 0,
-        repeat: 0,
-        train: true,
-        recompute: false,
-        stats_only: false,
-        dtype: DType::Float32,
-        shape: vec![rows, 4],
-        rank: 0,
-        axes: Vec::new(),
-        dp_size: 1,
-        time_ns: 7,
-        refused: String::new(),
-    }
+    RecordMeta { class: "MLP".into(), step, time_ns: 7, ..RecordMeta::output(module, DType::Float32, vec![rows, 4]) }
 }
 
 /// [`meta`] as `rank` of `world` ranks captured it, laid along one data parallel axis as `place` says.

@@ -16,7 +16,6 @@ use wire::{
     control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent},
     dtype::DType,
     env::OnFull,
-    hooks::Kind,
     record::{Axis, Place, RecordMeta},
     slab::{Mapping, SlabWriter},
 };
@@ -140,26 +139,10 @@ pub fn bytes_at(run: &Path, part: &Value) -> Vec<u8> {
 /// A float32 forward output `[rows, 16]`.
 pub fn meta(module: &str, step: u64, rows: u64) -> RecordMeta {
     RecordMeta {
-        module: module.into(),
         class: "MLP".into(),
-        kind: Kind::Forward,
-        path: "out".into(),
-        group: String::new(),
-        model: 0,
         step,
-        micro: 0,
-        call: 0,
-        repeat: 0,
-        train: true,
-        recompute: false,
-        stats_only: false,
-        dtype: DType::Float32,
-        shape: vec![rows, 16],
-        rank: 0,
-        axes: Vec::new(),
-        dp_size: 1,
         time_ns: step + 1,
-        refused: String::new(),
+        ..RecordMeta::output(module, DType::Float32, vec![rows, 16])
     }
 }
 
