@@ -1,6 +1,7 @@
 """Fixtures of the end-to-end tests. Jobs are expensive: one run serves every test of its module."""
 
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Says early that there is nothing to test."""
     if not harness.LIBRARY.is_file() or not pathlib.Path(harness.FLEXMODEL).is_file():
         raise pytest.UsageError(f"{harness.VENV} has no FlexModel in it: run scripts/setup --test")
+    # What is ignored here (under nohup) the jobs would ignore too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
