@@ -1,6 +1,7 @@
-//! What the dashboard shows of a run that is going on, fed by the ingest threads.
+//! What the dashboard shows of a run, fed by the ingest threads and, where a run is opened again, by its manifest.
 //!
-//! Feeding is one short lock, a hash lookup and a push; nothing here does I/O. Memory is bounded whatever the job does:
+//! Feeding is one short lock, a hash lookup and a push; only [`Live::replay`] does I/O. Memory is bounded whatever the
+//! job does:
 //!
 //! | what | bound |
 //! |---|---|
@@ -11,6 +12,7 @@
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 
 mod recent;
+mod replay;
 mod series;
 mod view;
 mod watch;
@@ -107,6 +109,13 @@ pub struct Divergence {
     pub against: u32,
 }
 
+/// The end of a run.
+#[derive(Clone, Copy)]
+struct Ended {
+    finished_ns: u64,
+    exit_code: Option<i32>,
+}
+
 #[derive(Default)]
 struct Inner {
     info: RunInfo,
@@ -121,6 +130,8 @@ struct Inner {
     divergences: VecDeque<Divergence>,
     totals: Totals,
     step: u64,
+    /// How the run ended, while it is only shown again.
+    ended: Option<Ended>,
     /// Series that were left out because there are too many: said once.
     overflowed: bool,
     clock: u64,
@@ -154,23 +165,12 @@ impl Live {
 
     /// A rank lost parts.
     pub fn dropped(&self, rank: u32, count: u64) {
-        self.change(|inner| {
-            inner.totals.dropped = inner.totals.dropped.saturating_add(count);
-            if let Some(r) = inner.rank(rank) {
-                r.dropped = r.dropped.saturating_add(count);
-            }
-            inner.run_changed();
-        });
+        self.change(|inner| inner.dropped(rank, count));
     }
 
     /// A replica differs from the one of rank `against`.
     pub fn diverged(&self, what: &What, against: u32) {
-        let divergence = Divergence { record: what.id.to_string(), rank: what.rank, against };
-        self.change(|inner| {
-            inner.totals.divergences = inner.totals.divergences.saturating_add(1);
-            push_bounded(&mut inner.divergences, divergence, MAX_NOTICES);
-            inner.run_changed();
-        });
+        self.change(|inner| inner.diverged(what, against));
     }
 
     /// A model was found, or found to be larger than was known.
@@ -178,9 +178,12 @@ impl Live {
         self.change(|inner| inner.model(model));
     }
 
-    /// A rank connected.
+    /// A rank connected. A run that was over goes on.
     pub fn attached(&self, rank: u32, pid: u32) {
         self.change(|inner| {
+            if inner.ended.take().is_some() {
+                (inner.info.finished_ns, inner.info.exit_code) = (None, None);
+            }
             if let Some(r) = inner.rank(rank) {
                 r.pid = pid;
                 r.attached = true;
@@ -270,6 +273,9 @@ impl Inner {
         }
         // The notices of `info` came one by one, and would be shown twice.
         info.notices.clear();
+        if let Some(Ended { finished_ns, exit_code }) = self.ended {
+            (info.finished_ns, info.exit_code) = (Some(finished_ns), exit_code);
+        }
         self.info = info;
         self.run_changed();
     }
@@ -297,6 +303,21 @@ impl Inner {
                 push_bounded(&mut self.refusals, Refusal { module, kind, path, reason, count: 1 }, MAX_REFUSALS);
             }
         }
+    }
+
+    fn dropped(&mut self, rank: u32, count: u64) {
+        self.totals.dropped = self.totals.dropped.saturating_add(count);
+        if let Some(r) = self.rank(rank) {
+            r.dropped = r.dropped.saturating_add(count);
+        }
+        self.run_changed();
+    }
+
+    fn diverged(&mut self, what: &What, against: u32) {
+        let divergence = Divergence { record: what.id.to_string(), rank: what.rank, against };
+        self.totals.divergences = self.totals.divergences.saturating_add(1);
+        push_bounded(&mut self.divergences, divergence, MAX_NOTICES);
+        self.run_changed();
     }
 
     fn part(&mut self, part: &Part) {

@@ -198,6 +198,35 @@ fn what_is_missing_is_named_with_the_way_out() {
 }
 
 #[test]
+fn a_python_that_taps_cannot_work_in_is_one_line_with_the_way_out_and_leaves_nothing() {
+    let site = Site::new();
+    site.write("home/libflexmodel.so", "");
+    let run = |change: &dyn Fn(&mut Command)| {
+        let (python, out) = (site.path("python3"), site.path("runs/first"));
+        let (python, shown) = (python.to_str().unwrap(), out.to_str().unwrap());
+        let mut command = site.command(&["run", "--hooks", "a", "--out", shown, "--", python, "train.py"]);
+        change(command.env_remove("FLEXMODEL_HOOKS").env_remove("FLEXMODEL_DISABLE"));
+        let output = command.output().unwrap();
+        let line = refused(&output);
+        assert!(line.starts_with("flexmodel: ") && line.lines().count() == 1, "{line}");
+        assert!(output.stdout.is_empty() && !site.path("runs").exists(), "{line}");
+        line
+    };
+    site.interpreter("echo '{\"python\":[3,9,2],\"executable\":\"p\"}'\n");
+    let old = run(&|_| {});
+    assert!(old.contains("python3: Python 3.9.2 is too old; use 3.10 or newer"), "{old}");
+    site.interpreter(
+        "echo '{\"python\":[3,11,7],\"executable\":\"p\",\"implementation\":\"cpython\",\"torch\":null}'\n",
+    );
+    let bare = run(&|_| {});
+    assert!(bare.contains("python3: has no torch; install it there, or give the Python that has it"), "{bare}");
+    site.python("2.11.0");
+    let other = site.path("rust.o");
+    let refused = run(&|command| _ = command.env("FLEXMODEL_BRIDGE", &other));
+    assert!(refused.contains("rust.o") && refused.contains("not a bridge of ours"), "{refused}");
+}
+
+#[test]
 fn doctor_says_what_is_missing_and_ends_with_1() {
     let site = Site::new();
     let python = site.path("python3");

@@ -12,11 +12,13 @@ use std::{
 
 use rank::{info, total, verify, wait_until};
 
-/// A home with a preload library that the dynamic linker refuses with a line and goes on without.
+/// A home with a preload library that the dynamic linker refuses with a line and goes on without, unless there is one.
 fn home(folder: &Path) -> PathBuf {
     let home = folder.join("home");
     fs::create_dir_all(&home).unwrap();
-    fs::write(home.join("libflexmodel.so"), "").unwrap();
+    if !home.join("libflexmodel.so").exists() {
+        fs::write(home.join("libflexmodel.so"), "").unwrap();
+    }
     home
 }
 
@@ -237,6 +239,53 @@ fn bad_use_is_one_line_and_nothing_runs() {
         assert!(stderr.lines().count() == 1 && stderr.starts_with("flexmodel: ") && stderr.contains(word), "{stderr}");
         assert!(done.stdout.is_empty() && !dir.path().join("runs").exists());
     }
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    for out in [Path::new("/proc/nowhere/run"), &file.join("run"), &file] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flexmodel"));
+        command.args(["run", "--hooks", "a", "--out"]).arg(out).args(["--", "echo", "ran"]);
+        let done = command.env("FLEXMODEL_HOME", home(dir.path())).output().unwrap();
+        let stderr = String::from_utf8(done.stderr).unwrap();
+        assert_eq!((done.status.code(), done.stdout.as_slice()), (Some(1), &b""[..]), "{stderr}");
+        let said = format!("flexmodel: cannot write to {}: ", out.display());
+        assert!(stderr.lines().count() == 1 && stderr.starts_with(&said) && stderr.contains("--out"), "{stderr}");
+    }
+}
+
+#[test]
+fn what_fails_before_the_command_starts_leaves_no_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_flexmodel"));
+    command.current_dir(dir.path()).args(["run", "--hooks", "a", "--out", "runs/first", "--port", &port]);
+    let done = command.args(["--", "echo", "ran"]).env("FLEXMODEL_HOME", home(dir.path())).output().unwrap();
+    let stderr = String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.code() == Some(1) && stderr.contains("is in use") && done.stdout.is_empty(), "{stderr}");
+    assert!(!dir.path().join("runs").exists());
+}
+
+#[test]
+fn an_install_below_a_folder_with_spaces_and_colons_is_preloaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("my work: it's $HERE");
+    let source = dir.path().join("library.c");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(&source, "const char *flexmodel_is_here(void) { return \"here\"; }\n").unwrap();
+    let library = home(&folder).join("libflexmodel.so");
+    let built = Command::new("gcc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().unwrap();
+    assert!(built.success());
+    let run = Run::start(&folder, "grep -c libflexmodel.so /proc/self/maps > /dev/null && echo \"$LD_PRELOAD\"");
+    let (code, stdout, stderr) = run.wait();
+    assert_eq!(code, Some(0), "not loaded: {stderr}");
+    assert!(!stderr.contains("ld.so"), "{stderr}");
+    let link = Path::new(stdout.trim_end());
+    assert!(!link.parent().unwrap().exists(), "{} is left behind", link.display());
 }
 
 #[test]

@@ -16,6 +16,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
+use super::run::private;
 use crate::{
     dashboard, index,
     server::{
@@ -60,6 +61,8 @@ enum End {
     Asked,
     /// The parent, with the command's exit code.
     Finish(Option<i32>),
+    /// The parent is gone, and so is its job.
+    Orphaned,
 }
 
 /// What the parent says.
@@ -104,8 +107,12 @@ impl Agent {
         };
         let options = Options { shard_bytes: args.shard_bytes, notify: Box::new(notify) };
         let (store, before) = Store::open(&args.out, options)?;
-        let board = board.get_or_init(|| Arc::new(Board::new(before))).clone();
-        board.save(&store);
+        let board = board.get_or_init(|| Arc::new(Board::new(before.clone()))).clone();
+        if let Err(e) = board.live().replay(store.dir().path(), store.totals()) {
+            board.trouble(&format!("the dashboard does not show all of {}: {e}", store.dir().path().display()));
+        }
+        board.live().show_again(&before);
+        save(&store, &board);
         let server = Server::new(store, board).context("cannot start a thread")?;
         Ok(Self { child: args.child, server, listening, dashboard, token })
     }
@@ -119,13 +126,19 @@ impl Agent {
         let end = runtime.block_on(self.serve())?;
         self.server.drain();
         self.server.store.finish();
-        let exit_code = if let End::Finish(code) = end { code } else { None };
-        let info = self.server.board.finish(&self.server.store, exit_code);
+        let exit_code = if let End::Finish(code) = &end { *code } else { None };
         let run = self.server.store.dir().path();
-        if let Err(e) = index::build(run) {
-            // Derived, and made again when it is asked for.
-            eprintln!("flexmodel: {e:#}");
-        }
+        let info = if self.server.board.live().is_shown_again() {
+            // Nothing came: how the run ended stays as it is.
+            self.server.store.dir().read_info()
+        } else {
+            let info = self.server.board.finish(&self.server.store, exit_code);
+            if let Err(e) = index::build(run) {
+                // Derived, and made again when it is asked for.
+                eprintln!("flexmodel: {e:#}");
+            }
+            info
+        };
         if self.child {
             say(&FromAgent::Done { totals: info.totals });
         } else {
@@ -135,8 +148,11 @@ impl Agent {
         if self.child {
             let folder = self.listening.path().parent().map(Path::to_owned);
             drop(self.listening);
-            // `run` made it and may have been killed. It is removed only if it is empty.
-            folder.map(std::fs::remove_dir);
+            // `run` made it and may have been killed. What is in there the job may need as long as it lives.
+            folder.map(|folder| match end {
+                End::Orphaned => private::remove(&folder),
+                End::Asked | End::Finish(_) => _ = std::fs::remove_dir(folder),
+            });
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -186,7 +202,7 @@ impl Agent {
                     self.tick().await;
                     // Nobody will say when it is over: it is when the job is gone and every slab is empty.
                     if orphan.is_some_and(|job| !job.is_some_and(is_alive)) && !self.server.is_busy() {
-                        break End::Asked;
+                        break End::Orphaned;
                     }
                 }
             }
@@ -198,7 +214,7 @@ impl Agent {
     async fn tick(&self) {
         let server = self.server.clone();
         // It writes a file. If that thread panicked, run.json is written at the end.
-        let _ = tokio::task::spawn_blocking(move || server.board.save(&server.store)).await;
+        let _ = tokio::task::spawn_blocking(move || save(&server.store, &server.board)).await;
         if self.child {
             say(&FromAgent::Progress(self.server.store.totals()));
         }
@@ -214,6 +230,13 @@ impl Agent {
         };
         // Bounded, whoever keeps connecting.
         let _ = tokio::time::timeout(PATIENCE, rest).await;
+    }
+}
+
+/// Writes `run.json` if anything changed; not that of a run that is over and only shown again.
+fn save(store: &Store, board: &Board) {
+    if !board.live().is_shown_again() {
+        board.save(store);
     }
 }
 

@@ -3,6 +3,7 @@
 mod interpreter;
 mod job;
 mod prepare;
+pub mod private;
 mod sidecar;
 
 use std::{
@@ -54,7 +55,7 @@ fn run(plan: Plan) -> anyhow::Result<ExitCode> {
     let signals = job::block_signals()?;
     let mut agent = Sidecar::start(&plan)?;
     eprintln!("flexmodel: live at {}", agent.dashboard());
-    let job = match Job::start(&plan, agent.socket(), &signals, agent.sender()) {
+    let job = match Job::start(&plan, &agent, &signals) {
         Ok(job) => job,
         Err(e) => {
             agent.finish(Some(i32::from(e.code)));

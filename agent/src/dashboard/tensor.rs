@@ -1,11 +1,14 @@
 //! One tensor for the page: found, laid out, sampled within a bound, described.
 //!
-//! A record among the newest is read by the places that [`Live`] remembers; an older one by the run's manifest. No
-//! checksum is compared here (that would read every byte); `flexmodel verify` does that.
+//! A record among the newest is read by the places that [`Live`] remembers; for an older one the run's manifest is gone
+//! through line by line, and nothing of it is kept. No checksum of a tensor is compared here (that would read every
+//! byte); `flexmodel verify` does that.
 
 use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, BufReader},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
 };
 
 use serde::Serialize;
@@ -18,26 +21,22 @@ use super::picture::{self, Picture};
 use crate::{
     live::Live,
     read::{
-        Run, Shards,
+        Shards,
         assemble::Bytes,
         layout::{self, Node},
         number::component,
     },
     store::{
-        format::{Identity, MANIFEST_FILE, Part},
+        format::{Identity, Line, MANIFEST_FILE, Part},
+        manifest::Reader,
         stats,
     },
 };
-
-/// Longest manifest that is read for a record that is no longer among the newest.
-const MAX_MANIFEST: u64 = 256 << 20;
 
 /// The tensors of a run directory.
 pub struct Tensors {
     run_dir: PathBuf,
     shards: Shards,
-    /// The manifest as it was when an older record was last asked for.
-    older: Mutex<Option<Arc<Run>>>,
 }
 
 /// What the page shows of a tensor.
@@ -71,7 +70,7 @@ struct PartLook {
 
 impl Tensors {
     pub fn new(run_dir: PathBuf) -> Self {
-        Self { shards: Shards::new(&run_dir), run_dir, older: Mutex::default() }
+        Self { shards: Shards::new(&run_dir), run_dir }
     }
 
     /// Where they lie.
@@ -81,12 +80,10 @@ impl Tensors {
 
     /// Looks at a record as a whole, or at what one rank captured of it. The error is a whole sentence.
     pub fn look(&self, live: &Live, id: &Identity, rank: Option<u32>) -> Result<Look, String> {
-        let mut parts = match live.pick(id) {
-            Some(picked) => picked.parts,
+        let parts = match live.pick(id) {
+            Some(picked) => last_of_each_rank(picked.parts),
             None => self.older(id)?,
         };
-        parts.sort_by_key(|p| p.what.rank);
-        parts.dedup_by_key(|p| p.what.rank);
         let shown = match rank {
             None => parts.clone(),
             Some(rank) => parts.iter().filter(|p| p.what.rank == rank).map(alone).collect(),
@@ -132,30 +129,35 @@ impl Tensors {
         self.shards.bytes(at).map_err(|e| e.to_string())
     }
 
-    /// The parts of a record that is no longer among the newest.
+    /// The parts of a record that is no longer among the newest. No more than a line of the manifest is held.
     fn older(&self, id: &Identity) -> Result<Vec<Part>, String> {
-        let mut cached = self.older.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(parts) = cached.as_deref().and_then(|run| find(run, id)) {
-            return Ok(parts);
-        }
-        let len = std::fs::metadata(self.run_dir.join(MANIFEST_FILE)).map(|m| m.len()).unwrap_or(0);
-        let absent = || format!("{id} was not captured, or not yet");
-        if cached.as_ref().is_some_and(|run| run.manifest_len == len) {
-            return Err(absent());
-        }
-        if len > MAX_MANIFEST {
-            let dir = self.run_dir.display();
-            return Err(format!("{id} is too old to be shown live; see flexmodel show {dir}"));
-        }
-        let run = Arc::new(Run::open(&self.run_dir).map_err(|e| e.to_string())?);
-        let parts = find(&run, id);
-        *cached = Some(run);
-        parts.ok_or_else(absent)
+        let path = self.run_dir.join(MANIFEST_FILE);
+        let found = File::open(&path).and_then(|file| scan(file, id)).or_else(|e| match e.kind() {
+            io::ErrorKind::NotFound => Ok(Vec::new()),
+            _ => Err(format!("{}: {e}", path.display())),
+        })?;
+        if found.is_empty() { Err(format!("{id} was not captured, or not yet")) } else { Ok(found) }
     }
 }
 
-fn find(run: &Run, id: &Identity) -> Option<Vec<Part>> {
-    run.records.iter().find(|r| r.id == *id).map(|r| r.parts.clone())
+fn scan(manifest: File, id: &Identity) -> io::Result<Vec<Part>> {
+    let mut lines = Reader::new(BufReader::with_capacity(1 << 18, manifest));
+    let mut found = BTreeMap::new();
+    while let Some(entry) = lines.next_line()? {
+        // What does not read is no part; verify names it.
+        if let Ok(Line::Part(part)) = entry.line
+            && part.what.id == *id
+        {
+            found.insert(part.what.rank, part);
+        }
+    }
+    Ok(found.into_values().collect())
+}
+
+/// In order of the ranks. Where a rank captured a record again, its last part counts.
+fn last_of_each_rank(parts: Vec<Part>) -> Vec<Part> {
+    let by_rank: BTreeMap<u32, Part> = parts.into_iter().map(|part| (part.what.rank, part)).collect();
+    by_rank.into_values().collect()
 }
 
 /// A part without its place on the mesh: a tensor of its own.

@@ -3,7 +3,12 @@
 use super::*;
 use crate::{
     read::assemble,
-    store::{format::What, stats::to_f64, testing},
+    store::{
+        format::{HEADER_SPACE, Location, RunInfo, What},
+        manifest::encode_line,
+        stats::to_f64,
+        testing,
+    },
 };
 
 struct Case {
@@ -34,8 +39,7 @@ fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
         let real = component(dtype);
         let numbers = shape.iter().product::<u64>() as usize * dtype.size() / real.size();
         let bytes = (0..numbers).flat_map(|i| ((100 * rank + i) as f32).to_le_bytes()).collect::<Vec<u8>>();
-        let at =
-            crate::store::format::Location { shard: "s".into(), offset: 0, len: bytes.len() as u64, crc: rank as u32 };
+        let at = Location { shard: "s".into(), offset: 0, len: bytes.len() as u64, crc: rank as u32 };
         out.parts.push(Part { what, at: Some(at), stats: None });
         out.bytes.push(bytes);
     }
@@ -94,4 +98,30 @@ fn addends_and_complex_elements_read_as_the_whole() {
     check(case(DType::Complex64, &[(&[2, 3], &axes(0)), (&[2, 3], &axes(1))]));
     let axes = |i| [("dp", i, 2, shard(1))];
     check(case(DType::Complex64, &[(&[2, 3], &axes(0)), (&[2, 1], &axes(1))]));
+}
+
+#[test]
+fn where_a_rank_captured_a_record_again_its_last_part_is_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut shard = vec![0; HEADER_SPACE as usize];
+    let mut part = |step: u64, value: f32| {
+        let bytes = [value; 4].map(f32::to_le_bytes).concat();
+        let at = Location { shard: "shard-00000".into(), offset: shard.len() as u64, len: 16, crc: 0 };
+        shard.extend_from_slice(&bytes);
+        Part { what: What::from_meta(testing::meta("m", step, 1)), at: Some(at), stats: None }
+    };
+    let parts = [part(0, 1.0), part(1, 3.0), part(0, 2.0)];
+    std::fs::write(dir.path().join("shard-00000.open"), &shard).unwrap();
+    let manifest = parts.each_ref().map(|part| encode_line(&Line::Part(part.clone())));
+    std::fs::write(dir.path().join(MANIFEST_FILE), manifest.concat()).unwrap();
+    let tensors = Tensors::new(dir.path().to_owned());
+    let shown = |live: &Live| {
+        let look = tensors.look(live, &parts[0].what.id, None).unwrap();
+        let picture = serde_json::to_value(&look.picture).unwrap();
+        (look.parts.len(), picture["stats"]["max"].as_f64())
+    };
+    let live = Live::new(RunInfo::default());
+    assert_eq!(shown(&live), (1, Some(2.0)), "by the manifest");
+    parts.iter().for_each(|part| live.part(part));
+    assert_eq!(shown(&live), (1, Some(2.0)), "by what is remembered");
 }

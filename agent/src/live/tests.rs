@@ -4,7 +4,8 @@ use wire::record::Place;
 
 use super::*;
 use crate::store::{
-    format::{Location, Stats},
+    format::{Line, Location, MANIFEST_FILE, Stats},
+    manifest::encode_line,
     testing,
 };
 
@@ -176,6 +177,52 @@ fn the_state_follows_the_ranks_and_the_end() {
         ..RunInfo::default()
     });
     assert_eq!((live.run().state, live.run().totals.records), ("finished", 9));
+}
+
+#[test]
+fn a_manifest_fills_the_state_as_the_ranks_did() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (part(0, 0, 2, testing::batch(), &[3.0]), part(0, 1, 2, testing::batch(), &[4.0]));
+    let lines = [
+        Line::Part(one.clone()),
+        Line::Refused { what: one.what.clone(), reason: "sparse".into() },
+        Line::Part(two.clone()),
+        Line::Divergence { what: two.what.clone(), against: 0 },
+        Line::Dropped { rank: 1, count: 5, reason: "the disk is full".into() },
+    ];
+    let mut manifest: Vec<u8> = lines.iter().flat_map(encode_line).collect();
+    manifest.extend_from_slice(b"damage\n");
+    manifest.extend(encode_line(&Line::Part(part(1, 0, 2, testing::batch(), &[1.0]))));
+    manifest.extend_from_slice(b"{\"crc\":\"torn");
+    std::fs::write(dir.path().join(MANIFEST_FILE), manifest).unwrap();
+    let live = Live::new(RunInfo { totals: Totals { records: 1000, ..Totals::default() }, ..RunInfo::default() });
+    let totals = Totals { records: 2, parts: 3, ..Totals::default() };
+    live.replay(dir.path(), totals).unwrap();
+    let run = live.run();
+    assert_eq!((run.totals, run.step, run.state), (totals, 1, "idle"));
+    assert_eq!((run.ranks[0].parts, run.ranks[1].parts, run.ranks[1].dropped), (2, 1, 5));
+    assert_eq!((run.refusals[0].count, run.divergences[0].rank), (1, 1));
+    let (_, series) = live.series(&query());
+    assert_eq!((series[0].points.step.as_slice(), series[0].points.complete[0]), ([0, 1].as_slice(), true));
+    assert!(close(series[0].points.l2[0], Some(5.0)));
+    assert_eq!(live.pick(&one.what.id).unwrap().parts, [one, two]);
+    Live::new(RunInfo::default()).replay(&dir.path().join("none"), totals).unwrap();
+}
+
+#[test]
+fn a_run_that_is_shown_again_stays_finished_until_a_rank_attaches() {
+    let live = Live::new(RunInfo::default());
+    live.show_again(&RunInfo::default());
+    assert!(!live.is_shown_again(), "it was not over");
+    live.show_again(&RunInfo { finished_ns: Some(9), exit_code: Some(7), ..RunInfo::default() });
+    live.info(&RunInfo { notices: vec!["something".into()], ..RunInfo::default() });
+    let run = live.run();
+    assert_eq!((run.state, run.shown_again, run.info.exit_code), ("finished", true, Some(7)));
+    live.attached(0, 10);
+    let run = live.run();
+    assert_eq!((run.state, run.shown_again, run.info.exit_code), ("live", false, None));
+    live.left(0);
+    assert_eq!(live.run().state, "idle");
 }
 
 #[test]

@@ -13,6 +13,8 @@ pub struct RunView {
     pub clock: u64,
     /// `waiting`, `live`, `idle` (every rank has left) or `finished`.
     pub state: &'static str,
+    /// It was over before this agent began, which only shows it again.
+    pub shown_again: bool,
     /// What is known of the run.
     pub info: RunInfo,
     /// Largest step seen.
@@ -151,6 +153,8 @@ pub struct Delta {
     pub clock: u64,
     /// As in [`RunView`].
     pub state: &'static str,
+    /// As in [`RunView`].
+    pub shown_again: bool,
     /// The command's exit code, once it is known.
     pub exit_code: Option<i32>,
     /// Largest step seen.
@@ -181,6 +185,7 @@ impl Live {
         RunView {
             clock: inner.clock,
             state: inner.state(),
+            shown_again: inner.ended.is_some(),
             info: inner.info.clone(),
             step: inner.step,
             totals: inner.totals,
@@ -225,6 +230,7 @@ impl Live {
         Delta {
             clock,
             state: inner.state(),
+            shown_again: inner.ended.is_some(),
             exit_code: inner.info.exit_code,
             step: inner.step,
             totals: inner.totals,

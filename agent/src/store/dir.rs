@@ -104,14 +104,34 @@ fn reserve(path: &Path, bytes: i64) -> io::Result<()> {
     }
 }
 
-/// Refuses a directory that a new run cannot have: one that is there and not empty, or cannot be written.
-pub fn check_fresh(path: &Path) -> anyhow::Result<()> {
+/// Directories made for a run. When dropped, those that are still empty are removed.
+#[derive(Debug)]
+pub struct Fresh {
+    /// Innermost first.
+    made: Vec<PathBuf>,
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        for folder in &self.made {
+            // It stays if there is anything in it.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Refuses a directory that a new run cannot have: one that is there and not empty, or cannot be written. Makes it.
+pub fn check_fresh(path: &Path) -> anyhow::Result<Fresh> {
     if path.is_dir() && !is_empty(path)? {
         bail!("{}", not_empty(path, if is_run(path) { "holds a run already" } else { "is not empty" }));
     }
+    let absolute = std::path::absolute(path)?;
+    let missing = absolute.ancestors().take_while(|folder| !folder.exists());
+    let fresh = Fresh { made: missing.map(Path::to_owned).collect() };
     fs::create_dir_all(path).map_err(|e| cannot_write(path, &e))?;
     let probe = path.join(LOCK_FILE);
-    File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))
+    File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))?;
+    Ok(fresh)
 }
 
 /// The error for a directory that cannot be written.

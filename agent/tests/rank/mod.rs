@@ -54,6 +54,8 @@ pub struct Agent {
     pub child: Child,
     pub out: PathBuf,
     pub socket: PathBuf,
+    /// The dashboard's address, with the token.
+    pub page: String,
     stdout: BufReader<ChildStdout>,
 }
 
@@ -72,7 +74,8 @@ impl Agent {
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
         assert!(line.contains("http://127.0.0.1:") && line.contains("?token="), "not ready: {line}");
-        Self { child, out, socket, stdout }
+        let page = line.split(' ').next_back().unwrap_or("").trim().to_owned();
+        Self { child, out, socket, page, stdout }
     }
 
     /// `kill -9`.

@@ -1,13 +1,13 @@
 //! Which Python a command will use.
 
 use std::{
-    env,
     ffi::OsStr,
     fs::File,
     io::Read,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
+
+use crate::commands::bridge::probe::on_path;
 
 /// An interpreter.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub fn find(program: &OsStr) -> Option<PathBuf> {
     if program.as_encoded_bytes().contains(&b'/') {
         return Some(PathBuf::from(program)).filter(|p| p.exists());
     }
-    env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(program)).find(|p| is_executable(p))
+    on_path(program)
 }
 
 /// The interpreter of a program: itself, the one that its first line names, or else the first on PATH.
@@ -68,10 +68,6 @@ fn named_in(script: &Path) -> Option<PathBuf> {
         None => exec.split_whitespace().next()?,
     };
     Some(PathBuf::from(path)).filter(|p| is_python(p))
-}
-
-fn is_executable(path: &Path) -> bool {
-    path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
 #[cfg(test)]

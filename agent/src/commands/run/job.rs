@@ -12,7 +12,10 @@ use std::{
 
 use wire::env as names;
 
-use super::{prepare::Plan, sidecar::Event};
+use super::{
+    prepare::Plan,
+    sidecar::{Event, Sidecar},
+};
 
 /// Passed on to the command.
 const FORWARDED: [libc::c_int; 6] =
@@ -79,9 +82,10 @@ pub struct Job {
 }
 
 impl Job {
-    /// Starts it. Its end goes to `events`.
-    pub fn start(plan: &Plan, socket: &Path, signals: &Signals, events: Sender<Event>) -> Result<Self, NotStarted> {
-        let child = spawn(plan, socket, signals).map_err(|e| NotStarted {
+    /// Starts it. Its end is an event of the agent's.
+    pub fn start(plan: &Plan, agent: &Sidecar, signals: &Signals) -> Result<Self, NotStarted> {
+        let events = agent.sender();
+        let child = spawn(plan, agent, signals).map_err(|e| NotStarted {
             text: format!("{}: {e}", plan.command.first().map_or(Path::new(""), Path::new).display()),
             code: if e.kind() == io::ErrorKind::NotFound { 127 } else { 126 },
         })?;
@@ -102,11 +106,11 @@ impl Job {
     }
 }
 
-fn spawn(plan: &Plan, socket: &Path, signals: &Signals) -> io::Result<Child> {
+fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child> {
     let (program, arguments) = plan.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let mut agent = OsString::from("unix:");
-    agent.push(socket);
-    let mut preload = plan.library.clone().into_os_string();
+    agent.push(sidecar.socket());
+    let mut preload = sidecar.library().as_os_str().to_owned();
     if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|v| !v.is_empty()) {
         preload.push(":");
         preload.push(others);

@@ -14,7 +14,12 @@ use wire::{
 };
 
 use super::{Args, absolute, interpreter};
-use crate::{cli::Usage, commands::bridge, home, store::dir::check_fresh};
+use crate::{
+    cli::Usage,
+    commands::bridge,
+    home,
+    store::dir::{Fresh, check_fresh},
+};
 
 /// What will be started.
 #[derive(Debug)]
@@ -33,6 +38,8 @@ pub struct Plan {
     pub library: PathBuf,
     /// The bridge, where it is certain which interpreter the job uses.
     pub bridge: Option<PathBuf>,
+    /// Leaves no empty folder where nothing came of it.
+    _fresh: Fresh,
 }
 
 /// What came of it.
@@ -67,7 +74,7 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
         Some(out) => out,
         None => Path::new("runs").join(stamp()),
     };
-    check_fresh(&out)?;
+    let fresh = check_fresh(&out)?;
     let bridge = bridge_for(&path)?;
     Ok(Prepared::Ready(Box::new(Plan {
         command: args.command,
@@ -77,6 +84,7 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
         on_full,
         library,
         bridge,
+        _fresh: fresh,
     })))
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 
-use super::{job::Ended, prepare::Plan, words};
+use super::{job::Ended, prepare::Plan, private::PrivateFolder, words};
 use crate::{
     server::parent::{FromAgent, ToAgent},
     store::format::Totals,
@@ -49,6 +49,7 @@ pub struct Sidecar {
     run: PathBuf,
     dashboard: String,
     socket: PathBuf,
+    library: PathBuf,
     totals: Totals,
     done: bool,
     silent: bool,
@@ -59,8 +60,8 @@ pub struct Sidecar {
 impl Sidecar {
     /// Starts it and waits until ranks may attach.
     pub fn start(plan: &Plan) -> anyhow::Result<Self> {
-        let folder = PrivateFolder::make()?;
-        let socket = folder.0.join("agent.sock");
+        let folder = PrivateFolder::make(&plan.library)?;
+        let (socket, library) = (folder.socket(), folder.library().to_owned());
         let exe = std::env::current_exe().context("cannot tell where flexmodel is")?;
         let mut command = Command::new(exe);
         command.arg("agent").arg("--child").arg("--socket").arg(&socket).arg("--out").arg(&plan.out);
@@ -104,6 +105,7 @@ impl Sidecar {
             run,
             dashboard,
             socket,
+            library,
             totals: Totals::default(),
             done: false,
             silent: false,
@@ -125,6 +127,11 @@ impl Sidecar {
     /// Where ranks attach.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The preload library, by a path that the dynamic linker takes for one.
+    pub fn library(&self) -> &Path {
+        &self.library
     }
 
     /// Counters that the agent told last.
@@ -229,41 +236,5 @@ fn how(child: &mut Child) -> String {
             None => format!("ended with code {}", status.code().unwrap_or(-1)),
         },
         Err(e) => format!("is gone ({e})"),
-    }
-}
-
-/// A folder that only we can enter, with a short path: unix sockets allow no more than 107 bytes.
-#[derive(Debug)]
-struct PrivateFolder(PathBuf);
-
-impl PrivateFolder {
-    fn make() -> anyhow::Result<Self> {
-        let mut last = None;
-        for base in [std::env::temp_dir(), "/tmp".into(), "/dev/shm".into()] {
-            if base.as_os_str().len() > 60 {
-                continue;
-            }
-            // mkdtemp makes it with mode 0700.
-            let mut name = base.join("flexmodel-XXXXXX").into_os_string().into_encoded_bytes();
-            name.push(0);
-            // SAFETY: a NUL-terminated buffer of ours, which mkdtemp changes in place.
-            if unsafe { libc::mkdtemp(name.as_mut_ptr().cast()) }.is_null() {
-                last = Some(std::io::Error::last_os_error());
-                continue;
-            }
-            name.pop();
-            use std::os::unix::ffi::OsStringExt;
-            return Ok(Self(std::ffi::OsString::from_vec(name).into()));
-        }
-        let why = last.map_or_else(|| "no short path".to_owned(), |e| e.to_string());
-        bail!("cannot make a temporary folder for the agent's socket: {why}; set TMPDIR to a folder of yours")
-    }
-}
-
-impl Drop for PrivateFolder {
-    fn drop(&mut self) {
-        // The agent removes its socket. Whatever else is there is left.
-        let _ = std::fs::remove_file(self.0.join("agent.sock"));
-        let _ = std::fs::remove_dir(&self.0);
     }
 }

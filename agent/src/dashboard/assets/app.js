@@ -55,8 +55,10 @@ function drawBanner() {
   const banner = byId("banner");
   const read = [" What is on this page stays; read on with ", h("code", {}, `flexmodel show ${directory} MODULE`), " or ", h("code", {}, `flexmodel.open("${directory}")`), "."];
   const exit = delta?.exit_code ?? null;
+  const over = exit === null ? "The run is over" : `The command ended with exit code ${exit}`;
+  const finished = delta?.shown_again ? [`${over}. This page shows what it captured.`] : [`${over}, and its agent has ended.`, ...read];
   const said = {
-    finished: [exit === null ? "The run is over and its agent has ended." : `The command ended with exit code ${exit}, and the agent with it.`, ...read],
+    finished,
     lost: ["The agent does not answer; if it comes back, this page goes on by itself.", ...read],
   }[state];
   banner.hidden = said === undefined;
@@ -266,7 +268,7 @@ stream.addEventListener("message", (event) => {
   if (delta.models) loadModules();
 });
 stream.addEventListener("error", () => {
-  if (state !== "finished") setState("lost");
+  if (state !== "finished" || delta?.shown_again) setState("lost");
 });
 setInterval(drawRate, 1000);
 addEventListener("unhandledrejection", (event) => {
