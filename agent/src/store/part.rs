@@ -228,9 +228,9 @@ impl PartWriter {
     }
 
     fn settle(&mut self, part: &Part, shared: bool) {
-        let mut alloc = self.store.alloc();
         if let Some(slot) = self.slot.take() {
             if shared {
+                // Without the allocator's lock, and while the place is still this part's: no other loses bytes by it.
                 slot.file.forget(slot.offset, self.len);
             }
             let entry = (!shared).then(|| Entry {
@@ -243,9 +243,8 @@ impl PartWriter {
                 crc: self.crc,
                 lie: Lie::of(&part.what),
             });
-            alloc.settle(slot, entry);
+            self.store.alloc().settle(slot, entry);
         }
-        drop(alloc);
         self.store.seal_complete();
     }
 

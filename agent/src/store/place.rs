@@ -105,7 +105,8 @@ impl Seen {
     }
 }
 
-/// Gives out bytes. Behind the store's lock; does no writing of its own but for making shard files.
+/// Gives out bytes. Behind the store's lock; it touches no tensor's bytes. Once a shard, and only then, it makes a file
+/// and reserves the 1 MiB of its header while it is locked: other ranks wait for that if they want a place meanwhile.
 #[derive(Debug)]
 pub struct Allocator {
     dir: PathBuf,
