@@ -132,7 +132,10 @@ fn what_is_there_is_not_written_over_unless_asked() {
     assert!(refusal("torch", &folder).contains("is a folder"));
     assert!(refusal("npy", &file).contains("is a file"));
     assert!(refusal("torch", &out.path().join("no/run.pt")).contains("no such folder"));
-    assert!(refusal("zarr", &out.path().join("x")).contains("not in this version"));
+    for format in ["hf", "zarr"] {
+        let line = refusal(format, &out.path().join("x"));
+        assert!(line.contains(&format!("--to {format} is not in this version")), "{line}");
+    }
     assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
     assert!(export(&run, "npy", &folder, &[]).status.success(), "an empty folder is free to use");
     assert!(refusal("npy", &folder).contains("--force"));

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use clap::ValueEnum;
 use wire::hooks::{Kind, Selector};
 
 use super::show::parse_kind;
@@ -42,7 +43,7 @@ pub struct Args {
 }
 
 /// What can be written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// NumPy files.
     Npy,
@@ -99,7 +100,8 @@ impl Outcome {
 /// Runs the command.
 pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     if matches!(args.to, Format::Hf | Format::Zarr) {
-        bail!("--to {:?} is not in this version; npy and torch are", args.to);
+        let word = args.to.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+        bail!("--to {word} is not in this version; npy and torch are");
     }
     let run = Run::open(&args.run)?;
     let mut records: Vec<&Record> = run.records.iter().filter(|r| wanted(&args, r)).collect();
