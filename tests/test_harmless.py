@@ -144,6 +144,13 @@ def test_torch_compile_computes_the_same(run_once, untapped_once):
     assert {key.step for key in captures.read(outcome.run) if key.module == "lm_head"} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("how", ["first", "reversed", "replaced"])
+def test_the_jobs_own_importers_are_asked_as_ever(how, run_once, untapped_once):
+    outcome = run_once(harness.python("importers.py", how), "layers.*.mlp").expect(0)
+    assert outcome.out == untapped_once(harness.python("importers.py", "first")).out
+    assert {key.step for key in captures.read(outcome.run)} >= {0, 1}
+
+
 def test_libraries_that_dlopen_by_their_own_runpath_still_load(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "inner.c").write_text("int inner(void) { return 42; }\n")
