@@ -78,3 +78,23 @@ def test_a_selector_without_match_is_reported_with_the_nearest_names(run_once, u
     assert outcome.out == untapped_once(harness.python("plain.py")).out
     line = next(line for line in outcome.err.splitlines() if "layers.*.mpl" in line)
     assert "layers.0.mlp" in line or "layers.*.mlp" in line
+
+
+def test_copies_of_copies_have_no_more_hooks_and_leave_nothing_behind(run_once, untapped_once):
+    argv = harness.python("generations.py")
+    outcome, untapped = run_once(argv, "layers.*.mlp;lm_head:forward_pre").expect(0), untapped_once(argv)
+    assert outcome.losses == untapped.losses
+    # The model's own, two modules' after, one's before.
+    hooks = _printed(outcome, "hooks")
+    half = len(hooks) // 2
+    assert hooks[:half] == [[2, 2, 4, 4, 1]] * half
+    # What torch.compile can trace is not called after an error.
+    assert hooks[half + 1 :] == [[2, 2, 4, 4, 0]] * (half - 1)
+    # Torch leaves some behind too. Six generations lie between two counts.
+    ours, torchs = (_printed(o, "objects") for o in (outcome, untapped))
+    for before, after in ((0, 1), (2, 3)):
+        assert ours[after][0] - ours[before][0] < torchs[after][0] - torchs[before][0] + 6
+
+
+def _printed(outcome, what: str) -> list[list[int]]:
+    return [list(map(int, line.split()[1:])) for line in outcome.out.splitlines() if line.startswith(f"{what} ")]

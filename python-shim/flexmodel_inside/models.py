@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import atexit
 import sys
-import weakref
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import guarded
-from .family import Family
+from . import guarded, imports
+from .family import Family, drop_copied_hooks
 from .naming import authored, authored_class, named, own
 from .ranks import rank_and_world
 from .wrappers import batch_dims, is_data_parallel, wrapper_name
@@ -34,10 +33,6 @@ class Models:
         self._armed = False
         self._looking = False
         self._traceable = "torch._dynamo" in sys.modules
-        # Serials of modules that have their hooks.
-        self._scoped: set[int] = set()
-        self._tapped: set[int] = set()
-        self._hooks: list[tuple[weakref.ref[nn.Module], str, int]] = []
         self._said_compiled = False
 
     def watch(self) -> None:
@@ -81,9 +76,10 @@ class Models:
             return
         self._looking = True
         try:
-            self._family.meet(called)
-            serial = self._family.serial
-            for top in sorted(self._family.tops(), key=lambda top: serial(authored(top))):
+            imports.look()
+            member = self._family.member
+            member(called)
+            for top in sorted(self._family.tops(), key=lambda top: member(authored(top)).serial):
                 self._tap(top, *rank)
             self._bridge.resolved()
         finally:
@@ -97,20 +93,21 @@ class Models:
             cls = authored_class(module)
             entries.append((name, cls.__name__, f"{cls.__module__}.{cls.__qualname__}", dims.get(id(module), -1)))
         model = authored(top)
-        serial = self._family.serial(model)
+        known = self._family.member(model)
+        serial = known.serial
         found = self._bridge.select(serial, entries, wrapper_name(top), is_data_parallel(top), rank, world)
         if not found:
             return
         # A pass begins before the model's own taps fire, and ends after them.
-        scope = None if serial in self._scoped else self._bridge.scope(serial)
+        scope = None if known.scoped else self._bridge.scope(serial)
         if scope is not None:
-            self._scoped.add(serial)
+            known.scoped = True
             self._before(model, scope[0])
         for index, (before, after) in found:
             module = modules[index][1]
-            number = self._family.serial(module)
-            if number not in self._tapped:
-                self._tapped.add(number)
+            known = self._family.member(module)
+            if not known.tapped:
+                known.tapped = True
                 if before is not None:
                     self._before(module, before)
                 self._after(module, after)
@@ -119,12 +116,14 @@ class Models:
         self._tell_compiled(top, [modules[index][1] for index, _ in found])
 
     def _before(self, module: nn.Module, hook: Any) -> None:
+        drop_copied_hooks(module)  # of a class with a `__setstate__` of its own
         handle = module.register_forward_pre_hook(self._dressed(hook), with_kwargs=True)
-        self._hooks.append((weakref.ref(module), "_forward_pre_hooks", handle.id))
+        self._family.member(module).hooks.append(("_forward_pre_hooks", handle.id))
 
     def _after(self, module: nn.Module, hook: Any, always_call: bool = False) -> None:
+        drop_copied_hooks(module)
         handle = module.register_forward_hook(self._dressed(hook), with_kwargs=True, always_call=always_call)
-        self._hooks.append((weakref.ref(module), "_forward_hooks", handle.id))
+        self._family.member(module).hooks.append(("_forward_hooks", handle.id))
 
     def _dressed(self, hook: Any) -> Any:
         return Traceable(hook) if self._traceable else hook
@@ -134,12 +133,13 @@ class Models:
         if self._traceable:
             return
         self._traceable = True
-        for ref, kind, number in self._hooks:
-            module = ref()
-            hook = None if module is None else getattr(module, kind).get(number)
-            if hook is not None:
-                getattr(module, kind)[number] = Traceable(hook)
-                module._forward_hooks_always_called.pop(number, None)
+        for member in self._family.members():
+            module = member.module()
+            for kind, number in member.hooks if module is not None else ():
+                hook = getattr(module, kind).get(number)
+                if hook is not None:
+                    getattr(module, kind)[number] = Traceable(hook)
+                    module._forward_hooks_always_called.pop(number, None)
 
     def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
         compiled: set[int] = set()
