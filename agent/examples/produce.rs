@@ -17,7 +17,7 @@ use std::{
 
 use clap::Parser;
 use wire::{
-    control::{self, CONTROL_VERSION, Counts, Hello, ModuleInfo, ToAgent},
+    control::{self, CONTROL_VERSION, Hello, ModuleInfo, ToAgent},
     dtype::DType,
     env::OnFull,
     hooks::Kind,
@@ -73,7 +73,6 @@ struct Rank {
     rank: u32,
     slab: SlabWriter,
     stream: UnixStream,
-    records: u64,
     values: Vec<f32>,
 }
 
@@ -97,7 +96,7 @@ impl Rank {
         };
         send_with_fd(&stream, &encode(&ToAgent::Hello(hello)), slab.mapping())?;
         stream.write_all(&encode(&ToAgent::Model { model: 0, modules: modules(args.layers) }))?;
-        Ok(Self { args: args.clone(), rank, slab, stream, records: 0, values: noise(args.elements, rank) })
+        Ok(Self { args: args.clone(), rank, slab, stream, values: noise(args.elements, rank) })
     }
 
     fn train(&mut self) -> std::io::Result<()> {
@@ -134,9 +133,11 @@ impl Rank {
             }
             std::thread::sleep(Duration::from_millis(self.args.pause));
         }
-        self.slab.drain(Instant::now() + Duration::from_secs(60));
-        let counts = Counts { records: self.records, dropped: 0, refused: 0 };
-        self.stream.write_all(&encode(&ToAgent::Bye(counts)))
+        let end = Instant::now() + Duration::from_secs(60);
+        while self.slab.in_flight() > 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.stream.write_all(&encode(&ToAgent::Bye))
     }
 
     fn capture(&mut self, step: u64, module: &str, class: &str, kind: Kind, path: &str, place: Place) {
@@ -182,7 +183,10 @@ impl Rank {
                 let len = (end - at) as u64;
                 match self.slab.try_reserve(record, head, at as u64, len, bytes.len() as u64) {
                     Some(slot) => break slot,
-                    None => SlabWriter::wait_for_room(self.slab.mapping(), Duration::from_millis(20)),
+                    None => {
+                        let seen = self.slab.room_seen();
+                        SlabWriter::wait_for_room(self.slab.mapping(), seen, Duration::from_millis(20));
+                    }
                 }
             };
             // SAFETY: the reservation owns end - at bytes.
@@ -193,7 +197,6 @@ impl Rank {
                 break;
             }
         }
-        self.records += 1;
     }
 }
 

@@ -5,7 +5,7 @@ mod rank;
 use std::{io::Write, os::unix::net::UnixStream, sync::atomic::Ordering, time::Duration};
 
 use rank::*;
-use wire::control::{Counts, FromAgent, ModuleInfo, ToAgent};
+use wire::control::{FromAgent, ModuleInfo, ToAgent};
 
 const SLAB: u64 = 1 << 20;
 
@@ -22,7 +22,7 @@ fn what_ranks_ship_is_there_when_the_agent_finishes() {
         for step in 0..50 {
             rank.ship("a", step, 3);
         }
-        rank.say(&ToAgent::Bye(Counts { records: 50, dropped: 0, refused: 0 }));
+        rank.say(&ToAgent::Bye);
         rank.stream = None;
     }
     let said = agent.finish();
@@ -252,7 +252,7 @@ fn a_tensor_that_the_job_gave_up_in_the_middle_is_not_counted_twice() {
     rank.count_dropped(1);
     rank.ship("a", 1, 3);
     rank.drained();
-    rank.say(&ToAgent::Bye(Counts::default()));
+    rank.say(&ToAgent::Bye);
     rank.stream = None;
     let out = agent.out.clone();
     agent.finish();
@@ -401,4 +401,71 @@ fn a_job_that_is_started_again_is_put_together_with_itself_only() {
     let offset = |part: &serde_json::Value| part["at"]["offset"].as_u64().unwrap();
     assert_eq!(again.len(), 2);
     assert_eq!(offset(&again[1]), offset(&again[0]) + 3 * 64, "the pieces of the second start lie side by side");
+}
+
+/// A process of one rank that tapped before it knew that it is another one.
+#[test]
+fn a_process_that_becomes_another_rank_goes_on_in_another_slab() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let mut early = [0, 1].map(|n| {
+        let mut rank = Rank::new(0, 1, SLAB);
+        rank.pid += n;
+        assert_eq!(rank.attach(&agent.socket), FromAgent::Welcome);
+        rank
+    });
+    for rank in &mut early {
+        rank.ship("dry", 0, 3);
+    }
+    // Rank 0 stays what it is in a larger world; the other is rank 1, and comes first.
+    let mut late = Rank::new(1, 2, SLAB);
+    late.pid = early[1].pid;
+    early[1].say(&ToAgent::Bye);
+    early[1].stream = None;
+    assert_eq!(late.attach(&agent.socket), FromAgent::Welcome);
+    early[0].world = 2;
+    let hello = early[0].hello();
+    early[0].say(&ToAgent::Hello(hello));
+    let [mut first, _] = early;
+    late.ship("a", 1, 3);
+    late.drained();
+    first.ship("a", 1, 3);
+    let out = agent.out.clone();
+    (first.stream, late.stream) = (None, None);
+    agent.finish();
+    verify(&out);
+    assert_eq!((total(&out, "dropped"), &info(&out)["world"]), (0, &2.into()));
+    let ranks: Vec<_> =
+        parts(&out).iter().filter(|p| p["module"] == "a").map(|p| p["rank"].as_u64().unwrap()).collect();
+    assert_eq!(ranks, [1, 0]);
+    let offsets: Vec<_> =
+        parts(&out).iter().filter(|p| p["module"] == "a").map(|p| p["at"]["offset"].as_u64()).collect();
+    assert_eq!(offsets[0], offsets[1].map(|at| at + 3 * 64), "they lie side by side");
+}
+
+/// The same rank comes with other memory while what it had is still being read.
+#[test]
+fn two_slabs_of_one_rank_are_both_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let mut slabs = [0, 1].map(|_| Rank::attached(&agent, 0, 1, SLAB));
+    for (step, rank) in slabs.iter_mut().enumerate() {
+        rank.ship("a", step as u64, 3);
+    }
+    let out = agent.out.clone();
+    agent.finish();
+    verify(&out);
+    assert_eq!(parts(&out).len(), 2);
+}
+
+#[test]
+fn a_process_without_a_slab_may_leave_one_notice() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let bytes = wire::control::encode(&ToAgent::Notice("rank 3: taps are off: no bridge".into())).unwrap();
+    UnixStream::connect(&agent.socket).unwrap().write_all(&bytes).unwrap();
+    let out = agent.out.clone();
+    let said = agent.finish();
+    assert!(!said.contains("taps are off"), "the job says so on stderr itself: {said}");
+    assert_eq!(info(&out)["notices"][0], "rank 3: taps are off: no bridge");
 }

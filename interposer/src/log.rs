@@ -27,6 +27,15 @@ pub fn set_rank(rank: u32) {
     RANK.store(rank, Ordering::Relaxed);
 }
 
+/// This process, as others call it: its rank, or what the launcher says is its rank while it does not know itself.
+pub fn who() -> String {
+    let known = Some(RANK.load(Ordering::Relaxed)).filter(|rank| *rank != u32::MAX);
+    match known.or_else(|| std::env::var("RANK").ok()?.parse().ok()) {
+        Some(rank) => format!("rank {rank}"),
+        None => "a process of the job".into(),
+    }
+}
+
 /// Writes one line. errno is preserved.
 pub fn line(text: &str) {
     if stderr_identity() != Some((DEVICE.load(Ordering::Relaxed), INODE.load(Ordering::Relaxed))) {

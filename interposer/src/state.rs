@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::log;
+use crate::{log, shipping};
 
 /// Nothing of ours runs.
 const OFF: u8 = 0;
@@ -33,10 +33,11 @@ pub fn is_on() -> bool {
     STATE.load(Ordering::Acquire) == ON
 }
 
-/// Turns everything off for good, with one line that says why (OPEN-1). Later calls say nothing.
+/// Turns everything off for good, with one line that says why, here and in the run (OPEN-1). Later calls say nothing.
 pub fn off(why: &str) {
     if STATE.swap(OFF, Ordering::AcqRel) != OFF {
         log::line(&format!("taps are off in this process: {why}"));
+        shipping::last_words(&format!("{}: taps are off: {why}", log::who()));
     }
 }
 

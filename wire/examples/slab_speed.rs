@@ -67,7 +67,9 @@ fn into_slab(writer: &mut SlabWriter, source: &[u8], frame: usize) {
                 frame as u64,
             ) {
                 Some(slot) => break slot,
-                None => SlabWriter::wait_for_room(writer.mapping(), Duration::from_millis(50)),
+                None => {
+                    SlabWriter::wait_for_room(writer.mapping(), writer.room_seen(), Duration::from_millis(50));
+                }
             }
         };
         // SAFETY: the reservation owns frame bytes, and nobody else writes to them.

@@ -1,16 +1,23 @@
 //! Messages on the unix socket between a rank and its agent.
 //!
 //! A message is a little-endian `u32` length and a body. Only this module knows that the body is bincode.
-//! The rank's first message is [`ToAgent::Hello`]; the slab's memfd rides on its first byte as `SCM_RIGHTS`.
+//! The rank's first message is [`ToAgent::Hello`]; the slab's memfd rides on its first byte as `SCM_RIGHTS`. A process
+//! that has no slab may leave one [`ToAgent::Notice`] instead and go.
 
 use serde::{Deserialize, Serialize};
 
 use crate::env::OnFull;
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 1;
+pub const CONTROL_VERSION: u32 = 2;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
+/// Most notices that a rank keeps and a run takes.
+pub const MAX_NOTICES: usize = 200;
+/// Longest notice in bytes, see [`clip`].
+pub const MAX_NOTICE: usize = 4096;
+/// Most models that a rank tells of and a run takes.
+pub const MAX_MODELS: usize = 64;
 
 /// Who attaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,9 +60,9 @@ pub struct ModuleInfo {
 /// From a rank to the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToAgent {
-    /// First message.
+    /// First message. Later ones on the same connection are of the same rank and process, and say what has become known.
     Hello(Hello),
-    /// A model was found: all of its modules.
+    /// A model was found, or has changed: all of its modules.
     Model {
         /// Model number.
         model: u32,
@@ -64,19 +71,8 @@ pub enum ToAgent {
     },
     /// Something the user should read once (a selector without match, taps switched off, ...).
     Notice(String),
-    /// The rank leaves in good order; counters are final.
-    Bye(Counts),
-}
-
-/// What a rank counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Counts {
-    /// Tensors committed to the slab.
-    pub records: u64,
-    /// Tensors lost because the slab was full, the agent absent or stopped.
-    pub dropped: u64,
-    /// Tensors refused for a named reason.
-    pub refused: u64,
+    /// The rank leaves in good order; the counters in its slab are final.
+    Bye,
 }
 
 /// From the agent to a rank.
@@ -97,6 +93,15 @@ pub enum ControlError {
     /// The length prefix is over [`MAX_BODY`].
     #[error("a control message of {0} bytes is over the limit of {MAX_BODY}")]
     TooLong(usize),
+}
+
+/// The start of a notice that is too long.
+pub fn clip(notice: &str) -> &str {
+    let mut end = notice.len().min(MAX_NOTICE);
+    while !notice.is_char_boundary(end) {
+        end -= 1;
+    }
+    notice.get(..end).unwrap_or_default()
 }
 
 /// Encodes a message with its length prefix.
@@ -155,6 +160,14 @@ mod tests {
     fn an_oversized_prefix_is_refused_before_it_is_waited_for() {
         let mut buffer = u32::MAX.to_le_bytes().to_vec();
         assert!(matches!(decode_next::<ToAgent>(&mut buffer), Err(ControlError::TooLong(_))));
+    }
+
+    #[test]
+    fn a_long_notice_is_cut_between_characters() {
+        assert_eq!(clip("short"), "short");
+        let long = "é".repeat(MAX_NOTICE) + "x";
+        assert_eq!(clip(&long).len(), MAX_NOTICE);
+        assert_eq!(clip(&format!("x{long}")).len(), MAX_NOTICE - 1);
     }
 
     proptest! {

@@ -13,7 +13,11 @@ use wire::{
     slab::SlabReader,
 };
 
-use super::{Arrival, MAX_SESSIONS, Server, ingest, session::Session, socket::receive};
+use super::{
+    Arrival, MAX_SESSIONS, Server, ingest,
+    session::{Session, inode_of},
+    socket::receive,
+};
 
 /// How long a connection may take to say hello.
 const HELLO: Duration = Duration::from_secs(10);
@@ -76,7 +80,8 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
             message = line.next() => match message {
                 Ok(Some(ToAgent::Model { model, modules })) => server.board.model(model, modules),
                 Ok(Some(ToAgent::Notice(text))) => server.board.notice(&text),
-                Ok(Some(ToAgent::Bye(_))) => in_good_order = true,
+                Ok(Some(ToAgent::Bye)) => in_good_order = true,
+                Ok(Some(ToAgent::Hello(hello))) if hello.rank == session.rank => server.board.attached(&hello),
                 Ok(Some(ToAgent::Hello(_))) => {}
                 Ok(None) => break,
                 Err(e) => {
@@ -91,7 +96,7 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
     session.hang_up(connection, in_good_order);
 }
 
-/// Takes the hello and the slab. `None`: somebody looked whether an agent is there, and left.
+/// Takes the hello and the slab. `None`: somebody looked whether an agent is there, or had one thing to say, and left.
 async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<(Arc<Session>, u32)>, String> {
     // SAFETY: getuid has no effects and cannot fail.
     let own = unsafe { libc::getuid() };
@@ -102,6 +107,10 @@ async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<(Arc<Ses
         Err(_) => return Err("a process connected and said nothing".into()),
         Ok(Ok(None)) => return Ok(None),
         Ok(Ok(Some(ToAgent::Hello(hello)))) => hello,
+        Ok(Ok(Some(ToAgent::Notice(text)))) => {
+            server.board.notice(&text);
+            return Ok(None);
+        }
         Ok(Ok(Some(_))) => return Err("a process did not begin with hello".into()),
         Ok(Err(e)) if e.kind() == io::ErrorKind::InvalidData => {
             return Err(format!("a process of another version of flexmodel wanted to attach ({e})"));
@@ -122,9 +131,10 @@ async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<(Arc<Ses
 /// Starts reading a rank's slab, or goes on with it.
 fn attach(server: &Arc<Server>, hello: &Hello, fd: OwnedFd) -> Result<(Arc<Session>, u32), String> {
     let mut sessions = server.sessions();
-    let key = (hello.rank, hello.pid);
+    let inode = inode_of(fd.as_fd()).map_err(|e| e.to_string())?;
+    let key = (hello.rank, hello.pid, inode);
     if let Some(session) = sessions.get(&key)
-        && let Some(connection) = session.adopt(fd.as_fd())
+        && let Some(connection) = session.adopt()
     {
         server.board.attached(hello);
         return Ok((session.clone(), connection));
@@ -137,7 +147,7 @@ fn attach(server: &Arc<Server>, hello: &Hello, fd: OwnedFd) -> Result<(Arc<Sessi
         server.store.forget_job();
     }
     let reader = SlabReader::attach(fd).map_err(|e| e.to_string())?;
-    let session = Arc::new(Session::new(hello.rank, reader.mapping().clone()).map_err(|e| e.to_string())?);
+    let session = Arc::new(Session::new(hello.rank, reader.mapping().clone()));
     ingest::start(server.clone(), session.clone(), reader).map_err(|e| format!("no thread for it: {e}"))?;
     sessions.insert(key, session.clone());
     server.beat_for(session.clone());

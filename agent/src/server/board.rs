@@ -9,7 +9,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use wire::control::{Hello, ModuleInfo};
+use wire::control::{Hello, MAX_MODELS, MAX_NOTICES, ModuleInfo, clip};
 
 use crate::{
     live::Live,
@@ -18,13 +18,6 @@ use crate::{
         format::{FORMAT, ModelInfo, RunInfo},
     },
 };
-
-/// Most notices kept.
-const MAX_NOTICES: usize = 200;
-/// Longest notice, in bytes.
-const MAX_NOTICE: usize = 4096;
-/// Most models whose tree is kept.
-const MAX_MODELS: usize = 64;
 
 /// Most ranks whose process is remembered.
 const MAX_RANKS: usize = 1 << 16;
@@ -63,11 +56,7 @@ impl Board {
 
     /// Something that the user should read once.
     pub fn notice(&self, text: &str) {
-        let mut end = text.len().min(MAX_NOTICE);
-        while !text.is_char_boundary(end) {
-            end -= 1;
-        }
-        let text = &text[..end];
+        let text = clip(text);
         let mut info = self.info();
         // Every rank says the same.
         if info.notices.len() < MAX_NOTICES && !info.notices.iter().any(|n| n == text) {
@@ -89,6 +78,8 @@ impl Board {
     /// Whether another job begins with this rank: it attached before from another process.
     pub fn is_another_job(&self, hello: &Hello) -> bool {
         let mut pids = self.pids.lock().unwrap_or_else(PoisonError::into_inner);
+        // A process that knew its rank too late has left the one it had.
+        pids.retain(|rank, pid| *pid != hello.pid || *rank == hello.rank);
         let another = pids.get(&hello.rank).is_some_and(|before| *before != hello.pid);
         if another || pids.len() >= MAX_RANKS {
             // Its other ranks are no surprise.

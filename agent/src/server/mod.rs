@@ -53,6 +53,9 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Most slabs at a time.
 const MAX_SESSIONS: usize = 4096;
 
+/// By rank, process and which memory it is.
+type Sessions = HashMap<(u32, u32, (u64, u64)), Arc<Session>>;
+
 /// What all connections share.
 #[derive(Debug)]
 pub struct Server {
@@ -60,7 +63,7 @@ pub struct Server {
     pub store: Arc<Store>,
     /// What people see.
     pub board: Arc<Board>,
-    sessions: Mutex<HashMap<(u32, u32), Arc<Session>>>,
+    sessions: Mutex<Sessions>,
     /// Slabs whose heart beats. A list of its own: nobody holds this lock for longer than a list takes.
     beating: Mutex<Vec<Arc<Session>>>,
     /// Connections that have not said hello yet.
@@ -101,7 +104,7 @@ impl Server {
         self.beating.lock().unwrap_or_else(PoisonError::into_inner).push(session);
     }
 
-    fn sessions(&self) -> MutexGuard<'_, HashMap<(u32, u32), Arc<Session>>> {
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

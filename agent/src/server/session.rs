@@ -17,8 +17,6 @@ pub struct Session {
     /// Global rank.
     pub rank: u32,
     mapping: Arc<Mapping>,
-    /// Which memfd it is.
-    inode: (u64, u64),
     phase: Mutex<Phase>,
     /// Connections so far, but for the first.
     connections: AtomicU32,
@@ -40,17 +38,15 @@ enum Phase {
 
 impl Session {
     /// Of a rank that just attached.
-    pub fn new(rank: u32, mapping: Arc<Mapping>) -> std::io::Result<Self> {
-        let inode = inode_of(mapping.fd())?;
-        Ok(Self {
+    pub fn new(rank: u32, mapping: Arc<Mapping>) -> Self {
+        Self {
             rank,
             mapping,
-            inode,
             phase: Mutex::new(Phase::Attached(0)),
             connections: AtomicU32::new(0),
             stop_at: AtomicU64::new(u64::MAX),
             damaged: Notify::new(),
-        })
+        }
     }
 
     /// The shared memory.
@@ -60,9 +56,9 @@ impl Session {
 
     /// A rank that lost its connection comes back with the memory it had. If the thread that reads it goes on, this is
     /// the number of the new connection.
-    pub fn adopt(&self, fd: BorrowedFd<'_>) -> Option<u32> {
+    pub fn adopt(&self) -> Option<u32> {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
-        if *phase == Phase::Done || !inode_of(fd).is_ok_and(|i| i == self.inode) {
+        if *phase == Phase::Done {
             return None;
         }
         let number = self.connections.fetch_add(1, Ordering::AcqRel) + 1;
@@ -129,7 +125,8 @@ impl Session {
     }
 }
 
-fn inode_of(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
+/// Which memory a descriptor is.
+pub fn inode_of(fd: BorrowedFd<'_>) -> std::io::Result<(u64, u64)> {
     // SAFETY: stat is plain data.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: the descriptor is open and the buffer is a stat.
@@ -148,29 +145,28 @@ mod tests {
     #[test]
     fn a_session_ends_after_its_last_connection_only() {
         let slab = SlabWriter::create(1 << 20, 0).unwrap();
-        let session = Session::new(0, slab.mapping().clone()).unwrap();
+        let session = Session::new(0, slab.mapping().clone());
         session.hang_up(0, false);
         assert_eq!(session.hung_up(), Some((0, false)));
-        assert_eq!(session.adopt(slab.mapping().fd()), Some(1));
+        assert_eq!(session.adopt(), Some(1));
         assert!(!session.end_after(0), "it has come back");
         session.hang_up(0, true);
         assert_eq!(session.hung_up(), None, "the end of the old connection was noticed late");
         session.hang_up(1, true);
         assert!(session.end_after(1) && session.is_done());
-        assert_eq!(session.adopt(slab.mapping().fd()), None);
+        assert_eq!(session.adopt(), None);
     }
 
     #[test]
-    fn other_memory_is_another_session() {
+    fn other_memory_is_told_apart() {
         let (slab, other) = (SlabWriter::create(1 << 20, 0).unwrap(), SlabWriter::create(1 << 20, 0).unwrap());
-        let session = Session::new(0, slab.mapping().clone()).unwrap();
-        assert_eq!(session.adopt(other.mapping().fd()), None);
+        assert_ne!(inode_of(slab.mapping().fd()).unwrap(), inode_of(other.mapping().fd()).unwrap());
     }
 
     #[test]
     fn a_busy_rank_does_not_push_the_end_ahead_of_itself() {
         let mut slab = SlabWriter::create(1 << 20, 0).unwrap();
-        let session = Session::new(0, slab.mapping().clone()).unwrap();
+        let session = Session::new(0, slab.mapping().clone());
         assert!(!session.is_drained());
         session.stop_at_head();
         slab.try_reserve(1, b"m", 0, 64, 64).unwrap().commit();

@@ -1,41 +1,48 @@
-//! The socket to the agent: attaches late, notices a death, attaches again.
+//! The agent, whether or not one is there: attaches late, notices a death, attaches again. Nothing here waits, but for
+//! the last word.
 
 use std::{
-    io::{IoSlice, Read},
-    os::fd::{AsRawFd, BorrowedFd},
+    io::Read,
     os::unix::net::UnixStream,
-    path::PathBuf,
-    sync::Arc,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use wire::{
-    control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent},
+    control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent, clip},
     env::{self, OnFull},
     slab::Mapping,
     tap_abi::Rank,
 };
 
+use super::{outbox::Outbox, socket};
 use crate::log;
 
 /// How often an absent agent is looked for, and a present one looked at.
-const LOOK: Duration = Duration::from_millis(500);
-/// Longest time a message to a stopped agent may take.
-const SEND: Duration = Duration::from_millis(500);
-/// Notices that are kept for an agent that comes later.
-const MAX_KEPT: usize = 200;
+pub(super) const LOOK: Duration = Duration::from_millis(500);
+/// How often more is sent to an agent that did not take everything at once.
+const SEND: Duration = Duration::from_millis(20);
+/// Longest pause before another try at agents that take us in and are gone without a welcome: each try repeats
+/// everything.
+pub(super) const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// Most lines about agents that come and go.
+const MAX_LINES: u32 = 20;
 
 /// The link, whether or not an agent is at its end.
 pub struct Link {
     socket: PathBuf,
     hello: Hello,
     stream: Option<UnixStream>,
-    /// What a new agent has to be told again.
-    kept: Vec<ToAgent>,
-    looked: Option<Instant>,
+    outbox: Outbox,
     inbox: Vec<u8>,
-    /// The loss of an agent is told once.
-    told: bool,
+    /// The last look at an agent that is there.
+    looked: Option<Instant>,
+    /// The last look for one, and how long until the next.
+    pub(super) tried: Option<Instant>,
+    pub(super) pause: Duration,
+    /// The user knows that there is no agent.
+    missing: bool,
+    lines: u32,
     /// This agent refused us: do not ask again.
     refused: bool,
 }
@@ -60,22 +67,29 @@ impl Link {
             socket: socket.into(),
             hello,
             stream: None,
-            kept: Vec::new(),
-            looked: None,
+            outbox: Outbox::default(),
             inbox: Vec::new(),
-            told: false,
+            looked: None,
+            tried: None,
+            pause: LOOK,
+            missing: false,
+            lines: 0,
             refused: false,
         }
     }
 
-    /// Fills in the rank; to be called before the first tensor.
+    /// Fills in who this process is; an agent that is there hears of it.
     pub fn describe(&mut self, rank: Rank, torch: &str, python: &str, wrapper: &str) {
+        let before = self.hello.clone();
         let hello = &mut self.hello;
         (hello.rank, hello.world, hello.pid) = (rank.rank, rank.world, std::process::id());
         hello.torch = torch.to_owned();
         hello.python = python.to_owned();
         if !wrapper.is_empty() {
             hello.wrapper = wrapper.to_owned();
+        }
+        if self.stream.is_some() && self.hello != before {
+            self.say(ToAgent::Hello(self.hello.clone()));
         }
     }
 
@@ -84,105 +98,160 @@ impl Link {
         self.hello.rank
     }
 
-    /// Sends a message, now or when an agent is there.
+    /// Says something now, or when an agent is there and takes it.
     pub fn say(&mut self, message: ToAgent) {
-        self.send(&message);
-        if self.kept.len() < MAX_KEPT {
-            self.kept.push(message);
-        }
+        self.outbox.push(match message {
+            ToAgent::Notice(text) => ToAgent::Notice(clip(&text).to_owned()),
+            other => other,
+        });
+        self.send();
     }
 
-    /// Looks, not more often than [`LOOK`], whether the agent is there.
-    pub fn tend(&mut self, map: &Arc<Mapping>) {
-        if self.looked.is_some_and(|t| t.elapsed() < LOOK) {
-            return;
+    /// Looks, not more often than need be, whether the agent is there.
+    pub fn tend(&mut self, map: &Mapping) {
+        let due = if self.outbox.is_empty() { LOOK } else { SEND };
+        if self.stream.is_none() || self.looked.is_none_or(|t| t.elapsed() >= due) {
+            self.alive(map);
         }
-        self.alive(map);
-        self.looked = Some(Instant::now());
     }
 
     /// Whether an agent is there; attaches to one that has come.
-    pub fn alive(&mut self, map: &Arc<Mapping>) -> bool {
-        if self.stream.is_some() && self.listen() {
-            return true;
+    pub fn alive(&mut self, map: &Mapping) -> bool {
+        if self.stream.is_some() {
+            self.looked = Some(Instant::now());
+            if self.listen() && self.send() {
+                return true;
+            }
         }
-        if self.refused || self.looked.is_some_and(|t| t.elapsed() < LOOK) {
+        if self.refused || self.tried.is_some_and(|t| t.elapsed() < self.pause) {
             return false;
         }
-        self.looked = Some(Instant::now());
         self.attach(map)
     }
 
-    fn attach(&mut self, map: &Arc<Mapping>) -> bool {
-        let Ok(stream) = UnixStream::connect(&self.socket) else {
-            if !self.told {
-                self.told = true;
-                log::line(&format!(
-                    "no agent at {}: captures wait in memory, then are lost, until one is there",
-                    self.socket.display()
-                ));
+    /// Tells an agent that is there, or can be attached to at once, that the slab is complete. Whether it has the slab.
+    pub fn farewell(&mut self, map: &Mapping, limit: Duration) -> bool {
+        let there = !self.refused && (self.listen() || self.attach(map));
+        self.say(ToAgent::Bye);
+        self.wait_to_send(limit);
+        there
+    }
+
+    /// Starts anew, as another rank with another slab.
+    pub fn leave(&mut self) {
+        self.stream = None;
+        self.outbox.restart(Vec::new());
+        (self.tried, self.pause, self.refused) = (None, LOOK, false);
+    }
+
+    /// Says something to whoever listens, though nothing may follow.
+    pub fn last_words(&mut self, text: &str, map: Option<&Mapping>, limit: Duration) {
+        let there = self.listen() || map.is_some_and(|map| !self.refused && self.attach(map));
+        if there {
+            self.say(ToAgent::Notice(text.to_owned()));
+            self.wait_to_send(limit);
+        } else {
+            leave_word(&self.socket, text);
+        }
+    }
+
+    fn attach(&mut self, map: &Mapping) -> bool {
+        self.tried = Some(Instant::now());
+        let Ok(stream) = socket::connect(&self.socket) else {
+            self.pause = LOOK;
+            if !self.missing {
+                let socket = self.socket.display();
+                self.line(&format!("no agent at {socket}: captures wait in memory, then are lost, until one is there"));
+                self.missing = true;
             }
             return false;
         };
-        let ready = stream.set_write_timeout(Some(SEND)).is_ok();
-        let Ok(bytes) = control::encode(&ToAgent::Hello(self.hello.clone())) else { return false };
-        if !ready || !send_with_fd(&stream, &bytes, map.fd()) {
-            return false;
-        }
-        self.stream = Some(stream);
+        // Until there is a welcome.
+        self.pause = (self.pause * 2).min(MAX_PAUSE);
+        let Ok(hello) = control::encode(&ToAgent::Hello(self.hello.clone())) else { return false };
+        let Ok(sent) = socket::send_with_fd(&stream, &hello, map.fd()) else { return false };
+        self.outbox.restart(hello.get(sent..).unwrap_or_default().to_vec());
         self.inbox.clear();
-        for message in std::mem::take(&mut self.kept) {
-            self.send(&message);
-            self.kept.push(message);
-        }
-        self.stream.is_some()
+        self.looked = self.tried;
+        self.stream = Some(stream);
+        self.send()
     }
 
     /// Reads what the agent said, without waiting. Whether it is still there.
     fn listen(&mut self) -> bool {
-        let Some(stream) = self.stream.as_mut() else { return false };
-        let mut chunk = [0; 512];
         loop {
-            // SAFETY: the buffer is valid for its length; MSG_DONTWAIT never blocks.
-            let n =
-                unsafe { libc::recv(stream.as_raw_fd(), chunk.as_mut_ptr().cast(), chunk.len(), libc::MSG_DONTWAIT) };
-            match n {
-                0 => return self.lost(),
-                n if n > 0 => self.inbox.extend(chunk.iter().take(n as usize)),
-                _ => match std::io::Error::last_os_error().kind() {
-                    std::io::ErrorKind::WouldBlock => break,
-                    std::io::ErrorKind::Interrupted => continue,
-                    _ => return self.lost(),
-                },
+            let Some(stream) = self.stream.as_ref() else { return false };
+            match socket::receive(stream, &mut self.inbox) {
+                Ok(0) => return self.lost(),
+                Ok(_) => {}
+                Err(e) if socket::is_later(&e) => break,
+                Err(_) => return self.lost(),
             }
         }
-        while let Ok(Some(message)) = control::decode_next::<FromAgent>(&mut self.inbox) {
-            if let FromAgent::Refused(why) = message {
-                log::line(&format!("the agent refused this rank: {why}"));
-                self.refused = true;
-                self.stream = None;
-                return false;
+        loop {
+            match control::decode_next(&mut self.inbox) {
+                Ok(None) => return true,
+                Ok(Some(FromAgent::Welcome)) => {
+                    self.pause = LOOK;
+                    if std::mem::take(&mut self.missing) {
+                        self.line("an agent is there: captures go to it");
+                    }
+                }
+                Ok(Some(FromAgent::Refused(why))) => {
+                    self.line(&format!("the agent refused this rank: {why}"));
+                    self.refused = true;
+                    self.stream = None;
+                    return false;
+                }
+                Err(_) => return self.lost(),
             }
         }
-        true
     }
 
     fn lost(&mut self) -> bool {
         self.stream = None;
-        if !self.told {
-            self.told = true;
-            log::line("the agent is gone: captures wait in memory, then are lost, until it is back");
+        if !self.missing {
+            self.missing = true;
+            self.line("the agent is gone: captures wait in memory, then are lost, until it is back");
         }
         false
     }
 
-    fn send(&mut self, message: &ToAgent) {
-        let Some(stream) = self.stream.as_ref() else { return };
-        let Ok(bytes) = control::encode(message) else { return };
-        // A message that was sent in part cannot be repaired: the agent has to be attached to anew.
-        if !send_all(stream, &bytes) {
-            self.lost();
+    /// Sends what the agent takes now. Whether it is still there.
+    fn send(&mut self) -> bool {
+        let Some(stream) = self.stream.as_ref() else { return false };
+        match self.outbox.send(|bytes| socket::send(stream, bytes)) {
+            Ok(()) => true,
+            Err(_) if self.listen() => self.lost(),
+            Err(_) => false,
         }
+    }
+
+    fn wait_to_send(&mut self, limit: Duration) {
+        let end = Instant::now() + limit;
+        while self.send() && !self.outbox.is_empty() {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.stream.as_ref() {
+                Some(stream) if !left.is_zero() => socket::wait_to_send(stream, left),
+                _ => return,
+            }
+        }
+    }
+
+    fn line(&mut self, text: &str) {
+        self.lines += 1;
+        if self.lines <= MAX_LINES {
+            log::line(text);
+        }
+    }
+}
+
+/// Leaves one notice with an agent, if one takes it at once, from a process that has nothing else for it.
+pub fn leave_word(socket: &Path, text: &str) {
+    let message = control::encode(&ToAgent::Notice(clip(text).to_owned()));
+    if let (Ok(stream), Ok(bytes)) = (socket::connect(socket), message) {
+        // Into an empty buffer it goes whole, or there is nobody to read it.
+        let _ = socket::send(&stream, &bytes);
     }
 }
 
@@ -203,47 +272,4 @@ fn command() -> Vec<String> {
         let _ = file.take(1 << 16).read_to_end(&mut bytes);
     }
     bytes.split(|&b| b == 0).filter(|w| !w.is_empty()).map(|w| String::from_utf8_lossy(w).into_owned()).collect()
-}
-
-/// Sends `bytes` with a descriptor on the first of them (SCM_RIGHTS).
-fn send_with_fd(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> bool {
-    const SPACE: usize = 24;
-    #[repr(align(8))]
-    struct Ancillary([u8; SPACE]);
-    let mut ancillary = Ancillary([0; SPACE]);
-    let slices = [IoSlice::new(bytes)];
-    // SAFETY: msghdr is plain data; every pointer in it outlives the call; the ancillary buffer is aligned and has
-    // room for one header and one descriptor (CMSG_SPACE(4) is 24 on x86-64).
-    let sent = unsafe {
-        let mut message: libc::msghdr = std::mem::zeroed();
-        message.msg_iov = slices.as_ptr().cast_mut().cast();
-        message.msg_iovlen = 1;
-        message.msg_control = ancillary.0.as_mut_ptr().cast();
-        message.msg_controllen = libc::CMSG_SPACE(size_of::<i32>() as u32) as usize;
-        let header = libc::CMSG_FIRSTHDR(&message);
-        if header.is_null() || message.msg_controllen > SPACE {
-            return false;
-        }
-        (*header).cmsg_level = libc::SOL_SOCKET;
-        (*header).cmsg_type = libc::SCM_RIGHTS;
-        (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as usize;
-        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(fd.as_raw_fd());
-        libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
-    };
-    let Ok(sent) = usize::try_from(sent) else { return false };
-    bytes.get(sent..).is_some_and(|rest| send_all(stream, rest))
-}
-
-/// Sends all of `bytes`, each part within the stream's write timeout, and never raises SIGPIPE in the job.
-fn send_all(stream: &UnixStream, mut bytes: &[u8]) -> bool {
-    while !bytes.is_empty() {
-        // SAFETY: the buffer is valid for its length.
-        let n = unsafe { libc::send(stream.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL) };
-        match usize::try_from(n) {
-            Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
-            Err(_) if std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) => return false,
-        }
-    }
-    true
 }

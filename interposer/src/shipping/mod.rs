@@ -6,23 +6,34 @@
 //! | the slab is full, `drop` | nothing |
 //! | the slab is full, `wait` | it waits while the agent's heart beats and its tail moves |
 //! | the agent dies while we wait | at most [`GLANCE`] |
-//! | the agent stops (SIGSTOP, a wedged disk) | once [`NO_HEARTBEAT`] or [`NO_PROGRESS`], until it moves again (WAIT-1) |
-//! | the process ends | at most [`FAREWELL`] for copies from a device that are under way |
+//! | the agent stops (SIGSTOP, a wedged disk) | once 2 s (no heartbeat) or 60 s (no progress), until it moves again (WAIT-1) |
+//! | the agent does not read its messages | nothing: they wait, in a bounded number |
+//! | taps go off | at most two [`GLANCE`]s for the word of it |
+//! | the process turns out to be another rank | at most [`MOVE`] for copies that are under way, and [`WORD`] |
+//! | the process ends | at most [`FAREWELL`] for copies from a device that are under way, and [`WORD`] |
 
 mod link;
+mod outbox;
 mod pending;
+mod pinning;
+mod room;
+mod socket;
+mod voyage;
+
+#[cfg(test)]
+mod tests;
 
 use std::{
     ffi::c_void,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, atomic::Ordering},
+    thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use wire::{
-    control::{Counts, ModuleInfo, ToAgent},
+    control::{ModuleInfo, ToAgent},
     env::{self, OnFull},
     record::RecordMeta,
     slab::{Mapping, Reservation, SlabWriter},
@@ -31,19 +42,19 @@ use wire::{
 
 use crate::{boot, log, state};
 use link::Link;
+use pinning::Pinning;
+use voyage::Voyage;
 
 /// How long one look at a full slab lasts.
 pub const GLANCE: Duration = Duration::from_millis(50);
-/// An agent whose heart stands still this long is taken for stopped.
-pub const NO_HEARTBEAT: Duration = Duration::from_secs(2);
-/// An agent that frees nothing this long is taken for stuck.
-pub const NO_PROGRESS: Duration = Duration::from_secs(60);
+/// How long a process that becomes another rank waits for copies from a device.
+pub const MOVE: Duration = Duration::from_secs(2);
 /// How long the end of a process waits for copies from a device.
 pub const FAREWELL: Duration = Duration::from_secs(10);
+/// How long an agent is given to take the last message.
+pub const WORD: Duration = Duration::from_millis(500);
 
 static SHIPPER: Mutex<Option<Shipper>> = Mutex::new(None);
-/// Tensors lost before there was a slab to count them in.
-static LOST: AtomicU64 = AtomicU64::new(0);
 
 /// A tensor on its way.
 pub struct Cargo {
@@ -58,8 +69,11 @@ struct Shipper {
     slab_bytes: u64,
     on_full: OnFull,
     writer: Option<SlabWriter>,
+    pinning: Pinning,
     /// Set while an agent that stood still has not moved again: its heartbeat and tail then.
     stalled: Option<(u32, u64)>,
+    /// Tensors of an earlier slab that no agent ever saw.
+    unseen: u64,
 }
 
 fn lock() -> MutexGuard<'static, Option<Shipper>> {
@@ -96,17 +110,24 @@ pub fn configure(hooks: &str) -> Result<(), String> {
         slab_bytes: slab_bytes.max(env::MIN_SLAB_BYTES),
         on_full,
         writer: None,
+        pinning: Pinning::NotYet,
         stalled: None,
+        unseen: 0,
     });
     Ok(())
 }
 
-/// Says who this process is, before it attaches.
+/// Says who this process is: before it attaches, and again when more is known. A process that captured before it knew
+/// its rank leaves the slab it has and begins another one.
 pub fn describe(rank: Rank, torch: &str, python: &str, wrapper: &str) {
+    if with(|s| s.writer.is_some() && s.link.rank() != rank.rank) {
+        pending::drain(MOVE);
+        with(Shipper::leave_slab);
+    }
     with(|s| s.link.describe(rank, torch, python, wrapper));
 }
 
-/// Tells the agent a model's modules.
+/// Tells the agent a model's modules, if they are news.
 pub fn model(model: u32, modules: Vec<ModuleInfo>) {
     with(|s| s.link.say(ToAgent::Model { model, modules }));
 }
@@ -117,33 +138,50 @@ pub fn notice(text: String) {
     with(|s| s.link.say(ToAgent::Notice(text)));
 }
 
+/// The word that taps went off in this process: best effort, and no longer than two glances. Called from anywhere, also
+/// before anything is configured.
+pub fn last_words(text: &str) {
+    let say = || {
+        let end = Instant::now() + GLANCE;
+        let mut guard = loop {
+            match SHIPPER.try_lock() {
+                Ok(guard) => break guard,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < end => thread::sleep(Duration::from_millis(1)),
+                Err(TryLockError::WouldBlock) => return,
+            }
+        };
+        match guard.as_mut() {
+            Some(Shipper { link, writer, .. }) => {
+                link.last_words(text, writer.as_ref().map(|w| &**w.mapping()), GLANCE)
+            }
+            None => {
+                let agent = std::env::var(env::AGENT).unwrap_or_default();
+                if let Ok(socket) = env::agent_socket(&agent) {
+                    link::leave_word(Path::new(socket), text);
+                }
+            }
+        }
+    };
+    // A panic here would be one in the handling of a panic.
+    let _ = catch_unwind(AssertUnwindSafe(say));
+}
+
 /// Carries a tensor into the slab, in pieces where it is larger than a quarter of it.
 pub fn ship(cargo: Cargo) {
     let Some(total) = cargo.meta.payload_len() else { return };
-    let refused = !cargo.meta.refused.is_empty();
     let item = cargo.meta.dtype.size() as u64;
     let mut meta = Vec::with_capacity(256);
     cargo.meta.encode(&mut meta);
-    let Some((record, max_piece)) = begin() else {
-        LOST.fetch_add(1, Ordering::Relaxed);
-        return;
-    };
-    if refused {
-        count(|h| &h.refused);
-    }
+    let Some(voyage) = begin() else { return };
     let mut at = 0;
-    loop {
-        let len = (total - at).min(max_piece);
+    while !voyage.is_lost() {
+        let len = (total - at).min(voyage.max_piece);
         let head: &[u8] = if at == 0 { &meta } else { &[] };
-        let Some(slot) = reserve(record, head, at, len, total) else {
-            count(|h| &h.dropped);
-            return;
-        };
-        if len == 0 {
-            slot.commit();
-        } else if !fill(slot, &cargo, at / item, len / item) {
-            count(|h| &h.dropped);
-            return;
+        match room::reserve(&voyage, head, at, len, total) {
+            Some(slot) if len == 0 => slot.commit(),
+            Some(slot) => fill(slot, &cargo, at / item, len / item, &voyage),
+            None => voyage.lose(),
         }
         at += len;
         if at >= total {
@@ -153,138 +191,86 @@ pub fn ship(cargo: Cargo) {
 }
 
 /// Copies elements into a reserved frame and commits it. A copy from a device is finished by another thread.
-fn fill(slot: Reservation, cargo: &Cargo, first: u64, elements: u64) -> bool {
-    let Some(bridge) = boot::bridge() else { return false };
+fn fill(slot: Reservation, cargo: &Cargo, first: u64, elements: u64, voyage: &Arc<Voyage>) {
+    let Some(bridge) = boot::bridge() else { return voyage.lose() };
     // SAFETY: the handle is the tensor of the tap that is firing; the slot holds elements * item bytes.
     let copied = unsafe { (bridge.copy)(cargo.handle, cargo.meta.dtype as u8, first, elements, slot.payload()) };
     match copied.code {
         0 => slot.commit(),
-        1 => pending::finish_later(copied.ticket, slot),
-        _ => return false,
-    }
-    true
-}
-
-fn count(counter: impl Fn(&wire::slab::Header) -> &AtomicU64) {
-    with(|s| {
-        if let Some(writer) = &s.writer {
-            counter(writer.mapping().header()).fetch_add(1, Ordering::Relaxed);
+        1 => {
+            pending::finish_later(copied.ticket, slot, voyage.clone());
+            device_copied(&voyage.map);
         }
-    });
+        _ => voyage.lose(),
+    }
 }
 
-/// Makes the slab with the first tensor and looks after the link; a number for the tensor, and the largest piece.
-fn begin() -> Option<(u64, u64)> {
+/// Pins the slab if there was no device yet when it was made.
+fn device_copied(map: &Arc<Mapping>) {
+    let slow = with(|s| {
+        let current = s.writer.as_ref().is_some_and(|w| Arc::ptr_eq(w.mapping(), map));
+        current && s.pinning.device_copied(|| pin(map))
+    });
+    if slow {
+        notice("the slab cannot be pinned: copies from the device are slower than they could be".into());
+    }
+}
+
+fn pin(map: &Mapping) -> bool {
+    let (base, len) = map.whole();
+    // SAFETY: a mapping that is pinned is never unmapped (leave_slab), and SHIPPER is never emptied.
+    boot::bridge().is_some_and(|bridge| unsafe { (bridge.pin)(base, len) })
+}
+
+/// Makes the slab with the first tensor and looks after the link.
+fn begin() -> Option<Arc<Voyage>> {
     let mut guard = lock();
     let shipper = guard.as_mut()?;
-    if shipper.writer.is_none() {
-        match SlabWriter::create(shipper.slab_bytes, shipper.link.rank()) {
-            Ok(writer) => {
-                let (base, len) = writer.mapping().whole();
-                if let Some(bridge) = boot::bridge() {
-                    // SAFETY: the mapping lives as long as the process: SHIPPER is never emptied.
-                    unsafe { (bridge.pin)(base, len) };
-                }
-                shipper.writer = Some(writer);
-            }
-            Err(why) => {
-                drop(guard);
-                state::off(&format!("{why}; a smaller {} may fit", env::SLAB));
-                return None;
-            }
-        }
+    if let Err(why) = shipper.make_slab() {
+        drop(guard);
+        state::off(&why);
+        return None;
     }
     let writer = shipper.writer.as_mut()?;
     shipper.link.tend(writer.mapping());
-    Some((writer.begin_record(), writer.max_piece()))
-}
-
-/// A frame, or `None` if the tensor has to be dropped.
-fn reserve(record: u64, meta: &[u8], at: u64, len: u64, total: u64) -> Option<Reservation> {
-    let mut patience: Option<Patience> = None;
-    loop {
-        let map = {
-            let mut guard = lock();
-            let shipper = guard.as_mut()?;
-            let writer = shipper.writer.as_mut()?;
-            if let Some(slot) = writer.try_reserve(record, meta, at, len, total) {
-                shipper.stalled = None;
-                return Some(slot);
-            }
-            let map = writer.mapping().clone();
-            if shipper.on_full == OnFull::Drop || !shipper.link.alive(&map) || shipper.still_stalled(&map) {
-                return None;
-            }
-            if patience.get_or_insert_with(|| Patience::new(&map)).spent(&map) {
-                shipper.stalled = Some(pulse(&map));
-                drop(guard);
-                notice("the agent stands still: captures are dropped until it moves again".into());
-                return None;
-            }
-            map
-        };
-        SlabWriter::wait_for_room(&map, GLANCE);
-    }
-}
-
-/// Heartbeat and tail: what shows that an agent moves.
-fn pulse(map: &Mapping) -> (u32, u64) {
-    let header = map.header();
-    (header.heartbeat.load(Ordering::Acquire), header.tail.load(Ordering::Acquire))
+    Some(Arc::new(Voyage::new(writer.mapping().clone(), writer.begin_record(), writer.max_piece())))
 }
 
 impl Shipper {
-    /// Whether an agent that stood still has not moved since.
-    fn still_stalled(&mut self, map: &Arc<Mapping>) -> bool {
-        if self.stalled.is_some_and(|(_, tail)| tail == pulse(map).1) {
-            return true;
+    fn make_slab(&mut self) -> Result<(), String> {
+        if self.writer.is_none() {
+            let writer = SlabWriter::create(self.slab_bytes, self.link.rank())
+                .map_err(|why| format!("{why}; a smaller {} may fit", env::SLAB))?;
+            writer.mapping().header().dropped.store(std::mem::take(&mut self.unseen), Ordering::Relaxed);
+            self.pinning = Pinning::new(|| pin(writer.mapping()));
+            self.writer = Some(writer);
+        }
+        Ok(())
+    }
+
+    /// The slab is complete; another one will be made for the next tensor.
+    fn leave_slab(&mut self) {
+        let Some(writer) = self.writer.take() else { return };
+        let map = writer.mapping();
+        let taken = self.link.farewell(map, WORD);
+        self.link.leave();
+        if !taken && map.header().tail.load(Ordering::Acquire) == 0 {
+            self.unseen += writer.begun();
+        }
+        if self.pinning == Pinning::Pinned {
+            // What a device may write to has to stay where it is.
+            std::mem::forget(map.clone());
         }
         self.stalled = None;
-        false
-    }
-}
-
-/// Bounds a wait for room (WAIT-1).
-struct Patience {
-    pulse: (u32, u64),
-    beat_at: Instant,
-    moved_at: Instant,
-}
-
-impl Patience {
-    fn new(map: &Mapping) -> Self {
-        let now = Instant::now();
-        Self { pulse: pulse(map), beat_at: now, moved_at: now }
-    }
-
-    fn spent(&mut self, map: &Mapping) -> bool {
-        let (beat, tail) = pulse(map);
-        let now = Instant::now();
-        if beat != self.pulse.0 {
-            self.beat_at = now;
-        }
-        if tail != self.pulse.1 {
-            self.moved_at = now;
-        }
-        self.pulse = (beat, tail);
-        now.duration_since(self.beat_at) > NO_HEARTBEAT || now.duration_since(self.moved_at) > NO_PROGRESS
     }
 }
 
 /// The process ends in good order: waits for copies under way, and tells the agent, which has the slab and goes on.
 pub fn finish() {
     pending::drain(FAREWELL);
-    let mut guard = lock();
-    let Some(shipper) = guard.as_mut() else { return };
-    let Some(writer) = shipper.writer.as_ref() else { return };
-    let map = writer.mapping().clone();
-    shipper.link.tend(&map);
-    let header = map.header();
-    header.closed.store(1, Ordering::Release);
-    let counts = Counts {
-        records: header.records.load(Ordering::Relaxed),
-        dropped: header.dropped.load(Ordering::Relaxed) + LOST.load(Ordering::Relaxed),
-        refused: header.refused.load(Ordering::Relaxed),
-    };
-    shipper.link.say(ToAgent::Bye(counts));
+    with(|s| {
+        if let Some(writer) = &s.writer {
+            s.link.farewell(writer.mapping(), WORD);
+        }
+    });
 }

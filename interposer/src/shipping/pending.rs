@@ -3,8 +3,8 @@
 use std::{
     ffi::c_void,
     sync::{
-        OnceLock,
-        atomic::{AtomicU64, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -13,6 +13,7 @@ use std::{
 use crossbeam::channel::{Sender, unbounded};
 use wire::slab::Reservation;
 
+use super::voyage::Voyage;
 use crate::boot;
 
 static QUEUE: OnceLock<Option<Sender<Job>>> = OnceLock::new();
@@ -21,6 +22,7 @@ static UNDER_WAY: AtomicU64 = AtomicU64::new(0);
 struct Job {
     ticket: *mut c_void,
     slot: Reservation,
+    voyage: Arc<Voyage>,
 }
 
 // SAFETY: a ticket may be waited for from any thread (BridgeTable).
@@ -28,7 +30,7 @@ unsafe impl Send for Job {}
 
 /// Commits `slot` when the copy behind `ticket` is done. The queue holds no tensor bytes, and no more entries than
 /// the slab has frames.
-pub fn finish_later(ticket: *mut c_void, slot: Reservation) {
+pub fn finish_later(ticket: *mut c_void, slot: Reservation, voyage: Arc<Voyage>) {
     let queue = QUEUE.get_or_init(|| {
         let (sender, receiver) = unbounded::<Job>();
         let worker = move || {
@@ -40,7 +42,7 @@ pub fn finish_later(ticket: *mut c_void, slot: Reservation) {
         thread::Builder::new().name("flexmodel-copies".into()).spawn(worker).is_ok().then_some(sender)
     });
     UNDER_WAY.fetch_add(1, Ordering::Acquire);
-    let job = Job { ticket, slot };
+    let job = Job { ticket, slot, voyage };
     let left = match queue {
         Some(sender) => sender.send(job).err().map(|e| e.0),
         None => Some(job),
@@ -52,9 +54,21 @@ pub fn finish_later(ticket: *mut c_void, slot: Reservation) {
 }
 
 fn finish(job: Job) {
+    static TOLD: AtomicBool = AtomicBool::new(false);
     // SAFETY: the ticket came from the bridge and is given to it once.
-    if boot::bridge().is_some_and(|bridge| unsafe { (bridge.wait)(job.ticket) }) {
-        job.slot.commit();
+    let arrived = boot::bridge().is_some_and(|bridge| unsafe { (bridge.wait)(job.ticket) });
+    settle(job.slot, &job.voyage, arrived);
+    if !arrived && !TOLD.swap(true, Ordering::Relaxed) {
+        super::notice("a copy from the device failed: that capture is lost, and so are others like it".into());
+    }
+}
+
+/// Hands a frame over, or gives it up and its tensor with it.
+fn settle(slot: Reservation, voyage: &Voyage, arrived: bool) {
+    if arrived {
+        slot.commit();
+    } else {
+        voyage.lose();
     }
 }
 
@@ -63,5 +77,31 @@ pub fn drain(limit: Duration) {
     let end = Instant::now() + limit;
     while UNDER_WAY.load(Ordering::Acquire) > 0 && Instant::now() < end {
         thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wire::slab::{Fetched, SlabReader, SlabWriter};
+
+    use super::*;
+
+    #[test]
+    fn a_copy_that_failed_is_counted_once_and_the_next_tensor_arrives() {
+        let mut writer = SlabWriter::create(1 << 20, 0).unwrap();
+        let mut reader = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()).unwrap();
+        for arrived in [false, true] {
+            let record = writer.begin_record();
+            let voyage = Voyage::new(writer.mapping().clone(), record, 64);
+            for piece in 0..2 {
+                let meta: &[u8] = if piece == 0 { b"meta" } else { b"" };
+                let slot = writer.try_reserve(record, meta, piece * 64, 64, 128).unwrap();
+                settle(slot, &voyage, arrived);
+            }
+            assert_eq!(voyage.is_lost(), !arrived);
+        }
+        assert_eq!(writer.mapping().header().dropped.load(Ordering::Relaxed), 1);
+        let fetched = reader.fetch().unwrap();
+        assert!(matches!(&fetched, Fetched::Frame(frame) if frame.record == 2), "{fetched:?}");
     }
 }

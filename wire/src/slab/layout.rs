@@ -7,7 +7,7 @@ use super::protocol::sync::{AtomicU32, AtomicU64};
 /// First eight bytes of a slab.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"FLEXSLAB");
 /// Version of everything in this module.
-pub const SLAB_VERSION: u32 = 1;
+pub const SLAB_VERSION: u32 = 2;
 /// Bytes before the ring.
 pub const HEADER_LEN: u64 = 4096;
 /// Frames start, and payloads start, at multiples of this.
@@ -35,27 +35,22 @@ pub struct Header {
     pub head: AtomicU64,
     /// Written by the job: rises with every commit; the agent's futex word.
     pub doorbell: AtomicU32,
-    /// Written by the job: 1 once it will commit nothing more.
-    pub closed: AtomicU32,
-    /// Written by the job: tensors committed.
-    pub records: AtomicU64,
-    /// Written by the job: tensors lost to a full slab or an absent agent.
+    _pad1: [u8; 4],
+    /// Written by the job: tensors lost to a full slab, an absent agent or a failed copy.
     pub dropped: AtomicU64,
-    /// Written by the job: tensors refused for a named reason.
-    pub refused: AtomicU64,
-    _pad1: [u8; 24],
+    _pad2: [u8; 40],
     /// Written by the agent: bytes released so far.
     pub tail: AtomicU64,
     /// Written by the agent: rises with every release; the job's futex word.
     pub room: AtomicU32,
     /// Written by the agent: rises at least ten times a second while it lives, whatever its disk does.
     pub heartbeat: AtomicU32,
-    _pad2: [u8; 48],
-    /// 1 while the job sleeps on `room`.
-    pub job_waits: AtomicU32,
+    _pad3: [u8; 48],
+    /// Threads of the job that sleep on `room`.
+    pub waiters: AtomicU32,
     /// 1 while the agent sleeps on `doorbell`.
     pub agent_waits: AtomicU32,
-    _pad3: [u8; 56],
+    _pad4: [u8; 56],
 }
 
 /// Who owns a frame. Anything else in shared memory is hostile and treated as damage.

@@ -22,6 +22,7 @@
 //! - **SLAB-4** The agent trusts nothing: it copies a header out, checks generation, bounds and crc, and only then uses it.
 //! - **SLAB-5** The memory is `fallocate`d (a full tmpfs is an error at creation, not a SIGBUS later) and sealed
 //!   against shrinking and growing.
+//! - **SLAB-6** A thread of the job that sleeps until there is room is woken by the next release, however many sleep.
 //!
 //! The crc covers the frame's header and metadata. Payload bytes are summed by the agent as it writes them to disk,
 //! so that the job pays for one copy and nothing else.

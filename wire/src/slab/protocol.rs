@@ -1,16 +1,16 @@
-//! The six atomic steps of the slab's protocol, apart from memory so that loom can run them.
+//! The atomic steps of the slab's protocol, apart from memory so that loom can run them.
 //!
 //! Every acquire names the release it pairs with (SYNC POINT).
 
 /// std's atomics, or loom's under `--cfg loom`.
 pub mod sync {
     #[cfg(loom)]
-    pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
     #[cfg(not(loom))]
-    pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 }
 
-use sync::{AtomicU32, AtomicU64, Ordering};
+use sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::layout::State;
 
@@ -46,10 +46,40 @@ pub fn release(tail: &AtomicU64, value: u64) {
     tail.store(value, Ordering::Release);
 }
 
+/// Job: how often the agent has released something, to be asked *before* [`room`]: a release in between then changes
+/// it, and whoever goes to sleep on the old number is up again at once. SYNC POINT D with [`released`].
+pub fn releases(count: &AtomicU32) -> u32 {
+    count.load(Ordering::Acquire)
+}
+
+/// Job: one more thread is about to sleep on the count of releases. SYNC POINT E with [`released`]: either the thread
+/// sees the new count before it sleeps, or the agent sees the thread.
+pub fn announce(waiters: &AtomicU32) {
+    waiters.fetch_add(1, Ordering::Relaxed);
+    fence(Ordering::SeqCst);
+}
+
+/// Job: that thread is up again.
+pub fn retire(waiters: &AtomicU32) {
+    waiters.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// Agent: counts what [`release`] gave back; whether a thread of the job may sleep, so that all must be woken.
+/// SYNC POINTS D with [`releases`] and E with [`announce`].
+pub fn released(count: &AtomicU32, waiters: &AtomicU32) -> bool {
+    count.fetch_add(1, Ordering::Release);
+    fence(Ordering::SeqCst);
+    waiters.load(Ordering::Relaxed) != 0
+}
+
 #[cfg(all(test, loom))]
 mod model {
     use super::*;
-    use loom::{cell::UnsafeCell, sync::Arc, thread};
+    use loom::{
+        cell::UnsafeCell,
+        sync::{Arc, Condvar, Mutex},
+        thread,
+    };
 
     /// Two cells of ring, three frames of one cell each: every interleaving of reserve, write, commit, read and
     /// release. loom fails if the agent can read a cell the job is writing (SLAB-2) or the job can overwrite one
@@ -103,6 +133,64 @@ mod model {
                 release(&ring.tail, n + 1);
             }
             job.join().unwrap();
+        });
+    }
+
+    /// A full ring of two cells and two threads that want one each, while the agent releases both: nobody sleeps
+    /// through the release that was meant for it (SLAB-6). Sleeping has no limit here, so loom reports a deadlock.
+    #[test]
+    fn nobody_sleeps_through_a_release() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            struct Ring {
+                head: Mutex<u64>,
+                tail: AtomicU64,
+                count: AtomicU32,
+                waiters: AtomicU32,
+                /// The kernel's lock of a futex: comparing and going to sleep are one step.
+                futex: Mutex<()>,
+                wake: Condvar,
+            }
+            let ring = Arc::new(Ring {
+                head: Mutex::new(2),
+                tail: AtomicU64::new(0),
+                count: AtomicU32::new(0),
+                waiters: AtomicU32::new(0),
+                futex: Mutex::new(()),
+                wake: Condvar::new(),
+            });
+            let job = |ring: Arc<Ring>| {
+                move || loop {
+                    let seen = releases(&ring.count);
+                    {
+                        let mut head = ring.head.lock().unwrap();
+                        if room(*head, &ring.tail, 2) > 0 {
+                            *head += 1;
+                            return;
+                        }
+                    }
+                    announce(&ring.waiters);
+                    let asleep = ring.futex.lock().unwrap();
+                    if ring.count.load(Ordering::Relaxed) == seen {
+                        drop(ring.wake.wait(asleep).unwrap());
+                    } else {
+                        drop(asleep);
+                    }
+                    retire(&ring.waiters);
+                }
+            };
+            let threads = [thread::spawn(job(ring.clone())), thread::spawn(job(ring.clone()))];
+            for n in 1..=2 {
+                release(&ring.tail, n);
+                if released(&ring.count, &ring.waiters) {
+                    let _futex = ring.futex.lock().unwrap();
+                    ring.wake.notify_all();
+                }
+            }
+            for thread in threads {
+                thread.join().unwrap();
+            }
         });
     }
 }

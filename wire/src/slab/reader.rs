@@ -129,8 +129,7 @@ impl SlabReader {
         self.tail += len;
         let header = self.map.header();
         protocol::release(&header.tail, self.tail);
-        header.room.fetch_add(1, Ordering::SeqCst);
-        if header.job_waits.load(Ordering::SeqCst) != 0 {
+        if protocol::released(&header.room, &header.waiters) {
             wake(&header.room);
         }
     }

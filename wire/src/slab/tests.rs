@@ -1,10 +1,13 @@
 //! The slab between two mappings of the same memory, as two processes have it.
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use proptest::prelude::*;
 
 use super::*;
+
+/// A bound for hangs.
+const HANG: Duration = Duration::from_secs(20);
 
 fn pair(bytes: u64) -> (SlabWriter, SlabReader) {
     let writer = SlabWriter::create(bytes, 3).unwrap();
@@ -39,7 +42,7 @@ fn frames_arrive_in_order_over_many_laps() {
         }
         reader.release().unwrap();
     }
-    assert_eq!(writer.mapping().header().records.load(Ordering::Relaxed), 500);
+    assert_eq!(writer.begun(), 500);
 }
 
 #[test]
@@ -55,6 +58,38 @@ fn reserve_fails_when_full_and_succeeds_after_release() {
     assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
     reader.release().unwrap();
     assert!(send(&mut writer, b"m", &[2; 1000]));
+}
+
+/// SLAB-6: the release came after the look for room and before the sleep.
+#[test]
+fn a_release_before_the_sleep_is_not_slept_through() {
+    let (mut writer, mut reader) = pair(8192);
+    while send(&mut writer, b"m", &[1; 1000]) {}
+    let seen = writer.room_seen();
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+    reader.release().unwrap();
+    assert!(SlabWriter::wait_for_room(writer.mapping(), seen, HANG), "slept until the limit");
+}
+
+/// SLAB-6: whoever is up first does not hide those that still sleep.
+#[test]
+fn a_release_wakes_all_that_wait() {
+    let (mut writer, mut reader) = pair(8192);
+    while send(&mut writer, b"m", &[1; 1000]) {}
+    let (map, seen) = (writer.mapping().clone(), writer.room_seen());
+    std::thread::scope(|scope| {
+        let asleep = scope.spawn(|| SlabWriter::wait_for_room(&map, seen, HANG));
+        while map.header().waiters.load(Ordering::Relaxed) == 0 {
+            std::thread::yield_now();
+        }
+        // Another thread's wait ends by its limit.
+        assert!(!SlabWriter::wait_for_room(&map, seen, Duration::from_millis(1)));
+        assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+        assert_eq!(map.header().waiters.load(Ordering::Relaxed), 1);
+        reader.release().unwrap();
+        assert!(asleep.join().unwrap(), "slept until the limit");
+    });
+    assert_eq!(map.header().waiters.load(Ordering::Relaxed), 0);
 }
 
 #[test]

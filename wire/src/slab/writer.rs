@@ -1,9 +1,6 @@
 //! The job's side of a slab.
 
-use std::{
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::{sync::atomic::Ordering, time::Duration};
 
 use super::{
     layout::{FRAME_ALIGN, FRAME_HEADER_LEN, FrameHeader, Header, MAX_META, State},
@@ -17,6 +14,7 @@ pub struct SlabWriter {
     map: std::sync::Arc<Mapping>,
     head: u64,
     next_record: u64,
+    room_seen: u32,
 }
 
 /// A frame that is the job's until it is committed. Dropping it gives the frame up.
@@ -26,7 +24,6 @@ pub struct Reservation {
     at: u64,
     payload: *mut u8,
     payload_len: u64,
-    last: bool,
     done: bool,
 }
 
@@ -37,7 +34,7 @@ impl SlabWriter {
     /// Makes the slab.
     pub fn create(bytes: u64, rank: u32) -> Result<Self, SlabError> {
         let map = std::sync::Arc::new(Mapping::create(bytes, rank)?);
-        Ok(Self { map, head: 0, next_record: 1 })
+        Ok(Self { map, head: 0, next_record: 1, room_seen: 0 })
     }
 
     /// The memory, for sending and pinning.
@@ -59,7 +56,13 @@ impl SlabWriter {
         n
     }
 
-    /// Reserves a frame, or `None` while there is no room for it. `meta` goes with a tensor's first piece.
+    /// Tensors that have a number.
+    pub fn begun(&self) -> u64 {
+        self.next_record - 1
+    }
+
+    /// Reserves a frame, or `None` while there is no room for it: then [`wait_for_room`](Self::wait_for_room) with
+    /// [`room_seen`](Self::room_seen). `meta` goes with a tensor's first piece.
     pub fn try_reserve(
         &mut self,
         record: u64,
@@ -75,6 +78,7 @@ impl SlabWriter {
         if frame_len > ring {
             return None;
         }
+        self.room_seen = protocol::releases(&self.map.header().room);
         let mut at = self.head % ring;
         let pad = if at + frame_len > ring { ring - at } else { 0 };
         if protocol::room(self.head, &self.map.header().tail, ring) < pad + frame_len {
@@ -92,8 +96,7 @@ impl SlabWriter {
         self.head += frame_len;
         protocol::publish(&self.map.header().head, self.head);
         let payload = self.map.ring(at + start, payload_len)?;
-        let last = piece_offset + payload_len >= total_len;
-        Some(Reservation { map: self.map.clone(), at, payload, payload_len, last, done: false })
+        Some(Reservation { map: self.map.clone(), at, payload, payload_len, done: false })
     }
 
     fn blank(&self, position: u64) -> FrameHeader {
@@ -114,33 +117,32 @@ impl SlabWriter {
         Some(())
     }
 
-    /// Sleeps until the agent released something or `limit` passes.
-    pub fn wait_for_room(map: &Mapping, limit: Duration) {
+    /// The agent's count of releases before [`try_reserve`](Self::try_reserve) last looked for room.
+    pub fn room_seen(&self) -> u32 {
+        self.room_seen
+    }
+
+    /// Sleeps until the agent released something since `seen`, or `limit` passes (SLAB-6); whether it has.
+    pub fn wait_for_room(map: &Mapping, seen: u32, limit: Duration) -> bool {
         let header = map.header();
-        let seen = header.room.load(Ordering::Acquire);
-        header.job_waits.store(1, Ordering::SeqCst);
+        protocol::announce(&header.waiters);
         sleep(&header.room, seen, limit);
-        header.job_waits.store(0, Ordering::SeqCst);
+        protocol::retire(&header.waiters);
+        protocol::releases(&header.room) != seen
     }
 
     /// Bytes that the agent has not released yet.
     pub fn in_flight(&self) -> u64 {
         self.head - self.map.header().tail.load(Ordering::Acquire)
     }
-
-    /// Waits until the agent has released everything, at most until `deadline`; whether it has.
-    pub fn drain(&self, deadline: Instant) -> bool {
-        while self.in_flight() > 0 {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            Self::wait_for_room(&self.map, Duration::from_millis(20));
-        }
-        true
-    }
 }
 
 impl Reservation {
+    /// The slab it lies in.
+    pub fn mapping(&self) -> &std::sync::Arc<Mapping> {
+        &self.map
+    }
+
     /// Where the payload goes: 64-byte aligned, [`payload_len`](Self::payload_len) bytes.
     pub fn payload(&self) -> *mut u8 {
         self.payload
@@ -153,9 +155,6 @@ impl Reservation {
 
     /// Hands the frame to the agent.
     pub fn commit(mut self) {
-        if self.last {
-            self.map.header().records.fetch_add(1, Ordering::Relaxed);
-        }
         self.finish(State::Ready);
     }
 

@@ -1,0 +1,171 @@
+//! What an agent has to be told, and how much of it this one was told. Knows no socket.
+
+use std::io;
+
+use wire::control::{self, MAX_MODELS, MAX_NOTICES, ToAgent};
+
+use super::socket::is_later;
+
+/// Messages in order. An agent that reads slowly, or not at all, holds up what is in here and nobody else; it is bounded
+/// by what is worth telling: the last word on each of some models, and some notices.
+#[derive(Default)]
+pub struct Outbox {
+    /// Everything that a new agent has to be told.
+    kept: Vec<ToAgent>,
+    /// How many of them this agent was told.
+    told: usize,
+    /// The message that is being sent, and how far it is.
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl Outbox {
+    /// One more message. What was said before is not said again; news of a model replaces what was said of it.
+    pub fn push(&mut self, message: ToAgent) {
+        if self.kept.contains(&message) {
+            return;
+        }
+        let count = |like: fn(&ToAgent) -> bool| self.kept.iter().filter(|m| like(m)).count();
+        let old = match &message {
+            ToAgent::Hello(_) => self.kept.iter().position(|m| matches!(m, ToAgent::Hello(_))),
+            ToAgent::Model { model, .. } => {
+                let old =
+                    self.kept.iter().position(|m| matches!(m, ToAgent::Model { model: other, .. } if other == model));
+                if old.is_none() && count(|m| matches!(m, ToAgent::Model { .. })) >= MAX_MODELS {
+                    return;
+                }
+                old
+            }
+            ToAgent::Notice(_) if count(|m| matches!(m, ToAgent::Notice(_))) >= MAX_NOTICES => return,
+            ToAgent::Notice(_) | ToAgent::Bye => None,
+        };
+        if let Some(old) = old {
+            self.kept.remove(old);
+            self.told -= usize::from(old < self.told);
+        }
+        self.kept.push(message);
+    }
+
+    /// There is a new agent: it gets the rest of a message that was begun outside of here, then everything.
+    pub fn restart(&mut self, rest: Vec<u8>) {
+        // Its own hello comes first, and says what a later one said.
+        self.kept.retain(|m| !matches!(m, ToAgent::Hello(_) | ToAgent::Bye));
+        (self.bytes, self.at, self.told) = (rest, 0, 0);
+    }
+
+    /// Whether this agent was told everything.
+    pub fn is_empty(&self) -> bool {
+        self.at >= self.bytes.len() && self.told >= self.kept.len()
+    }
+
+    /// Sends what goes now. An error other than "not now" is the end of this agent.
+    pub fn send(&mut self, mut send: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
+        loop {
+            while let Some(rest) = self.bytes.get(self.at..).filter(|rest| !rest.is_empty()) {
+                match send(rest) {
+                    Ok(n) => self.at += n,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) if is_later(&e) => return Ok(()),
+                    Err(e) => return Err(e),
+                }
+            }
+            (self.bytes, self.at) = (Vec::new(), 0);
+            let Some(message) = self.kept.get(self.told) else { return Ok(()) };
+            // A message too long for the protocol is left out.
+            self.bytes = control::encode(message).unwrap_or_default();
+            self.told += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wire::control::{ModuleInfo, decode_next};
+
+    use super::*;
+
+    fn model(number: u32, class: &str) -> ToAgent {
+        let module = ModuleInfo { name: "a".into(), class: class.into(), kinds: 1 };
+        ToAgent::Model { model: number, modules: vec![module] }
+    }
+
+    fn notice(text: &str) -> ToAgent {
+        ToAgent::Notice(text.into())
+    }
+
+    /// What an agent reads that takes `step` bytes at a time, `times` times.
+    fn read(outbox: &mut Outbox, step: usize, times: usize) -> Vec<u8> {
+        let (mut wire, mut left) = (Vec::new(), times);
+        let sent = outbox.send(|bytes| {
+            let Some(fewer) = left.checked_sub(1) else { return Err(io::ErrorKind::WouldBlock.into()) };
+            left = fewer;
+            wire.extend_from_slice(&bytes[..bytes.len().min(step)]);
+            Ok(bytes.len().min(step))
+        });
+        sent.unwrap();
+        wire
+    }
+
+    fn messages(mut wire: Vec<u8>) -> Vec<ToAgent> {
+        let mut out = Vec::new();
+        while let Some(message) = decode_next(&mut wire).unwrap() {
+            out.push(message);
+        }
+        assert!(wire.is_empty());
+        out
+    }
+
+    #[test]
+    fn what_was_said_is_not_said_again() {
+        let mut outbox = Outbox::default();
+        outbox.push(model(0, "A"));
+        assert_eq!(messages(read(&mut outbox, 1000, 100)), [model(0, "A")]);
+        outbox.push(model(0, "A"));
+        assert!(outbox.is_empty());
+        outbox.push(notice("n"));
+        outbox.push(model(0, "B"));
+        assert_eq!(messages(read(&mut outbox, 1000, 100)), [notice("n"), model(0, "B")]);
+        assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn a_new_agent_is_told_everything_once_and_the_newest_of_each_model() {
+        let mut outbox = Outbox::default();
+        for message in [model(0, "A"), notice("n"), model(1, "C"), model(0, "B"), ToAgent::Bye] {
+            outbox.push(message);
+        }
+        read(&mut outbox, 7, 3);
+        outbox.restart(vec![0; 3]);
+        let wire = read(&mut outbox, 1, 1000);
+        assert_eq!(messages(wire[3..].to_vec()), [notice("n"), model(1, "C"), model(0, "B")]);
+    }
+
+    #[test]
+    fn an_agent_that_takes_a_byte_at_a_time_gets_whole_messages() {
+        let mut outbox = Outbox::default();
+        let mut wire = Vec::new();
+        for n in 0..20 {
+            outbox.push(notice(&format!("notice {n}")));
+            // News of a model that is half sent waits behind it.
+            outbox.push(model(0, &format!("M{n}")));
+            wire.extend(read(&mut outbox, 1, 5));
+        }
+        while !outbox.is_empty() {
+            wire.extend(read(&mut outbox, 1, 5));
+        }
+        let said = messages(wire);
+        assert_eq!(said.iter().filter(|m| matches!(m, ToAgent::Notice(_))).count(), 20);
+        assert_eq!(said.iter().rfind(|m| matches!(m, ToAgent::Model { .. })), Some(&model(0, "M19")));
+    }
+
+    #[test]
+    fn an_agent_that_reads_nothing_holds_a_bounded_number_of_messages() {
+        let mut outbox = Outbox::default();
+        for n in 0..1000 {
+            outbox.push(notice(&n.to_string()));
+            outbox.push(model(n, "A"));
+            outbox.push(model(0, &n.to_string()));
+        }
+        assert_eq!(outbox.kept.len(), MAX_NOTICES + MAX_MODELS);
+    }
+}

@@ -1,0 +1,92 @@
+//! Waiting for room in the slab, within bounds (WAIT-1).
+
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use wire::{
+    env::OnFull,
+    slab::{Mapping, Reservation, SlabWriter},
+};
+
+use super::{GLANCE, Shipper, lock, notice, voyage::Voyage};
+
+/// An agent whose heart stands still this long is taken for stopped.
+const NO_HEARTBEAT: Duration = Duration::from_secs(2);
+/// An agent that frees nothing this long is taken for stuck.
+const NO_PROGRESS: Duration = Duration::from_secs(60);
+
+/// A frame, or `None` if the tensor has to be dropped.
+pub fn reserve(voyage: &Voyage, meta: &[u8], at: u64, len: u64, total: u64) -> Option<Reservation> {
+    let mut patience: Option<Patience> = None;
+    loop {
+        let seen = {
+            let mut guard = lock();
+            let shipper = guard.as_mut()?;
+            // The process has become another rank meanwhile: that slab is complete.
+            let writer = shipper.writer.as_mut().filter(|w| std::sync::Arc::ptr_eq(w.mapping(), &voyage.map))?;
+            if let Some(slot) = writer.try_reserve(voyage.record, meta, at, len, total) {
+                shipper.stalled = None;
+                return Some(slot);
+            }
+            let seen = writer.room_seen();
+            if shipper.on_full == OnFull::Drop || !shipper.link.alive(&voyage.map) || shipper.still_stalled(&voyage.map)
+            {
+                return None;
+            }
+            if patience.get_or_insert_with(|| Patience::new(&voyage.map)).spent(&voyage.map) {
+                shipper.stalled = Some(pulse(&voyage.map));
+                drop(guard);
+                notice("the agent stands still: captures are dropped until it moves again".into());
+                return None;
+            }
+            seen
+        };
+        SlabWriter::wait_for_room(&voyage.map, seen, GLANCE);
+    }
+}
+
+/// Heartbeat and tail: what shows that an agent moves.
+fn pulse(map: &Mapping) -> (u32, u64) {
+    let header = map.header();
+    (header.heartbeat.load(Ordering::Acquire), header.tail.load(Ordering::Acquire))
+}
+
+impl Shipper {
+    /// Whether an agent that stood still has not moved since.
+    fn still_stalled(&mut self, map: &Mapping) -> bool {
+        if self.stalled.is_some_and(|(_, tail)| tail == pulse(map).1) {
+            return true;
+        }
+        self.stalled = None;
+        false
+    }
+}
+
+/// Bounds a wait for room.
+struct Patience {
+    pulse: (u32, u64),
+    beat_at: Instant,
+    moved_at: Instant,
+}
+
+impl Patience {
+    fn new(map: &Mapping) -> Self {
+        let now = Instant::now();
+        Self { pulse: pulse(map), beat_at: now, moved_at: now }
+    }
+
+    fn spent(&mut self, map: &Mapping) -> bool {
+        let (beat, tail) = pulse(map);
+        let now = Instant::now();
+        if beat != self.pulse.0 {
+            self.beat_at = now;
+        }
+        if tail != self.pulse.1 {
+            self.moved_at = now;
+        }
+        self.pulse = (beat, tail);
+        now.duration_since(self.beat_at) > NO_HEARTBEAT || now.duration_since(self.moved_at) > NO_PROGRESS
+    }
+}

@@ -1,0 +1,235 @@
+//! The link against sockets that behave and that do not.
+
+use std::{
+    io::{Read, Write},
+    os::{
+        fd::AsRawFd,
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
+    sync::atomic::AtomicU32,
+};
+
+use wire::control::{FromAgent, decode_next, encode};
+
+use super::*;
+
+/// A folder that goes with the test.
+pub struct Folder(PathBuf);
+
+impl Folder {
+    pub fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("flexmodel-ship-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        Self(folder)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A listener and the link of a rank that looks for it.
+struct Pair {
+    folder: Folder,
+    listener: UnixListener,
+    link: Link,
+    slab: SlabWriter,
+}
+
+fn pair() -> Pair {
+    let folder = Folder::new();
+    let listener = UnixListener::bind(folder.path("s")).unwrap();
+    let link = Link::new(folder.path("s").to_str().unwrap(), "*", OnFull::Wait);
+    Pair { folder, listener, link, slab: SlabWriter::create(1 << 20, 0).unwrap() }
+}
+
+impl Pair {
+    fn alive(&mut self) -> bool {
+        self.link.alive(self.slab.mapping())
+    }
+
+    /// When the pause is over.
+    fn retry(&mut self) -> bool {
+        self.link.tried = None;
+        self.alive()
+    }
+}
+
+fn modules(count: usize) -> Vec<ModuleInfo> {
+    let module = |n| ModuleInfo { name: format!("experts.with_a_long_name.{n}"), class: "Linear".into(), kinds: 0 };
+    (0..count).map(module).collect()
+}
+
+fn rank(rank: u32, world: u32) -> Rank {
+    Rank { rank, world }
+}
+
+/// What has come so far.
+fn heard(stream: &mut UnixStream) -> Vec<ToAgent> {
+    stream.set_nonblocking(true).unwrap();
+    let (mut bytes, mut out) = (Vec::new(), Vec::new());
+    // An error is "nothing more now".
+    let _ = stream.read_to_end(&mut bytes);
+    while let Some(message) = decode_next(&mut bytes).unwrap() {
+        out.push(message);
+    }
+    out
+}
+
+fn hellos(messages: &[ToAgent]) -> Vec<(u32, u32)> {
+    let hello = |m: &ToAgent| if let ToAgent::Hello(h) = m { Some((h.rank, h.world)) } else { None };
+    messages.iter().filter_map(hello).collect()
+}
+
+/// An agent that was stopped before it took anybody in: connecting to it would wait for ever.
+#[test]
+fn an_agent_whose_queue_is_full_is_absent() {
+    let mut pair = pair();
+    // SAFETY: a listening socket may be told another length of its queue.
+    assert_eq!(unsafe { libc::listen(pair.listener.as_raw_fd(), 0) }, 0);
+    let mut queued = Vec::new();
+    while let Ok(stream) = socket::connect(&pair.folder.path("s")) {
+        queued.push(stream);
+    }
+    assert!(!pair.alive());
+    for _ in &queued {
+        pair.listener.accept().unwrap();
+    }
+    assert!(pair.retry(), "it goes on");
+}
+
+/// A stopped agent takes connections and what fits into the socket, and reads nothing.
+#[test]
+fn a_message_that_a_stopped_agent_does_not_take_waits_on_one_connection() {
+    let mut pair = pair();
+    pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) });
+    for _ in 0..50 {
+        assert!(pair.alive(), "it is stopped and not gone");
+        pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) });
+        pair.link.tend(pair.slab.mapping());
+    }
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    pair.listener.set_nonblocking(true).unwrap();
+    assert!(pair.listener.accept().is_err(), "it was attached to once");
+    // Now it goes on, and gets everything, once.
+    let mut bytes = Vec::new();
+    agent.set_nonblocking(true).unwrap();
+    let mut messages: Vec<ToAgent> = Vec::new();
+    while messages.len() < 2 {
+        let _ = agent.read_to_end(&mut bytes);
+        while let Some(message) = decode_next(&mut bytes).unwrap() {
+            messages.push(message);
+        }
+        assert!(pair.alive());
+    }
+    assert!(
+        matches!(&messages[..], [ToAgent::Hello(_), ToAgent::Model { model: 0, modules }] if modules.len() == 50_000)
+    );
+    assert!(bytes.is_empty() && heard(&mut agent).is_empty());
+}
+
+#[test]
+fn an_agent_that_takes_us_in_and_is_gone_is_tried_ever_less_often() {
+    let mut pair = pair();
+    let mut before = link::LOOK;
+    for _ in 0..10 {
+        assert!(pair.retry());
+        assert_eq!(pair.link.pause, (before * 2).min(link::MAX_PAUSE));
+        before = pair.link.pause;
+        drop(pair.listener.accept().unwrap());
+        assert!(!pair.alive(), "not before the pause is over");
+    }
+}
+
+#[test]
+fn a_welcomed_agent_that_dies_is_looked_for_at_once() {
+    let mut pair = pair();
+    for _ in 0..3 {
+        assert!(pair.retry());
+        let (mut agent, _) = pair.listener.accept().unwrap();
+        agent.write_all(&encode(&FromAgent::Welcome).unwrap()).unwrap();
+        assert!(pair.alive());
+        assert_eq!(pair.link.pause, link::LOOK);
+    }
+}
+
+#[test]
+fn what_becomes_known_late_is_said_on_the_same_connection() {
+    let mut pair = pair();
+    pair.link.describe(rank(0, 1), "2.11", "3.11", "");
+    assert!(pair.alive());
+    pair.link.describe(rank(0, 1), "2.11", "3.11", "");
+    pair.link.describe(rank(0, 2), "2.11", "3.11", "DDP");
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    assert_eq!(hellos(&heard(&mut agent)), [(0, 1), (0, 2)]);
+}
+
+/// A process that captured before it knew its rank.
+#[test]
+fn another_rank_is_another_slab_after_a_goodbye() {
+    let pair = pair();
+    let Pair { folder: _folder, listener, link, slab } = pair;
+    let mut shipper = Shipper {
+        link,
+        slab_bytes: 1 << 20,
+        on_full: OnFull::Wait,
+        writer: Some(slab),
+        pinning: Pinning::NotYet,
+        stalled: None,
+        unseen: 0,
+    };
+    shipper.link.describe(rank(0, 1), "", "", "");
+    let old = shipper.writer.as_ref().unwrap().mapping().clone();
+    shipper.link.say(ToAgent::Notice("said before".into()));
+    shipper.leave_slab();
+    shipper.link.describe(rank(1, 2), "", "", "");
+    shipper.make_slab().unwrap();
+    let new = shipper.writer.as_ref().unwrap().mapping().clone();
+    assert!(!Arc::ptr_eq(&old, &new) && new.header().rank == 1);
+    assert!(shipper.link.alive(&new));
+    let [mut first, mut second] = [(); 2].map(|()| listener.accept().unwrap().0);
+    let first = heard(&mut first);
+    assert_eq!(hellos(&first), [(0, 1)]);
+    assert_eq!(first.last(), Some(&ToAgent::Bye));
+    let second = heard(&mut second);
+    assert_eq!(hellos(&second), [(1, 2)]);
+    assert_eq!(second.last(), Some(&ToAgent::Notice("said before".into())));
+}
+
+#[test]
+fn what_no_agent_saw_of_the_slab_before_is_counted_in_the_next() {
+    let folder = Folder::new();
+    let mut slab = SlabWriter::create(1 << 20, 0).unwrap();
+    slab.begin_record();
+    slab.begin_record();
+    let mut shipper = Shipper {
+        link: Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait),
+        slab_bytes: 1 << 20,
+        on_full: OnFull::Wait,
+        writer: Some(slab),
+        pinning: Pinning::NotYet,
+        stalled: None,
+        unseen: 0,
+    };
+    shipper.leave_slab();
+    shipper.make_slab().unwrap();
+    assert_eq!(shipper.writer.unwrap().mapping().header().dropped.load(Ordering::Relaxed), 2);
+}
+
+/// OPEN-1 before there is anything to attach with.
+#[test]
+fn the_last_word_of_a_process_without_a_slab_is_a_notice_alone() {
+    let mut pair = pair();
+    pair.link.last_words("rank 3: taps are off: no bridge", None, GLANCE);
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    assert_eq!(heard(&mut agent), [ToAgent::Notice("rank 3: taps are off: no bridge".into())]);
+}
