@@ -101,6 +101,36 @@ fn equal_replicas_in_pieces_share_their_bytes_too() {
 }
 
 #[test]
+fn an_equal_replica_that_came_in_pieces_gives_back_its_own_bytes_and_nobody_elses() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    std::thread::scope(|threads| {
+        for rank in 0..4 {
+            let store = &store;
+            threads.spawn(move || {
+                for step in 0..25 {
+                    let record = on_rank(meta("same", step, 4096), rank, 4, Place::Replicate);
+                    let bytes = bytes_of(&record, step as u8);
+                    let (head, tail) = bytes.split_at(1000);
+                    let mut part = store.begin(record);
+                    part.write(0, head);
+                    put(store, &meta(&format!("other{rank}"), step, 512), &vec![rank as u8 + 1; 8192]);
+                    part.write(1000, tail);
+                    assert!(matches!(part.finish(), Outcome::Stored { against: None, .. }));
+                }
+            });
+        }
+    });
+    // Before it is sealed, which fills what is free.
+    let kept =
+        512 * std::os::unix::fs::MetadataExt::blocks(&fs::metadata(dir.path().join("shard-00000.open")).unwrap());
+    let needed = (1 << 20) + 25 * 65536 + 4 * 25 * 8192;
+    assert!(kept < needed * 3 / 2, "{kept} bytes on disk for {needed}");
+    store.finish();
+    assert_sound(dir.path());
+}
+
+#[test]
 fn replicas_that_differ_are_both_kept_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
