@@ -26,6 +26,7 @@ use std::{
 };
 
 use tokio::sync::Notify;
+use wire::control::MAX_MODELS;
 
 use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals, What};
 
@@ -50,8 +51,6 @@ pub const MAX_NOTICES: usize = 100;
 pub const MAX_REFUSALS: usize = 100;
 /// Ranks kept apart.
 pub const MAX_RANKS: usize = 1 << 16;
-/// Models whose tree is kept.
-pub const MAX_MODELS: usize = 64;
 
 /// The live state of one run. Shared by the ingest threads, which feed it, and the dashboard, which reads it.
 pub struct Live {

@@ -126,7 +126,7 @@ impl Agent {
         let end = runtime.block_on(self.serve())?;
         self.server.drain();
         self.server.store.finish();
-        let exit_code = if let End::Finish(code) = &end { *code } else { None };
+        let exit_code = if let End::Finish(code) = end { code } else { None };
         let run = self.server.store.dir().path();
         let info = if self.server.board.live().is_shown_again() {
             // Nothing came: how the run ended stays as it is.
@@ -149,10 +149,11 @@ impl Agent {
             let folder = self.listening.path().parent().map(Path::to_owned);
             drop(self.listening);
             // `run` made it and may have been killed. What is in there the job may need as long as it lives.
-            folder.map(|folder| match end {
-                End::Orphaned => private::remove(&folder),
-                End::Asked | End::Finish(_) => _ = std::fs::remove_dir(folder),
-            });
+            match (folder, end) {
+                (Some(folder), End::Orphaned) => private::remove(&folder),
+                (Some(folder), End::Asked | End::Finish(_)) => _ = std::fs::remove_dir(folder),
+                (None, _) => {}
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
