@@ -50,9 +50,27 @@ def _variants(tmp_path: pathlib.Path, other: pathlib.Path) -> dict[str, dict[str
 VARIANTS = list(_variants(pathlib.Path(), pathlib.Path()))
 
 
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory, other_bridge) -> dict[str, dict[str, str]]:
+    return _variants(tmp_path_factory.mktemp("variants"), other_bridge)
+
+
 @pytest.fixture
-def variant(request, tmp_path, other_bridge) -> dict[str, str]:
-    return _variants(tmp_path, other_bridge)[request.param]
+def variant(request, environments) -> dict[str, str]:
+    return environments[request.param]
+
+
+@pytest.fixture(scope="module")
+def trained(environments):
+    """How plain.py ended in a variant."""
+    done: dict[str, harness.Outcome] = {}
+
+    def once(name: str) -> harness.Outcome:
+        if name not in done:
+            done[name] = harness.run(harness.python("plain.py"), environments[name]).expect(0)
+        return done[name]
+
+    return once
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +106,9 @@ def test_plain_commands_behave_as_without(variant, programs):
         assert (within.code, within.out, within.err) == (without.code, without.out, without.err), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
-def test_training_is_bitwise_the_same_and_says_at_most_one_line(variant, untapped_once):
-    without = untapped_once(harness.python("plain.py"))
-    within = harness.run(harness.python("plain.py"), variant).expect(0)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_is_bitwise_the_same_and_says_at_most_one_line(name, trained, untapped_once):
+    without, within = untapped_once(harness.python("plain.py")), trained(name)
     assert within.out == without.out
     ours = [line for line in within.err.splitlines() if line not in without.err.splitlines()]
     assert len(ours) <= 1, ours
@@ -102,17 +119,21 @@ SPEAKING = ["no-match", "agent-absent", "other-bridge", "no-bridge", "not-a-brid
             "throw-in-tap", "bad-hooks", "bad-agent"]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", SPEAKING, indirect=True)
-def test_what_keeps_taps_from_working_is_said_once(variant):
-    within = harness.run(harness.python("plain.py", "1"), variant).expect(0)
+@pytest.mark.parametrize("name", SPEAKING)
+def test_what_keeps_taps_from_working_is_said_once(name, trained):
+    within = trained(name)
     assert [line for line in within.err.splitlines() if line.startswith("flexmodel:")], within.text
 
 
-@pytest.mark.parametrize("variant", ["agent-absent", "panic-in-tap"], indirect=True)
-def test_a_distributed_job_is_bitwise_the_same(variant, untapped_once):
-    argv = harness.torchrun("ddp.py")
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_ranks_with_loader_workers_train_bitwise_the_same(variant, untapped_once):
+    """torchrun, two ranks, and workers that are forked, spawned, and forked by a server."""
+    argv = harness.torchrun("workers.py")
+    without = untapped_once(argv)
+    assert len(without.losses) == 4
     within = harness.run(argv, variant).expect(0)
-    assert within.out == untapped_once(argv).out
+    assert within.out == without.out
+    assert "Traceback" not in within.err, within.text
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
