@@ -8,6 +8,7 @@ import captures
 import harness
 
 HOOKS = "layers.*.mlp:forward,backward"
+ACCELERATE = ["accelerate", "launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.mark.parametrize("code", [0, 7, 255])
@@ -68,23 +69,27 @@ def test_the_torchrun_wrapper_takes_hooks_from_the_environment(tmp_path):
     assert {key.module for key in captures.read(run)} == {"layers.0.mlp", "layers.1.mlp"}
 
 
-@pytest.mark.parametrize("name", ["module", "deepspeed"])
+@pytest.mark.parametrize("name", ["module", "deepspeed", "accelerate"])
 def test_other_launchers_of_ranks_carry_the_taps(name, untapped_once, tmp_path):
+    port = str(harness.free_port())
     argv = {
         "module": ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        "deepspeed": ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(harness.free_port())],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", port],
+        # The flag is about how ranks are started; it takes no GPU. With --cpu more than one needs MPI.
+        "accelerate": [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", port],
     }[name]
-    outcome = harness.tapped([*argv, str(harness.PROGRAMS / "ddp.py")], HOOKS, tmp_path / "x").expect(0)
-    assert outcome.losses == untapped_once(harness.torchrun("ddp.py")).losses
+    program = "accelerate_ddp.py" if name == "accelerate" else "ddp.py"
+    argv.append(str(harness.PROGRAMS / program))
+    outcome = harness.tapped(argv, HOOKS, tmp_path / "x", HF_HOME=str(tmp_path / "hf")).expect(0)
+    assert outcome.losses == untapped_once(harness.torchrun(program)).losses
+    captures.expect_sound(tmp_path / "x")
     found = captures.read(tmp_path / "x")
     assert len(found) == 2 * 2 * 3  # modules, kinds, steps
     assert all(value.shape[0] == 8 for value in found.values())
 
 
-def test_accelerate_launch_carries_the_taps(untapped_once, tmp_path):
-    # On a CPU without MPI it starts one process.
-    argv = ["accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", str(harness.PROGRAMS / "plain.py")]  # fmt: skip
+def test_accelerate_launch_of_one_process_carries_the_taps(untapped_once, tmp_path):
+    argv = [*ACCELERATE, "--cpu", "--num_processes", "1", str(harness.PROGRAMS / "plain.py")]
     outcome = harness.tapped(argv, HOOKS, tmp_path / "x", HF_HOME=str(tmp_path / "hf")).expect(0)
     assert outcome.losses == untapped_once(harness.python("plain.py")).losses
     assert len(captures.read(tmp_path / "x")) == 2 * 2 * 3
