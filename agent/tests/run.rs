@@ -142,9 +142,13 @@ fn an_agent_that_is_killed_costs_captures_and_is_said_once() {
 #[test]
 fn when_run_is_killed_the_agent_stays_for_the_job_and_then_ends() {
     let dir = tempfile::tempdir().unwrap();
+    // The library is preloaded by a link where ld.so would not take its path.
+    let folder = dir.path().join("a b");
+    fs::create_dir_all(&folder).unwrap();
     let stop = dir.path().join("stop");
     let script = format!("{} & while ! [ -e {} ]; do sleep 0.02; done; kill $!", produce(100_000), stop.display());
-    let mut run = Run::start(dir.path(), &script);
+    let mut run =
+        Run::start(&folder, &format!("echo ${{FLEXMODEL_AGENT#unix:}} > {}.socket; {script}", stop.display()));
     let out = run.out.clone();
     wait_until("some parts", || run.parts() > 30);
     let agent = run.agent();
@@ -154,6 +158,9 @@ fn when_run_is_killed_the_agent_stays_for_the_job_and_then_ends() {
     wait_until("more parts", || run.parts() > before + 20);
     fs::write(&stop, "").unwrap();
     wait_until("the agent's end", || !is_alive(agent));
+    let socket = fs::read_to_string(dir.path().join("stop.socket")).unwrap();
+    let private = Path::new(socket.trim_end()).parent().unwrap();
+    assert!(!private.exists(), "{} is left behind", private.display());
     verify(&out);
     assert!(info(&out)["finished_ns"].is_u64());
 }
