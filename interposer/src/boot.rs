@@ -12,16 +12,14 @@ use std::{
 };
 
 use wire::{
+    bridge_marker::{LIBRARY, Marker, OLDEST_PYTHON, cache_folder, is_key_of},
     env,
-    tap_abi::{BridgeTable, MARKER_PREFIX, OPEN_SYMBOL, OpenBridge, TAP_ABI},
+    tap_abi::{BridgeTable, OPEN_SYMBOL, OpenBridge, TAP_ABI},
 };
 
 use crate::{engine, host, python, state};
 
 static BRIDGE: OnceLock<&'static BridgeTable> = OnceLock::new();
-
-/// Oldest Python whose C API and import machinery we rely on.
-const OLDEST_PYTHON: (u32, u32) = (3, 10);
 
 /// Loads the shim package under a name of its own, without touching `sys.path`, and starts it.
 const BOOTSTRAP: &CStr = cr#"
@@ -66,10 +64,7 @@ fn start() -> Result<(), String> {
     // alone: it has a copy of std of its own.
     std::panic::set_hook(Box::new(|_| {}));
     host::injected("panic-in-load");
-    let found = python::version().ok_or("this Python does not tell its version")?;
-    if found < OLDEST_PYTHON {
-        return Err(format!("Python {}.{} is too old, 3.10 or newer is needed", found.0, found.1));
-    }
+    let found = suits(python::version().unwrap_or_default())?;
     engine::configure()?;
     let home = home()?;
     let table = open_bridge(found)?;
@@ -83,6 +78,22 @@ fn start() -> Result<(), String> {
     let outcome = python::run(BOOTSTRAP, &[(c"folder", folder)], &[(c"bridge", module)]);
     python::decref(module);
     outcome
+}
+
+/// Major and minor version of a Python that taps work in, from what it says it is.
+fn suits(version: &str) -> Result<(u32, u32), String> {
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().ok());
+    let (Some(Some(major)), Some(Some(minor))) = (numbers.next(), numbers.next()) else {
+        return Err("this Python does not tell its version".into());
+    };
+    let oldest = OLDEST_PYTHON;
+    if (major, minor) < oldest {
+        return Err(format!("Python {major}.{minor} is too old, {}.{} or newer is needed", oldest.0, oldest.1));
+    }
+    if version.contains("free-threading") {
+        return Err(format!("free-threaded Python {major}.{minor} is not supported, ordinary CPython is needed"));
+    }
+    Ok((major, minor))
 }
 
 /// The folder this library lies in.
@@ -103,21 +114,19 @@ fn home() -> Result<PathBuf, String> {
 /// What a bridge must be built for, but for the C++ ABI, which only the build can know.
 struct Torch {
     version: String,
-    cuda: String,
-    tag: String,
+    cuda: Option<String>,
+    python: (u32, u32),
 }
 
 impl Torch {
-    fn running((major, minor): (u32, u32)) -> Result<Self, String> {
+    fn running(python: (u32, u32)) -> Result<Self, String> {
         let version =
             python::imported_string(c"torch.version", c"__version__").ok_or("torch does not tell its version")?;
-        let cuda = python::imported_string(c"torch.version", c"cuda").unwrap_or_else(|| "none".into());
-        Ok(Self { version, cuda, tag: format!("cp{major}{minor}") })
+        Ok(Self { version, cuda: python::imported_string(c"torch.version", c"cuda"), python })
     }
 
     fn fits(&self, key: &str) -> bool {
-        let start = format!("torch{}-cuda{}-cxx11abi", self.version, self.cuda);
-        key.starts_with(&start) && key.ends_with(&format!("-{}", self.tag))
+        is_key_of(key, &self.version, self.cuda.as_deref(), self.python)
     }
 }
 
@@ -140,12 +149,13 @@ fn open_bridge(python: (u32, u32)) -> Result<&'static BridgeTable, String> {
 
 /// The bridge that `FLEXMODEL_BRIDGE` names, which must fit, or the one in the cache that fits.
 fn find_bridge(torch: &Torch) -> Result<PathBuf, String> {
-    let wanted = format!("torch {} with CUDA {} and {}", torch.version, torch.cuda, torch.tag);
+    let cuda = torch.cuda.as_deref().unwrap_or("none");
+    let wanted = format!("torch {} with CUDA {cuda} and cp{}{}", torch.version, torch.python.0, torch.python.1);
     if let Some(path) = std::env::var_os(env::BRIDGE).filter(|p| !p.is_empty()) {
         let path = PathBuf::from(path);
-        return match Marker::read(&path) {
+        return match marker(&path) {
             None => Err(format!("{} is not a FlexModel bridge", path.display())),
-            Some(m) if m.abi != TAP_ABI => Err(format!(
+            Some(m) if !m.is_current() => Err(format!(
                 "{} speaks ABI {}, this libflexmodel.so {TAP_ABI}; run: flexmodel bridge build",
                 path.display(),
                 m.abi
@@ -158,39 +168,34 @@ fn find_bridge(torch: &Torch) -> Result<PathBuf, String> {
             Some(_) => Ok(path),
         };
     }
-    let cache = cache_folder().ok_or("there is no home folder to look for a bridge in")?;
+    let cache = cache_folder(|name| std::env::var_os(name)).ok_or("there is no home folder to look for a bridge in")?;
     let fitting = fs::read_dir(&cache)
         .into_iter()
         .flatten()
         .flatten()
-        .map(|e| e.path().join("libflexmodel_torch.so"))
-        .find(|path| Marker::read(path).is_some_and(|m| m.abi == TAP_ABI && torch.fits(&m.key)));
+        // A folder's name is the key of its bridge: the others need not be read.
+        .filter(|entry| entry.file_name().to_str().is_some_and(|key| torch.fits(key)))
+        .map(|entry| entry.path().join(LIBRARY))
+        .find(|path| marker(path).is_some_and(|m| m.is_current() && torch.fits(&m.key)));
     fitting.ok_or_else(|| format!("no bridge for {wanted} in {}; run: flexmodel bridge build", cache.display()))
 }
 
-fn cache_folder() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    set(env::BRIDGE_CACHE)
-        .or_else(|| set("XDG_CACHE_HOME").map(|p| p.join("flexmodel/bridges")))
-        .or_else(|| set("HOME").map(|p| p.join(".cache/flexmodel/bridges")))
+fn marker(path: &Path) -> Option<Marker> {
+    Marker::find(&fs::read(path).ok()?)
 }
 
-/// What a bridge says of itself in its bytes.
-struct Marker {
-    key: String,
-    abi: u32,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Marker {
-    fn read(path: &Path) -> Option<Self> {
-        let bytes = fs::read(path).ok()?;
-        let start = format!("{MARKER_PREFIX} key=");
-        let at = bytes.windows(start.len()).position(|w| w == start.as_bytes())?;
-        let text = bytes.get(at + start.len()..)?;
-        let text = std::str::from_utf8(text.get(..text.iter().position(|&b| b == b';')?)?).ok()?;
-        let mut words = text.split(' ');
-        let key = words.next()?.to_owned();
-        let abi = words.find_map(|w| w.strip_prefix("abi="))?.parse().ok()?;
-        Some(Self { key, abi })
+    #[test]
+    fn a_python_that_taps_do_not_work_in_is_refused_by_name() {
+        assert_eq!(suits("3.11.7 (main, Dec  8 2023, 18:56:57) [GCC 12.2.0]"), Ok((3, 11)));
+        assert_eq!(suits("3.14.0+ (main)"), Ok((3, 14)));
+        assert!(suits("3.9.18 (main)").is_err_and(|why| why.contains("3.9 is too old")));
+        for version in ["3.13.1 experimental free-threading build (main)", "3.14.0 free-threading build (main)"] {
+            assert!(suits(version).is_err_and(|why| why.contains("free-threaded")), "{version}");
+        }
+        assert!(suits("").is_err());
     }
 }

@@ -129,13 +129,11 @@ pub fn imported_string(module: &CStr, attribute: &CStr) -> Option<String> {
     }
 }
 
-/// Major and minor version.
-pub fn version() -> Option<(u32, u32)> {
+/// What the interpreter says it is, such as `3.11.7 (main, ...) [GCC ...]`.
+pub fn version() -> Option<&'static str> {
     let get: unsafe extern "C" fn() -> *const c_char = find(c"Py_GetVersion").ok()?;
     // SAFETY: returns a static string.
-    let text = unsafe { CStr::from_ptr(get()) }.to_str().ok()?;
-    let mut parts = text.split(|c: char| !c.is_ascii_digit());
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    unsafe { CStr::from_ptr(get()) }.to_str().ok()
 }
 
 const _: () = assert!(size_of::<c_long>() == 8);

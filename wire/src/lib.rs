@@ -8,10 +8,12 @@
 //! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
 //! | [`control`] | messages on the unix socket | interposer, agent |
+//! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
 //! | [`tap_abi`] | the C tables between interposer and bridge, inside one process | interposer, bridge |
 //!
 //! Nothing here does I/O while decoding, and every decoder takes hostile bytes.
 
+pub mod bridge_marker;
 pub mod control;
 pub mod dtype;
 pub mod env;

@@ -9,11 +9,12 @@ use std::{
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
-use wire::env as names;
+use wire::{
+    bridge_marker::{self, OLDEST_PYTHON as OLDEST},
+    env as names,
+};
 
 const SCRIPT: &str = include_str!("probe.py");
-/// Oldest Python that taps work in.
-const OLDEST: (u32, u32) = (3, 10);
 
 /// An interpreter's answer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -71,14 +72,8 @@ impl Python {
     /// The name of the bridge for this torch: what must be equal for one to be loaded.
     pub fn key(&self) -> Option<String> {
         let torch = self.torch.as_ref()?;
-        Some(format!(
-            "torch{}-cuda{}-cxx11abi{}-cp{}{}",
-            torch.version,
-            torch.cuda.as_deref().unwrap_or("none"),
-            torch.cxx11_abi,
-            self.version.0,
-            self.version.1
-        ))
+        let (major, minor, _) = self.version;
+        Some(bridge_marker::key(&torch.version, torch.cuda.as_deref(), torch.cxx11_abi, (major, minor)))
     }
 }
 
