@@ -3,6 +3,7 @@
 
 #include "flexmodel/py.h"
 
+#include <exception>
 #include <string>
 
 #include "flexmodel/ffi.h"
@@ -10,12 +11,25 @@
 
 // Found by scanning this file's bytes (wire::tap_abi::MARKER_PREFIX), before anything here is loaded.
 extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bridge_marker[] =
-    "FLEXMODEL-BRIDGE key=" FLEXMODEL_BRIDGE_KEY " digest=" FLEXMODEL_BRIDGE_DIGEST " abi=1;";
+    "FLEXMODEL-BRIDGE key=" FLEXMODEL_BRIDGE_KEY " digest=" FLEXMODEL_BRIDGE_DIGEST " abi=2;";
 
 namespace flexmodel {
 namespace {
 
-// select(serial, [(name, class, qualified class, batch dim)], wrapper, data_parallel, rank, world)
+// Runs `make` so that what it throws becomes a Python exception.
+template <typename Make>
+PyObject* into_python(Make make) {
+  try {
+    return make();
+  } catch (const PyError&) {
+    return nullptr;
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+}
+
+// select(serial, [(name, class, qualified class, order)], wrapper, data_parallel, rank, world)
 //   -> [(index, (before, after))]
 PyObject* py_select(PyObject*, PyObject* args) {
   unsigned long long serial = 0;
@@ -29,15 +43,17 @@ PyObject* py_select(PyObject*, PyObject* args) {
   rust::Vec<Module> modules;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
     const char *name = nullptr, *class_name = nullptr, *qualified = nullptr;
-    int batch_dim = -1;
-    if (PyArg_ParseTuple(PyList_GET_ITEM(entries, i), "sssi", &name, &class_name, &qualified, &batch_dim) == 0) return nullptr;
-    modules.push_back(Module{rust::String::lossy(name), rust::String::lossy(class_name), rust::String::lossy(qualified), batch_dim});
+    unsigned char order = 0;
+    if (PyArg_ParseTuple(PyList_GET_ITEM(entries, i), "sssb", &name, &class_name, &qualified, &order) == 0) return nullptr;
+    modules.push_back(Module{rust::String::lossy(name), rust::String::lossy(class_name), rust::String::lossy(qualified), order});
   }
   const rust::Vec<Selected> found = select(serial, modules, rust::Str(wrapper), data_parallel != 0, rank, world);
   Ref out(PyList_New(0));
   if (!out) return nullptr;
   for (const Selected& selected : found) {
-    Ref pair(Py_BuildValue("(IN)", selected.index, make_tap(selected.tap, selected.kinds)));
+    PyObject* tap = into_python([&] { return make_tap(selected.tap, selected.kinds); });
+    if (tap == nullptr) return nullptr;
+    Ref pair(Py_BuildValue("(IN)", selected.index, tap));
     if (!pair || PyList_Append(out.get(), pair.get()) != 0) return nullptr;
   }
   return out.release();
@@ -45,7 +61,14 @@ PyObject* py_select(PyObject*, PyObject* args) {
 
 PyObject* py_scope(PyObject*, PyObject* serial) {
   const unsigned long long number = PyLong_AsUnsignedLongLong(serial);
-  return PyErr_Occurred() != nullptr ? nullptr : make_scope(number);
+  return PyErr_Occurred() != nullptr ? nullptr : into_python([&] { return make_scope(number); });
+}
+
+PyObject* py_forget(PyObject*, PyObject* serial) {
+  const unsigned long long number = PyLong_AsUnsignedLongLong(serial);
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  forget(number);
+  Py_RETURN_NONE;
 }
 
 template <void (*function)()>
@@ -74,6 +97,7 @@ PyObject* py_finish(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
     {"scope", py_scope, METH_O, "Hooks that mark a model's outermost forward."},
+    {"forget", py_forget, METH_O, "A model is no more."},
     {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
     {"stepped", plain<stepped>, METH_NOARGS, "An optimizer stepped."},
     {"notice", text<notice>, METH_O, "One line for the user."},

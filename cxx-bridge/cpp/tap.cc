@@ -6,11 +6,14 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "flexmodel/ffi.h"
@@ -23,14 +26,20 @@ namespace {
 
 constexpr uint32_t kBefore = bit(kForwardPre) | bit(kBackward);
 // Most calls of one module under way: more are left of forwards that raised.
-constexpr size_t kMaxUndo = 64;
+constexpr size_t kMaxOpen = 64;
+
+// A call under way.
+struct Open {
+  unsigned long thread;
+  Undo undo;
+};
 
 // What the two hooks of a tap share. Guarded by the GIL.
 struct Shared {
   uint32_t tap;
-  uint32_t kinds;
-  // One for each call under way.
-  std::vector<Undo> undo;
+  // The model's forward pass that the calls under way belong to.
+  uint64_t pass;
+  std::vector<Open> open;
 };
 
 struct Hook {
@@ -56,23 +65,33 @@ Firing firing(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
   f.replay = torch::autograd::get_current_graph_task_id() != -1;
   f.grad_enabled = c10::GradMode::is_enabled();
   f.train = training(module);
-  f.batch = {-1, -1};
+  f.first = {-1, -1, -1};
   PyObject* first = args == nullptr ? nullptr : first_tensor(args);
   if (first == nullptr && kwargs != nullptr) first = first_tensor(kwargs);
   if (first != nullptr) {
     const at::Tensor& tensor = THPVariable_Unpack(first);
     if (refusal_of(tensor, Py_TYPE(first)->tp_name) == Refusal::None) {
-      f.batch[0] = tensor.size(0);
-      f.batch[1] = tensor.dim() > 1 ? tensor.size(1) : -1;
+      for (int64_t dim = 0; dim < std::min<int64_t>(tensor.dim(), 3); ++dim) f.first[dim] = tensor.size(dim);
     }
   }
   return f;
 }
 
-Ref wrap(at::Tensor tensor) {
-  PyObject* object = THPVariable_Wrap(std::move(tensor));
-  if (object == nullptr) throw PyError{};
-  return Ref(object);
+// `tensor` as a Python object that stands for `original` inside the job: of its class, and with what the job set on it.
+Ref standing_for(PyObject* original, at::Tensor tensor) {
+  const bool dispatches = tensor.unsafeGetTensorImpl()->is_python_dispatch();
+  Ref object = checked(THPVariable_Wrap(std::move(tensor)));
+  if (dispatches) return object;
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(original));
+  if (type != reinterpret_cast<PyObject*>(Py_TYPE(object.get()))) {
+    object = checked(PyObject_CallMethod(object.get(), "as_subclass", "O", type));
+  }
+  Ref own = checked(PyObject_GetAttrString(original, "__dict__"));
+  if (PyDict_Check(own.get()) && PyDict_GET_SIZE(own.get()) > 0) {
+    Ref copy = checked(PyObject_GetAttrString(object.get(), "__dict__"));
+    if (PyDict_Update(copy.get(), own.get()) != 0) throw PyError{};
+  }
+  return object;
 }
 
 // wire::env::FAULT: proves that what C++ throws stays here.
@@ -107,6 +126,42 @@ PyObject* guarded(Body body) {
   return none();
 }
 
+// Whether the gradient of a leaf is wanted and can be had. One that cannot be read is counted.
+bool watches(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const char* type) {
+  if (((call.capture | call.edit) & bit(kind)) == 0 || !tensor.requires_grad()) return false;
+  if (refusal_of(tensor, type) == Refusal::None) return true;
+  if ((call.capture & bit(kind)) != 0) capture(call, kind, path, 0, tensor, type);
+  return false;
+}
+
+// Puts back what was noted, unless it was taken.
+class RestoredOnError {
+ public:
+  ~RestoredOnError() {
+    if (undo_.empty()) return;
+    PyObject *type = nullptr, *value = nullptr, *trace = nullptr;
+    PyErr_Fetch(&type, &value, &trace);
+    undo_.restore();
+    PyErr_Restore(type, value, trace);
+  }
+  Undo& operator*() { return undo_; }
+  Undo* operator->() { return &undo_; }
+  Undo take() { return std::exchange(undo_, Undo()); }
+
+ private:
+  Undo undo_;
+};
+
+// Ends the call that this thread began last. nn.DataParallel runs copies that share their hooks.
+void close(Shared& shared) {
+  const unsigned long thread = PyThread_get_thread_ident();
+  const auto last = std::find_if(shared.open.rbegin(), shared.open.rend(), [=](const Open& o) { return o.thread == thread; });
+  if (last == shared.open.rend()) return;
+  Undo undo = std::move(last->undo);
+  shared.open.erase(std::next(last).base());
+  undo.restore();
+}
+
 // One input: captured, edited, and given a node of its own if its gradient through this module is wanted.
 class Inputs {
  public:
@@ -120,12 +175,11 @@ class Inputs {
     const char* type = Py_TYPE(leaf)->tp_name;
     if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, tensor, type);
     at::Tensor now = edited(call_, kForwardPre, path, tensor);
-    const bool gradient = ((call_.capture | call_.edit) & bit(kBackward)) != 0;
-    if (gradient && tensor.requires_grad() && refusal_of(tensor, type) == Refusal::None) {
+    if (watches(call_, kBackward, path, tensor, type)) {
       now = identity(now.defined() ? now : tensor);
       watch_gradient(call_, kBackward, path, now);
     }
-    Ref replacement = now.defined() ? wrap(std::move(now)) : Ref();
+    Ref replacement = now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     seen_.push_back({leaf, Ref::borrow(replacement.get())});
     return replacement;
   }
@@ -157,21 +211,28 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
   return guarded([&]() -> Ref {
     Call call{};
-    const bool wanted = fire(shared.tap, firing(args[0], args[1], args[2], true), call);
-    if (shared.undo.size() >= kMaxUndo) shared.undo.erase(shared.undo.begin());
-    shared.undo.emplace_back();
+    const Firing now = firing(args[0], args[1], args[2], true);
+    const bool wanted = fire(shared.tap, now, call);
+    if (wanted && !now.replay && call.pass != shared.pass) {
+      // What is left of a pass that raised.
+      shared.open.clear();
+      shared.pass = call.pass;
+    }
+    if (shared.open.size() >= kMaxOpen) shared.open.erase(shared.open.begin());
+    shared.open.push_back({PyThread_get_thread_ident(), Undo()});
     if (!wanted) return Ref();
     Inputs inputs(call);
     const Visitor visit = std::ref(inputs);
-    Undo& undo = shared.undo.back();
+    RestoredOnError undo;
     std::string path = "in";
-    Ref new_args = map_leaves(args[1], path, visit, &undo);
+    Ref new_args = map_leaves(args[1], path, visit, &*undo);
+    map_leaves(args[2], path, visit, &*undo);
+    if (!new_args && undo->empty()) return Ref();
+    Ref result = checked(PyTuple_Pack(2, new_args ? new_args.get() : args[1], args[2]));
     // The dict of keyword arguments is the call's own, so it may be changed for good.
-    const bool was_empty = undo.empty();
-    map_leaves(args[2], path, visit, &undo);
-    if (!new_args && was_empty && undo.empty()) return Ref();
-    PyObject* first = new_args ? new_args.get() : args[1];
-    return Ref(PyTuple_Pack(2, first, args[2]));
+    undo->forget(args[2]);
+    shared.open.back().undo = undo.take();
+    return result;
   });
 }
 
@@ -179,11 +240,8 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
 PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
   if (PyVectorcall_NARGS(nargsf) != 4) return none();
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
+  close(shared);
   return guarded([&]() -> Ref {
-    if (!shared.undo.empty()) {
-      shared.undo.back().restore();
-      shared.undo.pop_back();
-    }
     Call call{};
     if (!fire(shared.tap, firing(args[0], args[1], args[2], false), call)) return Ref();
     const Visitor visit = [&call](PyObject* leaf, const std::string& path) -> Ref {
@@ -192,14 +250,13 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
       if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, tensor, type);
       at::Tensor now = edited(call, kForward, path, tensor);
       const at::Tensor& out = now.defined() ? now : tensor;
-      const bool gradient = ((call.capture | call.edit) & bit(kBackwardPre)) != 0;
-      if (gradient && out.requires_grad() && refusal_of(out, type) == Refusal::None) {
+      if (watches(call, kBackwardPre, path, out, type)) {
         // A gradient edit must come after those of modules inside that return the same tensor; a hook on a
         // parameter would stay for good.
         if ((call.edit & bit(kBackwardPre)) != 0 || out.is_leaf()) now = identity(out);
         watch_gradient(call, kBackwardPre, path, now.defined() ? now : tensor);
       }
-      return now.defined() ? wrap(std::move(now)) : Ref();
+      return now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     };
     std::string path = "out";
     Ref changed = map_leaves(args[3], path, visit, nullptr);
@@ -273,7 +330,7 @@ bool ready_types() { return PyType_Ready(&hook_type) == 0; }
 PyObject* make_tap(uint32_t tap, uint32_t kinds) {
   auto shared = std::make_shared<Shared>();
   shared->tap = tap;
-  shared->kinds = kinds;
+  shared->pass = 0;
   Ref first = (kinds & kBefore) != 0 ? make(before, shared, 0) : Ref::borrow(Py_None);
   Ref second = make(after, shared, 0);
   return PyTuple_Pack(2, first.get(), second.get());

@@ -4,17 +4,19 @@
 #include "flexmodel/ffi.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <array>
+#include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <string_view>
+#include <thread>
 
 namespace flexmodel {
 namespace {
@@ -54,16 +56,42 @@ c10::Stream copy_stream(const c10::impl::VirtualGuardImpl& guard, c10::Device de
   return found->second;
 }
 
+// Copies elements `first .. first + flat.numel()` of `source`, in row-major order, into the vector `flat`. A range of
+// rows is a box with a part of a row before and after it, and so on inside these rows: no more than the range is copied.
+void copy_range(const at::Tensor& source, int64_t first, const at::Tensor& flat) {
+  const int64_t count = flat.numel();
+  if (count == 0) return;
+  if (first == 0 && count == source.numel()) {
+    flat.view(source.sizes()).copy_(source);
+    return;
+  }
+  const int64_t row = source.numel() / source.size(0);
+  const int64_t last = first + count;
+  for (int64_t at = first; at < last;) {
+    const int64_t index = at / row, inside = at % row;
+    if (inside == 0 && last - at >= row) {
+      const int64_t rows = (last - at) / row;
+      copy_range(source.narrow(0, index, rows), 0, flat.narrow(0, at - first, rows * row));
+      at += rows * row;
+    } else {
+      const int64_t end = std::min(last, (index + 1) * row);
+      copy_range(source.select(0, index), inside, flat.narrow(0, at - first, end - at));
+      at = end;
+    }
+  }
+}
+
 // A snapshot on the job's stream, so that a later in-place operation does not change the record; then a copy on a
 // stream of our own, so that the job does not wait for the bus.
-std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType type, uint8_t* destination) {
+std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType type, int64_t first, int64_t count,
+                                         uint8_t* destination) {
   const c10::Device device = source.device();
   const c10::impl::VirtualGuardImpl guard(device.type());
   // A copy inside a CUDA graph would be replayed into a slot that is long somebody else's, and break the capture.
   TORCH_CHECK(!is_capturing(reinterpret_cast<size_t>(guard.getStream(device).native_handle())),
               "the stream is being captured into a CUDA graph");
-  at::Tensor snapshot = at::empty_like(source, source.options().dtype(type), at::MemoryFormat::Contiguous);
-  snapshot.copy_(source);
+  at::Tensor snapshot = at::empty({count}, at::TensorOptions().dtype(type).device(device));
+  copy_range(source, first, snapshot);
   const c10::Stream job = guard.getStream(device);
   const c10::Stream side = copy_stream(guard, device);
   c10::Event taken(device.type());
@@ -72,24 +100,11 @@ std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType ty
   c10::Event done(device.type());
   {
     c10::StreamGuard on_side(side);
-    at::Tensor bytes = at::from_blob(destination, snapshot.sizes(), at::TensorOptions().dtype(type).pinned_memory(false));
+    at::Tensor bytes = at::from_blob(destination, {count}, at::TensorOptions().dtype(type).pinned_memory(false));
     bytes.copy_(snapshot, /*non_blocking=*/true);
     done.record(side);
   }
   return std::make_unique<Ticket>(std::move(snapshot), std::move(done));
-}
-
-// The row-major form of a tensor that goes out in several pieces: made once, kept until the last piece.
-at::Tensor row_major(const at::Tensor& source, uint64_t first, uint64_t count) {
-  thread_local at::Tensor kept;
-  if (first == 0) {
-    kept = source.contiguous();
-  }
-  at::Tensor flat = kept.view({-1});
-  if (first + count >= static_cast<uint64_t>(source.numel())) {
-    kept.reset();
-  }
-  return flat.narrow(0, static_cast<int64_t>(first), static_cast<int64_t>(count));
 }
 
 }  // namespace
@@ -132,7 +147,6 @@ std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64
   const auto type = dtype_of(dtype);
   TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
   Unseen unseen;
-  const bool whole = first == 0 && count == static_cast<uint64_t>(tensor.numel());
   const bool plain = tensor.scalar_type() == *type && !tensor.is_conj() && !tensor.is_neg();
   if (tensor.device().is_cpu() && plain && tensor.is_contiguous()) {
     const size_t item = tensor.element_size();
@@ -140,12 +154,15 @@ std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64
     std::memcpy(destination, bytes + first * item, count * item);
     return nullptr;
   }
-  const at::Tensor source = whole ? tensor : row_major(tensor, first, count);
-  if (!tensor.device().is_cpu()) return copy_from_device(source, *type, destination);
-  at::from_blob(destination, source.sizes(), at::TensorOptions().dtype(*type)).copy_(source);
+  const auto from = static_cast<int64_t>(first), length = static_cast<int64_t>(count);
+  if (!tensor.device().is_cpu()) return copy_from_device(tensor, *type, from, length, destination);
+  copy_range(tensor, from, at::from_blob(destination, {length}, at::TensorOptions().dtype(*type)));
   return nullptr;
 }
 
-void Ticket::wait() const { done_.synchronize(); }
+void Ticket::wait() const {
+  // Looked at now and then: waiting for the event itself would keep a core busy.
+  while (!done_.query()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+}
 
 }  // namespace flexmodel

@@ -3,7 +3,7 @@
 //! *Mutability.* Tensors are only read. *Aliasing.* A `&Tensor` borrows what a tap holds on its stack and never
 //! outlives the call; what has to live longer is a [`bridge::Ticket`], which owns its own reference.
 
-use crate::host::{active, capture, edit, fault, finish, fire, notice, resolved, scope, select, stepped};
+use crate::host::{active, capture, edit, fault, finish, fire, forget, notice, resolved, scope, select, stepped};
 use crate::pin::is_capturing;
 
 #[cxx::bridge(namespace = "flexmodel")]
@@ -16,7 +16,7 @@ pub mod bridge {
         replay: bool,
         grad_enabled: bool,
         train: bool,
-        batch: [i64; 2],
+        first: [i64; 3],
     }
 
     /// `wire::tap_abi::Call`.
@@ -31,6 +31,7 @@ pub mod bridge {
         recompute: bool,
         capture: u32,
         edit: u32,
+        first: [i64; 3],
     }
 
     /// A module as the shim found it.
@@ -38,7 +39,7 @@ pub mod bridge {
         name: String,
         class_name: String,
         qualified: String,
-        batch_dim: i32,
+        order: u8,
     }
 
     /// `wire::tap_abi::Selected`.
@@ -74,6 +75,7 @@ pub mod bridge {
         ) -> Vec<Selected>;
         fn resolved();
         fn scope(serial: u64, enter: bool, firing: &Firing);
+        fn forget(serial: u64);
         fn stepped();
         fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;
         fn capture(call: &Call, kind: u32, path: &str, repeat: u32, leaf: &Leaf, sizes: &[i64], tensor: &Tensor);

@@ -19,21 +19,21 @@ fn host() -> Option<&'static HostTable> {
 
 impl From<&Firing> for tap_abi::Firing {
     fn from(f: &Firing) -> Self {
-        Self { pre: f.pre, replay: f.replay, grad_enabled: f.grad_enabled, train: f.train, batch: f.batch }
+        Self { pre: f.pre, replay: f.replay, grad_enabled: f.grad_enabled, train: f.train, first: f.first }
     }
 }
 
 impl From<&Call> for tap_abi::Call {
     fn from(c: &Call) -> Self {
-        let &Call { tap, step, micro, call, pass, train, recompute, capture, edit } = c;
-        Self { tap, step, micro, call, pass, train, recompute, capture, edit }
+        let &Call { tap, step, micro, call, pass, train, recompute, capture, edit, first } = c;
+        Self { tap, step, micro, call, pass, train, recompute, capture, edit, first }
     }
 }
 
 impl From<tap_abi::Call> for Call {
     fn from(c: tap_abi::Call) -> Self {
-        let tap_abi::Call { tap, step, micro, call, pass, train, recompute, capture, edit } = c;
-        Self { tap, step, micro, call, pass, train, recompute, capture, edit }
+        let tap_abi::Call { tap, step, micro, call, pass, train, recompute, capture, edit, first } = c;
+        Self { tap, step, micro, call, pass, train, recompute, capture, edit, first }
     }
 }
 
@@ -50,14 +50,14 @@ pub fn select(
     let Some(host) = host() else { return Vec::new() };
     let column = |get: fn(&Module) -> &String| modules.iter().map(|m| Str::new(get(m))).collect::<Vec<_>>();
     let (names, classes, qualified) = (column(|m| &m.name), column(|m| &m.class_name), column(|m| &m.qualified));
-    let batch_dims: Vec<i32> = modules.iter().map(|m| m.batch_dim).collect();
+    let orders: Vec<u8> = modules.iter().map(|m| m.order).collect();
     let desc = ModelDesc {
         serial,
         count: modules.len(),
         names: names.as_ptr(),
         classes: classes.as_ptr(),
         qualified: qualified.as_ptr(),
-        batch_dims: batch_dims.as_ptr(),
+        orders: orders.as_ptr(),
         wrapper: Str::new(wrapper),
         data_parallel,
     };
@@ -79,6 +79,13 @@ pub fn scope(serial: u64, enter: bool, firing: &Firing) {
     if let Some(host) = host() {
         // SAFETY: the firing lives through the call.
         unsafe { (host.scope)(serial, enter, &firing.into()) };
+    }
+}
+
+pub fn forget(serial: u64) {
+    if let Some(host) = host() {
+        // SAFETY: a function of the table, called with a number.
+        unsafe { (host.forget)(serial) };
     }
 }
 

@@ -1,11 +1,19 @@
 //! The few things asked of the CUDA driver itself, where there is one.
 
+use std::sync::OnceLock;
+
 use cudarc::driver::sys;
+
+/// Whether there is a driver. A machine without a GPU is a normal machine: cudarc panics on a missing driver.
+fn has_driver() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    // SAFETY: looks for the library only.
+    *FOUND.get_or_init(|| unsafe { sys::is_culib_present() })
+}
 
 /// Whether work on this CUDA stream goes into a graph instead of being run.
 pub fn is_capturing(stream: usize) -> bool {
-    // SAFETY: looks for the library only.
-    if !unsafe { sys::is_culib_present() } {
+    if !has_driver() {
         return false;
     }
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
@@ -17,9 +25,7 @@ pub fn is_capturing(stream: usize) -> bool {
 /// Page-locks the slab so that a device can copy into it while the job goes on: registers `len` bytes at `base` with the
 /// driver, if the process has one *and* uses it. `false` is normal.
 pub fn register(base: *mut u8, len: usize) -> bool {
-    // A machine without a GPU is a normal machine: look before calling, cudarc panics on a missing driver.
-    // SAFETY: looks for the library only.
-    if !unsafe { sys::is_culib_present() } {
+    if !has_driver() {
         return false;
     }
     let mut context = std::ptr::null_mut();

@@ -1,13 +1,16 @@
 //! Decides what taps do. One [`Engine`] per process behind one lock; tensor bytes are copied outside of it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use wire::{
     control::ModuleInfo,
     env,
     hooks::{Hook, Kind, Reduce, nearest},
     record::RecordMeta,
-    tap_abi::{Call, Firing, LeafEdit, ModelDesc, Rank, Refusal, Selected, Str, TensorDesc},
+    tap_abi::{Call, Firing, LeafEdit, ModelDesc, Order, Rank, Refusal, Selected, Str, TensorDesc},
 };
 use wire::{dtype::DType, hooks::Edit};
 
@@ -25,6 +28,9 @@ const BEFORE: u32 = 1 << Kind::ForwardPre as u32 | 1 << Kind::Backward as u32;
 /// Kinds that are captured by gradient hooks.
 const GRADIENTS: u32 = 1 << Kind::Backward as u32 | 1 << Kind::BackwardPre as u32;
 
+/// Models that are remembered when they are no more.
+const REMEMBERED: usize = 64;
+
 /// Everything decided so far.
 pub struct Engine {
     hooks: Vec<Hook>,
@@ -33,27 +39,35 @@ pub struct Engine {
     python: String,
     rank: Rank,
     clock: Clock,
-    models: Vec<Model>,
-    taps: Vec<Tap>,
+    /// By the shim's serial.
+    models: HashMap<u64, Model>,
+    taps: HashMap<u32, Tap>,
+    /// Models and taps there ever were: the numbers of the next ones.
+    counted: (u32, u32),
+    /// Models that are no more, oldest first. Their gradients may still come.
+    gone: VecDeque<u64>,
     seen: Vec<(String, String)>,
+    /// Pairs of hooks whose disagreement was told.
+    disagree: HashSet<(usize, usize)>,
 }
 
 struct Model {
-    serial: u64,
     number: u32,
     data_parallel: bool,
     passes: Passes,
+    /// Its taps by module name.
+    taps: HashMap<String, u32>,
 }
 
 struct Tap {
-    /// Index into `models`.
-    model: usize,
+    /// Serial of its model.
+    model: u64,
     name: String,
     class: String,
     /// Indices into `hooks`, in the order written.
     hooks: Vec<usize>,
     kinds: u32,
-    batch_dim: i32,
+    order: Order,
     calls: Calls,
 }
 
@@ -81,9 +95,12 @@ pub fn configure() -> Result<(), String> {
         python: String::new(),
         rank: Rank { rank: 0, world: 1 },
         clock: Clock::default(),
-        models: Vec::new(),
-        taps: Vec::new(),
+        models: HashMap::new(),
+        taps: HashMap::new(),
+        counted: (0, 0),
+        gone: VecDeque::new(),
         seen: Vec::new(),
+        disagree: HashSet::new(),
     });
     Ok(())
 }
@@ -104,18 +121,16 @@ impl Engine {
     pub unsafe fn select(&mut self, desc: &ModelDesc<'_>, rank: Rank) -> Vec<Selected> {
         self.rank = rank;
         log::set_rank(rank.rank);
-        let known = self.models.iter().position(|m| m.serial == desc.serial);
-        let at = known.unwrap_or(self.models.len());
         let mut modules = Vec::with_capacity(desc.count);
         let mut out = Vec::new();
         for i in 0..desc.count {
             // SAFETY: i < count; the strings live through the call (caller).
-            let (name, class, qualified, batch_dim) = unsafe {
+            let (name, class, qualified, order) = unsafe {
                 (
                     (*desc.names.add(i)).get(),
                     (*desc.classes.add(i)).get(),
                     (*desc.qualified.add(i)).get(),
-                    *desc.batch_dims.add(i),
+                    Order::from_code(*desc.orders.add(i)),
                 )
             };
             let hooks = self.matching(name, class, qualified);
@@ -124,31 +139,63 @@ impl Engine {
             if kinds == 0 {
                 continue;
             }
-            let old = self.taps.iter().position(|t| t.model == at && t.name == name);
-            let tap = old.unwrap_or_else(|| {
-                let (name, class) = (name.to_owned(), class.to_owned());
-                self.taps.push(Tap { model: at, name, class, hooks, kinds, batch_dim, calls: Calls::default() });
-                self.taps.len() - 1
-            });
-            out.push(Selected { index: i as u32, tap: tap as u32, kinds });
+            self.tell_disagreement(&hooks, name);
+            let tap = self.tap(desc, name, class, hooks, kinds, order);
+            out.push(Selected { index: i as u32, tap, kinds });
         }
         if out.is_empty() {
             self.seen.extend(modules.into_iter().map(|m| (m.name, m.class)));
             return out;
         }
-        if known.is_none() {
-            let number = self.models.len() as u32;
-            let (serial, data_parallel) = (desc.serial, desc.data_parallel);
-            self.models.push(Model { serial, number, data_parallel, passes: Passes::default() });
-        }
         self.seen.extend(modules.iter().map(|m| (m.name.clone(), m.class.clone())));
         // SAFETY: the string lives through the call (caller).
         let wrapper = unsafe { desc.wrapper.get() };
         shipping::describe(rank, &self.torch, &self.python, wrapper);
-        if let Some(model) = self.models.get(at) {
+        if let Some(model) = self.models.get(&desc.serial) {
             shipping::model(model.number, modules);
         }
         out
+    }
+
+    /// Number of the tap on a module, made if there is none.
+    fn tap(
+        &mut self,
+        desc: &ModelDesc<'_>,
+        name: &str,
+        class: &str,
+        hooks: Vec<usize>,
+        kinds: u32,
+        order: Order,
+    ) -> u32 {
+        let (models, taps) = &mut self.counted;
+        let model = self.models.entry(desc.serial).or_insert_with(|| {
+            *models += 1;
+            Model {
+                number: *models - 1,
+                data_parallel: desc.data_parallel,
+                passes: Passes::default(),
+                taps: HashMap::new(),
+            }
+        });
+        *model.taps.entry(name.to_owned()).or_insert_with(|| {
+            *taps += 1;
+            let (name, class) = (name.to_owned(), class.to_owned());
+            let tap = Tap { model: desc.serial, name, class, hooks, kinds, order, calls: Calls::default() };
+            self.taps.insert(*taps - 1, tap);
+            *taps - 1
+        })
+    }
+
+    /// A model is no more. What it was is kept for a while: a backward pass through it may still come.
+    pub fn forget(&mut self, serial: u64) {
+        self.gone.push_back(serial);
+        if self.gone.len() > REMEMBERED
+            && let Some(model) = self.gone.pop_front().and_then(|serial| self.models.remove(&serial))
+        {
+            for tap in model.taps.into_values() {
+                self.taps.remove(&tap);
+            }
+        }
     }
 
     /// Hooks that match a module and run on this rank.
@@ -185,7 +232,7 @@ impl Engine {
 
     /// The model's outermost forward begins or ends.
     pub fn scope(&mut self, serial: u64, enter: bool, firing: &Firing) {
-        let Some(model) = self.models.iter_mut().find(|m| m.serial == serial) else { return };
+        let Some(model) = self.models.get_mut(&serial) else { return };
         if enter {
             model.passes.enter(&mut self.clock, firing);
         } else {
@@ -196,15 +243,15 @@ impl Engine {
     /// An optimizer stepped: a forward that raised before cannot be open any more.
     pub fn stepped(&mut self) {
         self.clock.stepped();
-        for model in &mut self.models {
+        for model in self.models.values_mut() {
             model.passes.reset_depth();
         }
     }
 
     /// What a tap that fires has to do; `None`: nothing.
     pub fn fire(&mut self, number: u32, firing: &Firing) -> Option<Call> {
-        let tap = self.taps.get_mut(number as usize)?;
-        let model = self.models.get_mut(tap.model)?;
+        let tap = self.taps.get_mut(&number)?;
+        let model = self.models.get_mut(&tap.model)?;
         let paired = tap.kinds & BEFORE != 0;
         let wants_gradients = tap.kinds & GRADIENTS != 0;
         let placed = tap.calls.place(&mut model.passes, &mut self.clock, number, paired, wants_gradients, firing);
@@ -231,17 +278,37 @@ impl Engine {
         (capture | edit != 0).then_some(Call { capture, edit, ..call })
     }
 
-    /// The hook that captures this leaf.
+    /// The hook that captures this leaf: the first one that keeps its bytes, or else the first.
     fn hook_for(&self, tap: &Tap, call: &Call, kind: Kind, path: &str) -> Option<&Hook> {
-        tap.hooks.iter().filter_map(|&h| self.hooks.get(h)).find(|h| {
+        let hooks = tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
+        let wants = |h: &&Hook| {
             h.kinds.contains(&kind) && h.wants_step(call.step) && h.options.path.as_deref().is_none_or(|p| p == path)
-        })
+        };
+        hooks.filter(wants).min_by_key(|h| h.options.reduce == Reduce::Stats)
+    }
+
+    /// Says once which of two hooks decides what becomes of the same tensors.
+    fn tell_disagreement(&mut self, hooks: &[usize], name: &str) {
+        for (n, &later) in hooks.iter().enumerate() {
+            for &first in hooks.get(..n).unwrap_or_default() {
+                let (Some(a), Some(b)) = (self.hooks.get(first), self.hooks.get(later)) else { continue };
+                let meet = a.kind_mask() & b.kind_mask() != 0
+                    && (a.options.path.is_none() || a.options.path == b.options.path);
+                let differ = a.options.group != b.options.group || a.options.dtype != b.options.dtype;
+                if meet && differ && self.rank.rank == 0 && self.disagree.insert((first, later)) {
+                    shipping::notice(format!(
+                        "'{}' and '{}' both tap {name}, with another group or dtype; where both do, the first decides",
+                        a.text, b.text
+                    ));
+                }
+            }
+        }
     }
 
     /// How a leaf is edited: all edits on it multiply.
     pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
         let mut out = LeafEdit { op: 0, factor: 1.0 };
-        let Some(tap) = self.taps.get(call.tap as usize) else { return out };
+        let Some(tap) = self.taps.get(&call.tap) else { return out };
         for hook in tap.hooks.iter().filter_map(|&h| self.hooks.get(h)) {
             let here = hook.kinds.contains(&kind)
                 && hook.wants_step(call.step)
@@ -270,8 +337,8 @@ impl Engine {
         repeat: u32,
         tensor: &TensorDesc,
     ) -> Option<Cargo> {
-        let tap = self.taps.get(call.tap as usize)?;
-        let model = self.models.get(tap.model)?;
+        let tap = self.taps.get(&call.tap)?;
+        let model = self.models.get(&tap.model)?;
         // SAFETY: the caller's string lives through the call.
         let path = unsafe { path.get() };
         let hook = self.hook_for(tap, call, kind, path)?;
@@ -285,10 +352,11 @@ impl Engine {
         let (index, size) = self.position(hook);
         let known = Known {
             batch: model.passes.batch(call.pass),
-            batch_dim: tap.batch_dim,
+            own: call.first,
+            order: tap.order,
             data_parallel: model.data_parallel,
         };
-        let axes = layout::infer(&shape, known, hook.options.shard.as_ref(), index, size);
+        let axes = layout::infer(&shape, path, known, hook.options.shard.as_ref(), index, size);
         let meta = RecordMeta {
             module: tap.name.clone(),
             class: tap.class.clone(),

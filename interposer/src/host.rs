@@ -17,6 +17,7 @@ pub static HOST: HostTable = HostTable {
     select,
     resolved,
     scope,
+    forget,
     stepped,
     fire,
     capture,
@@ -67,6 +68,10 @@ unsafe extern "C" fn resolved() {
 unsafe extern "C" fn scope(serial: u64, enter: bool, firing: *const Firing) {
     // SAFETY: the bridge passes a firing that lives through the call.
     boundary(|| engine::with(|e| e.scope(serial, enter, unsafe { &*firing })));
+}
+
+unsafe extern "C" fn forget(serial: u64) {
+    boundary(|| engine::with(|e| e.forget(serial)));
 }
 
 unsafe extern "C" fn stepped() {

@@ -56,7 +56,7 @@ pub struct Passes {
     depth: u32,
     grad_enabled: bool,
     called: HashSet<u64>,
-    batches: VecDeque<(u64, [i64; 2])>,
+    batches: VecDeque<(u64, [i64; 3])>,
 }
 
 /// Key of the model itself among the modules called from outside.
@@ -102,7 +102,7 @@ impl Passes {
             *counter += 1;
             self.number += 1;
             self.grad_enabled = firing.grad_enabled;
-            self.batches.push_back((self.number, firing.batch));
+            self.batches.push_back((self.number, firing.first));
             if self.batches.len() > REMEMBERED {
                 self.batches.pop_front();
             }
@@ -110,9 +110,9 @@ impl Passes {
         self.called.insert(caller);
     }
 
-    /// The first two sizes of the pass's first input.
-    pub fn batch(&self, pass: u64) -> [i64; 2] {
-        self.batches.iter().find(|(n, _)| *n == pass).map_or([-1, -1], |(_, batch)| *batch)
+    /// The first sizes of the pass's first input, as in [`Firing::first`].
+    pub fn batch(&self, pass: u64) -> [i64; 3] {
+        self.batches.iter().find(|(n, _)| *n == pass).map_or([-1; 3], |(_, batch)| *batch)
     }
 }
 
@@ -182,6 +182,7 @@ impl Calls {
             recompute: false,
             capture: 0,
             edit: 0,
+            first: firing.first,
         }
     }
 
@@ -210,7 +211,7 @@ mod tests {
     use super::*;
 
     fn train() -> Firing {
-        Firing { grad_enabled: true, train: true, batch: [4, 8], ..Firing::default() }
+        Firing { grad_enabled: true, train: true, first: [4, 8, -1], ..Firing::default() }
     }
 
     struct World {

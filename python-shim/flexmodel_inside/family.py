@@ -39,10 +39,12 @@ class Member:
 class Family:
     """A weak child -> parents map. Keyed by identity: modules may define `__eq__`."""
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[], None], on_gone: Callable[[int], None]) -> None:
         self._members: dict[int, Member] = {}
         self._serials = itertools.count()
         self._on_change = on_change
+        # Told the serial of a model that is no more.
+        self._on_gone = on_gone
 
     def watch(self) -> None:
         """Follow every registration of a submodule, and every copy, which registers nothing."""
@@ -80,10 +82,14 @@ class Family:
         key = id(module)
         member = self._members.get(key)
         if member is None:
-            members = self._members
-            member = Member(weakref.ref(module, lambda _: members.pop(key, None)), next(self._serials))
-            members[key] = member
+            member = Member(weakref.ref(module, lambda _: self._gone(key)), next(self._serials))
+            self._members[key] = member
         return member
+
+    def _gone(self, key: int) -> None:
+        member = self._members.pop(key, None)
+        if member is not None and member.scoped:
+            self._on_gone(member.serial)
 
     def members(self) -> list[Member]:
         """All of them, in order of construction."""

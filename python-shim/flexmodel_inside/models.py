@@ -19,7 +19,7 @@ from . import guarded, imports
 from .family import Family, drop_copied_hooks
 from .naming import authored, authored_class, named, own
 from .ranks import rank_and_world
-from .wrappers import batch_dims, is_data_parallel, wrapper_name
+from .wrappers import is_data_parallel, orders, wrapper_name
 
 
 class Models:
@@ -27,7 +27,7 @@ class Models:
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
-        self._family = Family(on_change=self._arm)
+        self._family = Family(on_change=self._arm, on_gone=bridge.forget)
         self._original = nn.Module.__call__
         self._ours = self._replacement()
         self._armed = False
@@ -87,11 +87,10 @@ class Models:
 
     def _tap(self, top: nn.Module, rank: int, world: int) -> None:
         modules = list(named(top))
-        dims = batch_dims(modules)
         entries = []
-        for name, module in modules:
+        for (name, module), order in zip(modules, orders(modules), strict=True):
             cls = authored_class(module)
-            entries.append((name, cls.__name__, f"{cls.__module__}.{cls.__qualname__}", dims.get(id(module), -1)))
+            entries.append((name, cls.__name__, f"{cls.__module__}.{cls.__qualname__}", order))
         model = authored(top)
         known = self._family.member(model)
         serial = known.serial

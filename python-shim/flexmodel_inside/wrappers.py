@@ -57,16 +57,32 @@ def is_data_parallel(top: nn.Module) -> bool:
     return not any(_tensor_parallel(p, bool(fsdp2)) for p in top.parameters())
 
 
-def batch_dims(names: list[tuple[str, nn.Module]]) -> dict[int, int]:
-    """The batch dimension by id(module) where a module states it: `batch_first=False` means [length, batch, ...]."""
-    second: set[str] = set()
-    for name, module in names:
-        if own(module, "batch_first", None) is False:
-            second.add(name)
-    out: dict[int, int] = {}
+# Codes of wire::tap_abi::Order.
+_UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED = range(6)
+
+
+def _batch_first(module: nn.Module) -> bool | None:
+    """What the module itself says; torch's transformer layers say it by their attention."""
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        return _batch_first(module.layers[0]) if len(module.layers) else None
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        module = module.self_attn
+    stated = own(module, "batch_first", None)
+    return stated if isinstance(stated, bool) else None
+
+
+def orders(names: list[tuple[str, nn.Module]]) -> list[int]:
+    """What each module says about where the batch is: `batch_first=False` means [length, batch, ...], also inside of it."""
+    stating = {name for name, module in names if _batch_first(module) is False}
+    out = []
     for name, module in names:
         parts = name.split(".") if name else []
-        ancestors = {".".join(parts[:i]) for i in range(len(parts) + 1)}
-        if ancestors & second:
-            out[id(module)] = 1
+        if name in stating:
+            out.append(_SEQUENCE_FIRST)
+        elif _batch_first(module):
+            out.append(_RECURRENT if isinstance(module, nn.RNNBase) else _BATCH_FIRST)
+        elif any(".".join(parts[:i]) in stating for i in range(len(parts))):
+            out.append(_IN_SEQUENCE_FIRST)
+        else:
+            out.append(_MIXED if stating else _UNSTATED)
     return out

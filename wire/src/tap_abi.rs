@@ -11,7 +11,7 @@
 use std::{ffi::c_void, marker::PhantomData};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 1;
+pub const TAP_ABI: u32 = 2;
 
 /// What a bridge's marker starts with; ` key=KEY digest=HEX abi=N;` follows. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -147,6 +147,8 @@ pub struct Call {
     pub capture: u32,
     /// Kinds with an edit that is active now.
     pub edit: u32,
+    /// Sizes of the module's own first input, as in [`Firing::first`].
+    pub first: [i64; 3],
 }
 
 /// When a tap fires, seen from the bridge.
@@ -161,8 +163,42 @@ pub struct Firing {
     pub grad_enabled: bool,
     /// `module.training`.
     pub train: bool,
-    /// The first tensor among the module's arguments: its first two sizes, -1 where there is none.
-    pub batch: [i64; 2],
+    /// The first tensor among the module's arguments: its first three sizes, -1 where there is none.
+    pub first: [i64; 3],
+}
+
+/// What a module says about where the batch is in its tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Order {
+    /// Nothing: it comes first, as nearly everywhere.
+    #[default]
+    Unstated = 0,
+    /// `batch_first=False`: what it takes and gives is `[length, batch, ...]`.
+    SequenceFirst = 1,
+    /// It is part of a module that says so.
+    InSequenceFirst = 2,
+    /// `batch_first=True`.
+    BatchFirst = 3,
+    /// A recurrent network with `batch_first=True`. Its states are `[layers, batch, ...]` all the same.
+    Recurrent = 4,
+    /// Nothing, and other modules of the model say `batch_first=False`: which way round the model is given is not known.
+    Mixed = 5,
+}
+
+impl Order {
+    /// The order with this code; [`Order::Unstated`] for one we do not know.
+    pub fn from_code(code: u8) -> Self {
+        const ALL: [Order; 6] = [
+            Order::Unstated,
+            Order::SequenceFirst,
+            Order::InSequenceFirst,
+            Order::BatchFirst,
+            Order::Recurrent,
+            Order::Mixed,
+        ];
+        ALL.into_iter().find(|o| *o as u8 == code).unwrap_or_default()
+    }
 }
 
 /// How a leaf is edited.
@@ -201,8 +237,8 @@ pub struct ModelDesc<'a> {
     pub classes: *const Str<'a>,
     /// Full dotted class names.
     pub qualified: *const Str<'a>,
-    /// The dimension that is known to be the batch for this module's tensors, or -1.
-    pub batch_dims: *const i32,
+    /// Codes of [`Order`].
+    pub orders: *const u8,
     /// How the job wraps it.
     pub wrapper: Str<'a>,
     /// Whether batch sharding over all ranks may be inferred; otherwise layouts are unknown.
@@ -232,6 +268,8 @@ pub struct HostTable {
     pub resolved: unsafe extern "C" fn(),
     /// The model with this serial begins (`true`) or ends an outermost call.
     pub scope: unsafe extern "C" fn(serial: u64, enter: bool, firing: *const Firing),
+    /// The model with this serial is no more.
+    pub forget: unsafe extern "C" fn(serial: u64),
     /// An optimizer stepped.
     pub stepped: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.

@@ -18,6 +18,8 @@ class Undo {
   void note(PyObject* container, PyObject* key, PyObject* original, PyObject* replacement, bool attribute);
   // Puts each original back, where the replacement is still in its place.
   void restore();
+  // What was noted of this container stays as it is.
+  void forget(PyObject* container);
   bool empty() const { return entries_.empty(); }
 
  private:
@@ -28,15 +30,12 @@ class Undo {
   std::vector<Entry> entries_;
 };
 
-// Visits every tensor in `value`: tuples and namedtuples, lists, dicts (ModelOutput too) and dataclasses, nested. Other
-// objects have no leaves. Tuples are rebuilt where a leaf is replaced; other containers are changed in place, which
+// Visits every tensor in `value`: tuples and namedtuples, lists, dicts (ModelOutput too) and dataclasses, nested, up to a
+// bound of which a notice tells. Other objects have no leaves. Tuples are rebuilt where a leaf is replaced; other containers are changed in place, which
 // `undo` notes if it is given. Returns the new value, or nothing if `value` stays. Throws PyError if Python raised.
 Ref map_leaves(PyObject* value, std::string& path, const Visitor& visit, Undo* undo);
 
-// Python raised; its exception is set.
-struct PyError {};
-
-// The first tensor in `value`, borrowed; null if there is none.
+// The first tensor with a dimension among the first values in `value`, borrowed; null if there is none.
 PyObject* first_tensor(PyObject* value);
 
 }  // namespace flexmodel

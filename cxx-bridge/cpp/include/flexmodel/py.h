@@ -34,4 +34,17 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Python raised; its exception is set.
+struct PyError {};
+
+// Owns what a call into Python gave, or throws that it raised.
+inline Ref checked(PyObject* object) {
+  if (object == nullptr) throw PyError{};
+  return Ref(object);
+}
+
+inline void checked(int status) {
+  if (status < 0) throw PyError{};
+}
+
 }  // namespace flexmodel
