@@ -163,9 +163,13 @@ impl Run {
         }
         let info_bytes = read_optional(&path.join(RUN_FILE))?;
         let journal = open_optional(&path.join(MANIFEST_FILE))?;
-        let mut problems = Vec::new();
+        let (mut problems, mut notes) = (Vec::new(), Vec::new());
         let info = match (&info_bytes, &journal) {
             (None, None) => return Err(refuse(foreign(path))),
+            (None, Some(journal)) if is_empty(journal, &path.join(MANIFEST_FILE))? && !has_shards(path) => {
+                notes.push("nothing was captured: the agent was stopped before the first record".to_owned());
+                RunInfo::default()
+            }
             (None, Some(_)) => {
                 problems.push(Problem::new(RUN_FILE, "missing; what the command and the world were is not known"));
                 RunInfo::default()
@@ -192,7 +196,7 @@ impl Run {
             lost: Lost::default(),
             sealed: Vec::new(),
             problems,
-            notes: Vec::new(),
+            notes,
             manifest_len: 0,
             shards: Shards::new(path),
             ranks: HashMap::new(),
@@ -319,6 +323,10 @@ fn open_optional(path: &Path) -> Result<Option<File>, OpenError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(io_error(path, source)),
     }
+}
+
+fn is_empty(file: &File, path: &Path) -> Result<bool, OpenError> {
+    file.metadata().map(|m| m.len() == 0).map_err(|source| io_error(path, source))
 }
 
 fn io_error(path: &Path, source: io::Error) -> OpenError {

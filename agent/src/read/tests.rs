@@ -256,6 +256,20 @@ fn statistics_alone_are_not_bytes() {
     assert!(run.whole(&run.records[0]).unwrap_err().to_string().contains("reduce=stats"));
 }
 
+#[test]
+fn a_run_whose_agent_was_killed_before_the_first_record_is_not_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(MANIFEST_FILE), "").unwrap();
+    let run = open(&dir);
+    assert_eq!(run.problems, []);
+    assert!(run.notes[0].contains("nothing was captured"), "{:?}", run.notes);
+    let mut f = Fixture::default();
+    f.part(id("mlp", 0), DType::UInt8, &[1], 0, Vec::new(), &[1]);
+    let dir = f.finish();
+    fs::remove_file(dir.path().join(RUN_FILE)).unwrap();
+    assert_eq!(open(&dir).problems.len(), 1, "records without what they are of");
+}
+
 /// JSON of a part with hostile numbers in it.
 fn hostile_part() -> impl Strategy<Value = String> {
     let number = || prop_oneof![Just(0u64), 0u64..5, Just(u64::MAX), Just(1 << 40), any::<u64>()];
