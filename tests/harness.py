@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import shutil
@@ -186,13 +187,12 @@ def agent(out: pathlib.Path, socket: pathlib.Path, **extra: str) -> Iterator[Job
 
 def bridge() -> pathlib.Path:
     """The bridge that jobs of this environment use."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    script = "import torch, sys; print(f'torch{torch.__version__}-', f'-cp{sys.version_info[0]}{sys.version_info[1]}')"
-    start, end = run(["python", "-c", script]).expect(0).out.split()
-    bridges = pathlib.Path(cache) / "flexmodel" / "bridges"
-    fitting = [p for p in bridges.glob("*/libflexmodel_torch.so") if start.encode() in p.read_bytes()]
-    assert fitting, f"no bridge for {start} {end} in {bridges}: run scripts/setup"
-    return max(fitting, key=lambda p: p.stat().st_mtime)
+    answer = json.loads(run([FLEXMODEL, "bridge", "list", "--json"]).expect(0).out)
+    fitting = [
+        b["path"] for b in answer["bridges"] if b["state"] == "current" and b["bridge"]["key"] == answer["wanted"]
+    ]
+    assert fitting, f"no bridge of this FlexModel for {answer['wanted']} in {answer['cache']}: run scripts/setup"
+    return pathlib.Path(fitting[0])
 
 
 def free_port() -> int:

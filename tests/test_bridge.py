@@ -1,5 +1,8 @@
 """Bridges: one for each torch, built with a C++ compiler alone, refused by name where they do not fit."""
 
+import shutil
+
+import captures
 import harness
 
 
@@ -20,9 +23,21 @@ def test_a_missing_bridge_is_built_before_the_job_starts(tmp_path):
     outcome = harness.tapped(argv, "lm_head", tmp_path / "x", FLEXMODEL_BRIDGE_CACHE=str(tmp_path / "cache")).expect(0)
     assert list((tmp_path / "cache").glob("*/libflexmodel_torch.so"))
     assert "bridge" in outcome.err
-    import captures
-
     assert len(captures.read(tmp_path / "x")) == 1
+
+
+def test_a_preloaded_job_takes_the_bridge_of_its_own_sources_out_of_a_shared_cache(tmp_path):
+    argv, ours = harness.python("plain.py", "1"), harness.bridge()
+    theirs = ours.parent.name[:-8] + "0badf00d"
+    for folder in (tmp_path / "both" / theirs, tmp_path / "both" / ours.parent.name, tmp_path / "theirs" / theirs):
+        folder.mkdir(parents=True)
+        shutil.copy(ours, folder)
+    for name, records in (("both", 1), ("theirs", 0)):
+        with harness.agent(tmp_path / f"{name}.run", tmp_path / f"{name}.sock"):
+            env = harness.preloaded("lm_head", tmp_path / f"{name}.sock", FLEXMODEL_BRIDGE_CACHE=str(tmp_path / name))
+            outcome = harness.run(argv, env).expect(0)
+        assert len(captures.read(tmp_path / f"{name}.run")) == records, outcome.text
+        assert ("no bridge of ours for torch" in outcome.err) == (records == 0)
 
 
 def test_without_a_compiler_the_line_says_what_to_install(tmp_path):

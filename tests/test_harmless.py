@@ -14,20 +14,21 @@ HOOKS = "**:forward,backward"
 
 
 @pytest.fixture(scope="module")
-def other_bridge(tmp_path_factory) -> pathlib.Path:
-    """A bridge that says it was built for another torch."""
+def other_bridges(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """Bridges that say they were built for another torch, and from other sources."""
     real = harness.bridge()
-    data = real.read_bytes()
-    version = re.search(rb"torch(\d+\.\d+)\.\d+", data[data.index(b"FLEXMODEL") :] if b"FLEXMODEL" in data else data)
-    assert version, f"{real} names no torch"
-    patched = re.sub(rb"torch\d\.\d+\.(\d+)", lambda m: m[0].replace(m[0][5:6], b"1", 1), data)
-    assert patched != data
-    path = tmp_path_factory.mktemp("other") / real.name
-    path.write_bytes(patched)
-    return path
+    says = re.search(rb"FLEXMODEL-BRIDGE key=torch(\d)\S+ digest=([0-9a-f])", real.read_bytes())
+    assert says, f"{real} names no torch"
+    made = {}
+    for name, digit in (("torch", 1), ("sources", 2)):
+        data = bytearray(real.read_bytes())
+        data[says.start(digit)] = ord("1") if data[says.start(digit)] != ord("1") else ord("0")
+        made[name] = tmp_path_factory.mktemp(name) / real.name
+        made[name].write_bytes(data)
+    return made
 
 
-def _variants(tmp_path: pathlib.Path, other: pathlib.Path) -> dict[str, dict[str, str]]:
+def _variants(tmp_path: pathlib.Path, others: dict[str, pathlib.Path]) -> dict[str, dict[str, str]]:
     absent = tmp_path / "absent.sock"
     preload = {"LD_PRELOAD": str(harness.LIBRARY)}
     return {
@@ -38,7 +39,8 @@ def _variants(tmp_path: pathlib.Path, other: pathlib.Path) -> dict[str, dict[str
         "no-agent-named": harness.environment(**preload, FLEXMODEL_HOOKS=HOOKS),
         "bad-agent": harness.environment(**preload, FLEXMODEL_HOOKS=HOOKS, FLEXMODEL_AGENT="tcp:1"),
         "bad-hooks": harness.preloaded("a:b:c@@|", absent),
-        "other-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(other)),
+        "other-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(others.get("torch"))),
+        "other-sources": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(others.get("sources"))),
         "no-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(tmp_path / "none.so")),
         "not-a-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(harness.LIBRARY)),
         "panic-in-load": harness.preloaded(HOOKS, absent, FLEXMODEL_TEST_FAULT="panic-in-load"),
@@ -47,12 +49,12 @@ def _variants(tmp_path: pathlib.Path, other: pathlib.Path) -> dict[str, dict[str
     }
 
 
-VARIANTS = list(_variants(pathlib.Path(), pathlib.Path()))
+VARIANTS = list(_variants(pathlib.Path(), {}))
 
 
 @pytest.fixture(scope="module")
-def environments(tmp_path_factory, other_bridge) -> dict[str, dict[str, str]]:
-    return _variants(tmp_path_factory.mktemp("variants"), other_bridge)
+def environments(tmp_path_factory, other_bridges) -> dict[str, dict[str, str]]:
+    return _variants(tmp_path_factory.mktemp("variants"), other_bridges)
 
 
 @pytest.fixture
@@ -115,14 +117,17 @@ def test_training_is_bitwise_the_same_and_says_at_most_one_line(name, trained, u
     assert all(line.startswith("flexmodel:") for line in ours)
 
 
-SPEAKING = ["no-match", "agent-absent", "other-bridge", "no-bridge", "not-a-bridge", "panic-in-load", "panic-in-tap",
-            "throw-in-tap", "bad-hooks", "bad-agent"]  # fmt: skip
+SPEAKING = ["no-match", "agent-absent", "other-bridge", "other-sources", "no-bridge", "not-a-bridge", "panic-in-load",
+            "panic-in-tap", "throw-in-tap", "bad-hooks", "bad-agent"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPEAKING)
 def test_what_keeps_taps_from_working_is_said_once(name, trained):
     within = trained(name)
-    assert [line for line in within.err.splitlines() if line.startswith("flexmodel:")], within.text
+    said = [line for line in within.err.splitlines() if line.startswith("flexmodel:")]
+    assert said, within.text
+    if name == "other-sources":
+        assert "from other sources" in said[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)

@@ -92,8 +92,11 @@ impl Site {
         self.command(&[&["bridge", "build", "--python", python.to_str().unwrap()], more].concat()).output().unwrap()
     }
 
+    /// The bridge of the sources as they are.
     fn built(&self) -> PathBuf {
-        self.path("cache/torch2.11.0-cudanone-cxx11abi1-cp311/libflexmodel_torch.so")
+        let sources = wire::bridge_sources::Sources::read(&self.path("home/bridge")).unwrap();
+        let folder = format!("cache/torch2.11.0-cudanone-cxx11abi1-cp311-{}", sources.digest);
+        self.path(&folder).join("libflexmodel_torch.so")
     }
 }
 
@@ -119,12 +122,30 @@ fn a_bridge_is_built_once_and_again_when_its_sources_change() {
     let second = site.build(&["--json"]);
     assert!(text(&second.stderr).is_empty(), "{}", text(&second.stderr));
     assert_eq!(serde_json::from_slice::<serde_json::Value>(&second.stdout).unwrap()["built"], false);
+    let before = site.built();
     site.write("home/bridge/include/own.h", "#pragma once\n// changed\n");
     assert!(text(&site.build(&[]).stdout).starts_with("built:"));
+    assert!(before.exists() && site.built().exists() && before != site.built());
     let list = text(&site.command(&["bridge", "list"]).output().unwrap().stdout);
     assert!(list.contains("current") && list.contains("torch2.11.0-cudanone-cxx11abi1-cp311"), "{list}");
+    assert!(list.contains("from other sources"), "{list}");
     let left: Vec<_> = fs::read_dir(site.built().parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("build-")), "{left:?}");
+}
+
+#[test]
+fn flexmodels_of_different_sources_share_a_cache_without_building_again() {
+    let site = Site::new();
+    let (mine, theirs) = ("#pragma once\n", "#pragma once\n// theirs\n");
+    let stamps: Vec<_> = [mine, theirs, mine, theirs]
+        .iter()
+        .map(|header| {
+            site.write("home/bridge/include/own.h", header);
+            assert!(site.build(&[]).status.success());
+            fs::metadata(site.built()).unwrap().modified().unwrap()
+        })
+        .collect();
+    assert_eq!((stamps[0], stamps[1]), (stamps[2], stamps[3]));
 }
 
 #[test]
@@ -166,8 +187,11 @@ fn a_bridge_named_by_hand_must_fit_the_torch() {
     assert!(named(&site.built()).status.success());
     assert!(refused(&named(&site.path("rust.o"))).contains("not a bridge of ours"));
     assert!(refused(&named(&site.path("nothing.so"))).contains("nothing.so"));
+    let built = site.built();
+    site.write("home/bridge/include/own.h", "#pragma once\n// changed\n");
+    assert!(refused(&named(&built)).contains("from other sources"));
     site.python("2.15.0");
-    let line = refused(&named(&site.built()));
+    let line = refused(&named(&built));
     assert!(line.contains("torch2.11.0-") && line.contains("torch2.15.0-"), "{line}");
 }
 

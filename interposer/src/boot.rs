@@ -12,7 +12,8 @@ use std::{
 };
 
 use wire::{
-    bridge_marker::{LIBRARY, Marker, OLDEST_PYTHON, cache_folder, is_key_of},
+    bridge_marker::{LIBRARY, Marker, OLDEST_PYTHON, cache_folder, folder_name, keys_of},
+    bridge_sources::{self, Sources},
     env,
     tap_abi::{BridgeTable, OPEN_SYMBOL, OpenBridge, TAP_ABI},
 };
@@ -67,7 +68,7 @@ fn start() -> Result<(), String> {
     let found = suits(python::version().unwrap_or_default())?;
     engine::configure()?;
     let home = home()?;
-    let table = open_bridge(found)?;
+    let table = open_bridge(found, &home)?;
     // SAFETY: the table is the bridge's and static; the GIL is held in a pending call.
     let module = unsafe { (table.python_module)() };
     if module.is_null() {
@@ -125,15 +126,15 @@ impl Torch {
         Ok(Self { version, cuda: python::imported_string(c"torch.version", c"cuda"), python })
     }
 
-    fn fits(&self, key: &str) -> bool {
-        is_key_of(key, &self.version, self.cuda.as_deref(), self.python)
+    fn keys(&self) -> [String; 2] {
+        keys_of(&self.version, self.cuda.as_deref(), self.python)
     }
 }
 
-fn open_bridge(python: (u32, u32)) -> Result<&'static BridgeTable, String> {
+fn open_bridge(python: (u32, u32), home: &Path) -> Result<&'static BridgeTable, String> {
     let torch = Torch::running(python)?;
-    let path = find_bridge(&torch)?;
-    // SAFETY: the file carries our marker for this torch and this ABI; its initialisers only set up its own statics.
+    let path = find_bridge(&torch, home)?;
+    // SAFETY: the file carries our marker for this torch, this ABI and our own sources; its initialisers only set up its own statics.
     let library = unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
     // The bridge stays for the life of the process: taps point into it.
     let library = std::mem::ManuallyDrop::new(library);
@@ -148,36 +149,36 @@ fn open_bridge(python: (u32, u32)) -> Result<&'static BridgeTable, String> {
 }
 
 /// The bridge that `FLEXMODEL_BRIDGE` names, which must fit, or the one in the cache that fits.
-fn find_bridge(torch: &Torch) -> Result<PathBuf, String> {
+fn find_bridge(torch: &Torch, home: &Path) -> Result<PathBuf, String> {
     let cuda = torch.cuda.as_deref().unwrap_or("none");
     let wanted = format!("torch {} with CUDA {cuda} and cp{}{}", torch.version, torch.python.0, torch.python.1);
+    let keys = torch.keys();
+    let folder = home.join(bridge_sources::FOLDER);
+    let digest = Sources::read(&folder).map_err(|e| format!("{}: {e}; run scripts/setup", folder.display()))?.digest;
     if let Some(path) = std::env::var_os(env::BRIDGE).filter(|p| !p.is_empty()) {
         let path = PathBuf::from(path);
         return match marker(&path) {
             None => Err(format!("{} is not a FlexModel bridge", path.display())),
-            Some(m) if !m.is_current() => Err(format!(
-                "{} speaks ABI {}, this libflexmodel.so {TAP_ABI}; run: flexmodel bridge build",
-                path.display(),
-                m.abi
-            )),
-            Some(m) if !torch.fits(&m.key) => Err(format!(
+            Some(m) if !keys.contains(&m.key) => Err(format!(
                 "the bridge {} is for {}, this process has {wanted}; run: flexmodel bridge build",
                 path.display(),
                 m.key
+            )),
+            Some(m) if !m.fits(&m.key, &digest) => Err(format!(
+                "the bridge {} is from other sources than {}; run: flexmodel bridge build",
+                path.display(),
+                home.join("libflexmodel.so").display()
             )),
             Some(_) => Ok(path),
         };
     }
     let cache = cache_folder(|name| std::env::var_os(name)).ok_or("there is no home folder to look for a bridge in")?;
-    let fitting = fs::read_dir(&cache)
-        .into_iter()
-        .flatten()
-        .flatten()
-        // A folder's name is the key of its bridge: the others need not be read.
-        .filter(|entry| entry.file_name().to_str().is_some_and(|key| torch.fits(key)))
-        .map(|entry| entry.path().join(LIBRARY))
-        .find(|path| marker(path).is_some_and(|m| m.is_current() && torch.fits(&m.key)));
-    fitting.ok_or_else(|| format!("no bridge for {wanted} in {}; run: flexmodel bridge build", cache.display()))
+    let fitting = keys
+        .iter()
+        .map(|key| (key, cache.join(folder_name(key, &digest)).join(LIBRARY)))
+        .find(|(key, path)| marker(path).is_some_and(|m| m.fits(key, &digest)));
+    let missing = || format!("no bridge of ours for {wanted} in {}; run: flexmodel bridge build", cache.display());
+    fitting.map(|(_, path)| path).ok_or_else(missing)
 }
 
 fn marker(path: &Path) -> Option<Marker> {

@@ -12,7 +12,7 @@ use crate::{
 
 /// Oldest Python whose C API and import machinery taps rely on.
 pub const OLDEST_PYTHON: (u32, u32) = (3, 10);
-/// A bridge's file name, in the cache's folder of its key.
+/// A bridge's file name, in a folder of its own, see [`folder_name`].
 pub const LIBRARY: &str = "libflexmodel_torch.so";
 /// Longest marker in bytes.
 const MAX_MARKER: usize = 512;
@@ -51,13 +51,13 @@ impl Marker {
         Some(Self { key: key.into(), digest: digest.into(), abi: abi.parse().ok()? })
     }
 
-    /// Whether it may be loaded by this FlexModel beside the torch that `key` names.
-    pub fn fits(&self, key: &str) -> bool {
-        self.key == key && self.is_current()
+    /// Whether it may be loaded by the FlexModel of these sources beside the torch that `key` names.
+    pub fn fits(&self, key: &str, digest: &str) -> bool {
+        self.key == key && self.is_current() && self.digest == digest
     }
 
     /// Whether it meets an interposer in the tables of this version.
-    pub fn is_current(&self) -> bool {
+    fn is_current(&self) -> bool {
         self.abi == TAP_ABI
     }
 }
@@ -67,9 +67,15 @@ pub fn key(torch: &str, cuda: Option<&str>, cxx11_abi: u8, (major, minor): (u32,
     format!("torch{torch}-cuda{}-cxx11abi{cxx11_abi}-cp{major}{minor}", cuda.unwrap_or("none"))
 }
 
-/// Whether a key is that of a running torch, which does not tell its C++ ABI.
-pub fn is_key_of(key: &str, torch: &str, cuda: Option<&str>, python: (u32, u32)) -> bool {
-    [0, 1].into_iter().any(|abi| key == self::key(torch, cuda, abi, python))
+/// The keys that may be a running torch's, which does not tell its C++ ABI.
+pub fn keys_of(torch: &str, cuda: Option<&str>, python: (u32, u32)) -> [String; 2] {
+    [1, 0].map(|abi| key(torch, cuda, abi, python))
+}
+
+/// The folder in the cache of the bridge with this key, of the sources with this digest: those of several FlexModels lie
+/// side by side.
+pub fn folder_name(key: &str, digest: &str) -> String {
+    format!("{key}-{digest}")
 }
 
 /// The folder of all bridges, in an environment that `variable` looks up.
@@ -110,10 +116,18 @@ mod tests {
     fn a_key_is_of_one_torch_whatever_its_cxx_abi() {
         let key = key("2.11.0+cu130", Some("13.0"), 1, (3, 11));
         assert_eq!(key, "torch2.11.0+cu130-cuda13.0-cxx11abi1-cp311");
-        assert!(is_key_of(&key, "2.11.0+cu130", Some("13.0"), (3, 11)));
-        assert!(!is_key_of(&key, "2.11.0+cu130", None, (3, 11)));
-        assert!(!is_key_of(&key, "2.11.0", Some("13.0"), (3, 11)));
-        assert!(!is_key_of(&key, "2.11.0+cu130", Some("13.0"), (3, 1)));
+        assert!(keys_of("2.11.0+cu130", Some("13.0"), (3, 11)).contains(&key));
+        assert!(!keys_of("2.11.0+cu130", None, (3, 11)).contains(&key));
+        assert!(!keys_of("2.11.0", Some("13.0"), (3, 11)).contains(&key));
+        assert!(!keys_of("2.11.0+cu130", Some("13.0"), (3, 1)).contains(&key));
+    }
+
+    #[test]
+    fn a_bridge_of_other_sources_does_not_fit() {
+        let marker = Marker { key: "torch2".into(), digest: "0a1b2c3d".into(), abi: TAP_ABI };
+        assert!(marker.fits("torch2", "0a1b2c3d"));
+        assert!(!marker.fits("torch2", "0a1b2c3e") && !marker.fits("torch3", "0a1b2c3d"));
+        assert!(!Marker { abi: TAP_ABI + 1, ..marker }.fits("torch2", "0a1b2c3d"));
     }
 
     #[test]

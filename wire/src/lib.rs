@@ -9,11 +9,14 @@
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
 //! | [`control`] | messages on the unix socket | interposer, agent |
 //! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
+//! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
 //! | [`tap_abi`] | the C tables between interposer and bridge, inside one process | interposer, bridge |
 //!
-//! Nothing here does I/O while decoding, and every decoder takes hostile bytes.
+//! Every decoder takes hostile bytes and does no I/O. Two definitions are of files, and read them: [`hooks::parse`] a TOML
+//! file that is named instead of clauses, and [`bridge_sources`] a folder.
 
 pub mod bridge_marker;
+pub mod bridge_sources;
 pub mod control;
 pub mod dtype;
 pub mod env;

@@ -75,6 +75,7 @@ fn up_to_date(python: &Path, force: bool) -> anyhow::Result<(PathBuf, bool)> {
     let found = probe::probe(python)?;
     let torch = build::ready(&found, python)?;
     let key = found.key().context("no torch")?;
+    let sources = build::installed()?;
     if let Some(given) = env::var_os(names::BRIDGE).filter(|v| !v.is_empty()).map(PathBuf::from) {
         let marker = cache::marker(&given).with_context(|| names::BRIDGE.to_string())?;
         if marker.key != key {
@@ -85,14 +86,17 @@ fn up_to_date(python: &Path, force: bool) -> anyhow::Result<(PathBuf, bool)> {
                 marker.key
             );
         }
-        if !marker.fits(&key) {
-            bail!("{}: {} was built by another version of flexmodel; unset it", names::BRIDGE, given.display());
+        if !marker.fits(&key, &sources.digest) {
+            bail!(
+                "{}: {} was built from other sources than this FlexModel's; unset it",
+                names::BRIDGE,
+                given.display()
+            );
         }
         return Ok((given, false));
     }
-    let sources = build::Sources::installed()?;
-    let path = cache::place(&key)?;
-    let current = || cache::marker(&path).is_ok_and(|m| m.fits(&key) && m.digest == sources.digest);
+    let path = cache::place(&key, &sources.digest)?;
+    let current = || cache::marker(&path).is_ok_and(|m| m.fits(&key, &sources.digest));
     if !force && current() {
         return Ok((path, false));
     }
@@ -120,7 +124,7 @@ fn lock(library: &Path) -> anyhow::Result<File> {
 
 fn list(json: bool) -> anyhow::Result<()> {
     let all = cache::all()?;
-    let digest = build::Sources::installed().ok().map(|s| s.digest);
+    let digest = build::installed().ok().map(|s| s.digest);
     let wanted = probe::default_python().ok().and_then(|p| probe::probe(&p).ok()).and_then(|p| p.key());
     let state = |marker: &anyhow::Result<cache::Marker>| match (marker, &digest) {
         (Err(_), _) => "damaged",

@@ -10,14 +10,13 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use wire::bridge_sources::{ARCHIVE, FOLDER, Sources, is_source};
 
 use super::{
     cache,
     probe::{Python, Torch, on_path},
 };
 
-/// The Rust half, compiled when FlexModel was.
-const ARCHIVE: &str = "libflexmodel_bridge.a";
 /// What the bridge shows to the world; all else would clash with what torch has loaded.
 const EXPORTS: &str = "{ global: flexmodel_bridge_open; flexmodel_bridge_marker; local: *; };\n";
 /// Pulled out of the archive though no C++ mentions it.
@@ -25,59 +24,11 @@ const ENTRY: &str = "-Wl,-u,flexmodel_bridge_open";
 /// torch's headers take a compiler past a gigabyte of memory each.
 const AT_ONCE: usize = 2;
 
-/// What a bridge is made from.
-pub struct Sources {
-    folder: PathBuf,
-    /// Relative to the folder, in order.
-    files: Vec<PathBuf>,
-    /// Over the names and bytes of all of them.
-    pub digest: String,
-}
-
-impl Sources {
-    /// The sources that this FlexModel was installed with.
-    pub fn installed() -> anyhow::Result<Self> {
-        Self::read(&crate::home::home()?.join("bridge"))
-    }
-
-    fn read(folder: &Path) -> anyhow::Result<Self> {
-        let mut files = Vec::new();
-        walk(folder, Path::new(""), &mut files)
-            .with_context(|| format!("{}: the bridge's sources are not there; run scripts/setup", folder.display()))?;
-        files.sort();
-        if !files.iter().any(|f| is_source(f)) || !folder.join(ARCHIVE).is_file() {
-            bail!("{}: has no *.cc and {ARCHIVE}; run scripts/setup", folder.display());
-        }
-        let mut digest = 0;
-        for file in &files {
-            let bytes = fs::read(folder.join(file)).with_context(|| folder.join(file).display().to_string())?;
-            let name = file.as_os_str().as_encoded_bytes();
-            for part in [name, &[0], &(bytes.len() as u64).to_le_bytes(), &bytes] {
-                digest = crc32c::crc32c_append(digest, part);
-            }
-        }
-        Ok(Self { folder: folder.to_owned(), files, digest: format!("{digest:08x}") })
-    }
-}
-
-fn is_source(file: &Path) -> bool {
-    file.extension().is_some_and(|e| e == "cc")
-}
-
-/// `*.cc` and the archive at the top, headers below `include/`.
-fn walk(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
-    for entry in fs::read_dir(root.join(below))? {
-        let entry = entry?;
-        let file = below.join(entry.file_name());
-        if root.join(&file).is_dir() {
-            if file.starts_with("include") {
-                walk(root, &file, files)?;
-            }
-        } else if file.starts_with("include") || is_source(&file) || file == Path::new(ARCHIVE) {
-            files.push(file);
-        }
-    }
-    Ok(())
+/// The sources that this FlexModel was installed with.
+pub fn installed() -> anyhow::Result<Sources> {
+    let folder = crate::home::home()?.join(FOLDER);
+    Sources::read(&folder)
+        .with_context(|| format!("{}: the bridge's sources do not read; run scripts/setup", folder.display()))
 }
 
 /// The C++ compiler: `$CXX`, which may carry options, else g++.
@@ -117,7 +68,7 @@ pub fn ready<'a>(python: &'a Python, name: &Path) -> anyhow::Result<&'a Torch> {
 
 /// Builds the bridge for `python` into its place in the cache, where it appears whole or not at all.
 pub fn build(python: &Python, torch: &Torch, key: &str, sources: &Sources) -> anyhow::Result<PathBuf> {
-    let target = cache::place(key)?;
+    let target = cache::place(key, &sources.digest)?;
     let folder = target.parent().context("the cache has no folder")?.to_owned();
     let work = folder.join(format!("build-{}", std::process::id()));
     fs::create_dir_all(&work).with_context(|| {
@@ -127,7 +78,7 @@ pub fn build(python: &Python, torch: &Torch, key: &str, sources: &Sources) -> an
     let job = Job { python, torch, key, sources, work: &work, log: folder.join("build.log") };
     let made = job.run().and_then(|library| {
         let marker = cache::marker(&library)?;
-        if !marker.fits(key) || marker.digest != sources.digest {
+        if !marker.fits(key, &sources.digest) {
             bail!(
                 "the bridge that was built says it is {marker:?}; its sources in {} are not this FlexModel's",
                 sources.folder.display()
@@ -272,22 +223,5 @@ mod tests {
         assert_eq!(standard("2.11.0+cu130"), "-std=c++17");
         assert_eq!(standard("2.12.0"), "-std=c++20");
         assert_eq!(standard("2.15.0a0+git1"), "-std=c++20");
-    }
-
-    #[test]
-    fn the_digest_is_over_names_and_bytes_of_inputs_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path();
-        fs::create_dir_all(root.join("include/sub")).unwrap();
-        for (name, text) in [("a.cc", "int a;"), ("include/sub/a.h", "#pragma once"), (ARCHIVE, "!<arch>\n")] {
-            fs::write(root.join(name), text).unwrap();
-        }
-        let first = Sources::read(root).unwrap().digest;
-        fs::write(root.join("README"), "not an input").unwrap();
-        assert_eq!(Sources::read(root).unwrap().digest, first);
-        fs::write(root.join("include/sub/a.h"), "#pragma once\n").unwrap();
-        assert_ne!(Sources::read(root).unwrap().digest, first);
-        fs::remove_file(root.join(ARCHIVE)).unwrap();
-        assert!(Sources::read(root).is_err());
     }
 }

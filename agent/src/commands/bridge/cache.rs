@@ -8,7 +8,10 @@ use std::{
 use anyhow::{Context, bail};
 use memmap2::Mmap;
 pub use wire::bridge_marker::{LIBRARY, Marker};
-use wire::{bridge_marker::cache_folder, env as names};
+use wire::{
+    bridge_marker::{cache_folder, folder_name},
+    env as names,
+};
 
 /// The folder of all bridges.
 pub fn folder() -> anyhow::Result<PathBuf> {
@@ -16,9 +19,9 @@ pub fn folder() -> anyhow::Result<PathBuf> {
         .with_context(|| format!("no place for bridges: HOME is not set; set {}", names::BRIDGE_CACHE))
 }
 
-/// Where the bridge with this key lies, whether there is one or not.
-pub fn place(key: &str) -> anyhow::Result<PathBuf> {
-    Ok(folder()?.join(key).join(LIBRARY))
+/// Where the bridge with this key, of the sources with this digest, lies, whether there is one or not.
+pub fn place(key: &str, digest: &str) -> anyhow::Result<PathBuf> {
+    Ok(folder()?.join(folder_name(key, digest)).join(LIBRARY))
 }
 
 /// The marker in a library's bytes.
@@ -33,7 +36,7 @@ pub fn marker(path: &Path) -> anyhow::Result<Marker> {
     }
 }
 
-/// All bridges of the cache, by key.
+/// All bridges of the cache, by key and sources.
 pub fn all() -> anyhow::Result<Vec<(PathBuf, anyhow::Result<Marker>)>> {
     let folder = folder()?;
     let Ok(entries) = fs::read_dir(&folder) else { return Ok(Vec::new()) };

@@ -108,26 +108,30 @@ fn of_python(python: &probe::Python, path: &Path) -> Vec<Check> {
 
 fn bridge(key: &str) -> Check {
     let name = "bridge";
-    if let Some(given) = env::var_os(wire::env::BRIDGE).filter(|v| !v.is_empty()).map(PathBuf::from) {
-        return match cache::marker(&given) {
-            Ok(m) if m.fits(key) => Check::ok(name, format!("{}, by {}", given.display(), wire::env::BRIDGE)),
-            Ok(m) => Check::no(
-                name,
-                format!("{} was built for {}", given.display(), m.key),
-                format!("unset {}", wire::env::BRIDGE),
-            ),
-            Err(e) => Check::no(name, format!("{e:#}"), format!("unset {}", wire::env::BRIDGE)),
-        };
-    }
-    let later = "`flexmodel run` builds it before the job starts, or `flexmodel bridge build` now";
-    let sources = match build::Sources::installed() {
+    let sources = match build::installed() {
         Ok(sources) => sources,
         Err(e) => return Check::no(name, format!("{e:#}"), "run scripts/setup"),
     };
-    match cache::place(key).map(|path| (cache::marker(&path), path)) {
-        Ok((Ok(m), path)) if m.fits(key) && m.digest == sources.digest => Check::ok(name, path.display().to_string()),
-        Ok((Ok(_), _)) => Check::absent(name, format!("from other sources than this FlexModel's: {later}")),
-        Ok((Err(_), _)) => Check::absent(name, format!("not built yet for {key}: {later}")),
+    if let Some(given) = env::var_os(wire::env::BRIDGE).filter(|v| !v.is_empty()).map(PathBuf::from) {
+        let unset = format!("unset {}", wire::env::BRIDGE);
+        return match cache::marker(&given) {
+            Ok(m) if m.fits(key, &sources.digest) => {
+                Check::ok(name, format!("{}, by {}", given.display(), wire::env::BRIDGE))
+            }
+            Ok(m) if m.key != key => Check::no(name, format!("{} was built for {}", given.display(), m.key), unset),
+            Ok(_) => Check::no(
+                name,
+                format!("{} was built from other sources than this FlexModel's", given.display()),
+                unset,
+            ),
+            Err(e) => Check::no(name, format!("{e:#}"), unset),
+        };
+    }
+    let later = "`flexmodel run` builds it before the job starts, or `flexmodel bridge build` now";
+    match cache::place(key, &sources.digest).map(|path| (cache::marker(&path), path)) {
+        Ok((Ok(m), path)) if m.fits(key, &sources.digest) => Check::ok(name, path.display().to_string()),
+        Ok((Ok(_), path)) => Check::absent(name, format!("{} is not what its place says: {later}", path.display())),
+        Ok((Err(_), _)) => Check::absent(name, format!("not built yet for {key} by this FlexModel: {later}")),
         Err(e) => Check::no(name, format!("{e:#}"), "set it"),
     }
 }
