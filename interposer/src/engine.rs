@@ -17,7 +17,7 @@ use wire::{dtype::DType, hooks::Edit};
 use crate::{
     layout::{self, Known},
     log,
-    passes::{Calls, Clock, Passes},
+    passes::{Caller, Calls, Clock, Passes, Place},
     shipping::{self, Cargo},
 };
 
@@ -230,13 +230,19 @@ impl Engine {
         }
     }
 
-    /// The model's outermost forward begins or ends.
-    pub fn scope(&mut self, serial: u64, enter: bool, firing: &Firing) {
-        let Some(model) = self.models.get_mut(&serial) else { return };
+    /// The forward of a model, or of a part of it that holds tapped modules, begins or ends. The low half of `scope` is
+    /// the serial of the model, the high half the part: 0 for the model itself.
+    pub fn scope(&mut self, scope: u64, enter: bool, firing: &Firing) {
+        let Some(model) = self.models.get_mut(&(scope & u64::from(u32::MAX))) else { return };
+        let caller = match (scope >> 32) as u32 {
+            0 => Caller::Model,
+            part => Caller::Part(part),
+        };
+        let place = Place::here(&caller);
         if enter {
-            model.passes.enter(&mut self.clock, firing);
+            model.passes.enter(&mut self.clock, caller, place, firing);
         } else {
-            model.passes.exit(firing);
+            model.passes.exit(caller, place, firing);
         }
     }
 
@@ -244,7 +250,7 @@ impl Engine {
     pub fn stepped(&mut self) {
         self.clock.stepped();
         for model in self.models.values_mut() {
-            model.passes.reset_depth();
+            model.passes.none_open();
         }
     }
 

@@ -3,6 +3,9 @@
 //! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between.
 //! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training and
 //!   evaluation. Where a script calls submodules directly, a pass ends when one of them is called again.
+//! - *Outermost* is told by scopes: the model and every module that holds a tapped one say when their forwards begin
+//!   and end. An end may be missing (the forward raised). A call that is under way stands further up its thread's stack
+//!   than one that begins inside of it, so what does not is over.
 //! - A *call* counts a module's calls within a microbatch.
 //! - A *replay* is a forward inside a backward pass: activation checkpointing. It is no pass of its own. Where the
 //!   first forward ran without gradients (reentrant checkpointing), the replay carries the gradients, and takes the
@@ -18,6 +21,8 @@ const MAX_AWAITING: usize = 1024;
 const MAX_OPEN: usize = 64;
 /// Passes whose batch sizes are remembered, for gradients that come late.
 const REMEMBERED: usize = 64;
+/// Most scopes under way: more than Python lets modules nest.
+const MAX_SCOPES: usize = 1024;
 
 /// Optimizer steps.
 #[derive(Debug, Default)]
@@ -45,6 +50,40 @@ impl Clock {
     }
 }
 
+/// Who was called from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// The model itself.
+    Model,
+    /// A part that holds tapped modules.
+    Part(u32),
+    /// A tapped module that holds none.
+    Tap(u32),
+}
+
+/// A place in the stack of a thread.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    thread: usize,
+    /// Smaller inside of calls: stacks grow downwards.
+    address: usize,
+}
+
+impl Place {
+    /// Where the caller is, given the address of a variable of its own.
+    pub fn here<T>(local: &T) -> Self {
+        thread_local!(static THREAD: u8 = const { 0 });
+        let thread = THREAD.with(|t| std::ptr::from_ref(t).addr());
+        Self { thread, address: std::ptr::from_ref(local).addr() }
+    }
+}
+
+#[derive(Debug)]
+struct Scope {
+    caller: Caller,
+    place: Place,
+}
+
 /// The passes of one model.
 #[derive(Debug, Default)]
 pub struct Passes {
@@ -53,47 +92,57 @@ pub struct Passes {
     micro: u32,
     train: bool,
     number: u64,
-    depth: u32,
+    /// Forwards under way, as far as is known.
+    scopes: Vec<Scope>,
     grad_enabled: bool,
-    called: HashSet<u64>,
+    called: HashSet<Caller>,
     batches: VecDeque<(u64, [i64; 3])>,
 }
 
-/// Key of the model itself among the modules called from outside.
-const MODEL: u64 = u64::MAX;
-
 impl Passes {
-    /// The model's own forward begins.
-    pub fn enter(&mut self, clock: &mut Clock, firing: &Firing) {
+    /// The forward of the model or of a part begins. `place` must come from one place in the code.
+    pub fn enter(&mut self, clock: &mut Clock, caller: Caller, place: Place, firing: &Firing) {
         if firing.replay {
             return;
         }
-        if self.depth == 0 {
-            self.begin(clock, MODEL, firing);
+        self.scopes.retain(|s| s.place.thread != place.thread || s.place.address > place.address);
+        if self.scopes.is_empty() {
+            self.begin(clock, caller, firing);
         }
-        self.depth += 1;
+        if self.scopes.len() >= MAX_SCOPES {
+            self.scopes.remove(0);
+        }
+        self.scopes.push(Scope { caller, place });
     }
 
-    /// The model's own forward ends.
-    pub fn exit(&mut self, firing: &Firing) {
-        if !firing.replay {
-            self.depth = self.depth.saturating_sub(1);
+    /// It ends, and with it whatever began inside of it.
+    pub fn exit(&mut self, caller: Caller, place: Place, firing: &Firing) {
+        if firing.replay {
+            return;
+        }
+        let here = |s: &Scope| s.place.thread == place.thread;
+        if let Some(at) = self.scopes.iter().rposition(|s| here(s) && s.caller == caller) {
+            let mut index = 0;
+            self.scopes.retain(|s| {
+                index += 1;
+                index <= at || !here(s)
+            });
         }
     }
 
-    /// A forward that raised never reached its end: the next outermost one must not look nested.
-    pub fn reset_depth(&mut self) {
-        self.depth = 0;
+    /// No forward is under way.
+    pub fn none_open(&mut self) {
+        self.scopes.clear();
     }
 
-    fn begin(&mut self, clock: &mut Clock, caller: u64, firing: &Firing) {
+    fn begin(&mut self, clock: &mut Clock, caller: Caller, firing: &Firing) {
         let step = clock.begin_pass();
         let new_step = self.number == 0 || step != self.step;
         if new_step {
             self.step = step;
             self.counted = [0, 0];
         }
-        if new_step || firing.train != self.train && caller == MODEL || self.called.contains(&caller) {
+        if new_step || firing.train != self.train && caller == Caller::Model || self.called.contains(&caller) {
             self.called.clear();
             self.train = firing.train;
             let [eval, train] = &mut self.counted;
@@ -159,10 +208,10 @@ impl Calls {
     }
 
     fn fresh(&mut self, passes: &mut Passes, clock: &mut Clock, tap: u32, firing: &Firing) -> Call {
-        if passes.depth == 0 {
+        if passes.scopes.is_empty() {
             // Called from outside: what is open is left of a forward that raised.
             self.open.clear();
-            passes.begin(clock, u64::from(tap), firing);
+            passes.begin(clock, Caller::Tap(tap), firing);
         }
         if self.pass != passes.number {
             self.pass = passes.number;
@@ -214,6 +263,10 @@ mod tests {
         Firing { grad_enabled: true, train: true, first: [4, 8, -1], ..Firing::default() }
     }
 
+    fn at(depth: usize) -> Place {
+        Place { thread: 0, address: 1000 - depth }
+    }
+
     struct World {
         clock: Clock,
         passes: Passes,
@@ -230,10 +283,19 @@ mod tests {
             taps[tap].place(passes, clock, tap as u32, false, true, &firing).map(|c| (c.step, c.micro, c.call))
         }
 
+        /// A scope begins `depth` calls deep.
+        fn enter(&mut self, caller: Caller, depth: usize) {
+            self.passes.enter(&mut self.clock, caller, at(depth), &train());
+        }
+
+        fn exit(&mut self, caller: Caller, depth: usize) {
+            self.passes.exit(caller, at(depth), &train());
+        }
+
         fn pass(&mut self, firing: Firing) -> Vec<(u64, u32, u32)> {
-            self.passes.enter(&mut self.clock, &firing);
+            self.passes.enter(&mut self.clock, Caller::Model, at(0), &firing);
             let seen = vec![self.fire(0, firing).unwrap(), self.fire(1, firing).unwrap()];
-            self.passes.exit(&firing);
+            self.passes.exit(Caller::Model, at(0), &firing);
             seen
         }
     }
@@ -262,9 +324,56 @@ mod tests {
     #[test]
     fn a_module_called_twice_in_a_pass_has_two_calls() {
         let mut w = World::new();
-        w.passes.enter(&mut w.clock, &train());
+        w.enter(Caller::Model, 0);
         assert_eq!(w.fire(0, train()), Some((0, 0, 0)));
         assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
+    }
+
+    #[test]
+    fn what_runs_inside_a_part_called_directly_is_no_call_from_outside() {
+        let mut w = World::new();
+        for micro in 0..2 {
+            w.enter(Caller::Part(0), 0);
+            assert_eq!(w.fire(0, train()), Some((0, micro, 0)));
+            w.enter(Caller::Part(1), 1);
+            assert_eq!(w.fire(0, train()), Some((0, micro, 1)));
+            w.exit(Caller::Part(1), 1);
+            w.enter(Caller::Part(1), 1);
+            assert_eq!(w.fire(0, train()), Some((0, micro, 2)));
+            w.exit(Caller::Part(1), 1);
+            w.exit(Caller::Part(0), 0);
+            // Another part is of the same pass.
+            w.enter(Caller::Part(2), 0);
+            assert_eq!(w.fire(1, train()), Some((0, micro, 0)));
+            w.exit(Caller::Part(2), 0);
+        }
+    }
+
+    #[test]
+    fn a_forward_that_raised_holds_no_other_inside_of_it() {
+        let mut w = World::new();
+        for micro in 0..3 {
+            w.enter(Caller::Model, 3);
+            w.enter(Caller::Part(0), 4);
+            assert_eq!(w.fire(0, train()), Some((0, micro, 0)));
+            // No exit. The next call comes from the same place.
+        }
+        w.enter(Caller::Part(0), 1);
+        assert_eq!(w.fire(0, train()), Some((0, 2, 1)));
+        w.exit(Caller::Part(0), 1);
+        assert!(w.passes.scopes.is_empty());
+    }
+
+    #[test]
+    fn a_model_that_calls_itself_is_in_one_pass() {
+        let mut w = World::new();
+        w.enter(Caller::Model, 0);
+        w.enter(Caller::Model, 1);
+        assert_eq!(w.fire(0, train()), Some((0, 0, 0)));
+        w.exit(Caller::Model, 1);
+        assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
+        w.exit(Caller::Model, 0);
+        assert!(w.passes.scopes.is_empty());
     }
 
     #[test]
@@ -299,10 +408,10 @@ mod tests {
         let mut w = World::new();
         let inner = Firing { grad_enabled: false, ..train() };
         for _ in 0..2 {
-            w.passes.enter(&mut w.clock, &train());
+            w.enter(Caller::Model, 0);
             w.fire(0, inner);
             w.fire(0, inner);
-            w.passes.exit(&train());
+            w.exit(Caller::Model, 0);
         }
         let replay = Firing { replay: true, ..train() };
         let order: Vec<_> = (0..5).map(|_| w.fire(0, replay)).collect();

@@ -22,14 +22,15 @@ _HOOKS = {
 class Member:
     """What is known of a module; it goes when the module goes."""
 
-    __slots__ = ("hooks", "module", "parents", "scoped", "serial", "tapped")
+    __slots__ = ("hooks", "model", "module", "parents", "scoped", "serial", "tapped")
 
     def __init__(self, module: weakref.ref[nn.Module], serial: int) -> None:
         self.module = module
         # A number of its own, in the order in which modules were met.
         self.serial = serial
         self.parents: list[weakref.ref[nn.Module]] = []
-        # Whether it has the hooks of a model, and of a selected module.
+        # Whether it is a model with taps, and has the hooks of a scope, and of a selected module.
+        self.model = False
         self.scoped = False
         self.tapped = False
         # Where they are: the attribute of the module, and the key.
@@ -88,7 +89,7 @@ class Family:
 
     def _gone(self, key: int) -> None:
         member = self._members.pop(key, None)
-        if member is not None and member.scoped:
+        if member is not None and member.model:
             self._on_gone(member.serial)
 
     def members(self) -> list[Member]:

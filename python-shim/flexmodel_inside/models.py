@@ -1,8 +1,8 @@
 """Finds models when they are first called, and taps them.
 
 While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, puts the
-original back, and goes on. From then on a module that nobody selected pays nothing, until a module is constructed,
-wrapped or copied.
+original back, and goes on. From then on a module pays nothing if it was not selected and holds none that was, until a
+module is constructed, wrapped or copied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import guarded, imports
 from .family import Family, drop_copied_hooks
-from .naming import authored, authored_class, named, own
+from .naming import authored, authored_class, holders, named, own
 from .ranks import rank_and_world
 from .wrappers import is_data_parallel, orders, wrapper_name
 
@@ -97,22 +97,28 @@ class Models:
         found = self._bridge.select(serial, entries, wrapper_name(top), is_data_parallel(top), rank, world)
         if not found:
             return
-        # A pass begins before the model's own taps fire, and ends after them.
-        scope = None if known.scoped else self._bridge.scope(serial)
-        if scope is not None:
-            known.scoped = True
-            self._before(model, scope[0])
-        for index, (before, after) in found:
-            module = modules[index][1]
+        known.model = True
+        tapped = [modules[index][1] for index, _ in found]
+        # A scope begins before its module's own taps fire, and ends after them.
+        ends = []
+        for module in [model, *holders([module for _, module in modules], tapped)]:
+            known = self._family.member(module)
+            if not known.scoped:
+                known.scoped = True
+                part = 0 if module is model else known.serial + 1
+                begin, end = self._bridge.scope(serial | part << 32)
+                self._before(module, begin)
+                ends.append((module, end))
+        for (_, (before, after)), module in zip(found, tapped, strict=True):
             known = self._family.member(module)
             if not known.tapped:
                 known.tapped = True
                 if before is not None:
                     self._before(module, before)
                 self._after(module, after)
-        if scope is not None:
-            self._after(model, scope[1], always_call=not self._traceable)
-        self._tell_compiled(top, [modules[index][1] for index, _ in found])
+        for module, end in ends:
+            self._after(module, end, always_call=not self._traceable)
+        self._tell_compiled(top, tapped)
 
     def _before(self, module: nn.Module, hook: Any) -> None:
         drop_copied_hooks(module)  # of a class with a `__setstate__` of its own

@@ -33,6 +33,11 @@ def own(module: nn.Module, name: str, default: Any) -> Any:
         return default
 
 
+def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Its children and their names in it, wrappers and all."""
+    return [(key, child) for key, child in own(module, "_modules", {}).items() if isinstance(child, nn.Module)]
+
+
 def unwrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper; None if `module` is no wrapper."""
     children = own(module, "_modules", {})
@@ -77,9 +82,20 @@ def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield name, module
-        children = [
-            (f"{name}.{key}" if name else key, authored(child))
-            for key, child in own(module, "_modules", {}).items()
-            if isinstance(child, nn.Module)
-        ]
+        children = [(f"{name}.{key}" if name else key, authored(child)) for key, child in children_of(module)]
         stack.extend(reversed(children))
+
+
+def holders(modules: list[nn.Module], wanted: list[nn.Module]) -> list[nn.Module]:
+    """Those of a model's `modules` that have one of `wanted` anywhere below them."""
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for _, child in children_of(module):
+            parents.setdefault(id(authored(child)), []).append(module)
+    found: set[int] = set()
+    stack = [id(module) for module in wanted]
+    while stack:
+        above = {id(parent) for parent in parents.get(stack.pop(), ())} - found
+        found |= above
+        stack.extend(above)
+    return [module for module in modules if id(module) in found]
