@@ -1,4 +1,4 @@
-"""Every module's parents, known from construction on, so that the top of any module can be told at any time."""
+"""Every module, known from construction on, so that the tops of all can be told at any time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from .naming import own
+from .naming import held_by, own
 
 _HOOKS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -22,23 +23,23 @@ _HOOKS = {
 class Member:
     """What is known of a module; it goes when the module goes."""
 
-    __slots__ = ("hooks", "model", "module", "parents", "scoped", "serial", "tapped")
+    __slots__ = ("hooks", "model", "module", "scoped", "serial", "tapped")
 
     def __init__(self, module: weakref.ref[nn.Module], serial: int) -> None:
         self.module = module
         # A number of its own, in the order in which modules were met.
         self.serial = serial
-        self.parents: list[weakref.ref[nn.Module]] = []
-        # Whether it is a model with taps, and has the hooks of a scope, and of a selected module.
+        # Whether it is a model with taps.
         self.model = False
-        self.scoped = False
-        self.tapped = False
-        # Where they are: the attribute of the module, and the key.
-        self.hooks: list[tuple[str, int]] = []
+        # The serials of models in which it is a scope, and the model and the name that its tap is for.
+        self.scoped: set[int] = set()
+        self.tapped: tuple[int, str] | None = None
+        # Hooks of ours: the attribute of the module, the key, and whether it is a tap's.
+        self.hooks: list[tuple[str, int, bool]] = []
 
 
 class Family:
-    """A weak child -> parents map. Keyed by identity: modules may define `__eq__`."""
+    """Every live module. Keyed by identity: modules may define `__eq__`."""
 
     def __init__(self, on_change: Callable[[], None], on_gone: Callable[[int], None]) -> None:
         self._members: dict[int, Member] = {}
@@ -48,8 +49,14 @@ class Family:
         self._on_gone = on_gone
 
     def watch(self) -> None:
-        """Follow every registration of a submodule, and every copy, which registers nothing."""
-        nn.modules.module.register_module_module_registration_hook(self._registered)
+        """Follow every registration, and every copy, which registers nothing.
+
+        A module with neither children, parameters nor buffers is met in its parent, or when it is called.
+        """
+        registry = nn.modules.module
+        registry.register_module_module_registration_hook(self._registered)
+        registry.register_module_parameter_registration_hook(self._has)
+        registry.register_module_buffer_registration_hook(self._has)
         original = nn.Module.__setstate__
         family = self
 
@@ -60,23 +67,21 @@ class Family:
         nn.Module.__setstate__ = __setstate__  # type: ignore[method-assign]
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if isinstance(child, nn.Module):
-            self._join(parent, child)
+        if isinstance(child, nn.Module) and not torch.compiler.is_compiling():
+            self.member(parent)
+            self.member(child)
+            self._on_change()
+
+    def _has(self, module: nn.Module, name: str, value: Any) -> None:
+        # Also called when one is assigned anew, which some modules do in every forward.
+        if not torch.compiler.is_compiling() and id(module) not in self._members:
+            self.member(module)
             self._on_change()
 
     def _restored(self, module: nn.Module) -> None:
         drop_copied_hooks(module)
-        for child in own(module, "_modules", {}).values():
-            if isinstance(child, nn.Module):
-                self._join(module, child)
+        self.member(module)
         self._on_change()
-
-    def _join(self, parent: nn.Module, child: nn.Module) -> None:
-        self.member(parent)
-        parents = self.member(child).parents
-        if not any(p() is parent for p in parents):
-            parents[:] = [p for p in parents if p() is not None]
-            parents.append(weakref.ref(parent))
 
     def member(self, module: nn.Module) -> Member:
         """What is known of the module; from now on it is known."""
@@ -96,30 +101,38 @@ class Family:
         """All of them, in order of construction."""
         return sorted(self._members.values(), key=lambda member: member.serial)
 
-    def _parent(self, module: nn.Module) -> nn.Module | None:
-        for ref in self.member(module).parents:
-            parent = ref()
-            if parent is not None and any(c is module for c in own(parent, "_modules", {}).values()):
-                return parent
-        return None
+    def tops(self) -> list[nn.Module]:
+        """Live modules that are in no other, in order of construction.
 
-    def tops(self) -> Iterator[nn.Module]:
-        """Live modules that are in no other, in order of construction."""
-        for member in self.members():
-            module = member.module()
-            if module is not None and self._parent(module) is None:
-                yield module
+        Read off the modules: what holds children may put them there without a word, as `nn.ModuleList.insert` does.
+        """
+        live = [module for member in self.members() if (module := member.module()) is not None]
+        seen = set(map(id, live))
+        held: set[int] = set()
+        stack = list(live)
+        while stack:
+            for _, child in held_by(stack.pop()):
+                held.add(id(child))
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    stack.append(child)
+        return [module for module in live if id(module) not in held]
 
 
 def drop_copied_hooks(module: nn.Module) -> None:
     """Takes out what our hooks become in a copy: they do nothing there, and a copy of a copy would have ever more."""
-    for name, more in _HOOKS.items():
+    for name in _HOOKS:
         hooks = own(module, name, {})
-        for key in [key for key, hook in hooks.items() if _is_copied(hook)]:
-            for kind in (name, *more):
-                own(module, kind, {}).pop(key, None)
+        for key in [key for key, hook in hooks.items() if is_copied(hook)]:
+            drop_hook(module, name, key)
 
 
-def _is_copied(hook: Any) -> bool:
+def drop_hook(module: nn.Module, name: str, key: int) -> None:
+    """Takes out the hook that is under `key` in the attribute `name`."""
+    for kind in (name, *_HOOKS[name]):
+        own(module, kind, {}).pop(key, None)
+
+
+def is_copied(hook: Any) -> bool:
     """See `reduce` in `cxx-bridge/cpp/tap.cc`."""
     return type(hook) is functools.partial and hook.func is sys.audit and hook.args == ("flexmodel.copied",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import guarded, imports
-from .family import Family, drop_copied_hooks
-from .naming import authored, authored_class, holders, named, own
+from .family import Family, drop_copied_hooks, drop_hook, is_copied
+from .naming import authored, authored_class, held_by, holders, is_scripted, named, own
 from .ranks import rank_and_world
 from .wrappers import is_data_parallel, orders, wrapper_name
 
@@ -34,6 +35,7 @@ class Models:
         self._looking = False
         self._traceable = "torch._dynamo" in sys.modules
         self._said_compiled = False
+        self._said_scripted = False
 
     def watch(self) -> None:
         """Start."""
@@ -79,14 +81,23 @@ class Models:
             imports.look()
             member = self._family.member
             member(called)
-            for top in sorted(self._family.tops(), key=lambda top: member(authored(top)).serial):
-                self._tap(top, *rank)
+            tops = {member(authored(top)).serial: top for top in self._family.tops()}
+            for serial in sorted(tops):
+                self._tap(tops[serial], tops.keys(), *rank)
             self._bridge.resolved()
         finally:
             self._looking = False
 
-    def _tap(self, top: nn.Module, rank: int, world: int) -> None:
+    def _tap(self, top: nn.Module, models: Set[int], rank: int, world: int) -> None:
+        """Taps what is selected of a model; `models` are the serials of all."""
+        if is_scripted(top):
+            self._tell_scripted("a model")
+            return
         modules = list(named(top))
+        for name, module in modules:
+            for key, child in held_by(module):
+                if is_scripted(child):
+                    self._tell_scripted(f"{name}.{key}" if name else key)
         entries = []
         for (name, module), order in zip(modules, orders(modules), strict=True):
             cls = authored_class(module)
@@ -103,32 +114,45 @@ class Models:
         ends = []
         for module in [model, *holders([module for _, module in modules], tapped)]:
             known = self._family.member(module)
-            if not known.scoped:
-                known.scoped = True
+            if serial not in known.scoped:
+                known.scoped.add(serial)
                 part = 0 if module is model else known.serial + 1
                 begin, end = self._bridge.scope(serial | part << 32)
                 self._before(module, begin)
                 ends.append((module, end))
-        for (_, (before, after)), module in zip(found, tapped, strict=True):
+        for index, (before, after) in found:
+            name, module = modules[index]
             known = self._family.member(module)
-            if not known.tapped:
-                known.tapped = True
-                if before is not None:
-                    self._before(module, before)
-                self._after(module, after)
+            if known.tapped is not None:
+                owner, _ = known.tapped
+                # What two models share is tapped in the first. What was a model before it became part of one moves.
+                if known.tapped == (serial, name) or (owner != serial and owner in models):
+                    continue
+                self._untap(module)
+            known.tapped = (serial, name)
+            if before is not None:
+                self._before(module, before, tap=True)
+            self._after(module, after, tap=True)
         for module, end in ends:
             self._after(module, end, always_call=not self._traceable)
         self._tell_compiled(top, tapped)
 
-    def _before(self, module: nn.Module, hook: Any) -> None:
+    def _before(self, module: nn.Module, hook: Any, tap: bool = False) -> None:
         drop_copied_hooks(module)  # of a class with a `__setstate__` of its own
         handle = module.register_forward_pre_hook(self._dressed(hook), with_kwargs=True)
-        self._family.member(module).hooks.append(("_forward_pre_hooks", handle.id))
+        self._family.member(module).hooks.append(("_forward_pre_hooks", handle.id, tap))
 
-    def _after(self, module: nn.Module, hook: Any, always_call: bool = False) -> None:
+    def _after(self, module: nn.Module, hook: Any, tap: bool = False, always_call: bool = False) -> None:
         drop_copied_hooks(module)
         handle = module.register_forward_hook(self._dressed(hook), with_kwargs=True, always_call=always_call)
-        self._family.member(module).hooks.append(("_forward_hooks", handle.id))
+        self._family.member(module).hooks.append(("_forward_hooks", handle.id, tap))
+
+    def _untap(self, module: nn.Module) -> None:
+        known = self._family.member(module)
+        for kind, number, tap in known.hooks:
+            if tap:
+                drop_hook(module, kind, number)
+        known.hooks = [hook for hook in known.hooks if not hook[2]]
 
     def _dressed(self, hook: Any) -> Any:
         return Traceable(hook) if self._traceable else hook
@@ -140,7 +164,7 @@ class Models:
         self._traceable = True
         for member in self._family.members():
             module = member.module()
-            for kind, number in member.hooks if module is not None else ():
+            for kind, number, _ in member.hooks if module is not None else ():
                 hook = getattr(module, kind).get(number)
                 if hook is not None:
                     getattr(module, kind)[number] = Traceable(hook)
@@ -158,6 +182,11 @@ class Models:
                 f"{count} selected modules are inside torch.compile, which this version does not capture; "
                 "tap modules around the compiled ones, or run without torch.compile"
             )
+
+    def _tell_scripted(self, what: str) -> None:
+        if not self._said_scripted:
+            self._said_scripted = True
+            self._bridge.notice(f"{what} is compiled by torch.jit, and cannot be tapped; tap modules around it")
 
 
 class Traceable:
@@ -194,4 +223,4 @@ def _hide_from_jit() -> None:
 
 
 def _is_ours(hook: Any) -> bool:
-    return type(hook).__module__ in ("flexmodel_inside", __name__)
+    return type(hook).__module__ in ("flexmodel_inside", __name__) or is_copied(hook)

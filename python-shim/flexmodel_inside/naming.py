@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 # Children whose name alone says that they are the wrapped module.
@@ -33,13 +34,28 @@ def own(module: nn.Module, name: str, default: Any) -> Any:
         return default
 
 
+def held_by(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that it holds, whatever they are, and their names in it."""
+    children = own(module, "_modules", {}).items()
+    return [(key, child) for key, child in children if isinstance(child, nn.Module)]
+
+
 def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Its children and their names in it, wrappers and all."""
-    return [(key, child) for key, child in own(module, "_modules", {}).items() if isinstance(child, nn.Module)]
+    """Those that can be tapped. Modules of torch.jit take no hooks, and run what they hold outside of Python."""
+    if is_scripted(module):
+        return []
+    return [(key, child) for key, child in held_by(module) if not is_scripted(child)]
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether torch.jit made it."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def unwrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper; None if `module` is no wrapper."""
+    if is_scripted(module):
+        return None
     children = own(module, "_modules", {})
     for name in _PRIVATE:
         if children.get(name) is not None:

@@ -72,7 +72,7 @@ def _batch_first(module: nn.Module) -> bool | None:
 
 
 def orders(names: list[tuple[str, nn.Module]]) -> list[int]:
-    """What each module says about where the batch is: `batch_first=False` means [length, batch, ...], also inside of it."""
+    """What each module says about where the batch is: `batch_first=False` is [length, batch, ...], inside of it too."""
     stating = {name for name, module in names if _batch_first(module) is False}
     out = []
     for name, module in names:

@@ -1,0 +1,33 @@
+"""Models are found however they were put together, and what cannot be tapped is named."""
+
+import pytest
+
+import captures
+import harness
+
+BLOCKS = {name for i in range(3) for name in (f"layers.{i}", f"layers.{i}.linear")}
+
+
+@pytest.mark.parametrize(
+    ("how", "expected", "said"),
+    [
+        ("lone", [{"0", "1", ""}, {""}, {""}], ""),
+        ("grown", [{*BLOCKS, "layers.3", "layers.3.linear", "head", ""}], ""),
+        ("inserted", [{*BLOCKS, "head", ""}], ""),
+        ("scripted", [{"0", "2", "2.linear", ""}], "1 is compiled by torch.jit, and cannot be tapped"),
+        ("traced", [{"0", "2", "2.linear", ""}], "1 is compiled by torch.jit, and cannot be tapped"),
+        ("copied", [], "a model is compiled by torch.jit, and cannot be tapped"),
+    ],
+)
+def test_models_are_found_however_they_were_put_together(how, expected, said, run_once, untapped_once):
+    argv = harness.python("assembled.py", how)
+    outcome = run_once(argv, "**").expect(0)
+    assert len(outcome.losses) == 2
+    assert outcome.losses == untapped_once(argv).losses
+    run = captures.expect_sound(outcome.run)
+    assert (said in outcome.err) if said else "torch.jit" not in outcome.err
+    records = [r for r in run.records if r.step == 1]
+    models = {r.model for r in records}
+    assert [{r.module for r in records if r.model == m} for m in sorted(models)] == expected
+    assert {(r.micro, r.call) for r in records} <= {(0, 0)}
+    assert "taps are off" not in outcome.err
