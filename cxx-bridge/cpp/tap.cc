@@ -20,6 +20,7 @@
 #include "flexmodel/gradients.h"
 #include "flexmodel/leaves.h"
 #include "flexmodel/tensor.h"
+#include "flexmodel/uses.h"
 
 namespace flexmodel {
 namespace {
@@ -32,6 +33,7 @@ constexpr size_t kMaxOpen = 64;
 struct Open {
   unsigned long thread;
   Undo undo;
+  Uses uses;
 };
 
 // What the two hooks of a tap share. Guarded by the GIL.
@@ -152,20 +154,22 @@ class RestoredOnError {
   Undo undo_;
 };
 
-// Ends the call that this thread began last. nn.DataParallel runs copies that share their hooks.
-void close(Shared& shared) {
+// Ends the call that this thread began last: takes out what was put into its arguments, and returns the inputs whose
+// gradients are wanted. nn.DataParallel runs copies that share their hooks.
+Uses close(Shared& shared) {
   const unsigned long thread = PyThread_get_thread_ident();
   const auto last = std::find_if(shared.open.rbegin(), shared.open.rend(), [=](const Open& o) { return o.thread == thread; });
-  if (last == shared.open.rend()) return;
-  Undo undo = std::move(last->undo);
+  if (last == shared.open.rend()) return {};
+  Open open = std::move(*last);
   shared.open.erase(std::next(last).base());
-  undo.restore();
+  open.undo.restore();
+  return std::move(open.uses);
 }
 
-// One input: captured, edited, and given a node of its own if its gradient through this module is wanted.
+// The inputs: captured, edited, and noted if their gradients through this module are wanted.
 class Inputs {
  public:
-  explicit Inputs(const Call& call) : call_(call) {}
+  Inputs(const Call& call, Uses& uses) : call_(call), uses_(uses) {}
 
   Ref operator()(PyObject* leaf, const std::string& path) {
     for (const Seen& seen : seen_) {
@@ -175,10 +179,7 @@ class Inputs {
     const char* type = Py_TYPE(leaf)->tp_name;
     if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, tensor, type);
     at::Tensor now = edited(call_, kForwardPre, path, tensor);
-    if (watches(call_, kBackward, path, tensor, type)) {
-      now = identity(now.defined() ? now : tensor);
-      watch_gradient(call_, kBackward, path, now);
-    }
+    if (watches(call_, kBackward, path, tensor, type)) uses_.add(call_, path, now.defined() ? now : tensor);
     Ref replacement = now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     seen_.push_back({leaf, Ref::borrow(replacement.get())});
     return replacement;
@@ -190,18 +191,19 @@ class Inputs {
     Ref replacement;
   };
 
-  // The same tensor given twice (query, key and value) stays the same tensor inside: modules look at that.
+  // The same tensor given twice (query, key and value): it has one gradient.
   Ref again(const Seen& seen, const std::string& path) {
     const at::Tensor& tensor = THPVariable_Unpack(seen.original);
     const char* type = Py_TYPE(seen.original)->tp_name;
     if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, tensor, type);
     if ((call_.capture & bit(kBackward)) != 0 && tensor.requires_grad()) {
-      capture(call_, kBackward, path, 0, tensor, type, /*shared=*/true);
+      capture(call_, kBackward, path, 0, tensor, type, Refusal::SharedInput);
     }
     return Ref::borrow(seen.replacement.get());
   }
 
   const Call& call_;
+  Uses& uses_;
   std::vector<Seen> seen_;
 };
 
@@ -219,14 +221,16 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
       shared.pass = call.pass;
     }
     if (shared.open.size() >= kMaxOpen) shared.open.erase(shared.open.begin());
-    shared.open.push_back({PyThread_get_thread_ident(), Undo()});
+    shared.open.push_back({PyThread_get_thread_ident(), Undo(), Uses()});
     if (!wanted) return Ref();
-    Inputs inputs(call);
+    Uses uses;
+    Inputs inputs(call, uses);
     const Visitor visit = std::ref(inputs);
     RestoredOnError undo;
     std::string path = "in";
     Ref new_args = map_leaves(args[1], path, visit, &*undo);
     map_leaves(args[2], path, visit, &*undo);
+    shared.open.back().uses = std::move(uses);
     if (!new_args && undo->empty()) return Ref();
     Ref result = checked(PyTuple_Pack(2, new_args ? new_args.get() : args[1], args[2]));
     // The dict of keyword arguments is the call's own, so it may be changed for good.
@@ -240,15 +244,17 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
 PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
   if (PyVectorcall_NARGS(nargsf) != 4) return none();
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
-  close(shared);
+  const Uses uses = close(shared);
   return guarded([&]() -> Ref {
     Call call{};
-    if (!fire(shared.tap, firing(args[0], args[1], args[2], false), call)) return Ref();
-    const Visitor visit = [&call](PyObject* leaf, const std::string& path) -> Ref {
+    if (!fire(shared.tap, firing(args[0], args[1], args[2], false), call) && uses.empty()) return Ref();
+    std::vector<at::Tensor> outputs;
+    const Visitor visit = [&](PyObject* leaf, const std::string& path) -> Ref {
       const at::Tensor& tensor = THPVariable_Unpack(leaf);
       const char* type = Py_TYPE(leaf)->tp_name;
       if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, tensor, type);
       at::Tensor now = edited(call, kForward, path, tensor);
+      if (!now.defined() && uses.include(tensor)) now = identity(tensor);
       const at::Tensor& out = now.defined() ? now : tensor;
       if (watches(call, kBackwardPre, path, out, type)) {
         // A gradient edit must come after those of modules inside that return the same tensor; a hook on a
@@ -256,10 +262,12 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
         if ((call.edit & bit(kBackwardPre)) != 0 || out.is_leaf()) now = identity(out);
         watch_gradient(call, kBackwardPre, path, now.defined() ? now : tensor);
       }
+      outputs.push_back(now.defined() ? now : tensor);
       return now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     };
     std::string path = "out";
     Ref changed = map_leaves(args[3], path, visit, nullptr);
+    uses.hook(outputs);
     return changed;
   });
 }

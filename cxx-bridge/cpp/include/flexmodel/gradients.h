@@ -6,6 +6,7 @@
 #include <string>
 
 #include "flexmodel/ffi.h"
+#include "flexmodel/tensor.h"
 
 namespace flexmodel {
 
@@ -13,9 +14,9 @@ namespace flexmodel {
 enum Kind : uint32_t { kForward = 0, kForwardPre = 1, kBackward = 2, kBackwardPre = 3 };
 inline constexpr uint32_t bit(Kind kind) { return 1u << kind; }
 
-// Hands a leaf to the interposer.
+// Hands a leaf to the interposer; refused if it cannot be read, or for the reason given.
 void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const at::Tensor& tensor,
-             const char* python_type, bool shared = false);
+             const char* python_type, Refusal because = Refusal::None);
 
 // `tensor` with its edit applied, differentiably; undefined if there is none.
 at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);

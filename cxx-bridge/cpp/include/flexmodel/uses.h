@@ -1,0 +1,52 @@
+// The gradients of a module's inputs, through one call of the module alone.
+//
+// The gradient of a tensor is the sum over all of its uses, and an input may have others than this module. What flows
+// through one call is what those nodes send back that the call added to autograd's graph and that have the input as an
+// edge. They are found by walking back from what the module returned, and each is given a post-hook. Nothing is added to
+// the graph and nothing in it changes: the job's sums keep their order, so every bit of them, and the module is given the
+// very tensor that it would be given without us, be it a leaf, a view or a parameter.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/edge.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "flexmodel/ffi.h"
+
+namespace flexmodel {
+
+// The inputs of a call under way whose gradients are wanted.
+class Uses {
+ public:
+  // Before the module's forward. `input` requires gradients.
+  void add(const Call& call, const std::string& path, const at::Tensor& input);
+  bool empty() const { return inputs_.empty(); }
+  // Whether `output` is one of the inputs as it was given: then its uses cannot be told from the input's others.
+  bool include(const at::Tensor& output) const;
+  // After it: hooks the nodes between `outputs` and the inputs. An input that was changed in a way that leaves no such
+  // node is counted as refused.
+  void hook(const std::vector<at::Tensor>& outputs) const;
+
+ private:
+  struct Input {
+    Call call;
+    std::string path;
+    // A call that raises must not keep the job's tensors, nor its graph.
+    c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
+    std::weak_ptr<torch::autograd::Node> node;
+    uint32_t number;
+    int64_t version;
+
+    // Where its gradient goes; nowhere if it is no more.
+    torch::autograd::Edge edge() const;
+  };
+  std::vector<Input> inputs_;
+  // Number of the first node that this thread makes after the first input was added.
+  uint64_t first_ = 0;
+};
+
+}  // namespace flexmodel
