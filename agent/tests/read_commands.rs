@@ -14,7 +14,7 @@ use std::{
 
 use fixture::*;
 use tempfile::TempDir;
-use wire::{dtype::DType, hooks::Kind};
+use wire::{dtype::DType, hooks::Kind, record::Place};
 
 fn flexmodel(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_flexmodel")).args(args).output().unwrap()
@@ -199,11 +199,25 @@ fn verify_finds_parts_that_overlap_or_contradict_each_other() {
     let rec = rec.replace(&format!("\"crc\":{crc}"), &format!("\"crc\":{}", crc32c::crc32c(&[0, 2])));
     f.lines.extend(line_of(&rec));
     f.part(id("odd", 0), DType::UInt8, &[1, 2], 0, dp(0, 2, fixture::shard(0)), &[1, 2]);
-    f.part(id("odd", 0), DType::UInt8, &[1, 3], 1, dp(1, 2, fixture::shard(0)), &[1, 2, 3]);
+    f.part(id("odd", 0), DType::UInt8, &[1, 2], 1, dp(1, 3, fixture::shard(0)), &[1, 2]);
     let out = problems(&f.finish(), |_| {});
     assert!(out.contains("overlap"), "{out}");
-    assert!(out.contains("odd:forward:out") && out.contains("do not go together"), "{out}");
+    assert!(out.contains("odd:forward:out") && out.contains("different layouts"), "{out}");
     assert_eq!(out.lines().count(), 3, "{out}");
+}
+
+#[test]
+fn parts_that_only_do_not_go_together_are_no_damage() {
+    let mut f = example();
+    // Each rank padded its rows to their own longest; and on one of them a tensor looked like its batch.
+    f.part(id("padded", 0), DType::UInt8, &[1, 2], 0, dp(0, 2, fixture::shard(0)), &[1, 2]);
+    f.part(id("padded", 0), DType::UInt8, &[1, 3], 1, dp(1, 2, fixture::shard(0)), &[1, 2, 3]);
+    f.part(id("packed", 0), DType::UInt8, &[2], 0, dp(0, 2, fixture::shard(0)), &[1, 2]);
+    f.part(id("packed", 0), DType::UInt8, &[3], 1, dp(1, 2, Place::Unknown), &[1, 2, 3]);
+    let dir = f.finish();
+    assert!(ok(&["verify", at(&dir)]).starts_with("ok"));
+    let line = refused(&["show", at(&dir), "padded"]);
+    assert!(line.contains("do not go together"), "{line}");
 }
 
 #[test]

@@ -361,8 +361,9 @@ impl Engine {
             own: call.first,
             order: tap.order,
             data_parallel: model.data_parallel,
+            kind,
         };
-        let axes = layout::infer(&shape, path, known, hook.options.shard.as_ref(), index, size);
+        let axes = layout::infer(&shape, &tap.name, path, known, hook.options.shard.as_ref(), index, size);
         let meta = RecordMeta {
             module: tap.name.clone(),
             class: tap.class.clone(),

@@ -4,7 +4,7 @@
 //! whole when all ranks turn out to hold the same bytes.
 
 use wire::{
-    hooks::ShardHint,
+    hooks::{Kind, ShardHint},
     record::{Axis, Place},
     tap_abi::Order,
 };
@@ -20,15 +20,29 @@ pub struct Known {
     pub order: Order,
     /// The wrapper shards the batch over all ranks.
     pub data_parallel: bool,
+    /// What is captured.
+    pub kind: Kind,
 }
 
-/// Axes of the leaf at `path` with this shape, on member `index` of `size`.
-pub fn infer(shape: &[u64], path: &str, known: Known, hint: Option<&ShardHint>, index: u32, size: u32) -> Vec<Axis> {
+/// What a packed sequence is made of: steps of all its sequences, the longest first, and how a rank has packed them.
+const PACKED: [&str; 4] = [".data", ".batch_sizes", ".sorted_indices", ".unsorted_indices"];
+
+/// Axes of the leaf at `path` of `module` with this shape, on member `index` of `size`.
+pub fn infer(
+    shape: &[u64],
+    module: &str,
+    path: &str,
+    known: Known,
+    hint: Option<&ShardHint>,
+    index: u32,
+    size: u32,
+) -> Vec<Axis> {
     if size <= 1 {
         return Vec::new();
     }
     let (name, place) = match hint {
         Some(hint) => (hint.axis.clone(), hinted(shape.len(), hint.dim)),
+        None if has_no_batch(module, path) => ("dp".to_owned(), Place::Unknown),
         None => ("dp".to_owned(), place(shape, path, known)),
     };
     vec![Axis { name, index, size, place }]
@@ -42,10 +56,26 @@ fn hinted(ndim: usize, dim: i32) -> Place {
     }
 }
 
+/// What no size tells: modules inside a parametrization compute weights, and pieces of packed sequences are a rank's own.
+fn has_no_batch(module: &str, path: &str) -> bool {
+    module.split('.').any(|segment| segment == "parametrizations") || PACKED.iter().any(|end| path.ends_with(end))
+}
+
 fn place(shape: &[u64], path: &str, known: Known) -> Place {
-    if !known.data_parallel {
-        return Place::Unknown;
+    match by_order(shape, path, known) {
+        // A module that was given no tensor knows nothing of the batch: it has a table.
+        _ if !known.data_parallel || known.own[0] < 0 => Place::Unknown,
+        // Each rank has its own share of the gradient of a table. A batch of one is likelier than a table with one row.
+        Place::ReplicateOrShard0 if is_gradient(known.kind) && shape.first() != Some(&1) => Place::Unknown,
+        place => place,
     }
+}
+
+fn is_gradient(kind: Kind) -> bool {
+    matches!(kind, Kind::Backward | Kind::BackwardPre)
+}
+
+fn by_order(shape: &[u64], path: &str, known: Known) -> Place {
     let own = known.own.map(|n| u64::try_from(n).ok());
     match known.order {
         Order::SequenceFirst if own[2].is_some() && shape.len() >= 3 => sequence_first(shape, path, own[0], own[1]),
@@ -109,7 +139,8 @@ fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Place {
 mod tests {
     use super::*;
 
-    const DP: Known = Known { batch: [4, 16, -1], own: [4, 16, 8], order: Order::Unstated, data_parallel: true };
+    const DP: Known =
+        Known { batch: [4, 16, -1], own: [4, 16, 8], order: Order::Unstated, data_parallel: true, kind: Kind::Forward };
 
     fn sequence_first(own: [i64; 3]) -> Known {
         Known { batch: own, own, order: Order::SequenceFirst, ..DP }
@@ -130,6 +161,34 @@ mod tests {
         // So many experts, with room for as many tokens as there are rows.
         assert_eq!(place(&[3, 4, 8], "out", DP), Place::Unknown);
         assert_eq!(place(&[4, 8], "out", Known { data_parallel: false, ..DP }), Place::Unknown);
+    }
+
+    #[test]
+    fn a_module_that_was_given_no_tensor_has_a_table() {
+        assert_eq!(place(&[4, 8], "out", Known { own: [-1; 3], ..DP }), Place::Unknown);
+    }
+
+    #[test]
+    fn weights_that_a_parametrization_computes_and_pieces_of_packed_sequences_have_no_batch() {
+        let place = |module: &str, path: &str| infer(&[4, 8], module, path, DP, None, 0, 2)[0].place.clone();
+        assert_eq!(place("stem.parametrizations.weight.0", "out"), Place::Unknown);
+        assert_eq!(place("stem", "out"), shard(0));
+        for path in ["in[0].data", "out[0].batch_sizes", "in[0].sorted_indices", "in[0].unsorted_indices"] {
+            assert_eq!(place("rnn", path), Place::Unknown, "{path}");
+        }
+        assert_eq!(place("rnn", "out.data_of_all"), shard(0));
+    }
+
+    #[test]
+    fn gradients_of_what_may_be_the_same_on_all_ranks_are_not_joined() {
+        let square = Known { batch: [16, 16, -1], ..DP };
+        assert_eq!(place(&[16, 8], "out", square), Place::ReplicateOrShard0);
+        for kind in [Kind::Backward, Kind::BackwardPre] {
+            assert_eq!(place(&[16, 8], "out", Known { kind, ..square }), Place::Unknown);
+            assert_eq!(place(&[4, 16], "out", Known { kind, ..DP }), shard(0));
+            let one = Known { batch: [1, 16, -1], kind, ..DP };
+            assert_eq!(place(&[1, 16], "out", one), Place::ReplicateOrShard0);
+        }
     }
 
     #[test]
@@ -180,13 +239,13 @@ mod tests {
     #[test]
     fn what_the_user_says_goes() {
         let hint = ShardHint { dim: -1, axis: "tp".into() };
-        let axes = infer(&[2, 3], "out", DP, Some(&hint), 1, 2);
+        let axes = infer(&[2, 3], "m", "out", DP, Some(&hint), 1, 2);
         assert_eq!(axes[0].place, shard(1));
         assert_eq!(axes[0].name, "tp");
     }
 
     #[test]
     fn one_process_has_no_axes() {
-        assert!(infer(&[4], "out", DP, None, 0, 1).is_empty());
+        assert!(infer(&[4], "m", "out", DP, None, 0, 1).is_empty());
     }
 }

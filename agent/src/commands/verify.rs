@@ -88,7 +88,7 @@ fn verify(run: &Run) -> Report {
         match record.shape() {
             Err(LayoutError::Missing(_)) => report.incomplete += 1,
             // Parts that are kept apart are what was asked for.
-            Ok(_) | Err(LayoutError::Unknown { .. }) => {}
+            Ok(_) | Err(LayoutError::Unknown { .. } | LayoutError::Apart(_)) => {}
             Err(_) if damaged.contains(&number) => {}
             Err(e) if is_divergence(run, number) => report.notes.push(format!("{}: {e}", record.id)),
             Err(e) => report.problems.push(Problem::new(record.id.to_string(), e.to_string())),

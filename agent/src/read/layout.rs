@@ -67,6 +67,9 @@ pub enum LayoutError {
         /// Each part.
         parts: String,
     },
+    /// Parts that are sound, each by itself, and do not go together: not damage.
+    #[error("{0}; read them one by one")]
+    Apart(String),
     /// The parts contradict each other.
     #[error("{0}")]
     Conflict(String),
@@ -94,13 +97,18 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
             let (x, y) = (a.dtype.name(), b.dtype.name());
             return Err(LayoutError::Conflict(format!("rank {} says {x}, rank {} says {y}", a.rank, b.rank)));
         }
-        let same = |x: &Axis, y: &Axis| x.name == y.name && x.size == y.size && same_place(&x.place, &y.place);
+        let same = |x: &Axis, y: &Axis| x.name == y.name && x.size == y.size;
+        let differ = || format!("ranks {} and {} describe different layouts", a.rank, b.rank);
         if axes.len() != b.axes.len() || !axes.iter().zip(&b.axes).all(|(x, y)| same(x, y)) {
-            return Err(LayoutError::Conflict(format!("ranks {} and {} describe different layouts", a.rank, b.rank)));
+            return Err(LayoutError::Conflict(differ()));
         }
         if let Some(odd) = b.axes.iter().find(|axis| axis.index >= axis.size) {
             let (index, name, size) = (odd.index, &odd.name, odd.size);
             return Err(LayoutError::Conflict(format!("rank {} says {name} {index} of {size}", b.rank)));
+        }
+        // What was inferred from different shapes may differ.
+        if !axes.iter().zip(&b.axes).all(|(x, y)| same_place(&x.place, &y.place)) {
+            return Err(LayoutError::Apart(differ()));
         }
     }
     let one_each = unique(parts)?;
@@ -273,7 +281,7 @@ fn concat(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError
         let other = node.shape();
         let fits = other.len() == shape.len() && (0..shape.len()).all(|d| d == dim || other[d] == shape[d]);
         if !fits {
-            return Err(LayoutError::Conflict(format!(
+            return Err(LayoutError::Apart(format!(
                 "shapes {shape:?} and {other:?} do not go together on dimension {dim} along {}",
                 axis.name
             )));
