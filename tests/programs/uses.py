@@ -1,6 +1,6 @@
 """Modules whose inputs have other uses, are leaves, are changed in place, returned as they are, or kept.
 
-`uses.py exact` computes with small whole numbers, so that every sum is the same in any order; `uses.py random` does not.
+`uses.py exact` computes with small whole numbers, whose sums are the same in any order; `uses.py random` does not.
 """
 
 import sys
@@ -136,8 +136,8 @@ def build(exact: bool) -> Uses:
 
 
 def batch(step: int, exact: bool) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(step)
-    values = torch.randint(-2, 3, (4, WIDTH), generator=generator) if exact else torch.randn(4, WIDTH, generator=generator)
+    generator, shape = torch.Generator().manual_seed(step), (4, WIDTH)
+    values = torch.randint(-2, 3, shape, generator=generator) if exact else torch.randn(shape, generator=generator)
     return values.double()
 
 
