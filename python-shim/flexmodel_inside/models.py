@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import guarded, imports
 from .family import Family, drop_copied_hooks, drop_hook, is_copied
 from .naming import authored, authored_class, held_by, holders, is_scripted, named, own
-from .ranks import rank_and_world
+from .ranks import rank_and_world, sign, started_by_rank
 from .wrappers import is_data_parallel, orders, wrapper_name
 
 
@@ -36,6 +36,7 @@ class Models:
         self._traceable = "torch._dynamo" in sys.modules
         self._said_compiled = False
         self._said_scripted = False
+        self._said_started = False
 
     def watch(self) -> None:
         """Start."""
@@ -76,6 +77,12 @@ class Models:
         rank = rank_and_world()
         if rank is None:
             return
+        parent = started_by_rank(rank[1])
+        if parent is not None:
+            if not self._said_started:
+                self._said_started = True
+                self._bridge.notice(f"started by process {parent}, a rank of the job, and no rank itself: not tapped")
+            return
         self._looking = True
         try:
             imports.look()
@@ -108,6 +115,7 @@ class Models:
         found = self._bridge.select(serial, entries, wrapper_name(top), is_data_parallel(top), rank, world)
         if not found:
             return
+        sign(world)
         known.model = True
         tapped = [modules[index][1] for index, _ in found]
         # A scope begins before its module's own taps fire, and ends after them.

@@ -16,6 +16,9 @@ pub const BRIDGE: &str = "FLEXMODEL_BRIDGE";
 pub const BRIDGE_CACHE: &str = "FLEXMODEL_BRIDGE_CACHE";
 /// Name of this node in records; default: the host name.
 pub const NODE: &str = "FLEXMODEL_NODE";
+/// Set by a process that captures, for those it starts: `PID:WORLD:RANK`, where RANK is what the variable of that name
+/// says. They inherit what says its rank, and are none themselves.
+pub const RANK_PROCESS: &str = "FLEXMODEL_RANK_PROCESS";
 /// Name of a fault to inject in tests (`panic-in-tap`, `panic-in-load`, `throw-in-tap`).
 pub const FAULT: &str = "FLEXMODEL_TEST_FAULT";
 

@@ -118,6 +118,8 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
     let mut command = Command::new(program);
     command.args(arguments).env("LD_PRELOAD", preload).env(names::HOOKS, &plan.hooks).env(names::AGENT, agent);
     command.env(names::ON_FULL, if plan.on_full == names::OnFull::Drop { "drop" } else { "wait" });
+    // A run of its own, also when a rank of another run starts it.
+    command.env_remove(names::RANK_PROCESS);
     if let Some(bridge) = &plan.bridge {
         command.env(names::BRIDGE, bridge);
     }
