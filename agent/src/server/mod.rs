@@ -12,7 +12,8 @@
 //! # Invariants
 //!
 //! - **AGENT-1** A frame is released after its bytes are written, and a tensor's last frame after its line is.
-//! - **AGENT-2** No rank waits for another: each has a thread, and the store's locks are never held over I/O on tensors.
+//! - **AGENT-2** No rank waits for another's tensors: each has a thread, and the store's locks are never held over I/O on
+//!   them. A shard's file is made, with its 1 MiB header, under the allocator's lock, once a shard.
 //! - **AGENT-3** Every slab's heart beats on a thread that does nothing else, whatever the disk does.
 //! - **AGENT-4** Damage in a slab, a message or a record costs that slab, connection or record, and one notice.
 //!
