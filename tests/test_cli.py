@@ -44,6 +44,29 @@ def test_bad_hooks_are_refused(name, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_bad_hooks_are_called_what_the_user_wrote(tmp_path):
+    given, inherited = "lm_head:forwad", "lm_head;lm_head@evry=2"
+    run = [harness.FLEXMODEL, "run", "--out", str(tmp_path / "x")]
+    env = harness.environment(FLEXMODEL_HOOKS=inherited)
+    _refused(harness.run([*run, "--hooks", given, "--", "echo", "ran"], env), "flexmodel: --hooks clause 1, column 9")
+    _refused(harness.run([*run, "--", "echo", "ran"], env), "FLEXMODEL_HOOKS clause 2, column 17")
+
+
+def test_the_model_itself_is_selected_by_the_name_it_is_shown_with(run_once):
+    outcome = run_once(harness.python("plain.py"), "(root):forward;(root):forward_pre").expect(0)
+    run = captures.expect_sound(outcome.run)
+    assert {(r.module, r.kind) for r in run.records} == {("", "forward"), ("", "forward_pre")}
+    assert "matches no module" not in outcome.err
+
+
+def test_a_hook_for_ranks_that_the_job_lacks_is_told_once(run_once, untapped_once):
+    outcome = run_once(harness.python("plain.py"), "lm_head@ranks=1..3;lm_head:forward_pre@ranks=0+1").expect(0)
+    assert outcome.out == untapped_once(harness.python("plain.py")).out
+    told = [line for line in outcome.err.splitlines() if "selects no rank" in line]
+    assert len(told) == 1
+    assert "'lm_head@ranks=1..3' selects no rank of this job, which has 1 rank" in told[0]
+
+
 def test_a_bad_toml_file_is_refused_with_its_line(tmp_path):
     hooks = tmp_path / "hooks.toml"
     hooks.write_text('[[hook]]\nselect = "lm_head"\nkinds = ["forwad"]\n')

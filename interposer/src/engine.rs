@@ -35,6 +35,8 @@ const REMEMBERED: usize = 64;
 pub struct Engine {
     hooks: Vec<Hook>,
     matched: Vec<bool>,
+    /// Hooks of which it was told that no rank of the job is theirs.
+    nowhere: Vec<bool>,
     torch: String,
     python: String,
     rank: Rank,
@@ -90,6 +92,7 @@ pub fn configure() -> Result<(), String> {
     shipping::configure(&text)?;
     *lock() = Some(Engine {
         matched: vec![false; hooks.len()],
+        nowhere: vec![false; hooks.len()],
         hooks,
         torch: String::new(),
         python: String::new(),
@@ -213,11 +216,20 @@ impl Engine {
         out
     }
 
-    /// Reports selectors that matched nothing in any model so far, once each and on rank 0.
+    /// Reports selectors that matched nothing in any model so far, and hooks for ranks that there are not, once each and
+    /// on rank 0.
     pub fn resolved(&mut self) {
         let seen = std::mem::take(&mut self.seen);
         if seen.is_empty() {
             return;
+        }
+        let Rank { rank, world } = self.rank;
+        for (hook, told) in self.hooks.iter().zip(&mut self.nowhere) {
+            let nowhere = hook.options.ranks.as_ref().is_some_and(|ranks| ranks.iter().all(|&r| r >= world));
+            if nowhere && rank == 0 && !std::mem::replace(told, true) {
+                let s = if world == 1 { "" } else { "s" };
+                shipping::notice(format!("'{}' selects no rank of this job, which has {world} rank{s}", hook.text));
+            }
         }
         for (hook, matched) in self.hooks.iter().zip(&mut self.matched) {
             if std::mem::replace(matched, true) || self.rank.rank != 0 {

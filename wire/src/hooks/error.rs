@@ -14,7 +14,7 @@ const COMPARED: usize = 24;
 pub enum Place {
     /// The text as a whole.
     Whole,
-    /// A clause of `FLEXMODEL_HOOKS`.
+    /// A clause.
     Clause {
         /// Which clause, from 1; empty ones are not counted.
         number: usize,
@@ -43,6 +43,8 @@ pub struct HookError {
     pub reason: String,
     /// The way out, with the nearest valid word where there is one.
     pub help: String,
+    /// What the text was given as: a variable, or an option.
+    pub given_as: &'static str,
 }
 
 impl std::error::Error for HookError {}
@@ -50,9 +52,9 @@ impl std::error::Error for HookError {}
 impl fmt::Display for HookError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place = match &self.place {
-            Place::Whole => env::HOOKS.to_string(),
+            Place::Whole => self.given_as.to_string(),
             Place::Clause { number, column, text, .. } => {
-                format!("{} clause {number}, column {column} ({})", env::HOOKS, quote(text))
+                format!("{} clause {number}, column {column} ({})", self.given_as, quote(text))
             }
             Place::File { file, line: Some(line) } => format!("{file} line {line}"),
             Place::File { file, line: None } => file.clone(),
@@ -109,13 +111,13 @@ impl<'a> Fault<'a> {
         let offset = offset_in(whole, self.part);
         let column = 1 + whole.char_indices().take_while(|(at, _)| *at < offset).count();
         let place = Place::Clause { number, offset, column, text: clause.to_string() };
-        HookError { place, reason: self.reason, help: self.help }
+        HookError { place, reason: self.reason, help: self.help, given_as: env::HOOKS }
     }
 
     /// Places the fault on a line of a TOML file.
     pub(super) fn in_file(self, file: &str, line: usize) -> HookError {
         let place = Place::File { file: file.to_string(), line: Some(line) };
-        HookError { place, reason: self.reason, help: self.help }
+        HookError { place, reason: self.reason, help: self.help, given_as: env::HOOKS }
     }
 }
 
@@ -179,6 +181,8 @@ mod tests {
              did you mean 'forward'? (kinds: forward, forward_pre)"
         );
         assert!(matches!(error.place, Place::Clause { offset: 10, .. }));
+        let error = HookError { given_as: "--hooks", ..error };
+        assert!(error.to_string().starts_with("--hooks clause 2, column 10"), "{error}");
     }
 
     #[test]

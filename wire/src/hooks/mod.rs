@@ -75,10 +75,14 @@ impl Kind {
     }
 }
 
+/// How the model itself is written, whose name is empty.
+pub const ROOT: &str = "(root)";
+
 /// Which modules (or, for `param` and `grad`, parameters) a clause means.
 #[derive(Clone, Debug)]
 pub enum Selector {
-    /// Dotted name with `*` for one segment (also within a segment: `h*`) and `**` for any number.
+    /// Dotted name with `*` for one segment (also within a segment: `h*`) and `**` for any number. No segments: the
+    /// model itself.
     Glob(Vec<String>),
     /// A regular expression between slashes, searched in the whole name.
     Regex(regex::Regex),

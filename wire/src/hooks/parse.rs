@@ -4,7 +4,8 @@ use super::error::{Fault, HookError, Place, offset_in, quote};
 use super::select::{glob_character, regex_end};
 use super::toml_form::parse_toml;
 use super::value::{OPTIONS, edit, example, option_name, set_option};
-use super::{Hook, Kind, Options, Selector};
+use super::{Hook, Kind, Options, ROOT, Selector};
+use crate::env;
 
 /// Reads `FLEXMODEL_HOOKS`: the path of a TOML file (it ends in `.toml`) or clauses.
 pub fn parse(text: &str) -> Result<Vec<Hook>, HookError> {
@@ -16,6 +17,7 @@ pub fn parse(text: &str) -> Result<Vec<Hook>, HookError> {
         place: Place::File { file: file.to_string(), line: None },
         reason: format!("the hooks file cannot be read: {error}"),
         help: "name a readable TOML file, or write clauses such as layers.*.mlp:forward".into(),
+        given_as: env::HOOKS,
     })?;
     parse_toml(&content, file)
 }
@@ -41,6 +43,7 @@ pub fn parse_clauses(text: &str) -> Result<Vec<Hook>, HookError> {
             place: Place::Whole,
             reason: "the text is empty".into(),
             help: "write a clause such as layers.*.mlp:forward, or name a TOML file".into(),
+            given_as: env::HOOKS,
         });
     }
     Ok(hooks)
@@ -101,7 +104,7 @@ fn cut(text: &str, mark: char) -> (&str, Option<&str>) {
     text.split_once(mark).map_or((text, None), |(before, after)| (before, Some(after)))
 }
 
-/// A whole selector: a glob, `/regular expression/` or `class=NAME`.
+/// A whole selector: a glob, `/regular expression/`, `class=NAME`, or `(root)` for the model itself.
 pub(super) fn selector(text: &str) -> Result<Selector, Fault<'_>> {
     if let Some(name) = text.strip_prefix("class=") {
         return match name.chars().find(|c| c.is_whitespace() || "*/:;@|,=".contains(*c)) {
@@ -117,6 +120,9 @@ pub(super) fn selector(text: &str) -> Result<Selector, Fault<'_>> {
     }
     if text.is_empty() {
         return Err(Fault::new(text, "there is no selector", "name modules, such as layers.*.mlp, or ** for all"));
+    }
+    if text == ROOT {
+        return Ok(Selector::Glob(Vec::new()));
     }
     text.split('.').map(|part| segment(part).map(str::to_string)).collect::<Result<_, _>>().map(Selector::Glob)
 }

@@ -6,8 +6,8 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 
-use super::Selector;
 use super::error::word_cost;
+use super::{ROOT, Selector};
 
 /// Distinct patterns that [`nearest`] ranks by likeness; more than any model has once numbers are collapsed.
 const RANKED: usize = 10_000;
@@ -22,7 +22,7 @@ const SURPLUS: usize = 6;
 impl Selector {
     /// Whether this selector means the module `name` of class `class`, whose full dotted name is `qualified_class`.
     ///
-    /// The root module's name is empty: `**`, its class and regular expressions can mean it.
+    /// The root module's name is empty: `(root)`, `**`, its class and regular expressions can mean it.
     pub fn matches(&self, name: &str, class: &str, qualified_class: &str) -> bool {
         match self {
             Selector::Glob(pattern) => glob(pattern, segments(name)),
@@ -36,6 +36,7 @@ impl Selector {
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Selector::Glob(pattern) if pattern.is_empty() => f.write_str(ROOT),
             Selector::Glob(pattern) => f.write_str(&pattern.join(".")),
             Selector::Regex(regex) => write!(f, "/{regex}/"),
             Selector::Class(name) => write!(f, "class={name}"),
@@ -288,6 +289,9 @@ mod tests {
     fn the_root_has_no_segment() {
         assert!(matches("**", ""));
         assert!(!matches("*", ""));
+        assert!(matches("(root)", ""));
+        assert!(!matches("(root)", "a"));
+        assert_eq!(selector("(root)").to_string(), "(root)");
         assert!(matches("/^$/", ""));
         assert!(matches("class=Class", ""));
     }

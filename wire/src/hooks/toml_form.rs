@@ -17,6 +17,7 @@ use super::error::{Fault, HookError, Place};
 use super::parse::{kinds, selector};
 use super::value::{OPTIONS, edit, example, option_name, set_option};
 use super::{Hook, Kind, Options};
+use crate::env;
 
 const SELECT: &str = "write select = \"layers.*.mlp\"";
 const KINDS: &str = "write kinds = [\"forward\"]";
@@ -52,7 +53,12 @@ pub fn parse_toml(text: &str, file: &str) -> Result<Vec<Hook>, HookError> {
     }
     if hooks.is_empty() {
         let place = Place::File { file: file.to_string(), line: None };
-        return Err(HookError { place, reason: "the file has no hooks".into(), help: TABLES.into() });
+        return Err(HookError {
+            place,
+            reason: "the file has no hooks".into(),
+            help: TABLES.into(),
+            given_as: env::HOOKS,
+        });
     }
     Ok(hooks)
 }

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use wire::{
     env::{self as names, OnFull},
-    hooks,
+    hooks::{self, HookError},
 };
 
 use super::{Args, absolute, interpreter};
@@ -98,12 +98,13 @@ fn untapped(command: &[OsString]) -> ExitCode {
 }
 
 fn hooks_of(given: Option<String>) -> anyhow::Result<String> {
+    let given_as = if given.is_some() { "--hooks" } else { names::HOOKS };
     let text = given.or_else(|| set(names::HOOKS)).filter(|t| !t.trim().is_empty()).ok_or_else(|| {
         usage(format!("no hooks; give --hooks or set {}, for example --hooks 'layers.*.mlp:forward'", names::HOOKS))
     })?;
-    let parsed = hooks::parse(&text).map_err(|e| usage(e.to_string()))?;
+    let parsed = hooks::parse(&text).map_err(|e| usage(HookError { given_as, ..e }.to_string()))?;
     if let Some((hook, why)) = parsed.iter().find_map(|h| h.unsupported().map(|why| (h, why))) {
-        return Err(usage(format!("hooks: '{}': {why}", hook.text)).into());
+        return Err(usage(format!("{given_as}: '{}': {why}", hook.text)).into());
     }
     if text.trim().ends_with(".toml") {
         let path = absolute(Path::new(text.trim()))?;
