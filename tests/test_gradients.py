@@ -82,3 +82,11 @@ def test_every_backward_pass_through_a_call_is_a_record(run_once, untapped_once)
     first, second = flexmodel.open(outcome.run).records
     assert (first.repeat, second.repeat) == (0, 1)
     assert captures.same_bytes(first.tensor(), second.tensor())
+
+
+def test_compiled_autograd_works_and_what_it_leaves_out_is_told(run_once, untapped_once):
+    program = harness.python("compiled_autograd.py")
+    outcome = run_once(program, f"*:{KINDS}").expect(0)
+    assert outcome.losses == untapped_once(program).losses
+    assert outcome.err.count("gradients in graphs that torch's compiled autograd makes are not captured") == 1
+    assert {record.kind for record in flexmodel.open(outcome.run).records} == {"forward", "forward_pre"}

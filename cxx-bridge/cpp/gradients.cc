@@ -5,11 +5,12 @@
 #include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/function_hook.h>
 
 #include <atomic>
 #include <memory>
-
-#include "flexmodel/tensor.h"
+#include <utility>
 
 namespace flexmodel {
 namespace {
@@ -17,6 +18,35 @@ namespace {
 rust::Str view(const std::string& text) { return rust::Str(text.data(), text.size()); }
 
 bool scales(const at::Tensor& tensor) { return tensor.is_floating_point() || tensor.is_complex(); }
+
+// On the node that computed a tensor: sees the tensor's gradient before the node does. Not by `register_hook`, whose
+// hooks compiled autograd refuses.
+class Receiver final : public torch::autograd::FunctionPreHook {
+ public:
+  Receiver(const Call& call, Kind kind, std::string path, uint32_t number)
+      : call_(call), kind_(kind), path_(std::move(path)), number_(number) {}
+
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list& gradients) override {
+    torch::autograd::variable_list out = gradients;
+    if (number_ < out.size() && out[number_].defined()) {
+      guarded_gradient([&] {
+        if ((call_.capture & bit(kind_)) != 0) capture(call_, kind_, path_, repeat_++, out[number_], nullptr);
+        at::Tensor now = edited(call_, kind_, path_, out[number_]);
+        if (now.defined()) out[number_] = std::move(now);
+      });
+    }
+    return out;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { tell_of_compiled_autograd(); }
+
+ private:
+  const Call call_;
+  const Kind kind_;
+  const std::string path_;
+  const uint32_t number_;
+  std::atomic<uint32_t> repeat_ = 0;
+};
 
 }  // namespace
 
@@ -46,20 +76,12 @@ at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at
 at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }
 
 void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor) {
-  auto passes = std::make_shared<std::atomic<uint32_t>>(0);
-  const auto hook = [call, kind, path, passes](const at::Tensor& gradient) -> at::Tensor {
-    if (!gradient.defined() || !active()) return {};
-    try {
-      if ((call.capture & bit(kind)) != 0) capture(call, kind, path, passes->fetch_add(1), gradient, nullptr);
-      return edited(call, kind, path, gradient);
-    } catch (const std::exception& e) {
-      fault(std::string("a gradient hook failed: ") + e.what());
-    } catch (...) {
-      fault("a gradient hook failed");
-    }
-    return {};
-  };
-  tensor.register_hook(hook);
+  tensor.grad_fn()->add_tensor_pre_hook(std::make_unique<Receiver>(call, kind, path, tensor.output_nr()));
+}
+
+void tell_of_compiled_autograd() {
+  static std::atomic<bool> told = false;
+  if (!told.exchange(true)) notice("gradients in graphs that torch's compiled autograd makes are not captured");
 }
 
 }  // namespace flexmodel

@@ -257,8 +257,7 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
       if (!now.defined() && uses.include(tensor)) now = identity(tensor);
       const at::Tensor& out = now.defined() ? now : tensor;
       if (watches(call, kBackwardPre, path, out, type)) {
-        // A gradient edit must come after those of modules inside that return the same tensor; a hook on a
-        // parameter would stay for good.
+        // A gradient edit must come after those of modules inside that return the same tensor; a leaf has no node.
         if ((call.edit & bit(kBackwardPre)) != 0 || out.is_leaf()) now = identity(out);
         watch_gradient(call, kBackwardPre, path, now.defined() ? now : tensor);
       }

@@ -16,6 +16,8 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <atomic>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -215,24 +217,16 @@ class Sender final : public torch::autograd::FunctionPostHook {
 
   variable_list operator()(const variable_list& gradients, const variable_list&) override {
     variable_list out = gradients;
-    if (!active()) return out;
-    try {
+    guarded_gradient([&] {
       for (const uint32_t edge : edges_) {
         at::Tensor now = to_->sent(edge < out.size() ? out[edge] : at::Tensor());
         if (now.defined()) out[edge] = std::move(now);
       }
-    } catch (const std::exception& e) {
-      fault(std::string("a gradient hook failed: ") + e.what());
-    } catch (...) {
-      fault("a gradient hook failed");
-    }
+    });
     return out;
   }
 
-  // Compiled autograd makes graphs of its own, without us.
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
-    notice("compiled autograd is in use: gradients in graphs that it compiles are not captured");
-  }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { tell_of_compiled_autograd(); }
 
  private:
   std::shared_ptr<Gathering> to_;

@@ -1,5 +1,6 @@
-"""Inputs that are easily broken: linked and huge structures, tensors with a class or attributes, forwards that raise."""
+"""Inputs that are easily broken: linked and huge structures, tensors of a class or with attributes; raising forwards."""
 
+import contextlib
 import gc
 import weakref
 from dataclasses import dataclass
@@ -100,10 +101,8 @@ def main() -> None:
     for _ in range(20):
         x = torch.ones(WIDTH)
         alive.append(weakref.ref(x))
-        try:
+        with contextlib.suppress(StopIteration):
             model.probe(x)
-        except StopIteration:
-            pass
     del x
     gc.collect()
     # A tap may hold what the last forward was given.

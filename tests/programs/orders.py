@@ -1,7 +1,6 @@
 """DistributedDataParallel over modules that differ in where the batch is in their tensors."""
 
 import parallel
-import tiny
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

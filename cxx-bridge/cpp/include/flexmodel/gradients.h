@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <exception>
 #include <string>
 
 #include "flexmodel/ffi.h"
@@ -24,7 +25,23 @@ at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at
 // A node of its own in the graph, with the same storage: the gradient that passes it is that of this use alone.
 at::Tensor identity(const at::Tensor& tensor);
 
-// Captures, then edits, the gradient of `tensor` whenever a backward pass computes it.
+// Captures, then edits, the gradient of `tensor`, which is no leaf, whenever a backward pass computes it.
 void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);
+
+// Says once that compiled autograd leaves our hooks out.
+void tell_of_compiled_autograd();
+
+// Runs what a gradient hook does, so that nothing of ours ever reaches the job.
+template <typename Body>
+void guarded_gradient(Body body) {
+  if (!active()) return;
+  try {
+    body();
+  } catch (const std::exception& e) {
+    fault(std::string("a gradient hook failed: ") + e.what());
+  } catch (...) {
+    fault("a gradient hook failed");
+  }
+}
 
 }  // namespace flexmodel
