@@ -62,8 +62,9 @@ def test_a_finished_run_prints_one_summary(run_once):
     assert all(line.startswith("step ") for line in outcome.out.splitlines())
 
 
-def test_the_torchrun_wrapper_takes_hooks_from_the_environment(tmp_path):
-    argv = [str(harness.BIN / "flexmodel-torchrun"), *harness.torchrun("ddp.py", "1")[1:]]
+@pytest.mark.parametrize("folder", [harness.BIN, harness.ROOT / "scripts"], ids=["installed", "in-the-checkout"])
+def test_the_torchrun_wrapper_takes_hooks_from_the_environment(folder, tmp_path):
+    argv = [str(folder / "flexmodel-torchrun"), *harness.torchrun("ddp.py", "1")[1:]]
     harness.run(argv, harness.environment(FLEXMODEL_HOOKS=HOOKS), cwd=tmp_path).expect(0)
     (run,) = (tmp_path / "runs").iterdir()
     assert {key.module for key in captures.read(run)} == {"layers.0.mlp", "layers.1.mlp"}
