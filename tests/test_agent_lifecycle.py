@@ -107,6 +107,7 @@ KILLS = {
 
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_killed_agent_loses_nothing_journalled_and_its_successor_goes_on(moment, training, tmp_path):
+    """STORE-4."""
     out = tmp_path / "x"
     width, _ = KILLS[moment][0]
     job = training(width=width, FLEXMODEL_SLAB="1M")
@@ -137,6 +138,7 @@ def test_a_killed_agent_loses_nothing_journalled_and_its_successor_goes_on(momen
 
 
 def test_a_stopped_agent_does_not_stop_the_job(training, tmp_path):
+    """WAIT-1."""
     # Wide outputs and a small slab: the slab is full at once.
     job = training(width=256, FLEXMODEL_SLAB="1M")
     with harness.agent(tmp_path / "x", job.socket) as agent:
@@ -194,7 +196,7 @@ def test_dropping_counts_what_it_drops(run_once):
 
 
 def test_the_agents_memory_is_bounded(tmp_path):
-    """AGENT-MEMORY: the slabs, and 64 MiB beside, however much goes through."""
+    """The slabs, and 64 MiB beside, however much goes through."""
     out, socket = tmp_path / "x", tmp_path / "agent.sock"
     with harness.agent(out, socket) as agent:
         env = harness.preloaded("*:forward,backward_pre", socket, FLEXMODEL_SLAB="1M")
@@ -245,6 +247,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_said_once_counted_and_survived(small_disk, untapped_once):
+    """STORE-3."""
     argv = harness.torchrun("wide.py", str(STEPS), str(ROWS))
     outcome = harness.tapped(argv, "*:forward,backward_pre", small_disk / "x").expect(0)
     assert outcome.losses == untapped_once(argv).losses

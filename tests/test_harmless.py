@@ -98,6 +98,7 @@ def programs(tmp_path_factory) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 def test_plain_commands_behave_as_without(variant, programs):
+    """INERT-1."""
     for name, argv in programs.items():
         without, within = harness.run(argv), harness.run(argv, variant)
         if name == "ldd":  # it lists the preload and what that needs, as the loader does; addresses vary
@@ -110,6 +111,7 @@ def test_plain_commands_behave_as_without(variant, programs):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_is_bitwise_the_same_and_says_at_most_one_line(name, trained, untapped_once):
+    """OPEN-1."""
     without, within = untapped_once(harness.python("plain.py")), trained(name)
     assert within.out == without.out
     ours = [line for line in within.err.splitlines() if line not in without.err.splitlines()]
@@ -153,6 +155,7 @@ def test_loader_workers_stay_untouched(method, run_once, untapped_once):
 
 
 def test_a_forked_child_is_off_and_the_parent_goes_on(run_once):
+    """FORK-1."""
     argv = harness.python("forks.py")
     without = harness.run(argv).expect(4)
     outcome = run_once(argv, "layers.*.mlp").expect(4)

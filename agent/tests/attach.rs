@@ -42,6 +42,7 @@ fn what_ranks_ship_is_there_when_the_agent_finishes() {
     }
 }
 
+/// AGENT-1.
 #[test]
 fn a_killed_agent_loses_nothing_and_its_successor_takes_the_rest() {
     let dir = tempfile::tempdir().unwrap();
@@ -152,6 +153,7 @@ fn what_is_no_rank_is_refused_and_hurts_nobody() {
     assert_eq!(parts(&out).len(), 1);
 }
 
+/// AGENT-4.
 #[test]
 fn a_damaged_slab_ends_that_rank_and_no_other() {
     let dir = tempfile::tempdir().unwrap();
@@ -175,6 +177,7 @@ fn a_damaged_slab_ends_that_rank_and_no_other() {
     assert!(info(&out)["notices"][0].as_str().unwrap().contains("rank 0"));
 }
 
+/// AGENT-4.
 #[test]
 fn records_that_lie_about_themselves_are_counted_and_skipped() {
     let dir = tempfile::tempdir().unwrap();
@@ -294,6 +297,7 @@ fn a_full_disk_is_said_once_counted_and_survived() {
     assert_eq!(lines(&out, "dropped").iter().map(|l| l["count"].as_u64().unwrap()).sum::<u64>(), 30 - kept);
 }
 
+/// AGENT-3.
 #[test]
 fn the_heart_beats_while_nothing_comes() {
     let dir = tempfile::tempdir().unwrap();

@@ -134,6 +134,7 @@ fn bearer(token: &str) -> String {
     format!("Authorization: Bearer {token}\r\n")
 }
 
+/// GUARD-1.
 #[test]
 fn every_route_wants_the_token() {
     let site = Site::new();
@@ -182,6 +183,7 @@ fn a_link_on_another_site_enters_by_a_page_of_ours() {
     assert!(!answer.body.contains(TOKEN));
 }
 
+/// GUARD-2.
 #[test]
 fn other_names_of_this_machine_are_refused() {
     let site = Site::new();
@@ -207,6 +209,7 @@ fn other_names_of_this_machine_are_refused() {
     assert_ne!(ask(&format!("Host: 127.0.0.1:{port}\r\nHost: evil.example\r\n")).status, 200);
 }
 
+/// GUARD-3.
 #[test]
 fn pages_of_other_sites_are_refused_even_with_the_token() {
     let site = Site::new();
@@ -225,6 +228,7 @@ fn pages_of_other_sites_are_refused_even_with_the_token() {
     assert_eq!(with("/api/run", "Sec-Fetch-Site: same-origin"), 200);
 }
 
+/// GUARD-4 and GUARD-5.
 #[test]
 fn only_reading_is_answered_and_every_answer_is_locked_down() {
     let site = Site::new();
