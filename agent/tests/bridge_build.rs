@@ -12,14 +12,9 @@ use tempfile::TempDir;
 /// Source of a bridge: the marker, and something from a header of the stand-in torch.
 const SOURCE: &str = r#"
 #include <torch/extension.h>
-extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bridge_marker[] =
-    "FLEXMODEL-BRIDGE key=" FLEXMODEL_BRIDGE_KEY " digest=" FLEXMODEL_BRIDGE_DIGEST " abi=ABI;";
+extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bridge_marker[] = FLEXMODEL_BRIDGE_MARKER;
 extern "C" int hidden() { return TORCH_ANSWER; }
 "#;
-
-fn source() -> String {
-    SOURCE.replace("ABI", &wire::tap_abi::TAP_ABI.to_string())
-}
 
 struct Site {
     dir: TempDir,
@@ -41,7 +36,7 @@ impl Site {
         for folder in ["home/bridge/include", "torch/include/torch/csrc/api/include", "torch/lib", "python"] {
             fs::create_dir_all(site.path(folder)).unwrap();
         }
-        site.write("home/bridge/a.cc", &source());
+        site.write("home/bridge/a.cc", SOURCE);
         site.write("home/bridge/include/own.h", "#pragma once\n");
         site.write("torch/include/torch/extension.h", "#define TORCH_ANSWER 42\n");
         site.write("rust.c", "int flexmodel_bridge_open(void) { return 1; }\n");
@@ -159,7 +154,10 @@ fn an_error_of_the_compiler_is_shown_with_where_the_rest_is() {
     );
     assert!(!site.built().exists());
     fs::remove_file(site.path("home/bridge/b.cc")).unwrap();
-    site.write("home/bridge/a.cc", &source().replace("FLEXMODEL_BRIDGE_DIGEST", "\"00000000\""));
+    site.write(
+        "home/bridge/a.cc",
+        &SOURCE.replace("FLEXMODEL_BRIDGE_MARKER", "\"FLEXMODEL-BRIDGE key=x digest=0 abi=2;\""),
+    );
     assert!(refused(&site.build(&[])).contains("not this FlexModel's"), "a bridge that lies was kept");
     assert!(!site.built().exists());
 }

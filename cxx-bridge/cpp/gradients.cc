@@ -59,7 +59,6 @@ void capture(const Call& call, Kind kind, const std::string& path, uint32_t repe
   Leaf leaf{};
   leaf.dtype = dtype_code(tensor.scalar_type());
   leaf.refusal = static_cast<uint8_t>(refusal);
-  leaf.requires_grad = tensor.requires_grad();
   capture(call, static_cast<uint32_t>(kind), view(path), repeat, leaf,
           rust::Slice<const int64_t>(sizes.data(), sizes.size()), tensor);
 }

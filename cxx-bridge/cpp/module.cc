@@ -9,9 +9,8 @@
 #include "flexmodel/ffi.h"
 #include "flexmodel/tap.h"
 
-// Found by scanning this file's bytes (wire::tap_abi::MARKER_PREFIX), before anything here is loaded.
-extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bridge_marker[] =
-    "FLEXMODEL-BRIDGE key=" FLEXMODEL_BRIDGE_KEY " digest=" FLEXMODEL_BRIDGE_DIGEST " abi=2;";
+// Found by scanning this file's bytes (wire::bridge_marker), before anything here is loaded.
+extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bridge_marker[] = FLEXMODEL_BRIDGE_MARKER;
 
 namespace flexmodel {
 namespace {

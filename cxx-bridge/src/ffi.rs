@@ -61,7 +61,6 @@ pub mod bridge {
     struct Leaf {
         dtype: u8,
         refusal: u8,
-        requires_grad: bool,
     }
 
     extern "Rust" {

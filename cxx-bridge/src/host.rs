@@ -113,7 +113,6 @@ pub fn capture(call: &Call, kind: u32, path: &str, repeat: u32, leaf: &Leaf, siz
         ndim: sizes.len() as u32,
         dtype: leaf.dtype,
         refusal: Refusal::from_code(leaf.refusal),
-        requires_grad: leaf.requires_grad,
     };
     // SAFETY: everything borrowed lives through the call.
     unsafe { (host.capture)(&call.into(), kind, Str::new(path), repeat, &desc) };

@@ -1,7 +1,7 @@
 //! How a bridge is told from others: what it says of itself in its bytes, its key, and where it lies. Nothing here does
 //! I/O: bytes and names go in.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, fmt, path::PathBuf};
 
 use serde::Serialize;
 
@@ -17,7 +17,8 @@ pub const LIBRARY: &str = "libflexmodel_torch.so";
 /// Longest marker in bytes.
 const MAX_MARKER: usize = 512;
 
-/// What a bridge says it is: `FLEXMODEL-BRIDGE key=<key> digest=<hex> abi=<n>;` somewhere in its bytes.
+/// What a bridge says it is: `FLEXMODEL-BRIDGE key=<key> digest=<hex> abi=<n>;` somewhere in its bytes. The compiler is
+/// given it as it is displayed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Marker {
     /// The torch that it was built for, see [`key`].
@@ -28,7 +29,18 @@ pub struct Marker {
     pub abi: u32,
 }
 
+impl fmt::Display for Marker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{MARKER_PREFIX} key={} digest={} abi={};", self.key, self.digest, self.abi)
+    }
+}
+
 impl Marker {
+    /// Of a bridge that meets this version's interposer.
+    pub fn new(key: &str, digest: &str) -> Self {
+        Self { key: key.into(), digest: digest.into(), abi: TAP_ABI }
+    }
+
     /// The marker in a library's bytes. Takes hostile bytes.
     pub fn find(bytes: &[u8]) -> Option<Self> {
         let mut rest = bytes;

@@ -13,7 +13,7 @@ use std::{ffi::c_void, marker::PhantomData};
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
 pub const TAP_ABI: u32 = 2;
 
-/// What a bridge's marker starts with; ` key=KEY digest=HEX abi=N;` follows. Found by scanning the file, so that a
+/// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
 pub const MARKER_PREFIX: &str = "FLEXMODEL-BRIDGE";
 
@@ -66,8 +66,6 @@ pub struct TensorDesc {
     pub dtype: u8,
     /// Why it cannot be read; [`Refusal::None`] otherwise.
     pub refusal: Refusal,
-    /// The tensor takes part in autograd.
-    pub requires_grad: bool,
 }
 
 /// Why a tensor cannot be captured.

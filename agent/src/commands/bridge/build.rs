@@ -10,7 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use wire::bridge_sources::{ARCHIVE, FOLDER, Sources, is_source};
+use wire::{
+    bridge_marker::Marker,
+    bridge_sources::{ARCHIVE, FOLDER, Sources, is_source},
+};
 
 use super::{
     cache,
@@ -144,8 +147,7 @@ impl Job<'_> {
             "-fvisibility=hidden".into(),
             "-Wall".into(),
             format!("-D_GLIBCXX_USE_CXX11_ABI={}", self.torch.cxx11_abi).into(),
-            format!("-DFLEXMODEL_BRIDGE_KEY=\"{}\"", self.key).into(),
-            format!("-DFLEXMODEL_BRIDGE_DIGEST=\"{}\"", self.sources.digest).into(),
+            format!("-DFLEXMODEL_BRIDGE_MARKER=\"{}\"", Marker::new(self.key, &self.sources.digest)).into(),
             flag("-I", &self.sources.folder.join("include")),
         ];
         // torch's headers are not ours to warn about.
