@@ -1,4 +1,4 @@
-"""Inputs that are easily broken: linked and huge structures, tensors of a class or with attributes; raising forwards."""
+"""Inputs easily broken: linked and huge structures, tensors of a class or with attributes; raising forwards."""
 
 import contextlib
 import gc
