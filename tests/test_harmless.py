@@ -39,8 +39,8 @@ def _variants(tmp_path: pathlib.Path, others: dict[str, pathlib.Path]) -> dict[s
         "no-agent-named": harness.environment(**preload, FLEXMODEL_HOOKS=HOOKS),
         "bad-agent": harness.environment(**preload, FLEXMODEL_HOOKS=HOOKS, FLEXMODEL_AGENT="tcp:1"),
         "bad-hooks": harness.preloaded("a:b:c@@|", absent),
-        "other-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(others.get("torch"))),
-        "other-sources": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(others.get("sources"))),
+        "other-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(others.get("torch", absent))),
+        "other-sources": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(others.get("sources", absent))),
         "no-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(tmp_path / "none.so")),
         "not-a-bridge": harness.preloaded(HOOKS, absent, FLEXMODEL_BRIDGE=str(harness.LIBRARY)),
         "panic-in-load": harness.preloaded(HOOKS, absent, FLEXMODEL_TEST_FAULT="panic-in-load"),
@@ -197,7 +197,7 @@ def test_libraries_that_dlopen_by_their_own_runpath_still_load(tmp_path):
     ]
     for line in build:
         subprocess.run(line.split(), cwd=tmp_path, check=True)
-    for env in (harness.environment(), *_variants(tmp_path, tmp_path / "none").values()):
+    for env in (harness.environment(), *_variants(tmp_path, {}).values()):
         assert harness.run([str(tmp_path / "main")], env).expect(0).out == "42\n"
 
 

@@ -58,9 +58,10 @@ PyObject* py_select(PyObject*, PyObject* args) {
   return out.release();
 }
 
-PyObject* py_scope(PyObject*, PyObject* serial) {
-  const unsigned long long number = PyLong_AsUnsignedLongLong(serial);
-  return PyErr_Occurred() != nullptr ? nullptr : into_python([&] { return make_scope(number); });
+PyObject* py_scope(PyObject*, PyObject* args) {
+  unsigned long long serial = 0, part = 0;
+  if (PyArg_ParseTuple(args, "KK", &serial, &part) == 0) return nullptr;
+  return into_python([&] { return make_scope(serial, part); });
 }
 
 PyObject* py_forget(PyObject*, PyObject* serial) {
@@ -95,7 +96,7 @@ PyObject* py_finish(PyObject*, PyObject*) {
 
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
-    {"scope", py_scope, METH_O, "Hooks that mark a model's outermost forward."},
+    {"scope", py_scope, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
     {"forget", py_forget, METH_O, "A model is no more."},
     {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
     {"stepped", plain<stepped>, METH_NOARGS, "An optimizer stepped."},

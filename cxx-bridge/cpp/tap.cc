@@ -48,7 +48,7 @@ struct Hook {
   PyObject_HEAD
   vectorcallfunc vectorcall;
   std::shared_ptr<Shared>* shared;
-  uint64_t serial;
+  uint64_t serial, part;
 };
 
 PyObject* none() { Py_RETURN_NONE; }
@@ -275,7 +275,8 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
 PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
   if (PyVectorcall_NARGS(nargsf) != 3) return none();
   return guarded([&]() -> Ref {
-    scope(reinterpret_cast<Hook*>(self)->serial, true, firing(args[0], args[1], args[2], true));
+    auto& hook = *reinterpret_cast<Hook*>(self);
+    scope(hook.serial, hook.part, true, firing(args[0], args[1], args[2], true));
     return Ref();
   });
 }
@@ -284,7 +285,8 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
 PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
   if (PyVectorcall_NARGS(nargsf) != 4) return none();
   return guarded([&]() -> Ref {
-    scope(reinterpret_cast<Hook*>(self)->serial, false, firing(args[0], nullptr, nullptr, false));
+    auto& hook = *reinterpret_cast<Hook*>(self);
+    scope(hook.serial, hook.part, false, firing(args[0], nullptr, nullptr, false));
     return Ref();
   });
 }
@@ -321,12 +323,13 @@ PyTypeObject hook_type = [] {
   return type;
 }();
 
-Ref make(vectorcallfunc function, std::shared_ptr<Shared> shared, uint64_t serial) {
+Ref make(vectorcallfunc function, std::shared_ptr<Shared> shared, uint64_t serial = 0, uint64_t part = 0) {
   auto* hook = PyObject_New(Hook, &hook_type);
   if (hook == nullptr) throw PyError{};
   hook->vectorcall = function;
   hook->shared = shared ? new std::shared_ptr<Shared>(std::move(shared)) : nullptr;
   hook->serial = serial;
+  hook->part = part;
   return Ref(reinterpret_cast<PyObject*>(hook));
 }
 
@@ -338,14 +341,14 @@ PyObject* make_tap(uint32_t tap, uint32_t kinds) {
   auto shared = std::make_shared<Shared>();
   shared->tap = tap;
   shared->pass = 0;
-  Ref first = (kinds & kBefore) != 0 ? make(before, shared, 0) : Ref::borrow(Py_None);
-  Ref second = make(after, shared, 0);
+  Ref first = (kinds & kBefore) != 0 ? make(before, shared) : Ref::borrow(Py_None);
+  Ref second = make(after, shared);
   return PyTuple_Pack(2, first.get(), second.get());
 }
 
-PyObject* make_scope(uint64_t serial) {
-  Ref first = make(enter, nullptr, serial);
-  Ref second = make(leave, nullptr, serial);
+PyObject* make_scope(uint64_t serial, uint64_t part) {
+  Ref first = make(enter, nullptr, serial, part);
+  Ref second = make(leave, nullptr, serial, part);
   return PyTuple_Pack(2, first.get(), second.get());
 }
 

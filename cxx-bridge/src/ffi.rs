@@ -73,7 +73,7 @@ pub mod bridge {
             world: u32,
         ) -> Vec<Selected>;
         fn resolved();
-        fn scope(serial: u64, enter: bool, firing: &Firing);
+        fn scope(serial: u64, part: u64, enter: bool, firing: &Firing);
         fn forget(serial: u64);
         fn stepped();
         fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;

@@ -75,10 +75,10 @@ pub fn resolved() {
     }
 }
 
-pub fn scope(serial: u64, enter: bool, firing: &Firing) {
+pub fn scope(serial: u64, part: u64, enter: bool, firing: &Firing) {
     if let Some(host) = host() {
         // SAFETY: the firing lives through the call.
-        unsafe { (host.scope)(serial, enter, &firing.into()) };
+        unsafe { (host.scope)(serial, part, enter, &firing.into()) };
     }
 }
 

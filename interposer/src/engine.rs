@@ -242,11 +242,10 @@ impl Engine {
         }
     }
 
-    /// The forward of a model, or of a part of it that holds tapped modules, begins or ends. The low half of `scope` is
-    /// the serial of the model, the high half the part: 0 for the model itself.
-    pub fn scope(&mut self, scope: u64, enter: bool, firing: &Firing) {
-        let Some(model) = self.models.get_mut(&(scope & u64::from(u32::MAX))) else { return };
-        let caller = match (scope >> 32) as u32 {
+    /// The forward of a model, or of a part of it that holds tapped modules, begins or ends. Part 0 is the model itself.
+    pub fn scope(&mut self, serial: u64, part: u64, enter: bool, firing: &Firing) {
+        let Some(model) = self.models.get_mut(&serial) else { return };
+        let caller = match part {
             0 => Caller::Model,
             part => Caller::Part(part),
         };

@@ -65,9 +65,9 @@ unsafe extern "C" fn resolved() {
     boundary(|| engine::with(engine::Engine::resolved));
 }
 
-unsafe extern "C" fn scope(serial: u64, enter: bool, firing: *const Firing) {
+unsafe extern "C" fn scope(serial: u64, part: u64, enter: bool, firing: *const Firing) {
     // SAFETY: the bridge passes a firing that lives through the call.
-    boundary(|| engine::with(|e| e.scope(serial, enter, unsafe { &*firing })));
+    boundary(|| engine::with(|e| e.scope(serial, part, enter, unsafe { &*firing })));
 }
 
 unsafe extern "C" fn forget(serial: u64) {

@@ -3,8 +3,8 @@
 //! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between.
 //! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training and
 //!   evaluation. Where a script calls submodules directly, a pass ends when one of them is called again.
-//! - *Outermost* is told by scopes: the model and every module that holds a tapped one say when their forwards begin
-//!   and end. An end may be missing (the forward raised). A call that is under way stands further up its thread's stack
+//! - *Outermost* is told by scopes: the model says when its forward begins and ends; where its parts are called
+//!   directly, so does every module that holds a tapped one. An end may be missing (the forward raised). A call that is under way stands further up its thread's stack
 //!   than one that begins inside of it, so what does not is over.
 //! - A *call* counts a module's calls within a microbatch.
 //! - A *replay* is a forward inside a backward pass: activation checkpointing. It is no pass of its own. Where the
@@ -56,7 +56,7 @@ pub enum Caller {
     /// The model itself.
     Model,
     /// A part that holds tapped modules.
-    Part(u32),
+    Part(u64),
     /// A tapped module that holds none.
     Tap(u32),
 }

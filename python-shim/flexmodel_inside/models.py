@@ -1,8 +1,8 @@
 """Finds models when they are first called, and taps them.
 
 While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, puts the
-original back, and goes on. From then on a module pays nothing if it was not selected and holds none that was, until a
-module is constructed, wrapped or copied.
+original back, and goes on. From then on a module that nobody selected pays nothing, until a module is constructed,
+wrapped or copied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import guarded, imports
 from .family import Family, drop_copied_hooks, drop_hook, is_copied
-from .naming import authored, authored_class, held_by, holders, is_scripted, named, own
+from .naming import authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
 from .ranks import rank_and_world, sign, started_by_rank
 from .wrappers import is_data_parallel, orders, wrapper_name
 
@@ -90,13 +90,13 @@ class Models:
             member(called)
             tops = {member(authored(top)).serial: top for top in self._family.tops()}
             for serial in sorted(tops):
-                self._tap(tops[serial], tops.keys(), *rank)
+                self._tap(tops[serial], tops.keys(), called, *rank)
             self._bridge.resolved()
         finally:
             self._looking = False
 
-    def _tap(self, top: nn.Module, models: Set[int], rank: int, world: int) -> None:
-        """Taps what is selected of a model; `models` are the serials of all."""
+    def _tap(self, top: nn.Module, models: Set[int], called: nn.Module, rank: int, world: int) -> None:
+        """Taps what is selected of a model; `models` are the serials of all. `called` is what the job calls now."""
         if is_scripted(top):
             self._tell_scripted("a model")
             return
@@ -118,14 +118,16 @@ class Models:
         sign(world)
         known.model = True
         tapped = [modules[index][1] for index, _ in found]
+        scopes = [model]
+        if is_called_in_parts(model, called):
+            scopes += holders([module for _, module in modules], tapped)
         # A scope begins before its module's own taps fire, and ends after them.
         ends = []
-        for module in [model, *holders([module for _, module in modules], tapped)]:
+        for module in scopes:
             known = self._family.member(module)
             if serial not in known.scoped:
                 known.scoped.add(serial)
-                part = 0 if module is model else known.serial + 1
-                begin, end = self._bridge.scope(serial | part << 32)
+                begin, end = self._bridge.scope(serial, 0 if module is model else known.serial + 1)
                 self._before(module, begin)
                 ends.append((module, end))
         for index, (before, after) in found:

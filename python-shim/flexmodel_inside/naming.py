@@ -102,6 +102,15 @@ def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         stack.extend(reversed(children))
 
 
+def is_called_in_parts(model: nn.Module, called: nn.Module) -> bool:
+    """Whether the job calls modules inside of `model` rather than the model: it has no forward, or is not the one that
+    is `called` now though it holds it."""
+    called = authored(called)
+    if type(model).forward is nn.Module.forward:
+        return True
+    return called is not model and any(module is called for _, module in named(model))
+
+
 def holders(modules: list[nn.Module], wanted: list[nn.Module]) -> list[nn.Module]:
     """Those of a model's `modules` that have one of `wanted` anywhere below them."""
     parents: dict[int, list[nn.Module]] = {}

@@ -264,8 +264,9 @@ pub struct HostTable {
     pub select: unsafe extern "C" fn(*const ModelDesc<'_>, Rank, *mut Selected, usize) -> usize,
     /// The shim looked at every model it knows: report selectors without a match.
     pub resolved: unsafe extern "C" fn(),
-    /// The model with this serial begins (`true`) or ends an outermost call.
-    pub scope: unsafe extern "C" fn(serial: u64, enter: bool, firing: *const Firing),
+    /// The forward of the model with this serial, or of a part of it that holds tapped modules, begins (`true`) or ends.
+    /// `part` tells the parts of a model apart; 0 is the model itself.
+    pub scope: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing),
     /// The model with this serial is no more.
     pub forget: unsafe extern "C" fn(serial: u64),
     /// An optimizer stepped.

@@ -13,7 +13,7 @@ bool ready_types();
 // (before, after) hooks of a tap; `before` is None where the tap needs only its output. New reference.
 PyObject* make_tap(uint32_t tap, uint32_t kinds);
 
-// (before, after) hooks that mark a model's outermost forward. New reference.
-PyObject* make_scope(uint64_t serial);
+// (before, after) hooks that mark the forward of a model (part 0), or of a part of it. New reference.
+PyObject* make_scope(uint64_t serial, uint64_t part);
 
 }  // namespace flexmodel
