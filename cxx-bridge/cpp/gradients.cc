@@ -2,36 +2,70 @@
 #include "flexmodel/gradients.h"
 
 #include <ATen/ops/alias.h>
+#include <ATen/ops/as_strided.h>
 #include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
-#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/tensor.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
+#include <unordered_map>
 #include <utility>
 
 namespace flexmodel {
 namespace {
 
+using torch::autograd::Node;
+using torch::autograd::variable_list;
+
 rust::Str view(const std::string& text) { return rust::Str(text.data(), text.size()); }
 
 bool scales(const at::Tensor& tensor) { return tensor.is_floating_point() || tensor.is_complex(); }
 
-// On the node that computed a tensor: sees the tensor's gradient before the node does. Not by `register_hook`, whose
-// hooks compiled autograd refuses.
-class Receiver final : public torch::autograd::FunctionPreHook {
- public:
-  Receiver(const Call& call, Kind kind, std::string path, uint32_t number)
-      : call_(call), kind_(kind), path_(std::move(path)), number_(number) {}
+// The gradient of one tensor that is wanted. It comes to the node that computed the tensor; where the tensor is a view
+// and is changed in place later, autograd sends it past that node, as part of the gradient of the view's base.
+struct Wanted {
+  Call call;
+  Kind kind;
+  std::string path;
+  bool alone;
+  // Tells a change in place. Shared by a base and its views.
+  c10::VariableVersion version;
+  uint32_t before;
+  // The view in its base.
+  std::vector<int64_t> sizes, strides;
+  int64_t offset;
+  const Node* node;
+  std::atomic<uint32_t> repeat = 0;
 
-  torch::autograd::variable_list operator()(const torch::autograd::variable_list& gradients) override {
-    torch::autograd::variable_list out = gradients;
+  bool changed() const { return version.current_version() != before; }
+
+  // Records `gradient` and returns what takes its place; undefined: the same.
+  at::Tensor take(const at::Tensor& gradient, bool told) {
+    if ((call.capture & bit(kind)) != 0) {
+      capture(call, kind, path, repeat++, gradient, nullptr, told ? Refusal::None : Refusal::SharedInput);
+    }
+    return edited(call, kind, path, gradient);
+  }
+};
+
+// Sees a gradient before the node does. Not by `register_hook`: compiled autograd refuses its hooks.
+class Receiver : public torch::autograd::FunctionPreHook {
+ public:
+  Receiver(std::shared_ptr<Wanted> wanted, uint32_t number) : wanted_(std::move(wanted)), number_(number) {}
+
+  variable_list operator()(const variable_list& gradients) override {
+    variable_list out = gradients;
     if (number_ < out.size() && out[number_].defined()) {
       guarded_gradient([&] {
-        if ((call_.capture & bit(kind_)) != 0) capture(call_, kind_, path_, repeat_++, out[number_], nullptr);
-        at::Tensor now = edited(call_, kind_, path_, out[number_]);
+        at::Tensor now = received(out[number_]);
         if (now.defined()) out[number_] = std::move(now);
       });
     }
@@ -40,12 +74,61 @@ class Receiver final : public torch::autograd::FunctionPreHook {
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { tell_of_compiled_autograd(); }
 
- private:
-  const Call call_;
-  const Kind kind_;
-  const std::string path_;
+ protected:
+  virtual at::Tensor received(const at::Tensor& gradient) = 0;
+
+  const std::shared_ptr<Wanted> wanted_;
   const uint32_t number_;
-  std::atomic<uint32_t> repeat_ = 0;
+};
+
+// On the node that computed the tensor.
+class OnTensor final : public Receiver {
+ public:
+  OnTensor(std::shared_ptr<Wanted> wanted, uint32_t number, bool has_base)
+      : Receiver(std::move(wanted), number), has_base_(has_base) {}
+
+ private:
+  at::Tensor received(const at::Tensor& gradient) override {
+    if (has_base_ && wanted_->changed()) return {};
+    return wanted_->take(gradient, !wanted_->alone || uses() == 1);
+  }
+
+  size_t uses() const {
+    const auto all = consumers(wanted_->node);
+    return std::count_if(all.begin(), all.end(), [this](const Consumer& c) { return c.input_nr == number_; });
+  }
+
+  const bool has_base_;
+};
+
+// On the node that computed the base of a view.
+class OnBase final : public Receiver {
+ public:
+  OnBase(std::shared_ptr<Wanted> wanted, uint32_t number, const Node* base)
+      : Receiver(std::move(wanted), number), base_(base) {}
+
+ private:
+  at::Tensor received(const at::Tensor& gradient) override {
+    if (!wanted_->changed()) return {};
+    if (refusal_of(gradient, nullptr) != Refusal::None) return wanted_->take(gradient, false);
+    at::Tensor whole = gradient.contiguous();
+    const at::Tensor part = at::as_strided(whole, wanted_->sizes, wanted_->strides, wanted_->offset);
+    const at::Tensor now = wanted_->take(part, is_all());
+    if (!now.defined()) return {};
+    whole = whole.clone();
+    at::as_strided(whole, wanted_->sizes, wanted_->strides, wanted_->offset).copy_(now);
+    return whole;
+  }
+
+  // Whether the base is used for nothing but the view, and what was written over it.
+  bool is_all() const {
+    const auto all = consumers(base_);
+    const auto written = [](const Consumer& c) { return dynamic_cast<const torch::autograd::CopySlices*>(c.node) != nullptr; };
+    const auto other = [&](const Consumer& c) { return c.input_nr == number_ && c.node != wanted_->node && !written(c); };
+    return std::none_of(all.begin(), all.end(), other) && (!wanted_->alone || all.size() == 1);
+  }
+
+  const Node* const base_;
 };
 
 }  // namespace
@@ -54,7 +137,7 @@ void capture(const Call& call, Kind kind, const std::string& path, uint32_t repe
              const char* python_type, Refusal because) {
   Refusal refusal = refusal_of(tensor, python_type);
   if (refusal == Refusal::None) refusal = because;
-  const bool readable = refusal == Refusal::None || refusal == Refusal::SharedInput;
+  const bool readable = refusal == Refusal::None || refusal == because;
   const c10::IntArrayRef sizes = readable || refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
   Leaf leaf{};
   leaf.dtype = dtype_code(tensor.scalar_type());
@@ -74,13 +157,52 @@ at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at
 
 at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }
 
-void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor) {
-  tensor.grad_fn()->add_tensor_pre_hook(std::make_unique<Receiver>(call, kind, path, tensor.output_nr()));
+void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, bool alone) {
+  const auto& node = tensor.grad_fn();
+  const bool has_base = tensor.is_view() && tensor._base().grad_fn().get() != nullptr && tensor._base().is_contiguous();
+  const auto& version = torch::autograd::impl::version_counter(tensor);
+  const std::shared_ptr<Wanted> wanted(new Wanted{call, kind, path, alone, version, version.current_version(),
+                                                  tensor.sizes().vec(), tensor.strides().vec(), 0, node.get()});
+  node->add_tensor_pre_hook(std::make_unique<OnTensor>(wanted, tensor.output_nr(), has_base));
+  if (!has_base) return;
+  const auto& base = tensor._base();
+  wanted->offset = tensor.storage_offset() - base.storage_offset();
+  base.grad_fn()->add_tensor_pre_hook(std::make_unique<OnBase>(wanted, base.output_nr(), base.grad_fn().get()));
+}
+
+std::vector<Consumer> consumers(const Node* of) {
+  // Of all nodes in one backward pass.
+  static std::mutex mutex;
+  static int task = -1;
+  static std::unordered_map<const Node*, std::vector<Consumer>> known;
+  const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
+  if (nodes == nullptr) return {};
+  const std::lock_guard<std::mutex> guard(mutex);
+  if (const int now = torch::autograd::get_current_graph_task_id(); task != now) {
+    task = now;
+    known.clear();
+    for (const Node* node : *nodes) {
+      for (const auto& edge : node->next_edges()) {
+        if (edge.is_valid()) known[edge.function.get()].push_back({node, edge.input_nr});
+      }
+    }
+    torch::autograd::Engine::get_default_engine().queue_callback([now] {
+      const std::lock_guard<std::mutex> at_the_end(mutex);
+      if (task == now) known.clear();
+    });
+  }
+  const auto found = known.find(of);
+  return found == known.end() ? std::vector<Consumer>() : found->second;
 }
 
 void tell_of_compiled_autograd() {
   static std::atomic<bool> told = false;
   if (!told.exchange(true)) notice("gradients in graphs that torch's compiled autograd makes are not captured");
+}
+
+std::string reason(const std::exception& error) {
+  const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
+  return of_torch == nullptr ? error.what() : of_torch->what_without_backtrace();
 }
 
 }  // namespace flexmodel

@@ -120,7 +120,7 @@ PyObject* guarded(Body body) {
     const char* words = text ? PyUnicode_AsUTF8(text.get()) : nullptr;
     fault(std::string("a tap failed: ") + (words == nullptr ? "a Python exception" : words));
   } catch (const std::exception& e) {
-    fault(std::string("a tap failed: ") + e.what());
+    fault("a tap failed: " + reason(e));
   } catch (...) {
     fault("a tap failed");
   }
@@ -244,7 +244,7 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
 PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
   if (PyVectorcall_NARGS(nargsf) != 4) return none();
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
-  const Uses uses = close(shared);
+  Uses uses = close(shared);
   return guarded([&]() -> Ref {
     Call call{};
     if (!fire(shared.tap, firing(args[0], args[1], args[2], false), call) && uses.empty()) return Ref();
@@ -254,12 +254,16 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
       const char* type = Py_TYPE(leaf)->tp_name;
       if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, tensor, type);
       at::Tensor now = edited(call, kForward, path, tensor);
-      if (!now.defined() && uses.include(tensor)) now = identity(tensor);
-      const at::Tensor& out = now.defined() ? now : tensor;
-      if (watches(call, kBackwardPre, path, out, type)) {
-        // A gradient edit must come after those of modules inside that return the same tensor; a leaf has no node.
-        if ((call.edit & bit(kBackwardPre)) != 0 || out.is_leaf()) now = identity(out);
-        watch_gradient(call, kBackwardPre, path, now.defined() ? now : tensor);
+      if (!now.defined()) now = uses.returned(tensor);
+      if (watches(call, kBackwardPre, path, now.defined() ? now : tensor, type)) {
+        // A gradient edit must come after those of modules inside that return the same tensor.
+        if ((call.edit & bit(kBackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
+        const at::Tensor& out = now.defined() ? now : tensor;
+        if (out.is_leaf()) {
+          capture(call, kBackwardPre, path, 0, out, type, Refusal::Returned);
+        } else {
+          watch_gradient(call, kBackwardPre, path, out);
+        }
       }
       outputs.push_back(now.defined() ? now : tensor);
       return now.defined() ? standing_for(leaf, std::move(now)) : Ref();

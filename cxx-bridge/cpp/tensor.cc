@@ -34,16 +34,6 @@ constexpr std::pair<uint8_t, ScalarType> kTypes[] = {
     {32, ScalarType::ComplexFloat},  {33, ScalarType::ComplexDouble},  {34, ScalarType::ComplexHalf},
 };
 
-// Our own operations are nobody's business: no autograd, no autocast, no dispatch mode of the job sees them.
-struct Unseen {
-  at::AutoDispatchBelowADInplaceOrView below;
-  c10::impl::ExcludeDispatchKeyGuard python{
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
-                           c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                           c10::DispatchKey::FuncTorchDynamicLayerBackMode}) |
-      c10::autocast_dispatch_keyset};
-};
-
 // The stream that copies leave a device on.
 c10::Stream copy_stream(const c10::impl::VirtualGuardImpl& guard, c10::Device device) {
   static std::mutex mutex;

@@ -2,8 +2,7 @@
 #include "flexmodel/uses.h"
 
 #include <ATen/SequenceNumber.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/add.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/real.h>
 #include <ATen/record_function.h>
 #include <c10/core/Event.h>
@@ -21,7 +20,6 @@
 #include <map>
 #include <mutex>
 #include <optional>
-#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
@@ -35,81 +33,50 @@ using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::variable_list;
 
-// A node that has some tensor as an edge.
-struct Consumer {
-  uint64_t number, thread;
-  uint32_t input_nr;
-};
-
-// The consumers of every node in the backward pass under way. Made once for each pass.
-std::vector<Consumer> consumers(const Node* of) {
-  static std::mutex mutex;
-  static int task = -1;
-  static std::unordered_map<const Node*, std::vector<Consumer>> known;
-  const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
-  if (nodes == nullptr) return {};
-  const std::lock_guard<std::mutex> guard(mutex);
-  if (const int now = torch::autograd::get_current_graph_task_id(); task != now) {
-    task = now;
-    known.clear();
-    for (const Node* node : *nodes) {
-      for (const Edge& edge : node->next_edges()) {
-        if (edge.is_valid()) known[edge.function.get()].push_back({node->sequence_nr(), node->thread_id(), edge.input_nr});
-      }
-    }
-    torch::autograd::Engine::get_default_engine().queue_callback([now] {
-      const std::lock_guard<std::mutex> at_the_end(mutex);
-      if (task == now) known.clear();
-    });
-  }
-  const auto found = known.find(of);
-  return found == known.end() ? std::vector<Consumer>() : found->second;
-}
-
-// Adds up what streams of a device compute.
+// Adds up what several nodes send, on whatever streams of a device.
 class Sum {
  public:
   void add(const at::Tensor& part) {
-    follow(part);
-    if (!value_.defined()) {
-      value_ = part;
-    } else if (owned_) {
-      value_.add_(part);
-    } else {
-      value_ = at::add(value_, part);
-      owned_ = true;
+    const Unseen unseen;
+    if (part.is_cpu()) {
+      accumulate(part);
+      return;
     }
-    if (!part.is_cpu()) {
-      c10::Event done(part.device().type());
-      done.record(c10::impl::VirtualGuardImpl(part.device().type()).getStream(part.device()));
-      done_.emplace(std::move(done));
+    const c10::impl::VirtualGuardImpl guard(part.device().type());
+    const c10::Stream now = guard.getStream(part.device());
+    if (done_ && part.device() == value_.device()) {
+      done_->block(now);
+      guard.recordDataPtrOnStream(value_.storage().data_ptr(), now);
     }
+    accumulate(part);
+    c10::Event done(part.device().type());
+    done.record(now);
+    done_.emplace(std::move(done));
   }
   const at::Tensor& value() const { return value_; }
 
  private:
-  // What was added before comes first, whichever stream it was on.
-  void follow(const at::Tensor& part) {
-    if (!done_ || !value_.defined() || part.device() != value_.device()) return;
-    const c10::impl::VirtualGuardImpl guard(part.device().type());
-    const c10::Stream now = guard.getStream(part.device());
-    done_->block(now);
-    guard.recordDataPtrOnStream(value_.storage().data_ptr(), now);
+  // What it is given is the engine's, which may add to it, or give it away.
+  void accumulate(const at::Tensor& part) {
+    if (value_.defined()) {
+      value_.add_(part);
+    } else {
+      value_ = part.clone();
+    }
   }
 
   at::Tensor value_;
-  bool owned_ = false;
   std::optional<c10::Event> done_;
 };
 
 // The gradient of one input through one call: collects what its nodes send, in every backward pass.
 class Gathering : public std::enable_shared_from_this<Gathering> {
  public:
-  Gathering(const Call& call, std::string path, const Edge& target, uint64_t first, uint32_t edges)
+  Gathering(const Call& call, std::string path, const Node* target, uint32_t number, uint64_t first, uint32_t edges)
       : call_(call),
         path_(std::move(path)),
-        target_(target.function.get()),
-        target_nr_(target.input_nr),
+        target_(target),
+        target_nr_(number),
         first_(first),
         last_(at::sequence_number::peek()),
         thread_(at::RecordFunction::currentThreadId()),
@@ -117,16 +84,21 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
 
   // A node sends `gradient`, which may be undefined, along one edge. Returns what it sends instead; undefined: the same.
   at::Tensor sent(at::Tensor gradient) {
-    if (gradient.defined()) gradient = as_received(std::move(gradient));
-    if ((call_.capture & bit(kBackward)) != 0) collect(gradient);
+    const Refusal refusal = gradient.defined() ? refusal_of(gradient, nullptr) : Refusal::None;
+    if (gradient.defined() && refusal == Refusal::None) gradient = as_received(std::move(gradient));
+    if ((call_.capture & bit(kBackward)) != 0) collect(gradient, refusal);
     return gradient.defined() ? edited(call_, kBackward, path_, gradient) : at::Tensor();
   }
 
  private:
   struct Pass {
     int task;
+    // Why what is collected is not the gradient.
+    Refusal because;
     uint32_t seen = 0;
     Sum sum;
+    // Described in its place if it cannot be summed.
+    at::Tensor any;
   };
 
   // As the engine's `validate_outputs` makes it, after post-hooks.
@@ -139,24 +111,25 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     return gradient.to(*type);
   }
 
-  void collect(const at::Tensor& gradient) {
+  void collect(const at::Tensor& gradient, Refusal refusal) {
+    if (edges_ == 1) {
+      if (gradient.defined()) deliver(gradient, is_all() ? refusal : Refusal::SharedInput);
+      return;
+    }
     const int task = torch::autograd::get_current_graph_task_id();
     std::optional<Pass> done;
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       auto pass = find(task);
       if (pass == passes_.end()) {
-        passes_.push_back({task});
+        passes_.push_back({task, is_all() ? Refusal::None : Refusal::SharedInput});
         pass = std::prev(passes_.end());
         // Some of the nodes may not be part of this backward pass.
-        if (edges_ > 1) {
-          torch::autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), task] { self->end(task); });
-        }
+        torch::autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), task] { self->end(task); });
       }
-      if (gradient.defined()) {
-        const at::NoGradGuard no_grad;
-        pass->sum.add(gradient.detach());
-      }
+      if (refusal != Refusal::None) pass->because = refusal;
+      if (gradient.defined() && pass->because == Refusal::None) pass->sum.add(gradient);
+      if (gradient.defined() && pass->because != Refusal::None) pass->any = gradient;
       if (++pass->seen == edges_) done = take(pass);
     }
     if (done) deliver(*done);
@@ -170,19 +143,22 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
       const auto pass = find(task);
       if (pass != passes_.end()) done = take(pass);
     }
-    if (done) deliver(*done);
+    guarded_gradient([&] {
+      if (done) deliver(*done);
+    });
   }
 
-  void deliver(const Pass& pass) {
-    if (!pass.sum.value().defined() || !active()) return;
-    const Refusal because = is_all() ? Refusal::None : Refusal::SharedInput;
-    capture(call_, kBackward, path_, repeat_++, pass.sum.value(), nullptr, because);
+  void deliver(const Pass& pass) { deliver(pass.any.defined() ? pass.any : pass.sum.value(), pass.because); }
+
+  void deliver(const at::Tensor& gradient, Refusal because) {
+    if (gradient.defined()) capture(call_, kBackward, path_, repeat_++, gradient, nullptr, because);
   }
 
   // Whether the call made no other node that uses the input: for something it keeps, say, and does not return.
   bool is_all() const {
     const auto of_call = [this](const Consumer& c) {
-      return c.input_nr == target_nr_ && c.thread == thread_ && c.number >= first_ && c.number < last_;
+      const uint64_t number = c.node->sequence_nr();
+      return c.input_nr == target_nr_ && c.node->thread_id() == thread_ && number >= first_ && number < last_;
     };
     const std::vector<Consumer> all = consumers(target_);
     return static_cast<uint64_t>(std::count_if(all.begin(), all.end(), of_call)) <= edges_;
@@ -236,38 +212,63 @@ class Sender final : public torch::autograd::FunctionPostHook {
 }  // namespace
 
 void Uses::add(const Call& call, const std::string& path, const at::Tensor& input) {
-  const Edge edge = torch::autograd::impl::gradient_edge(input);
+  const auto& node = input.grad_fn();
+  const auto device = input.device().type();
+  if (node.get() == nullptr && at::autocast::is_autocast_enabled(device) && at::autocast::is_autocast_cache_enabled()) {
+    // Its cast belongs to the call that needs it first, and others use it too.
+    if ((call.capture & bit(kBackward)) != 0) capture(call, kBackward, path, 0, input, nullptr, Refusal::SharedInput);
+    return;
+  }
   if (inputs_.empty()) first_ = at::sequence_number::peek();
-  inputs_.push_back({call, path, c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>(input.getIntrusivePtr()),
-                     input.is_leaf() ? std::weak_ptr<Node>() : edge.function, edge.input_nr, input._version()});
+  inputs_.push_back({call, path, decltype(Input::tensor)(input.getIntrusivePtr()), node.get(), input.output_nr(),
+                     input._version(), false});
 }
 
-Edge Uses::Input::edge() const {
-  if (auto alive = node.lock()) return {std::move(alive), number};
-  const at::Tensor input(tensor.lock());
-  // A leaf's accumulator lives by its uses.
-  return input.defined() && input.is_leaf() && input.requires_grad() ? torch::autograd::impl::gradient_edge(input) : Edge();
-}
-
-bool Uses::include(const at::Tensor& output) const {
-  if (inputs_.empty() || !output.requires_grad()) return false;
-  const Edge edge = torch::autograd::impl::gradient_edge(output);
-  return std::any_of(inputs_.begin(), inputs_.end(), [&](const Input& input) { return input.edge() == edge; });
+at::Tensor Uses::returned(const at::Tensor& output) {
+  const auto is_it = [&](const Input& input) {
+    return input.node == nullptr ? input.tensor.lock().get() == output.unsafeGetTensorImpl()
+                                 : output.grad_fn().get() == input.node && output.output_nr() == input.number;
+  };
+  const auto input = std::find_if(inputs_.begin(), inputs_.end(), is_it);
+  if (input == inputs_.end() || !output.requires_grad()) return {};
+  if ((input->call.edit & bit(kBackward)) != 0) return identity(output);
+  if (input->done) return {};
+  input->done = true;
+  if (output.is_leaf()) {
+    capture(input->call, kBackward, input->path, 0, output, nullptr, Refusal::Returned);
+  } else {
+    watch_gradient(input->call, kBackward, input->path, output, /*alone=*/true);
+  }
+  return {};
 }
 
 void Uses::hook(const std::vector<at::Tensor>& outputs) const {
   if (inputs_.empty()) return;
-  std::vector<Edge> targets;
-  for (const Input& input : inputs_) targets.push_back(input.edge());
   const uint64_t thread = at::RecordFunction::currentThreadId();
-  // Made by the call. Numbers of other threads tell nothing.
-  const auto is_new = [&](const Node& node) { return node.thread_id() != thread || node.sequence_nr() >= first_; };
+  const auto is_new = [&](const Node& node) {
+    return node.thread_id() == thread && node.sequence_nr() >= first_ && node.sequence_nr() != UINT64_MAX;
+  };
+  // Where gradients of inputs go. A leaf's accumulator lives by its uses; another node may have been given a dead one's
+  // place in memory, but would be new.
+  std::vector<const Node*> targets;
+  for (const Input& input : inputs_) {
+    const at::Tensor leaf(input.node == nullptr ? input.tensor.lock() : decltype(input.tensor.lock())());
+    const bool is_leaf = leaf.defined() && leaf.is_leaf() && leaf.requires_grad();
+    targets.push_back(is_leaf ? torch::autograd::impl::gradient_edge(leaf).function.get() : input.node);
+  }
+  const auto input_at = [&](const Edge& edge) {
+    size_t at = 0;
+    while (at < targets.size() && !(targets[at] == edge.function.get() && inputs_[at].number == edge.input_nr)) ++at;
+    return is_new(*edge.function) ? targets.size() : at;
+  };
   std::unordered_set<Node*> seen;
   std::vector<Node*> left;
   const auto visit = [&](Node* node) {
-    if (node != nullptr && is_new(*node) && seen.insert(node).second) left.push_back(node);
+    if (is_new(*node) && seen.insert(node).second) left.push_back(node);
   };
-  for (const at::Tensor& output : outputs) visit(output.grad_fn().get());
+  for (const at::Tensor& output : outputs) {
+    if (output.grad_fn().get() != nullptr) visit(output.grad_fn().get());
+  }
   // By input: its nodes, and which of their edges.
   std::vector<std::map<Node*, std::vector<uint32_t>>> users(inputs_.size());
   while (!left.empty()) {
@@ -275,27 +276,28 @@ void Uses::hook(const std::vector<at::Tensor>& outputs) const {
     left.pop_back();
     for (uint32_t number = 0; number < node->num_outputs(); ++number) {
       const Edge& edge = node->next_edge(number);
-      const auto target = std::find(targets.begin(), targets.end(), edge);
-      if (!edge.is_valid() || target == targets.end()) {
+      if (!edge.is_valid()) continue;
+      const size_t at = input_at(edge);
+      if (at == targets.size()) {
         visit(edge.function.get());
       } else {
-        users[target - targets.begin()][node].push_back(number);
+        users[at][node].push_back(number);
       }
     }
   }
   for (size_t i = 0; i < inputs_.size(); ++i) {
     const Input& input = inputs_[i];
-    uint32_t edges = 0;
-    for (const auto& [node, numbers] : users[i]) edges += numbers.size();
-    if (edges == 0) {
-      const at::Tensor tensor(input.tensor.lock());
-      // A view that is changed in place has its gradient in that of its base.
-      if ((input.call.capture & bit(kBackward)) != 0 && tensor.defined() && tensor._version() != input.version) {
+    if (input.done) continue;
+    const at::Tensor tensor(input.tensor.lock());
+    if (tensor.defined() && tensor.is_view() && tensor._version() != input.version) {
+      if ((input.call.capture & bit(kBackward)) != 0) {
         capture(input.call, kBackward, input.path, 0, tensor, nullptr, Refusal::SharedInput);
       }
       continue;
     }
-    const auto gathering = std::make_shared<Gathering>(input.call, input.path, targets[i], first_, edges);
+    uint32_t edges = 0;
+    for (const auto& [node, numbers] : users[i]) edges += numbers.size();
+    const auto gathering = std::make_shared<Gathering>(input.call, input.path, targets[i], input.number, first_, edges);
     for (auto& [node, numbers] : users[i]) node->add_post_hook(std::make_unique<Sender>(gathering, std::move(numbers)));
   }
 }

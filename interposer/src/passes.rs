@@ -142,7 +142,9 @@ impl Passes {
             self.step = step;
             self.counted = [0, 0];
         }
-        if new_step || firing.train != self.train && caller == Caller::Model || self.called.contains(&caller) {
+        // What a part does before or after the model's own forward is a pass of its own.
+        let whole = caller == Caller::Model || self.called.contains(&Caller::Model);
+        if new_step || whole || self.called.contains(&caller) {
             self.called.clear();
             self.train = firing.train;
             let [eval, train] = &mut self.counted;
@@ -157,6 +159,7 @@ impl Passes {
             }
         }
         self.called.insert(caller);
+        self.grad_enabled |= firing.grad_enabled;
     }
 
     /// The first sizes of the pass's first input, as in [`Firing::first`].
@@ -170,7 +173,8 @@ impl Passes {
 pub struct Calls {
     pass: u64,
     next: u32,
-    open: Vec<Option<Call>>,
+    /// Calls under way, and the threads that they are on.
+    open: Vec<(usize, Option<Call>)>,
     awaiting: VecDeque<Call>,
 }
 
@@ -186,10 +190,12 @@ impl Calls {
         wants_gradients: bool,
         firing: &Firing,
     ) -> Option<Call> {
+        let thread = Place::here(&paired).thread;
         if paired
             && !firing.pre
-            && let Some(call) = self.open.pop()
+            && let Some(last) = self.open.iter().rposition(|(t, _)| *t == thread)
         {
+            let (_, call) = self.open.remove(last);
             if let Some(call) = call {
                 self.await_replay(passes, wants_gradients, firing, call);
             }
@@ -200,7 +206,7 @@ impl Calls {
             if self.open.len() >= MAX_OPEN {
                 self.open.remove(0);
             }
-            self.open.push(call);
+            self.open.push((thread, call));
         } else if let Some(call) = call {
             self.await_replay(passes, wants_gradients, firing, call);
         }
@@ -359,9 +365,36 @@ mod tests {
             // No exit. The next call comes from the same place.
         }
         w.enter(Caller::Part(0), 1);
-        assert_eq!(w.fire(0, train()), Some((0, 2, 1)));
+        assert_eq!(w.fire(0, train()), Some((0, 3, 0)));
         w.exit(Caller::Part(0), 1);
         assert!(w.passes.scopes.is_empty());
+    }
+
+    #[test]
+    fn a_part_called_beside_the_model_is_in_a_pass_of_its_own() {
+        let mut w = World::new();
+        let no_grad = Firing { grad_enabled: false, ..train() };
+        w.passes.enter(&mut w.clock, Caller::Part(0), at(0), &no_grad);
+        assert_eq!(w.fire(0, no_grad), Some((0, 0, 0)));
+        w.exit(Caller::Part(0), 0);
+        assert_eq!(w.pass(train()), [(0, 1, 0), (0, 1, 0)]);
+        assert!(w.passes.grad_enabled);
+        w.enter(Caller::Part(0), 0);
+        assert_eq!(w.fire(0, train()), Some((0, 2, 0)));
+        w.exit(Caller::Part(0), 0);
+    }
+
+    #[test]
+    fn calls_on_several_threads_keep_their_own() {
+        let mut w = World::new();
+        w.enter(Caller::Model, 0);
+        let World { clock, passes, taps: [tap, _] } = &mut w;
+        let mut fire = |pre| tap.place(passes, clock, 0, true, false, &Firing { pre, ..train() }).unwrap().call;
+        assert_eq!(fire(true), 0);
+        std::thread::scope(|scope| {
+            assert_eq!(scope.spawn(|| fire(true)).join().unwrap(), 1);
+        });
+        assert_eq!(fire(false), 0);
     }
 
     #[test]

@@ -91,6 +91,25 @@ class Changes(nn.Module):
         return y + total
 
 
+class Adds(nn.Module):
+    """Returns what it was given, with more in it."""
+
+    def forward(self, data):
+        data["sum"] = data["x"] + data["leaf"]
+        return data
+
+
+class Holds(nn.Module):
+    """Returns its parameter."""
+
+    def __init__(self, exact):
+        super().__init__()
+        self.weight = weight(exact)
+
+    def forward(self):
+        return self.weight
+
+
 class Leaf(nn.Module):
     def forward(self, x):
         assert x.is_leaf and x is LEAF
@@ -107,6 +126,11 @@ class Uses(nn.Module):
         self.square = Square()
         self.halves = Halves(exact)
         self.same = nn.Identity()
+        self.once = nn.Identity()
+        self.rows = nn.Linear(WIDTH, WIDTH, dtype=torch.double)
+        self.rows.weight, self.rows.bias = weight(exact), nn.Parameter(torch.zeros(WIDTH, dtype=torch.double))
+        self.adds = Adds()
+        self.holds = Holds(exact)
         self.keeps = Keeps()
         self.wide = Wide()
         self.changes = Changes()
@@ -119,7 +143,14 @@ class Uses(nn.Module):
         y = memory * 1
         for layer in self.layers:
             y = y + layer(memory)  # as a decoder's layers read the encoder's output
-        y = y + self.same(memory) * memory + self.square(memory)
+        z = self.same(memory)
+        y = y + memory * z + z + self.square(memory) + self.once(memory * 3)
+        rows = self.rows(memory[None])  # a view, changed in place after it was returned
+        rows *= 5
+        data = {"x": memory, "leaf": leaf}
+        assert self.adds(data) is data and data["x"] is memory and data["leaf"] is leaf
+        assert self.holds() is self.holds.weight
+        y = y + rows[0] + data["sum"] + self.holds()[:4]
         y = y + self.halves(memory)[0] + self.keeps(memory) + self.wide(memory[:, :1])
         y = y + self.changes(memory + 0) + self.act(memory + 1)
         changed = memory + 2

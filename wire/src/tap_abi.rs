@@ -84,12 +84,13 @@ pub enum Refusal {
     Dtype = 8,
     Device = 9,
     SharedInput = 10,
+    Returned = 11,
 }
 
 impl Refusal {
     /// The refusal with this code; [`Refusal::Subclass`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
-        const ALL: [Refusal; 11] = [
+        const ALL: [Refusal; 12] = [
             Refusal::None,
             Refusal::Sparse,
             Refusal::Meta,
@@ -101,6 +102,7 @@ impl Refusal {
             Refusal::Dtype,
             Refusal::Device,
             Refusal::SharedInput,
+            Refusal::Returned,
         ];
         ALL.into_iter().find(|r| *r as u8 == code).unwrap_or(Refusal::Subclass)
     }
@@ -119,6 +121,7 @@ impl Refusal {
             Self::Dtype => "an element type FlexModel does not know",
             Self::Device => "a device that is neither CPU nor CUDA",
             Self::SharedInput => "an input whose gradient through this module alone cannot be told",
+            Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
         }
     }
 }

@@ -2,9 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/function.h>
 
+#include <cstdint>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "flexmodel/ffi.h"
 #include "flexmodel/tensor.h"
@@ -22,14 +25,28 @@ void capture(const Call& call, Kind kind, const std::string& path, uint32_t repe
 // `tensor` with its edit applied, differentiably; undefined if there is none.
 at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);
 
-// A node of its own in the graph, with the same storage: the gradient that passes it is that of this use alone.
+// A node of its own in the graph, with the same storage. It changes the order in which the job sums gradients, so only
+// edits may ask for it.
 at::Tensor identity(const at::Tensor& tensor);
 
-// Captures, then edits, the gradient of `tensor`, which is no leaf, whenever a backward pass computes it.
-void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);
+// Captures, then edits, the gradient of `tensor`, which is no leaf, whenever a backward pass computes it. `alone`: only if
+// the tensor has one use in all of the graph.
+void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, bool alone = false);
+
+// A node that has another as an edge.
+struct Consumer {
+  const torch::autograd::Node* node;
+  uint32_t input_nr;
+};
+
+// The consumers of `of` in the backward pass under way.
+std::vector<Consumer> consumers(const torch::autograd::Node* of);
 
 // Says once that compiled autograd leaves our hooks out.
 void tell_of_compiled_autograd();
+
+// What went wrong, in a line.
+std::string reason(const std::exception& error);
 
 // Runs what a gradient hook does, so that nothing of ours ever reaches the job.
 template <typename Body>
@@ -38,7 +55,7 @@ void guarded_gradient(Body body) {
   try {
     body();
   } catch (const std::exception& e) {
-    fault(std::string("a gradient hook failed: ") + e.what());
+    fault("a gradient hook failed: " + reason(e));
   } catch (...) {
     fault("a gradient hook failed");
   }

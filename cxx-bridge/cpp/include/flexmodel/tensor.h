@@ -1,8 +1,10 @@
 // Describing tensors and copying them out.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/Event.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cstdint>
 #include <memory>
@@ -28,6 +30,17 @@ enum class Refusal : uint8_t {
   Dtype = 8,
   Device = 9,
   SharedInput = 10,
+  Returned = 11,
+};
+
+// Our own operations are nobody's business: no autograd, no autocast, no dispatch mode of the job sees them.
+struct Unseen {
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard python{
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
+                           c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                           c10::DispatchKey::FuncTorchDynamicLayerBackMode}) |
+      c10::autocast_dispatch_keyset};
 };
 
 // A copy from a device that is under way. Owns what the copy reads.

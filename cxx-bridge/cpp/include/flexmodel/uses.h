@@ -8,10 +8,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/function.h>
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -25,10 +24,12 @@ class Uses {
   // Before the module's forward. `input` requires gradients.
   void add(const Call& call, const std::string& path, const at::Tensor& input);
   bool empty() const { return inputs_.empty(); }
-  // Whether `output` is one of the inputs as it was given: then its uses cannot be told from the input's others.
-  bool include(const at::Tensor& output) const;
-  // After it: hooks the nodes between `outputs` and the inputs. An input that was changed in a way that leaves no such
-  // node is counted as refused.
+  // The module returned `output`. If that is an input as it was given, its uses cannot be told from the input's others;
+  // then its gradient is taken if it has one use in all, or counted as refused. Returns what the module has to return
+  // instead: an edit needs a tensor of its own.
+  at::Tensor returned(const at::Tensor& output);
+  // After it: hooks the nodes between `outputs` and the inputs. The gradient of a view that was changed in place is
+  // counted as refused: it is in that of its base.
   void hook(const std::vector<at::Tensor>& outputs) const;
 
  private:
@@ -37,12 +38,12 @@ class Uses {
     std::string path;
     // A call that raises must not keep the job's tensors, nor its graph.
     c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
-    std::weak_ptr<torch::autograd::Node> node;
+    // The node that computed it, if it is alive; null for a leaf.
+    const torch::autograd::Node* node;
     uint32_t number;
     int64_t version;
-
-    // Where its gradient goes; nowhere if it is no more.
-    torch::autograd::Edge edge() const;
+    // Whether its gradient is taken care of.
+    bool done;
   };
   std::vector<Input> inputs_;
   // Number of the first node that this thread makes after the first input was added.
