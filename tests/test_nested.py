@@ -21,7 +21,7 @@ def test_what_a_rank_starts_is_no_rank_and_says_so(run_once, untapped_once):
     assert [(r.model, r.step, r.shape[0], len(r.parts)) for r in run.records] == [(0, s, 8, 2) for s in range(3)]
 
 
-@pytest.mark.parametrize(("how", "before"), [("spawn", 0), ("late", 1)])
+@pytest.mark.parametrize(("how", "before"), [("spawn", 0), ("late", 1), ("dry", 0)])
 def test_ranks_that_multiprocessing_starts_are_captured(how, before, run_once):
     outcome = run_once(harness.python("nested.py", how), HOOKS).expect(0)
     run = captures.expect_sound(outcome.run)

@@ -63,8 +63,9 @@ def test_a_stopped_agent_gets_the_rest_of_a_long_message_when_it_goes_on(tmp_pat
     assert len(run.records) == len(outcome.losses)
 
 
-def test_a_rank_that_tapped_before_it_knew_which_one_it_is_loses_nothing(tmp_path):
-    program = harness.python("late_rank.py", str(tmp_path / "meet"))
+@pytest.mark.parametrize("how", ["wrapped", "bare"])
+def test_a_rank_that_tapped_before_it_knew_which_one_it_is_loses_nothing(how, tmp_path):
+    program = harness.python("late_rank.py", str(tmp_path / "meet"), how)
     outcome = harness.tapped(program, "lm_head:forward", tmp_path / "x").expect(0)
     run = captures.expect_sound(outcome.run)
     assert run.info.world == 2

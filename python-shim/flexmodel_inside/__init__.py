@@ -29,10 +29,12 @@ def start(bridge: Any) -> None:
 
     def watch() -> None:
         from .models import Models
+        from .ranks import JOINING
 
         models = Models(bridge)
         models.watch()
         imports.when_imported(["torch._dynamo"], guarded(bridge, models.dynamo_is_here))
+        imports.when_imported(JOINING, guarded(bridge, models.distributed_is_here))
 
     imports.when_imported(["torch.nn.modules.module", "torch.optim.optimizer"], guarded(bridge, watch))
 

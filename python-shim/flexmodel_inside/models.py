@@ -2,7 +2,7 @@
 
 While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, puts the
 original back, and goes on. From then on a module that nobody selected pays nothing, until a module is constructed,
-wrapped or copied.
+wrapped or copied, or the process joins others as a rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import guarded, imports
 from .family import Family, drop_copied_hooks, drop_hook, is_copied
 from .naming import authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
-from .ranks import rank_and_world, sign, started_by_rank
+from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .wrappers import is_data_parallel, orders, wrapper_name
 
 
@@ -179,6 +179,10 @@ class Models:
                 if hook is not None:
                     getattr(module, kind)[number] = Traceable(hook)
                     module._forward_hooks_always_called.pop(number, None)
+
+    def distributed_is_here(self) -> None:
+        """Look again whenever this process has become a rank, or another one."""
+        tell_joined(guarded(self._bridge, self._arm))
 
     def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
         compiled: set[int] = set()

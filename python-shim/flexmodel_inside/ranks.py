@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 # wire::env::RANK_PROCESS.
 _RANK_PROCESS = "FLEXMODEL_RANK_PROCESS"
+
+# Where torch has the function by which a process becomes a rank.
+JOINING = ("torch.distributed", "torch.distributed.distributed_c10d", "torch.distributed.device_mesh")
 
 
 def rank_and_world() -> tuple[int, int] | None:
@@ -50,6 +56,21 @@ def started_by_rank(world: int) -> int | None:
         return None
     made_rank = os.environ.get("RANK", "") != its_rank or (multiprocessing.parent_process() is not None and _joined())
     return None if size == 1 and made_rank else pid
+
+
+def tell_joined(then: Callable[[], object]) -> None:
+    """Call `then` whenever this process has become a rank. The modules `JOINING` must be imported."""
+    original = sys.modules[JOINING[0]].init_process_group  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        then()
+        return result
+
+    for module in map(sys.modules.__getitem__, JOINING):
+        if getattr(module, "init_process_group", None) is original:
+            module.init_process_group = init_process_group  # type: ignore[attr-defined]
 
 
 def _joined() -> bool:

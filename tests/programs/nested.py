@@ -2,7 +2,8 @@
 
 evaluate  every rank of torchrun lets a process of its own evaluate another model;
 spawn     torch.multiprocessing starts two ranks;
-late      the same, by a process that ran the model before.
+late      the same, by a process that ran the model before;
+dry       the same, by one that did not, and each runs its model before it joins the other, and never wraps it.
 """
 
 import os
@@ -25,8 +26,8 @@ def evaluate() -> None:
         print("evaluated", float(model(tiny.batch(0, [4], 0)[0]).mean()).hex(), flush=True)
 
 
-def train() -> None:
-    model = DistributedDataParallel(tiny.build())
+def train(model: torch.nn.Module | None = None) -> None:
+    model = model or DistributedDataParallel(tiny.build())
     parallel.train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
     if "evaluate" in sys.argv:
         # Through a shell, as scripts do.
@@ -37,9 +38,13 @@ def train() -> None:
         parallel.train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1)
 
 
-def rank(number: int, meet: str) -> None:
+def rank(number: int, meet: str, how: str) -> None:
+    model = tiny.build() if how == "dry" else None
+    if model is not None:
+        with torch.no_grad():
+            model(tiny.batch(0, [4, 4], number)[0])
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=number, world_size=2)
-    parallel.launch(train)
+    parallel.launch(train, model)
 
 
 if __name__ == "__main__":
@@ -52,4 +57,4 @@ if __name__ == "__main__":
             with torch.no_grad():
                 tiny.build()(tiny.batch(0, [4, 4], 0)[0])
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(rank, (os.path.join(folder, "meet"),), nprocs=2)
+            mp.spawn(rank, (os.path.join(folder, "meet"), sys.argv[1]), nprocs=2)
