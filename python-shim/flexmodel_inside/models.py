@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import guarded, imports
 from .family import Family, drop_copied_hooks, drop_hook, is_copied
-from .naming import authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
+from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .wrappers import is_data_parallel, orders, wrapper_name
 
@@ -186,9 +186,9 @@ class Models:
 
     def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
         compiled: set[int] = set()
-        for module in top.modules():
-            if "_orig_mod" in own(module, "_modules", {}) or module._compiled_call_impl is not None:
-                compiled.update(map(id, module.modules()))
+        for module in all_in(top):
+            if "_orig_mod" in own(module, "_modules", {}) or own(module, "_compiled_call_impl", None) is not None:
+                compiled.update(map(id, all_in(module)))
         count = sum(id(m) in compiled for m in tapped)
         if count and not self._said_compiled:
             self._said_compiled = True

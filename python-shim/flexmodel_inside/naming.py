@@ -40,6 +40,19 @@ def held_by(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(key, child) for key, child in children if isinstance(child, nn.Module)]
 
 
+def all_in(top: nn.Module) -> list[nn.Module]:
+    """It and every module below it, whatever they are, parents first. Never by `modules()`, which a class of the job may
+    have replaced by something of its own, as it may every other method."""
+    found: dict[int, nn.Module] = {}
+    stack = [top]
+    while stack:
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            stack.extend(child for _, child in reversed(held_by(module)))
+    return list(found.values())
+
+
 def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Those that can be tapped. Modules of torch.jit take no hooks, and run what they hold outside of Python."""
     if is_scripted(module):

@@ -5,12 +5,13 @@ Nothing is imported that the job has not imported.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
 from torch import nn
 
-from .naming import own
+from .naming import all_in, held_by, own
 
 
 def _class(module: str, name: str) -> type | None:
@@ -24,7 +25,7 @@ def _is(value: object, module: str, name: str) -> bool:
 
 def wrapper_name(top: nn.Module) -> str:
     """`FSDP1`, `FSDP2`, `DDP`, `DeepSpeed ZeRO-3`, ...; '' for none."""
-    for module in top.modules():
+    for module in all_in(top):
         if _is(module, "deepspeed.runtime.engine", "DeepSpeedEngine"):
             stage = getattr(module, "zero_optimization_stage", lambda: 0)()
             return f"DeepSpeed ZeRO-{stage}"
@@ -51,10 +52,12 @@ def _fsdp2_over_tensor_parallel(module: nn.Module) -> bool:
 
 def is_data_parallel(top: nn.Module) -> bool:
     """Whether every rank runs the whole model on its own part of the batch."""
-    fsdp2 = [m for m in top.modules() if _is(m, "torch.distributed.fsdp", "FSDPModule")]
+    modules = all_in(top)
+    fsdp2 = [m for m in modules if _is(m, "torch.distributed.fsdp", "FSDPModule")]
     if any(map(_fsdp2_over_tensor_parallel, fsdp2)):
         return False
-    return not any(_tensor_parallel(p, bool(fsdp2)) for p in top.parameters())
+    parameters = itertools.chain.from_iterable(own(m, "_parameters", {}).values() for m in modules)
+    return not any(_tensor_parallel(p, bool(fsdp2)) for p in parameters)
 
 
 # Codes of wire::tap_abi::Order.
@@ -63,10 +66,12 @@ _UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED
 
 def _batch_first(module: nn.Module) -> bool | None:
     """What the module itself says; torch's transformer layers say it by their attention."""
-    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
-        return _batch_first(module.layers[0]) if len(module.layers) else None
+    children = dict(held_by(module))
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)) and "layers" in children:
+        layers = held_by(children["layers"])
+        return _batch_first(layers[0][1]) if layers else None
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        module = module.self_attn
+        module = children.get("self_attn", module)
     stated = own(module, "batch_first", None)
     return stated if isinstance(stated, bool) else None
 

@@ -77,6 +77,22 @@ def copied():
     return model.parameters(), lambda x: sum(each(x).square().mean() for each in both)
 
 
+class Agent(Block):
+    """Has names of torch's for things of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.modules = [self.linear]
+
+    def parameters(self, group):
+        return [parameter for module in self.modules for parameter in getattr(module, group).values()]
+
+
+def overriding():
+    agent, model = Agent(), nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    return agent.parameters("_parameters"), lambda x: model(agent(x)).square().mean()
+
+
 def main(how: str) -> None:
     torch.manual_seed(0)
     parameters, loss_of = globals()[how]()
