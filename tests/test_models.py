@@ -96,5 +96,17 @@ def test_copies_of_copies_have_no_more_hooks_and_leave_nothing_behind(run_once, 
         assert ours[after][0] - ours[before][0] < torchs[after][0] - torchs[before][0] + 6
 
 
+def test_models_that_were_saved_hold_nothing_of_ours(tmp_path, run_once):
+    """Who loads them has no FlexModel, and compiles them."""
+    kinds = "**:forward,forward_pre"
+    paths = [str(tmp_path / name) for name in ("untapped", "tapped")]
+    untapped = harness.run(harness.python("saved.py", "save", paths[0])).expect(0)
+    outcome = run_once(harness.python("saved.py", "save", paths[1]), kinds).expect(0)
+    assert captures.expect_sound(outcome.run).records
+    assert outcome.out == untapped.out
+    loaded = [harness.run(harness.python("saved.py", "load", path)).expect(0).out for path in paths]
+    assert loaded[0] == loaded[1]
+
+
 def _printed(outcome, what: str) -> list[list[int]]:
     return [list(map(int, line.split()[1:])) for line in outcome.out.splitlines() if line.startswith(f"{what} ")]

@@ -4,6 +4,7 @@
 |---|---|
 | `imports.py` | tells when a module of torch has been imported |
 | `family.py` | knows every module's parents, from construction on |
+| `hooks.py` | our hooks on modules, and who must not see them |
 | `naming.py` | the names the user wrote, without those of wrappers |
 | `wrappers.py` | how the job distributes a model |
 | `models.py` | finds models when they are first called, and taps them |

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .naming import held_by, own
-
-_HOOKS = {
-    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-}
+from . import hooks
+from .naming import held_by
 
 
 class Member:
@@ -79,7 +73,9 @@ class Family:
             self._on_change()
 
     def _restored(self, module: nn.Module) -> None:
-        drop_copied_hooks(module)
+        # What it holds is there already, and need not have been restored by torch.
+        for each in (module, *(child for _, child in held_by(module))):
+            hooks.drop_copied(each)
         self.member(module)
         self._on_change()
 
@@ -117,22 +113,3 @@ class Family:
                     seen.add(id(child))
                     stack.append(child)
         return [module for module in live if id(module) not in held]
-
-
-def drop_copied_hooks(module: nn.Module) -> None:
-    """Takes out what our hooks become in a copy: they do nothing there, and a copy of a copy would have ever more."""
-    for name in _HOOKS:
-        hooks = own(module, name, {})
-        for key in [key for key, hook in hooks.items() if is_copied(hook)]:
-            drop_hook(module, name, key)
-
-
-def drop_hook(module: nn.Module, name: str, key: int) -> None:
-    """Takes out the hook that is under `key` in the attribute `name`."""
-    for kind in (name, *_HOOKS[name]):
-        own(module, kind, {}).pop(key, None)
-
-
-def is_copied(hook: Any) -> bool:
-    """See `reduce` in `cxx-bridge/cpp/tap.cc`."""
-    return type(hook) is functools.partial and hook.func is sys.audit and hook.args == ("flexmodel.copied",)

@@ -8,6 +8,7 @@ wrapped or copied, or the process joins others as a rank.
 from __future__ import annotations
 
 import atexit
+import functools
 import sys
 from collections.abc import Set
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import guarded, imports
-from .family import Family, drop_copied_hooks, drop_hook, is_copied
+from . import guarded, hooks, imports
+from .family import Family
 from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .wrappers import is_data_parallel, orders, wrapper_name
@@ -42,7 +43,8 @@ class Models:
         """Start."""
         self._family.watch()
         stepped = self._bridge.stepped
-        _hide_from_jit()
+        hooks.hide_from_jit()
+        hooks.keep_from_copies(functools.partial(guarded, self._bridge))
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
         atexit.register(self._bridge.finish)
         self._arm()
@@ -148,12 +150,12 @@ class Models:
         self._tell_compiled(top, tapped)
 
     def _before(self, module: nn.Module, hook: Any, tap: bool = False) -> None:
-        drop_copied_hooks(module)  # of a class with a `__setstate__` of its own
+        hooks.drop_copied(module)  # of a class with a `__setstate__` of its own
         handle = module.register_forward_pre_hook(self._dressed(hook), with_kwargs=True)
         self._family.member(module).hooks.append(("_forward_pre_hooks", handle.id, tap))
 
     def _after(self, module: nn.Module, hook: Any, tap: bool = False, always_call: bool = False) -> None:
-        drop_copied_hooks(module)
+        hooks.drop_copied(module)
         handle = module.register_forward_hook(self._dressed(hook), with_kwargs=True, always_call=always_call)
         self._family.member(module).hooks.append(("_forward_hooks", handle.id, tap))
 
@@ -161,11 +163,11 @@ class Models:
         known = self._family.member(module)
         for kind, number, tap in known.hooks:
             if tap:
-                drop_hook(module, kind, number)
+                hooks.drop(module, kind, number)
         known.hooks = [hook for hook in known.hooks if not hook[2]]
 
     def _dressed(self, hook: Any) -> Any:
-        return Traceable(hook) if self._traceable else hook
+        return hooks.Traceable(hook) if self._traceable else hook
 
     def dynamo_is_here(self) -> None:
         """torch.compile is in use: every hook has to be something that it can trace."""
@@ -177,7 +179,7 @@ class Models:
             for kind, number, _ in member.hooks if module is not None else ():
                 hook = getattr(module, kind).get(number)
                 if hook is not None:
-                    getattr(module, kind)[number] = Traceable(hook)
+                    getattr(module, kind)[number] = hooks.Traceable(hook)
                     module._forward_hooks_always_called.pop(number, None)
 
     def distributed_is_here(self) -> None:
@@ -201,40 +203,3 @@ class Models:
         if not self._said_scripted:
             self._said_scripted = True
             self._bridge.notice(f"{what} is compiled by torch.jit, and cannot be tapped; tap modules around it")
-
-
-class Traceable:
-    """A hook for torch.compile's eyes: nothing while it traces, so that it neither breaks the graph nor refuses it."""
-
-    def __init__(self, hook: Any) -> None:
-        self._hook = hook
-
-    def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return None
-        return self._hook(*args)
-
-    def __reduce__(self) -> Any:
-        return self._hook.__reduce__()
-
-
-def _hide_from_jit() -> None:
-    """torch.jit.script compiles a module's hooks with it, and would refuse ours."""
-    recursive = torch.jit._recursive
-    original = recursive.get_hook_stubs
-
-    def get_hook_stubs(module: nn.Module) -> Any:
-        kept = {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
-        for name, hooks in kept.items():
-            setattr(module, name, type(hooks)((k, h) for k, h in hooks.items() if not _is_ours(h)))
-        try:
-            return original(module)
-        finally:
-            for name, hooks in kept.items():
-                setattr(module, name, hooks)
-
-    recursive.get_hook_stubs = get_hook_stubs
-
-
-def _is_ours(hook: Any) -> bool:
-    return type(hook).__module__ in ("flexmodel_inside", __name__) or is_copied(hook)

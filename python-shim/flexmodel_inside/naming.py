@@ -41,8 +41,8 @@ def held_by(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def all_in(top: nn.Module) -> list[nn.Module]:
-    """It and every module below it, whatever they are, parents first. Never by `modules()`, which a class of the job may
-    have replaced by something of its own, as it may every other method."""
+    """It and every module below it, whatever they are, parents first. Never by `modules()`: a class of the job may have
+    replaced that by something of its own, as it may every other method."""
     found: dict[int, nn.Module] = {}
     stack = [top]
     while stack:

@@ -1,0 +1,115 @@
+"""Hooks of ours on a module: told apart from the job's, taken out, and kept from what copies and compiles modules."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .naming import own
+
+_KINDS = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+}
+
+
+class Traceable:
+    """A hook for torch.compile's eyes: nothing while it traces, so that it neither breaks the graph nor refuses it."""
+
+    def __init__(self, hook: Any) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        return self._hook(*args)
+
+    def __reduce__(self) -> Any:
+        return self._hook.__reduce__()
+
+
+def is_ours(hook: Any) -> bool:
+    """Also what ours became in a copy."""
+    return type(hook).__module__.partition(".")[0] == __package__ or _is_copied(hook)
+
+
+def _is_copied(hook: Any) -> bool:
+    """See `reduce` in `cxx-bridge/cpp/tap.cc`."""
+    return type(hook) is functools.partial and hook.func is sys.audit and hook.args == ("flexmodel.copied",)
+
+
+def drop_copied(module: nn.Module) -> None:
+    """Takes out what our hooks become in a copy: they do nothing there, and a copy of a copy would have ever more."""
+    for name in _KINDS:
+        hooks = own(module, name, {})
+        for key in [key for key, hook in hooks.items() if _is_copied(hook)]:
+            drop(module, name, key)
+
+
+def drop(module: nn.Module, name: str, key: int) -> None:
+    """Takes out the hook that is under `key` in the attribute `name`."""
+    for kind in (name, *_KINDS[name]):
+        own(module, kind, {}).pop(key, None)
+
+
+def keep_from_copies(guard: Callable[[Any], Any]) -> None:
+    """What is pickled or copied of a module is without our hooks, and works where there is no FlexModel.
+
+    A class that says by itself how it is copied may take them along: `drop_copied` is for these.
+    """
+    clean = guard(_without_ours)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        reduced = super(nn.Module, self).__reduce_ex__(protocol)
+        return clean(reduced) or reduced
+
+    nn.Module.__reduce_ex__ = __reduce_ex__  # type: ignore[method-assign]
+
+
+def _without_ours(value: Any) -> Any:
+    """`value` with our hooks in no state of a module in it, be it the state or in a tuple; itself if there are none."""
+    if type(value) is tuple:
+        parts = tuple(map(_without_ours, value))
+        return value if all(map(_same, parts, value)) else parts
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for name, others in _KINDS.items():
+        hooks = value.get(name)
+        ours = {key for key, hook in hooks.items() if is_ours(hook)} if isinstance(hooks, dict) else ()
+        for kind in (name, *others) if ours else ():
+            hooks = value.get(kind)
+            if isinstance(hooks, dict):
+                kept[kind] = type(hooks)((key, each) for key, each in hooks.items() if key not in ours)
+    if not kept:
+        return value
+    state = value.copy()
+    state.update(kept)
+    return state
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other
+
+
+def hide_from_jit() -> None:
+    """torch.jit.script compiles a module's hooks with it, and would refuse ours."""
+    recursive = torch.jit._recursive
+    original = recursive.get_hook_stubs
+
+    def get_hook_stubs(module: nn.Module) -> Any:
+        kept = {name: getattr(module, name) for name in _KINDS}
+        for name, hooks in kept.items():
+            setattr(module, name, type(hooks)((k, h) for k, h in hooks.items() if not is_ours(h)))
+        try:
+            return original(module)
+        finally:
+            for name, hooks in kept.items():
+                setattr(module, name, hooks)
+
+    recursive.get_hook_stubs = get_hook_stubs
