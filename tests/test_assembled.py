@@ -32,3 +32,17 @@ def test_models_are_found_however_they_were_put_together(how, expected, said, ru
     assert [{r.module for r in records if r.model == m} for m in sorted(models)] == expected
     assert {(r.micro, r.call) for r in records} <= {(0, 0)}
     assert "taps are off" not in outcome.err
+
+
+def test_what_a_job_makes_in_every_step_is_all_that_is_looked_at():
+    outcome = harness.run(harness.python("looks.py", str(harness.HOME))).expect(0)
+    lines = [line.split() for line in outcome.out.splitlines()]
+    looks = [(what, sorted(map(int, counts))) for what, *counts in lines]
+    assert looks == [
+        ("first", [4, 5]),
+        ("inline", [1]),
+        ("inline", [1]),
+        ("nothing", []),
+        ("inserted", [4, 6]),
+        ("replaced", [4, 6]),
+    ]

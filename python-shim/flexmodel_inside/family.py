@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import hooks
-from .naming import held_by
+from .naming import held_by, own
 
 
 class Member:
@@ -38,6 +38,8 @@ class Family:
     def __init__(self, on_change: Callable[[], None], on_gone: Callable[[int], None]) -> None:
         self._members: dict[int, Member] = {}
         self._serials = itertools.count()
+        # Those met since `tops` told all, while nothing else has changed; None if something has.
+        self._fresh: dict[int, Member] | None = None
         self._on_change = on_change
         # Told the serial of a model that is no more.
         self._on_gone = on_gone
@@ -64,12 +66,12 @@ class Family:
         if isinstance(child, nn.Module) and not torch.compiler.is_compiling():
             self.member(parent)
             self.member(child)
-            self._on_change()
+            self.changed()
 
     def _has(self, module: nn.Module, name: str, value: Any) -> None:
         # Also called when one is assigned anew, which some modules do in every forward.
         if not torch.compiler.is_compiling() and id(module) not in self._members:
-            self.member(module)
+            self._meet(module)
             self._on_change()
 
     def _restored(self, module: nn.Module) -> None:
@@ -77,7 +79,22 @@ class Family:
         for each in (module, *(child for _, child in held_by(module))):
             hooks.drop_copied(each)
         self.member(module)
+        self.changed()
+
+    def changed(self) -> None:
+        """More than single modules that came: from now on `tops` tells all again."""
+        self._fresh = None
         self._on_change()
+
+    def called(self, module: nn.Module) -> None:
+        """`module` is known from now on, if nobody told of it before."""
+        if id(module) not in self._members:
+            self._meet(module)
+
+    def _meet(self, module: nn.Module) -> None:
+        member = self.member(module)
+        if self._fresh is not None:
+            self._fresh[id(module)] = member
 
     def member(self, module: nn.Module) -> Member:
         """What is known of the module; from now on it is known."""
@@ -90,6 +107,8 @@ class Family:
 
     def _gone(self, key: int) -> None:
         member = self._members.pop(key, None)
+        if self._fresh is not None:
+            self._fresh.pop(key, None)
         if member is not None and member.model:
             self._on_gone(member.serial)
 
@@ -100,9 +119,16 @@ class Family:
     def tops(self) -> list[nn.Module]:
         """Live modules that are in no other, in order of construction.
 
-        Read off the modules: what holds children may put them there without a word, as `nn.ModuleList.insert` does.
+        Only those that have come since it was asked last, if they are single modules and nothing else has changed: a
+        job may make a loss function, which registers a weight, in every step.
         """
-        live = [module for member in self.members() if (module := member.module()) is not None]
+        fresh, self._fresh = self._fresh, {}
+        if fresh is not None:
+            live = _live(list(fresh.values()))
+            if self._are_single(live):
+                return live
+        # Read off the modules: what holds children may put them there without a word, as `nn.ModuleList.insert` does.
+        live = _live(self.members())
         seen = set(map(id, live))
         held: set[int] = set()
         stack = list(live)
@@ -113,3 +139,17 @@ class Family:
                     seen.add(id(child))
                     stack.append(child)
         return [module for module in live if id(module) not in held]
+
+    def _are_single(self, modules: list[nn.Module]) -> bool:
+        """Whether they hold nothing, and nothing holds them."""
+        wanted = set(map(id, modules))
+        if any(map(held_by, modules)):
+            return False
+        if not wanted:
+            return True
+        everything = _live(list(self._members.values()))
+        return all(wanted.isdisjoint(map(id, own(module, "_modules", {}).values())) for module in everything)
+
+
+def _live(members: list[Member]) -> list[nn.Module]:
+    return [module for member in members if (module := member.module()) is not None]

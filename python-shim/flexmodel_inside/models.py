@@ -1,8 +1,8 @@
 """Finds models when they are first called, and taps them.
 
-While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, puts the
-original back, and goes on. From then on a module that nobody selected pays nothing, until a module is constructed,
-wrapped or copied, or the process joins others as a rank.
+While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, or only
+at what is new if that is single modules, puts the original back, and goes on. From then on a module that nobody
+selected pays nothing, until a module is constructed, wrapped or copied, or the process joins others as a rank.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Models:
         try:
             imports.look()
             member = self._family.member
-            member(called)
+            self._family.called(called)
             tops = {member(authored(top)).serial: top for top in self._family.tops()}
             for serial in sorted(tops):
                 self._tap(tops[serial], tops.keys(), called, *rank)
@@ -184,7 +184,7 @@ class Models:
 
     def distributed_is_here(self) -> None:
         """Look again whenever this process has become a rank, or another one."""
-        tell_joined(guarded(self._bridge, self._arm))
+        tell_joined(guarded(self._bridge, self._family.changed))
 
     def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
         compiled: set[int] = set()

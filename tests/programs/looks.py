@@ -1,0 +1,56 @@
+"""Counts the modules that FlexModel, which is in HOME, looks at: `looks.py HOME`. Nothing is tapped."""
+
+import sys
+import types
+
+import torch
+from torch import nn
+
+WIDTH = 4
+LOOKS: list[int] = []
+
+
+def select(serial, entries, *_about) -> list:
+    LOOKS.append(len(entries))
+    return []
+
+
+def watch(home: str) -> None:
+    sys.path.insert(0, home)
+    from flexmodel_inside.models import Models
+
+    def nothing(*_about) -> None:
+        pass
+
+    names = ("forget", "resolved", "stepped", "notice", "finish")
+    bridge = types.SimpleNamespace(select=select, active=lambda: True, fault=print, **dict.fromkeys(names, nothing))
+    Models(bridge).watch()
+
+
+def say(what: str) -> None:
+    print(what, *LOOKS)
+    LOOKS.clear()
+
+
+def main(home: str) -> None:
+    watch(home)
+    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+    model = nn.Sequential(*layers, nn.ReLU())
+    x, y = torch.ones(2, WIDTH), torch.tensor([0, 1])
+    model(x)
+    say("first")
+    for _ in range(2):
+        nn.CrossEntropyLoss()(model(x), y)
+        say("inline")
+    nn.Tanh()(model(x))
+    say("nothing")
+    model.insert(1, nn.Linear(WIDTH, WIDTH))
+    model(x)
+    say("inserted")
+    model._modules["2"] = nn.Linear(WIDTH, WIDTH)
+    model(x)
+    say("replaced")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
