@@ -15,6 +15,7 @@ BLOCKS = {name for i in range(3) for name in (f"layers.{i}", f"layers.{i}.linear
         ("grown", [{*BLOCKS, "layers.3", "layers.3.linear", "head", ""}], ""),
         ("inserted", [{*BLOCKS, "head", ""}], ""),
         ("overriding", [{"linear", ""}, {"0", ""}], ""),
+        ("profiled", [{"linear", ""}, {"linear", ""}], ""),
         ("scripted", [{"0", "2", "2.linear", ""}], "1 is compiled by torch.jit, and cannot be tapped"),
         ("traced", [{"0", "2", "2.linear", ""}], "1 is compiled by torch.jit, and cannot be tapped"),
         ("copied", [], "a model is compiled by torch.jit, and cannot be tapped"),

@@ -63,10 +63,12 @@ class Models:
         return __call__
 
     def _arm(self) -> None:
-        # Somebody else may have replaced it (torch.fx does while it traces): then theirs stays, and we look later.
-        if not self._armed and nn.Module.__call__ is self._original and self._bridge.active():
-            nn.Module.__call__ = self._ours  # type: ignore[method-assign]
+        if not self._armed and self._bridge.active():
             self._armed = True
+        # Somebody else may have replaced it (torch.fx does while it traces): then theirs stays, and we look when theirs
+        # calls ours, or when the original is back. Ours may be there already: put back by who found it there before.
+        if self._armed and nn.Module.__call__ is self._original:
+            nn.Module.__call__ = self._ours  # type: ignore[method-assign]
 
     def _disarm(self, original: Any) -> None:
         if nn.Module.__call__ is self._ours:
