@@ -3,7 +3,7 @@
 | file | does |
 |---|---|
 | `imports.py` | tells when a module of torch has been imported |
-| `family.py` | knows every module's parents, from construction on |
+| `family.py` | knows every module from construction on, and which are in no other |
 | `hooks.py` | our hooks on modules, and who must not see them |
 | `naming.py` | the names the user wrote, without those of wrappers |
 | `wrappers.py` | how the job distributes a model |
