@@ -131,6 +131,12 @@ class OnBase final : public Receiver {
   const Node* const base_;
 };
 
+// Whether a gradient of `base` holds that of the view `tensor` as it is.
+bool is_piece(const at::Tensor& tensor, const at::TensorBase& base) {
+  return base.grad_fn().get() != nullptr && base.is_contiguous() && base.scalar_type() == tensor.scalar_type() &&
+         base.is_conj() == tensor.is_conj() && base.is_neg() == tensor.is_neg();
+}
+
 }  // namespace
 
 void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const at::Tensor& tensor,
@@ -159,7 +165,7 @@ at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }
 
 void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, bool alone) {
   const auto& node = tensor.grad_fn();
-  const bool has_base = tensor.is_view() && tensor._base().grad_fn().get() != nullptr && tensor._base().is_contiguous();
+  const bool has_base = tensor.is_view() && is_piece(tensor, tensor._base());
   const auto& version = torch::autograd::impl::version_counter(tensor);
   const std::shared_ptr<Wanted> wanted(new Wanted{call, kind, path, alone, version, version.current_version(),
                                                   tensor.sizes().vec(), tensor.strides().vec(), 0, node.get()});
