@@ -63,8 +63,7 @@ class Models:
         return __call__
 
     def _arm(self) -> None:
-        if not self._armed and self._bridge.active():
-            self._armed = True
+        self._armed = self._armed or self._bridge.active()
         # Somebody else may have replaced it (torch.fx does while it traces): then theirs stays, and we look when theirs
         # calls ours, or when the original is back. Ours may be there already: put back by who found it there before.
         if self._armed and nn.Module.__call__ is self._original:
@@ -123,8 +122,9 @@ class Models:
         known.model = True
         tapped = [modules[index][1] for index, _ in found]
         scopes = [model]
-        if is_called_in_parts(model, called):
-            scopes += holders([module for _, module in modules], tapped)
+        inside = [module for _, module in modules]
+        if is_called_in_parts(inside, called):
+            scopes += holders(inside, tapped)
         # A scope begins before its module's own taps fire, and ends after them.
         ends = []
         for module in scopes:

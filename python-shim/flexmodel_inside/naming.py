@@ -115,13 +115,12 @@ def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         stack.extend(reversed(children))
 
 
-def is_called_in_parts(model: nn.Module, called: nn.Module) -> bool:
-    """Whether the job calls modules inside of `model` rather than the model: it has no forward, or is not the one that
-    is `called` now though it holds it."""
+def is_called_in_parts(modules: list[nn.Module], called: nn.Module) -> bool:
+    """Whether the job calls modules inside of a model rather than the model, the first of its `modules`: it has no
+    forward, or is not the one that is `called` now though it holds it."""
+    model, *parts = modules
     called = authored(called)
-    if type(model).forward is nn.Module.forward:
-        return True
-    return called is not model and any(module is called for _, module in named(model))
+    return type(model).forward is nn.Module.forward or any(part is called for part in parts)
 
 
 def holders(modules: list[nn.Module], wanted: list[nn.Module]) -> list[nn.Module]:

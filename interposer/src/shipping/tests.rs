@@ -173,12 +173,8 @@ fn what_becomes_known_late_is_said_on_the_same_connection() {
     assert_eq!(hellos(&heard(&mut agent)), [(0, 1), (0, 2)]);
 }
 
-/// A process that captured before it knew its rank.
-#[test]
-fn another_rank_is_another_slab_after_a_goodbye() {
-    let pair = pair();
-    let Pair { folder: _folder, listener, link, slab } = pair;
-    let mut shipper = Shipper {
+fn shipper(link: Link, slab: SlabWriter) -> Shipper {
+    Shipper {
         link,
         slab_bytes: 1 << 20,
         on_full: OnFull::Wait,
@@ -186,7 +182,15 @@ fn another_rank_is_another_slab_after_a_goodbye() {
         pinning: Pinning::NotYet,
         stalled: None,
         unseen: 0,
-    };
+    }
+}
+
+/// A process that captured before it knew its rank.
+#[test]
+fn another_rank_is_another_slab_after_a_goodbye() {
+    let pair = pair();
+    let Pair { folder: _folder, listener, link, slab } = pair;
+    let mut shipper = shipper(link, slab);
     shipper.link.describe(rank(0, 1), "", "", "");
     let old = shipper.writer.as_ref().unwrap().mapping().clone();
     shipper.link.say(ToAgent::Notice("said before".into()));
@@ -211,15 +215,7 @@ fn what_no_agent_saw_of_the_slab_before_is_counted_in_the_next() {
     let mut slab = SlabWriter::create(1 << 20, 0).unwrap();
     slab.begin_record();
     slab.begin_record();
-    let mut shipper = Shipper {
-        link: Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait),
-        slab_bytes: 1 << 20,
-        on_full: OnFull::Wait,
-        writer: Some(slab),
-        pinning: Pinning::NotYet,
-        stalled: None,
-        unseen: 0,
-    };
+    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slab);
     shipper.leave_slab();
     shipper.make_slab().unwrap();
     assert_eq!(shipper.writer.unwrap().mapping().header().dropped.load(Ordering::Relaxed), 2);
