@@ -30,10 +30,14 @@ def test_a_command_that_is_not_there_is_127(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_command(number, tmp_path):
-    # Without a child to wait for, whose end could decide what bash does with a SIGINT.
-    wait = "exec 3<> <(:); echo ready; for i in {1..600}; do read -t 0.1 -u 3; done"
-    script = f"trap 'echo caught; exit 5' {number.name[3:]}; {wait}"
-    argv = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(tmp_path / "x"), "--", "bash", "-c", script]
+    script = (
+        "import signal, sys\n"
+        f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])\n"
+        "print('ready', flush=True)\n"
+        f"print('caught' if signal.sigtimedwait([{int(number)}], 60) else 'nothing')\n"
+        "sys.exit(5)\n"
+    )
+    argv = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(tmp_path / "x"), "--", "python3", "-c", script]
     with harness.Job(argv) as job:
         job.wait_for_line("ready")
         job.process.send_signal(number)

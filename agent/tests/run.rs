@@ -22,14 +22,24 @@ fn home(folder: &Path) -> PathBuf {
     home
 }
 
+fn example(name: &str) -> PathBuf {
+    let example = Path::new(env!("CARGO_BIN_EXE_flexmodel")).with_file_name("examples").join(name);
+    assert!(example.is_file(), "cargo test builds examples too");
+    example
+}
+
 /// A rank that captures until `folder/stop` is there or `steps` are over.
 fn produce(steps: u32) -> String {
-    let example = Path::new(env!("CARGO_BIN_EXE_flexmodel")).with_file_name("examples").join("produce");
-    assert!(example.is_file(), "cargo test builds examples too");
     format!(
         "{} --socket ${{FLEXMODEL_AGENT#unix:}} --steps {steps} --elements 64 --pause 2 --slab 16M",
-        example.display()
+        example("produce").display()
     )
+}
+
+/// The numbers of the signals that reached `await_signal`.
+fn caught(folder: &Path) -> Vec<i32> {
+    let lines = fs::read_to_string(folder.join("caught")).unwrap_or_default();
+    lines.lines().map(|number| number.parse().unwrap()).collect()
 }
 
 struct Run {
@@ -165,37 +175,23 @@ fn when_run_is_killed_the_agent_stays_for_the_job_and_then_ends() {
     assert!(info(&out)["finished_ns"].is_u64());
 }
 
-/// `pause SECONDS` in bash without a child: what bash does with a SIGINT that it shares with one depends on how the child ends.
-const PAUSE: &str = "exec 3<> <(:); pause() { read -t $1 -u 3; }";
-
 #[test]
 fn a_key_on_the_terminal_reaches_the_command_once() {
     let dir = tempfile::tempdir().unwrap();
     // A terminal of its own for run and what it starts; `script` types Ctrl-C into it.
-    let ready = dir.path().join("ready");
-    let caught = dir.path().join("caught");
-    let job = format!(
-        "trap 'echo x >> {1}' INT; {PAUSE}; : > {0}; \
-         for i in {{1..300}}; do [ -e {1} ] && break; pause 0.1; done; pause 0.5; exit 4",
-        ready.display(),
-        caught.display()
-    );
-    let typed = format!("while ! [ -e {} ]; do sleep 0.05; done; sleep 0.2; printf '\\003'; sleep 3", ready.display());
-    let job_file = dir.path().join("job.sh");
-    fs::write(&job_file, job).unwrap();
+    let folder = dir.path().display();
+    let typed = format!("while ! [ -e {folder}/ready ]; do sleep 0.05; done; sleep 0.2; printf '\\003'; sleep 3");
     let line = format!(
-        "{} run --hooks a --out {} -- bash {}",
+        "{} run --hooks a --out {folder}/run -- {} {folder}",
         env!("CARGO_BIN_EXE_flexmodel"),
-        dir.path().join("run").display(),
-        job_file.display()
+        example("await_signal").display()
     );
-    let outer = format!("( {typed} ) | script -qec '{line}' /dev/null");
     let mut terminal = Command::new("bash");
-    terminal.args(["-c", &outer]).env("FLEXMODEL_HOME", home(dir.path()));
-    unignore_signals(&mut terminal);
+    terminal.args(["-c", &format!("( {typed} ) | script -qec '{line}' /dev/null")]);
+    unignore_signals(terminal.env("FLEXMODEL_HOME", home(dir.path())));
     let done = terminal.output().unwrap();
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
-    assert_eq!(fs::read_to_string(&caught).unwrap_or_default(), "x\n", "{text}");
+    assert_eq!(caught(dir.path()), [libc::SIGINT], "{text}");
     assert_eq!(done.status.code(), Some(4), "{text}");
     assert!(text.contains("records"), "{text}");
 }
@@ -204,16 +200,13 @@ fn a_key_on_the_terminal_reaches_the_command_once() {
 fn signals_from_elsewhere_reach_the_command() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1] {
         let dir = tempfile::tempdir().unwrap();
-        let ready = dir.path().join("ready");
-        let script = format!(
-            "trap 'exit 5' INT TERM HUP USR1; {PAUSE}; : > {}; for i in {{1..300}}; do pause 0.05; done",
-            ready.display()
-        );
-        let run = Run::start(dir.path(), &script);
-        wait_until("the command", || ready.exists());
+        let command = format!("exec {} {}", example("await_signal").display(), dir.path().display());
+        let run = Run::start(dir.path(), &command);
+        wait_until("the command", || dir.path().join("ready").exists());
         kill(run.child.id() as i32, signal);
         let (code, _, stderr) = run.wait();
-        assert_eq!(code, Some(5), "signal {signal}: {stderr}");
+        assert_eq!(code, Some(4), "signal {signal}: {stderr}");
+        assert_eq!(caught(dir.path()), [signal], "{stderr}");
     }
 }
 
