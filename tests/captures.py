@@ -1,5 +1,6 @@
 """Reads a run with the Python package and holds it against a reference, byte by byte."""
 
+import math
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -40,6 +41,12 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def expect_close(found: dict[Key, torch.Tensor], expected: dict[Key, torch.Tensor]) -> None:
     """`expect_equal` for jobs that sum in another order than their reference."""
     expect_equal(found, expected, close)
+
+
+def close_losses(found: list[str], expected: list[str]) -> bool:
+    """As many losses, equal but for rounding."""
+    pairs = zip(map(float.fromhex, found), map(float.fromhex, expected), strict=True)
+    return all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs)
 
 
 def expect_equal(

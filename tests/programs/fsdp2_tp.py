@@ -1,4 +1,7 @@
-"""Four ranks, data parallel 2 x tensor parallel 2: `parallelize_module`, then `fully_shard`: `fsdp2_tp.py local|sequence`."""
+"""Data parallel 2 x tensor parallel 2 on four ranks, by `parallelize_module` and then `fully_shard`: `fsdp2_tp.py STYLE...`
+
+The styles are those of tensor_parallel.py.
+"""
 
 import sys
 
@@ -14,7 +17,7 @@ STEPS = 2
 SIZES = (4, 4)
 
 
-def main(style: str) -> None:
+def train(style: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = tensor_parallel.parallelize(tensor_parallel.build(style), mesh["tp"], style)
     for layer in model.layers:
@@ -33,5 +36,10 @@ def main(style: str) -> None:
         tiny.report(dist.get_rank(), step, loss / mesh["dp"].size())
 
 
+def main(*args: str) -> None:
+    for arg in args:
+        train(arg)
+
+
 if __name__ == "__main__":
-    parallel.launch(main, sys.argv[1])
+    parallel.launch(main, *sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Replicas 2 x shards 2 on four ranks: `hsdp.py fsdp1|fsdp2`."""
+"""Replicas 2 x shards 2 on four ranks: `hsdp.py KIND...`, of fsdp1 and fsdp2, one after another."""
 
 import functools
 import sys
@@ -31,11 +31,16 @@ def fsdp2(model: tiny.Net, mesh: DeviceMesh) -> torch.nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def main(kind: str) -> None:
+def train(kind: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = {"fsdp1": fsdp1, "fsdp2": fsdp2}[kind](tiny.build(), mesh)
     parallel.train(model, torch.optim.SGD(model.parameters(), lr=0.1), STEPS, SIZES)
 
 
+def main(*args: str) -> None:
+    for arg in args:
+        train(arg)
+
+
 if __name__ == "__main__":
-    parallel.launch(main, sys.argv[1])
+    parallel.launch(main, *sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Tensor parallel by `parallelize_module`, on every rank the same batch: `tensor_parallel.py local|dtensor|sequence`.
+"""Tensor parallel by `parallelize_module`, on every rank the same batch: `tensor_parallel.py STYLE...`, one model after another.
 
 local     Megatron's split of attention, MLP, embedding and head; every module returns a local tensor
 dtensor   the MLP and the head return DTensors: sharded (unevenly: 65 words), partial and replicated
@@ -119,7 +119,7 @@ def whole(loss: torch.Tensor) -> torch.Tensor:
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
-def main(style: str) -> None:
+def train(style: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     model = parallelize(build(style), mesh, style)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -133,5 +133,10 @@ def main(style: str) -> None:
         tiny.report(dist.get_rank(), step, whole(loss))
 
 
+def main(*args: str) -> None:
+    for arg in args:
+        train(arg)
+
+
 if __name__ == "__main__":
-    parallel.launch(main, sys.argv[1])
+    parallel.launch(main, *sys.argv[1:])
