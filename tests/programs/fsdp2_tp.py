@@ -1,4 +1,4 @@
-"""Data parallel 2 x tensor parallel 2 on four ranks, by `parallelize_module` and then `fully_shard`: `fsdp2_tp.py STYLE...`
+"""Data parallel 2 x tensor parallel 2, by `parallelize_module` and then `fully_shard`: `fsdp2_tp.py STYLE...`
 
 The styles are those of tensor_parallel.py.
 """

@@ -1,4 +1,4 @@
-"""Tensor parallel by `parallelize_module`, on every rank the same batch: `tensor_parallel.py STYLE...`, one model after another.
+"""Tensor parallel by `parallelize_module`, every rank with the same batch: `tensor_parallel.py STYLE...`, one by one.
 
 local     Megatron's split of attention, MLP, embedding and head; every module returns a local tensor
 dtensor   the MLP and the head return DTensors: sharded (unevenly: 65 words), partial and replicated
