@@ -6,6 +6,7 @@
 #include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/tensor.h>
@@ -29,12 +30,27 @@ rust::Str view(const std::string& text) { return rust::Str(text.data(), text.siz
 
 bool scales(const at::Tensor& tensor) { return tensor.is_floating_point() || tensor.is_complex(); }
 
+// Zero as a whole. Not by a product with 0: that would keep NaN. The gradient through it is 0 as well.
+at::Tensor zeroed(const at::Tensor& tensor) {
+  const auto options = tensor.options().dtype(at::kBool).requires_grad(false);
+  if (!tensor.unsafeGetTensorImpl()->is_python_dispatch()) return at::masked_fill(tensor, at::ones({}, options), 0);
+  const Part part = part_of(tensor, false);
+  const auto is_partial = [](const LeafAxis& axis) { return axis.place == kPartial; };
+  if (part.refusal != Refusal::None || std::any_of(part.axes.begin(), part.axes.end(), is_partial)) {
+    static std::atomic<bool> told = false;
+    if (!told.exchange(true)) notice("'zero' was left out where the ranks hold addends: it would have made them communicate");
+    return {};
+  }
+  return at::masked_fill(tensor, at::ones_like(tensor, options), 0);
+}
+
 // The gradient of one tensor that is wanted. It comes to the node that computed the tensor; where the tensor is a view
 // and is changed in place later, autograd sends it past that node, as part of the gradient of the view's base.
 struct Wanted {
   Call call;
   Kind kind;
   std::string path;
+  Axes axes;
   bool alone;
   // Tells a change in place. Shared by a base and its views.
   c10::VariableVersion version;
@@ -50,7 +66,8 @@ struct Wanted {
   // Records `gradient` and returns what takes its place; undefined: the same.
   at::Tensor take(const at::Tensor& gradient, bool told) {
     if ((call.capture & bit(kind)) != 0) {
-      capture(call, kind, path, repeat++, gradient, nullptr, told ? Refusal::None : Refusal::SharedInput);
+      const Part part = part_of_gradient(gradient, axes);
+      capture(call, kind, path, repeat++, part, told ? Refusal::None : Refusal::SharedInput);
     }
     return edited(call, kind, path, gradient);
   }
@@ -139,35 +156,32 @@ bool is_piece(const at::Tensor& tensor, const at::TensorBase& base) {
 
 }  // namespace
 
-void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const at::Tensor& tensor,
-             const char* python_type, Refusal because) {
-  Refusal refusal = refusal_of(tensor, python_type);
-  if (refusal == Refusal::None) refusal = because;
-  const bool readable = refusal == Refusal::None || refusal == because;
-  const c10::IntArrayRef sizes = readable || refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
+void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const Part& part, Refusal because) {
+  const at::Tensor& tensor = part.local;
+  const bool readable = part.refusal == Refusal::None || part.refusal == because;
+  const c10::IntArrayRef sizes = readable || part.refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
   Leaf leaf{};
   leaf.dtype = dtype_code(tensor.scalar_type());
-  leaf.refusal = static_cast<uint8_t>(refusal);
+  leaf.refusal = static_cast<uint8_t>(part.refusal == Refusal::None ? because : part.refusal);
   capture(call, static_cast<uint32_t>(kind), view(path), repeat, leaf,
-          rust::Slice<const int64_t>(sizes.data(), sizes.size()), tensor);
+          rust::Slice<const int64_t>(sizes.data(), sizes.size()), part.axes, tensor);
 }
 
 at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor) {
   if ((call.edit & bit(kind)) == 0) return {};
   const LeafEdit edit = flexmodel::edit(call, static_cast<uint32_t>(kind), view(path));
   if (edit.op == 1 && scales(tensor)) return at::mul(tensor, edit.factor);
-  // Not a product with 0: that would keep NaN. The gradient through it is 0 as well.
-  if (edit.op == 2) return at::masked_fill(tensor, at::ones({}, tensor.options().dtype(at::kBool).requires_grad(false)), 0);
-  return {};
+  return edit.op == 2 ? zeroed(tensor) : at::Tensor();
 }
 
 at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }
 
-void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, bool alone) {
+void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
+                    bool alone) {
   const auto& node = tensor.grad_fn();
   const bool has_base = tensor.is_view() && is_piece(tensor, tensor._base());
   const auto& version = torch::autograd::impl::version_counter(tensor);
-  const std::shared_ptr<Wanted> wanted(new Wanted{call, kind, path, alone, version, version.current_version(),
+  const std::shared_ptr<Wanted> wanted(new Wanted{call, kind, path, axes, alone, version, version.current_version(),
                                                   tensor.sizes().vec(), tensor.strides().vec(), 0, node.get()});
   node->add_tensor_pre_hook(std::make_unique<OnTensor>(wanted, tensor.output_nr(), has_base));
   if (!has_base) return;

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "flexmodel/ffi.h"
+#include "flexmodel/parts.h"
 #include "flexmodel/tap.h"
 
 // Found by scanning this file's bytes (wire::bridge_marker), before anything here is loaded.
@@ -28,16 +29,23 @@ PyObject* into_python(Make make) {
   }
 }
 
-// select(serial, [(name, class, qualified class, order)], wrapper, data_parallel, rank, world)
+// select(serial, [(name, class, qualified class, order)], wrapper, [(mesh axis, index, size, role)], rank, world)
 //   -> [(index, (before, after))]
 PyObject* py_select(PyObject*, PyObject* args) {
   unsigned long long serial = 0;
-  PyObject* entries = nullptr;
+  PyObject *entries = nullptr, *axes = nullptr;
   const char* wrapper = nullptr;
-  int data_parallel = 0;
   unsigned int rank = 0, world = 1;
-  if (PyArg_ParseTuple(args, "KO!spII", &serial, &PyList_Type, &entries, &wrapper, &data_parallel, &rank, &world) == 0) {
+  if (PyArg_ParseTuple(args, "KO!sO!II", &serial, &PyList_Type, &entries, &wrapper, &PyList_Type, &axes, &rank, &world) == 0) {
     return nullptr;
+  }
+  rust::Vec<MeshAxis> mesh;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(axes); ++i) {
+    const char* name = nullptr;
+    unsigned int index = 0, size = 1;
+    unsigned char role = 0;
+    if (PyArg_ParseTuple(PyList_GET_ITEM(axes, i), "sIIb", &name, &index, &size, &role) == 0) return nullptr;
+    mesh.push_back(MeshAxis{rust::String::lossy(name), index, size, role});
   }
   rust::Vec<Module> modules;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
@@ -46,7 +54,7 @@ PyObject* py_select(PyObject*, PyObject* args) {
     if (PyArg_ParseTuple(PyList_GET_ITEM(entries, i), "sssb", &name, &class_name, &qualified, &order) == 0) return nullptr;
     modules.push_back(Module{rust::String::lossy(name), rust::String::lossy(class_name), rust::String::lossy(qualified), order});
   }
-  const rust::Vec<Selected> found = select(serial, modules, rust::Str(wrapper), data_parallel != 0, rank, world);
+  const rust::Vec<Selected> found = select(serial, modules, rust::Str(wrapper), mesh, rank, world);
   Ref out(PyList_New(0));
   if (!out) return nullptr;
   for (const Selected& selected : found) {
@@ -56,6 +64,11 @@ PyObject* py_select(PyObject*, PyObject* args) {
     if (!pair || PyList_Append(out.get(), pair.get()) != 0) return nullptr;
   }
   return out.release();
+}
+
+PyObject* py_describe_with(PyObject*, PyObject* function) {
+  set_describer(function);
+  Py_RETURN_NONE;
 }
 
 PyObject* py_scope(PyObject*, PyObject* args) {
@@ -96,6 +109,7 @@ PyObject* py_finish(PyObject*, PyObject*) {
 
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
+    {"describe_with", py_describe_with, METH_O, "Keeps the function that tells how a tensor lies over the ranks."},
     {"scope", py_scope, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
     {"forget", py_forget, METH_O, "A model is no more."},
     {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},

@@ -71,9 +71,9 @@ Firing firing(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
   PyObject* first = args == nullptr ? nullptr : first_tensor(args);
   if (first == nullptr && kwargs != nullptr) first = first_tensor(kwargs);
   if (first != nullptr) {
-    const at::Tensor& tensor = THPVariable_Unpack(first);
-    if (refusal_of(tensor, Py_TYPE(first)->tp_name) == Refusal::None) {
-      for (int64_t dim = 0; dim < std::min<int64_t>(tensor.dim(), 3); ++dim) f.first[dim] = tensor.size(dim);
+    const Part part = part_of(THPVariable_Unpack(first), false, Py_TYPE(first)->tp_name);
+    if (part.refusal == Refusal::None) {
+      for (int64_t dim = 0; dim < std::min<int64_t>(part.local.dim(), 3); ++dim) f.first[dim] = part.local.size(dim);
     }
   }
   return f;
@@ -129,10 +129,10 @@ PyObject* guarded(Body body) {
 }
 
 // Whether the gradient of a leaf is wanted and can be had. One that cannot be read is counted.
-bool watches(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const char* type) {
+bool watches(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const Part& part) {
   if (((call.capture | call.edit) & bit(kind)) == 0 || !tensor.requires_grad()) return false;
-  if (refusal_of(tensor, type) == Refusal::None) return true;
-  if ((call.capture & bit(kind)) != 0) capture(call, kind, path, 0, tensor, type);
+  if (part.refusal == Refusal::None) return true;
+  if ((call.capture & bit(kind)) != 0) capture(call, kind, path, 0, part);
   return false;
 }
 
@@ -176,10 +176,10 @@ class Inputs {
       if (seen.original == leaf) return again(seen, path);
     }
     const at::Tensor& tensor = THPVariable_Unpack(leaf);
-    const char* type = Py_TYPE(leaf)->tp_name;
-    if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, tensor, type);
+    const Part part = part_of(tensor, call_.ask, Py_TYPE(leaf)->tp_name);
+    if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
     at::Tensor now = edited(call_, kForwardPre, path, tensor);
-    if (watches(call_, kBackward, path, tensor, type)) uses_.add(call_, path, now.defined() ? now : tensor);
+    if (watches(call_, kBackward, path, tensor, part)) uses_.add(call_, path, now.defined() ? now : tensor, part.axes);
     Ref replacement = now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     seen_.push_back({leaf, Ref::borrow(replacement.get())});
     return replacement;
@@ -194,10 +194,10 @@ class Inputs {
   // The same tensor given twice (query, key and value): it has one gradient.
   Ref again(const Seen& seen, const std::string& path) {
     const at::Tensor& tensor = THPVariable_Unpack(seen.original);
-    const char* type = Py_TYPE(seen.original)->tp_name;
-    if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, tensor, type);
+    const Part part = part_of(tensor, call_.ask, Py_TYPE(seen.original)->tp_name);
+    if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
     if ((call_.capture & bit(kBackward)) != 0 && tensor.requires_grad()) {
-      capture(call_, kBackward, path, 0, tensor, type, Refusal::SharedInput);
+      capture(call_, kBackward, path, 0, part, Refusal::SharedInput);
     }
     return Ref::borrow(seen.replacement.get());
   }
@@ -249,20 +249,21 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
     Call call{};
     if (!fire(shared.tap, firing(args[0], args[1], args[2], false), call) && uses.empty()) return Ref();
     std::vector<at::Tensor> outputs;
+    PyObject* like = call.ask ? first_tensor(args[1]) : nullptr;
     const Visitor visit = [&](PyObject* leaf, const std::string& path) -> Ref {
       const at::Tensor& tensor = THPVariable_Unpack(leaf);
-      const char* type = Py_TYPE(leaf)->tp_name;
-      if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, tensor, type);
+      const Part part = part_of(tensor, call.ask, Py_TYPE(leaf)->tp_name, like);
+      if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, part);
       at::Tensor now = edited(call, kForward, path, tensor);
       if (!now.defined()) now = uses.returned(tensor);
-      if (watches(call, kBackwardPre, path, now.defined() ? now : tensor, type)) {
+      if (watches(call, kBackwardPre, path, now.defined() ? now : tensor, part)) {
         // A gradient edit must come after those of modules inside that return the same tensor.
         if ((call.edit & bit(kBackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
         const at::Tensor& out = now.defined() ? now : tensor;
         if (out.is_leaf()) {
-          capture(call, kBackwardPre, path, 0, out, type, Refusal::Returned);
+          capture(call, kBackwardPre, path, 0, part, Refusal::Returned);
         } else {
-          watch_gradient(call, kBackwardPre, path, out);
+          watch_gradient(call, kBackwardPre, path, out, part.axes);
         }
       }
       outputs.push_back(now.defined() ? now : tensor);

@@ -72,9 +72,11 @@ class Sum {
 // The gradient of one input through one call: collects what its nodes send, in every backward pass.
 class Gathering : public std::enable_shared_from_this<Gathering> {
  public:
-  Gathering(const Call& call, std::string path, const Node* target, uint32_t number, uint64_t first, uint32_t edges)
+  Gathering(const Call& call, std::string path, Axes axes, const Node* target, uint32_t number, uint64_t first,
+            uint32_t edges)
       : call_(call),
         path_(std::move(path)),
+        axes_(std::move(axes)),
         target_(target),
         target_nr_(number),
         first_(first),
@@ -84,9 +86,12 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
 
   // A node sends `gradient`, which may be undefined, along one edge. Returns what it sends instead; undefined: the same.
   at::Tensor sent(at::Tensor gradient) {
-    const Refusal refusal = gradient.defined() ? refusal_of(gradient, nullptr) : Refusal::None;
-    if (gradient.defined() && refusal == Refusal::None) gradient = as_received(std::move(gradient));
-    if ((call_.capture & bit(kBackward)) != 0) collect(gradient, refusal);
+    Part part;
+    if (gradient.defined()) {
+      if (!gradient.unsafeGetTensorImpl()->is_python_dispatch()) gradient = as_received(std::move(gradient));
+      part = part_of_gradient(gradient, axes_);
+    }
+    if ((call_.capture & bit(kBackward)) != 0) collect(part);
     return gradient.defined() ? edited(call_, kBackward, path_, gradient) : at::Tensor();
   }
 
@@ -97,8 +102,15 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     Refusal because;
     uint32_t seen = 0;
     Sum sum;
-    // Described in its place if it cannot be summed.
-    at::Tensor any;
+    // How what is summed lies; described in its place if it cannot be summed.
+    Part any;
+
+    void add(const Part& part) {
+      if (because == Refusal::None && any.local.defined() && !same(any.axes, part.axes)) because = Refusal::SharedInput;
+      if (part.refusal != Refusal::None) because = part.refusal;
+      any = part;
+      if (because == Refusal::None) sum.add(part.local);
+    }
   };
 
   // As the engine's `validate_outputs` makes it, after post-hooks.
@@ -111,9 +123,9 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     return gradient.to(*type);
   }
 
-  void collect(const at::Tensor& gradient, Refusal refusal) {
+  void collect(const Part& part) {
     if (edges_ == 1) {
-      if (gradient.defined()) deliver(gradient, is_all() ? refusal : Refusal::SharedInput);
+      deliver(part, is_all() ? Refusal::None : Refusal::SharedInput);
       return;
     }
     const int task = torch::autograd::get_current_graph_task_id();
@@ -127,9 +139,7 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
         // Some of the nodes may not be part of this backward pass.
         torch::autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), task] { self->end(task); });
       }
-      if (refusal != Refusal::None) pass->because = refusal;
-      if (gradient.defined() && pass->because == Refusal::None) pass->sum.add(gradient);
-      if (gradient.defined() && pass->because != Refusal::None) pass->any = gradient;
+      if (part.local.defined()) pass->add(part);
       if (++pass->seen == edges_) done = take(pass);
     }
     if (done) deliver(*done);
@@ -148,10 +158,13 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     });
   }
 
-  void deliver(const Pass& pass) { deliver(pass.any.defined() ? pass.any : pass.sum.value(), pass.because); }
+  void deliver(Pass& pass) {
+    if (pass.because == Refusal::None) pass.any.local = pass.sum.value();
+    deliver(pass.any, pass.because);
+  }
 
-  void deliver(const at::Tensor& gradient, Refusal because) {
-    if (gradient.defined()) capture(call_, kBackward, path_, repeat_++, gradient, nullptr, because);
+  void deliver(const Part& part, Refusal because) {
+    if (part.local.defined()) capture(call_, kBackward, path_, repeat_++, part, because);
   }
 
   // Whether the call made no other node that uses the input: for something it keeps, say, and does not return.
@@ -176,6 +189,8 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
 
   const Call call_;
   const std::string path_;
+  // Of the input.
+  const Axes axes_;
   // Alive as long as the nodes that are hooked, whose edge it is.
   const Node* const target_;
   const uint32_t target_nr_;
@@ -211,16 +226,16 @@ class Sender final : public torch::autograd::FunctionPostHook {
 
 }  // namespace
 
-void Uses::add(const Call& call, const std::string& path, const at::Tensor& input) {
+void Uses::add(const Call& call, const std::string& path, const at::Tensor& input, const Axes& axes) {
   const auto& node = input.grad_fn();
   const auto device = input.device().type();
   if (node.get() == nullptr && at::autocast::is_autocast_enabled(device) && at::autocast::is_autocast_cache_enabled()) {
     // Its cast belongs to the call that needs it first, and others use it too.
-    if ((call.capture & bit(kBackward)) != 0) capture(call, kBackward, path, 0, input, nullptr, Refusal::SharedInput);
+    if ((call.capture & bit(kBackward)) != 0) capture(call, kBackward, path, 0, part_of(input, false), Refusal::SharedInput);
     return;
   }
   if (inputs_.empty()) first_ = at::sequence_number::peek();
-  inputs_.push_back({call, path, decltype(Input::tensor)(input.getIntrusivePtr()), node.get(), input.output_nr(),
+  inputs_.push_back({call, path, axes, decltype(Input::tensor)(input.getIntrusivePtr()), node.get(), input.output_nr(),
                      input._version(), false});
 }
 
@@ -235,9 +250,9 @@ at::Tensor Uses::returned(const at::Tensor& output) {
   if (input->done) return {};
   input->done = true;
   if (output.is_leaf()) {
-    capture(input->call, kBackward, input->path, 0, output, nullptr, Refusal::Returned);
+    capture(input->call, kBackward, input->path, 0, part_of(output, false), Refusal::Returned);
   } else {
-    watch_gradient(input->call, kBackward, input->path, output, /*alone=*/true);
+    watch_gradient(input->call, kBackward, input->path, output, input->axes, /*alone=*/true);
   }
   return {};
 }
@@ -291,13 +306,13 @@ void Uses::hook(const std::vector<at::Tensor>& outputs) const {
     const at::Tensor tensor(input.tensor.lock());
     if (tensor.defined() && tensor.is_view() && tensor._version() != input.version) {
       if ((input.call.capture & bit(kBackward)) != 0) {
-        capture(input.call, kBackward, input.path, 0, tensor, nullptr, Refusal::SharedInput);
+        capture(input.call, kBackward, input.path, 0, part_of(tensor, false), Refusal::SharedInput);
       }
       continue;
     }
     uint32_t edges = 0;
     for (const auto& [node, numbers] : users[i]) edges += numbers.size();
-    const auto gathering = std::make_shared<Gathering>(input.call, input.path, targets[i], input.number, first_, edges);
+    const auto gathering = std::make_shared<Gathering>(input.call, input.path, input.axes, targets[i], input.number, first_, edges);
     for (auto& [node, numbers] : users[i]) node->add_post_hook(std::make_unique<Sender>(gathering, std::move(numbers)));
   }
 }

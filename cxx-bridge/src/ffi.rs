@@ -32,6 +32,7 @@ pub mod bridge {
         capture: u32,
         edit: u32,
         first: [i64; 3],
+        ask: bool,
     }
 
     /// A module as the shim found it.
@@ -57,7 +58,25 @@ pub mod bridge {
         factor: f64,
     }
 
-    /// A tensor's description; sizes go beside it.
+    /// `wire::tap_abi::MeshAxis`.
+    struct MeshAxis {
+        name: String,
+        index: u32,
+        size: u32,
+        role: u8,
+    }
+
+    /// `wire::tap_abi::LeafAxis`.
+    #[derive(Clone)]
+    struct LeafAxis {
+        name: String,
+        index: u32,
+        size: u32,
+        place: u8,
+        dim: u32,
+    }
+
+    /// A tensor's description; sizes and axes go beside it.
     struct Leaf {
         dtype: u8,
         refusal: u8,
@@ -68,7 +87,7 @@ pub mod bridge {
             serial: u64,
             modules: &Vec<Module>,
             wrapper: &str,
-            data_parallel: bool,
+            mesh: &Vec<MeshAxis>,
             rank: u32,
             world: u32,
         ) -> Vec<Selected>;
@@ -77,7 +96,17 @@ pub mod bridge {
         fn forget(serial: u64);
         fn stepped();
         fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;
-        fn capture(call: &Call, kind: u32, path: &str, repeat: u32, leaf: &Leaf, sizes: &[i64], tensor: &Tensor);
+        #[allow(clippy::too_many_arguments)]
+        fn capture(
+            call: &Call,
+            kind: u32,
+            path: &str,
+            repeat: u32,
+            leaf: &Leaf,
+            sizes: &[i64],
+            axes: &Vec<LeafAxis>,
+            tensor: &Tensor,
+        );
         fn edit(call: &Call, kind: u32, path: &str) -> LeafEdit;
         fn notice(text: &str);
         fn fault(text: &str);

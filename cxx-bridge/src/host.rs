@@ -2,9 +2,9 @@
 
 use std::{ffi::c_void, sync::OnceLock};
 
-use wire::tap_abi::{self, HostTable, ModelDesc, Rank, Refusal, Str, TensorDesc};
+use wire::tap_abi::{self, HostTable, LeafPlace, ModelDesc, Rank, Refusal, Role, Str, TensorDesc};
 
-use crate::ffi::bridge::{Call, Firing, Leaf, LeafEdit, Module, Selected, Tensor};
+use crate::ffi::bridge::{Call, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor};
 
 static HOST: OnceLock<&'static HostTable> = OnceLock::new();
 
@@ -25,15 +25,28 @@ impl From<&Firing> for tap_abi::Firing {
 
 impl From<&Call> for tap_abi::Call {
     fn from(c: &Call) -> Self {
-        let &Call { tap, step, micro, call, pass, train, recompute, capture, edit, first } = c;
-        Self { tap, step, micro, call, pass, train, recompute, capture, edit, first }
+        let &Call { tap, step, micro, call, pass, train, recompute, capture, edit, first, ask } = c;
+        Self { tap, step, micro, call, pass, train, recompute, capture, edit, first, ask }
     }
 }
 
 impl From<tap_abi::Call> for Call {
     fn from(c: tap_abi::Call) -> Self {
-        let tap_abi::Call { tap, step, micro, call, pass, train, recompute, capture, edit, first } = c;
-        Self { tap, step, micro, call, pass, train, recompute, capture, edit, first }
+        let tap_abi::Call { tap, step, micro, call, pass, train, recompute, capture, edit, first, ask } = c;
+        Self { tap, step, micro, call, pass, train, recompute, capture, edit, first, ask }
+    }
+}
+
+impl<'a> From<&'a MeshAxis> for tap_abi::MeshAxis<'a> {
+    fn from(a: &'a MeshAxis) -> Self {
+        Self { name: Str::new(&a.name), index: a.index, size: a.size, role: Role::from_code(a.role) }
+    }
+}
+
+impl<'a> From<&'a LeafAxis> for tap_abi::LeafAxis<'a> {
+    fn from(a: &'a LeafAxis) -> Self {
+        let place = LeafPlace::from_code(a.place);
+        Self { name: Str::new(&a.name), index: a.index, size: a.size, place, dim: a.dim }
     }
 }
 
@@ -43,7 +56,7 @@ pub fn select(
     serial: u64,
     modules: &Vec<Module>,
     wrapper: &str,
-    data_parallel: bool,
+    mesh: &Vec<MeshAxis>,
     rank: u32,
     world: u32,
 ) -> Vec<Selected> {
@@ -51,6 +64,7 @@ pub fn select(
     let column = |get: fn(&Module) -> &String| modules.iter().map(|m| Str::new(get(m))).collect::<Vec<_>>();
     let (names, classes, qualified) = (column(|m| &m.name), column(|m| &m.class_name), column(|m| &m.qualified));
     let orders: Vec<u8> = modules.iter().map(|m| m.order).collect();
+    let mesh: Vec<tap_abi::MeshAxis<'_>> = mesh.iter().map(tap_abi::MeshAxis::from).collect();
     let desc = ModelDesc {
         serial,
         count: modules.len(),
@@ -59,7 +73,8 @@ pub fn select(
         qualified: qualified.as_ptr(),
         orders: orders.as_ptr(),
         wrapper: Str::new(wrapper),
-        data_parallel,
+        mesh: mesh.as_ptr(),
+        axis_count: mesh.len(),
     };
     let blank = tap_abi::Selected { index: 0, tap: 0, kinds: 0 };
     let mut out = vec![blank; modules.len()];
@@ -105,14 +120,28 @@ pub fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool {
     wanted
 }
 
-pub fn capture(call: &Call, kind: u32, path: &str, repeat: u32, leaf: &Leaf, sizes: &[i64], tensor: &Tensor) {
+// cxx knows `Vec`, not slices of shared structs.
+#[allow(clippy::ptr_arg, clippy::too_many_arguments)]
+pub fn capture(
+    call: &Call,
+    kind: u32,
+    path: &str,
+    repeat: u32,
+    leaf: &Leaf,
+    sizes: &[i64],
+    axes: &Vec<LeafAxis>,
+    tensor: &Tensor,
+) {
     let Some(host) = host() else { return };
+    let axes: Vec<tap_abi::LeafAxis<'_>> = axes.iter().map(tap_abi::LeafAxis::from).collect();
     let desc = TensorDesc {
         handle: std::ptr::from_ref(tensor).cast::<c_void>(),
         sizes: sizes.as_ptr(),
         ndim: sizes.len() as u32,
         dtype: leaf.dtype,
         refusal: Refusal::from_code(leaf.refusal),
+        axes: axes.as_ptr(),
+        axis_count: axes.len() as u32,
     };
     // SAFETY: everything borrowed lives through the call.
     unsafe { (host.capture)(&call.into(), kind, Str::new(path), repeat, &desc) };

@@ -10,12 +10,12 @@ use wire::{
     env,
     hooks::{Hook, Kind, Reduce, nearest},
     record::RecordMeta,
-    tap_abi::{Call, Firing, LeafEdit, ModelDesc, Order, Rank, Refusal, Selected, Str, TensorDesc},
+    tap_abi::{Call, Firing, LeafEdit, ModelDesc, Order, Rank, Refusal, Role, Selected, Str, TensorDesc},
 };
 use wire::{dtype::DType, hooks::Edit};
 
 use crate::{
-    layout::{self, Known},
+    layout::{self, Known, Leaf, MeshAxis},
     log,
     passes::{Caller, Calls, Clock, Passes, Place},
     shipping::{self, Cargo},
@@ -55,7 +55,7 @@ pub struct Engine {
 
 struct Model {
     number: u32,
-    data_parallel: bool,
+    mesh: Vec<MeshAxis>,
     passes: Passes,
     /// Its taps by module name.
     taps: HashMap<String, u32>,
@@ -143,7 +143,8 @@ impl Engine {
                 continue;
             }
             self.tell_disagreement(&hooks, name);
-            let tap = self.tap(desc, name, class, hooks, kinds, order);
+            // SAFETY: as promised by the caller.
+            let tap = unsafe { self.tap(desc, name, class, hooks, kinds, order) };
             out.push(Selected { index: i as u32, tap, kinds });
         }
         if out.is_empty() {
@@ -161,7 +162,10 @@ impl Engine {
     }
 
     /// Number of the tap on a module, made if there is none.
-    fn tap(
+    ///
+    /// # Safety
+    /// As in [`select`](Self::select).
+    unsafe fn tap(
         &mut self,
         desc: &ModelDesc<'_>,
         name: &str,
@@ -173,12 +177,9 @@ impl Engine {
         let (models, taps) = &mut self.counted;
         let model = self.models.entry(desc.serial).or_insert_with(|| {
             *models += 1;
-            Model {
-                number: *models - 1,
-                data_parallel: desc.data_parallel,
-                passes: Passes::default(),
-                taps: HashMap::new(),
-            }
+            // SAFETY: the array has so many entries, whose names live through the call (caller).
+            let mesh = unsafe { layout::mesh_of(desc) };
+            Model { number: *models - 1, mesh, passes: Passes::default(), taps: HashMap::new() }
         });
         *model.taps.entry(name.to_owned()).or_insert_with(|| {
             *taps += 1;
@@ -292,7 +293,8 @@ impl Engine {
             edit &= if placed.is_some() { !0 } else { !GRADIENTS };
         }
         let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
-        (capture | edit != 0).then_some(Call { capture, edit, ..call })
+        let ask = model.mesh.iter().any(|axis| axis.role != Role::Data);
+        (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
     }
 
     /// The hook that captures this leaf: the first one that keeps its bytes, or else the first.
@@ -345,14 +347,14 @@ impl Engine {
     /// Describes a leaf for its way to the agent; `None` if nobody asked for it.
     ///
     /// # Safety
-    /// `tensor.sizes` must point to `ndim` sizes.
+    /// `tensor.sizes` must point to `ndim` sizes, and `tensor.axes` to `axis_count` axes.
     pub unsafe fn cargo(
         &self,
         call: &Call,
         kind: Kind,
         path: Str<'_>,
         repeat: u32,
-        tensor: &TensorDesc,
+        tensor: &TensorDesc<'_>,
     ) -> Option<Cargo> {
         let tap = self.taps.get(&call.tap)?;
         let model = self.models.get(&tap.model)?;
@@ -366,15 +368,14 @@ impl Engine {
         let refusal = if own.is_none() && tensor.refusal == Refusal::None { Refusal::Dtype } else { tensor.refusal };
         let own = own.unwrap_or(DType::UInt8);
         let dtype = hook.options.dtype.unwrap_or(own);
-        let (index, size) = self.position(hook);
-        let known = Known {
-            batch: model.passes.batch(call.pass),
-            own: call.first,
-            order: tap.order,
-            data_parallel: model.data_parallel,
-            kind,
+        let known = Known { batch: model.passes.batch(call.pass), own: call.first, order: tap.order, kind };
+        // SAFETY: the caller vouches for the axes.
+        let told = unsafe { layout::told(tensor) };
+        let leaf = Leaf { shape: &shape, module: &tap.name, path };
+        let axes = match &hook.options.ranks {
+            None => layout::infer(leaf, known, hook.options.shard.as_ref(), &model.mesh, told),
+            Some(ranks) => layout::of_some(leaf, known, hook.options.shard.as_ref(), &model.mesh, self.rank, ranks),
         };
-        let axes = layout::infer(&shape, &tap.name, path, known, hook.options.shard.as_ref(), index, size);
         let meta = RecordMeta {
             module: tap.name.clone(),
             class: tap.class.clone(),
@@ -393,22 +394,10 @@ impl Engine {
             shape,
             rank: self.rank.rank,
             axes,
-            dp_size: if model.data_parallel { self.rank.world } else { 1 },
+            dp_size: layout::data_size(&model.mesh),
             time_ns: shipping::now_ns(),
             refused: refusal.reason().to_owned(),
         };
         Some(Cargo { meta, handle: tensor.handle })
-    }
-
-    /// This rank's coordinate among the ranks that capture for `hook`, and their number.
-    fn position(&self, hook: &Hook) -> (u32, u32) {
-        match &hook.options.ranks {
-            None => (self.rank.rank, self.rank.world),
-            Some(ranks) => {
-                let there = || ranks.iter().filter(|&&r| r < self.rank.world);
-                let index = there().take_while(|&&r| r != self.rank.rank).count();
-                (index as u32, there().count() as u32)
-            }
-        }
     }
 }

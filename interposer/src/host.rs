@@ -97,7 +97,7 @@ fn injected_in_tap() {
     }
 }
 
-unsafe extern "C" fn capture(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc) {
+unsafe extern "C" fn capture(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>) {
     boundary(|| {
         let Some(kind) = Kind::from_code(kind as u8) else { return };
         // SAFETY: the bridge's call and tensor live through this call, and its sizes are ndim long.

@@ -1,15 +1,19 @@
-//! How a leaf lies over the data-parallel ranks, inferred from its shape and the batch the model was called with.
+//! How a leaf lies over the ranks: as torch says where it does, else inferred from its shape, the batch that the model was
+//! called with, and what each axis of the mesh is there for.
 //!
-//! Nothing here is sure, so the rules prefer saying "unknown" to a wrong whole. [`Place::Unknown`] still becomes
+//! What is inferred is not sure, so the rules prefer saying "unknown" to a wrong whole. [`Place::Unknown`] still becomes
 //! whole when all ranks turn out to hold the same bytes.
 
 use wire::{
     hooks::{Kind, ShardHint},
     record::{Axis, Place},
-    tap_abi::Order,
+    tap_abi::{LeafPlace, ModelDesc, Order, Rank, Role, TensorDesc},
 };
 
-/// What is known about a tap's tensors.
+/// The name of the axes over which the batch lies, taken together.
+const DATA: &str = "dp";
+
+/// What is known of a tap's tensors.
 #[derive(Clone, Copy, Debug)]
 pub struct Known {
     /// First sizes of the model's first input; -1 where there is none.
@@ -18,35 +22,149 @@ pub struct Known {
     pub own: [i64; 3],
     /// What the module says.
     pub order: Order,
-    /// The wrapper shards the batch over all ranks.
-    pub data_parallel: bool,
     /// What is captured.
     pub kind: Kind,
 }
 
-/// What a packed sequence is made of: steps of all its sequences, the longest first, and how a rank has packed them.
-const PACKED: [&str; 4] = [".data", ".batch_sizes", ".sorted_indices", ".unsorted_indices"];
+/// A leaf of what a module takes or gives.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaf<'a> {
+    /// Its shape on this rank.
+    pub shape: &'a [u64],
+    /// The module's name.
+    pub module: &'a str,
+    /// Where it is in the structure.
+    pub path: &'a str,
+}
 
-/// Axes of the leaf at `path` of `module` with this shape, on member `index` of `size`.
-pub fn infer(
-    shape: &[u64],
-    module: &str,
-    path: &str,
+/// An axis along which a model is distributed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeshAxis {
+    /// Its name.
+    pub name: String,
+    /// This rank's coordinate.
+    pub index: u32,
+    /// Number of members.
+    pub size: u32,
+    /// What it is there for.
+    pub role: Role,
+}
+
+/// The axes of a model, without those of one member.
+///
+/// # Safety
+/// `desc.mesh` must point to `axis_count` axes.
+pub unsafe fn mesh_of(desc: &ModelDesc<'_>) -> Vec<MeshAxis> {
+    let at = |i: usize| {
+        // SAFETY: i < axis_count; the name lives as long as the description.
+        let (axis, name) = unsafe {
+            let axis = &*desc.mesh.add(i);
+            (axis, axis.name.get())
+        };
+        MeshAxis { name: name.to_owned(), index: axis.index, size: axis.size, role: axis.role }
+    };
+    (0..desc.axis_count).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
+}
+
+/// What torch says of a leaf.
+///
+/// # Safety
+/// `tensor.axes` must point to `axis_count` axes.
+pub unsafe fn told(tensor: &TensorDesc<'_>) -> Vec<Axis> {
+    let at = |i: usize| {
+        // SAFETY: i < axis_count; the name lives as long as the description.
+        let (axis, name) = unsafe {
+            let axis = &*tensor.axes.add(i);
+            (axis, axis.name.get())
+        };
+        let place = match axis.place {
+            LeafPlace::Replicate => Place::Replicate,
+            LeafPlace::Shard => shard(axis.dim),
+            LeafPlace::Partial => Place::Partial,
+            LeafPlace::Unknown => Place::Unknown,
+        };
+        Axis { name: name.to_owned(), index: axis.index, size: axis.size, place }
+    };
+    (0..tensor.axis_count as usize).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
+}
+
+/// Over how many ranks the batch lies.
+pub fn data_size(mesh: &[MeshAxis]) -> u32 {
+    mesh.iter().filter(|axis| axis.role == Role::Data).map(|axis| axis.size).product()
+}
+
+/// Axes of a leaf: those of the mesh of which torch says nothing, the batch's as one, and then, inside of these, those of
+/// which it does.
+pub fn infer(leaf: Leaf<'_>, known: Known, hint: Option<&ShardHint>, mesh: &[MeshAxis], told: Vec<Axis>) -> Vec<Axis> {
+    let mut axes: Vec<Axis> = Vec::with_capacity(mesh.len());
+    for axis in mesh.iter().filter(|axis| !told.iter().any(|t| t.name == axis.name)) {
+        match axes.iter_mut().find(|a| a.name == DATA) {
+            Some(data) if axis.role == Role::Data => {
+                data.index = data.index * axis.size + axis.index;
+                data.size *= axis.size;
+            }
+            _ => {
+                let name = if axis.role == Role::Data { DATA.to_owned() } else { axis.name.clone() };
+                let place = place_along(axis.role, leaf, known);
+                axes.push(Axis { name, index: axis.index, size: axis.size, place });
+            }
+        }
+    }
+    axes.extend(told);
+    if let Some(hint) = hint {
+        apply(hint, leaf.shape.len(), &mut axes);
+    }
+    axes
+}
+
+/// Axes of a leaf where some ranks capture only. On a mesh of several axes these need not be a mesh of their own.
+pub fn of_some(
+    leaf: Leaf<'_>,
     known: Known,
     hint: Option<&ShardHint>,
-    index: u32,
-    size: u32,
+    mesh: &[MeshAxis],
+    me: Rank,
+    ranks: &[u32],
 ) -> Vec<Axis> {
+    let there = || ranks.iter().filter(|&&r| r < me.world);
+    let (index, size) = (there().take_while(|&&r| r != me.rank).count() as u32, there().count() as u32);
     if size <= 1 {
         return Vec::new();
     }
-    let (name, place) = match hint {
-        Some(hint) => (hint.axis.clone(), hinted(shape.len(), hint.dim)),
-        None if has_no_batch(module, path) => ("dp".to_owned(), Place::Unknown),
-        None => ("dp".to_owned(), place(shape, path, known)),
+    let axis = match mesh {
+        [axis] => MeshAxis { index, size, ..axis.clone() },
+        _ => MeshAxis { name: "rank".into(), index, size, role: Role::Other },
     };
-    vec![Axis { name, index, size, place }]
+    infer(leaf, known, hint, &[axis], Vec::new())
 }
+
+/// The user's word on the axis of that name; where there is none, on the innermost whose name is not the user's either.
+fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
+    let named = axes.iter().position(|axis| axis.name == hint.axis);
+    let Some(axis) = named.or(axes.len().checked_sub(1)).and_then(|i| axes.get_mut(i)) else { return };
+    axis.name.clone_from(&hint.axis);
+    axis.place = hinted(ndim, hint.dim);
+}
+
+fn place_along(role: Role, leaf: Leaf<'_>, known: Known) -> Place {
+    match role {
+        Role::Data | Role::Context if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
+        Role::Data => place(leaf.shape, leaf.path, known),
+        Role::Context => piece_of_sequences(leaf.shape, known),
+        Role::Tensor | Role::Other => Place::Unknown,
+    }
+}
+
+/// Sequences are cut where the model's first input is, which is `[batch, length, ...]` unless a module says otherwise.
+fn piece_of_sequences(shape: &[u64], known: Known) -> Place {
+    match (known.order, shape, known.batch.map(|n| n.cast_unsigned())) {
+        (Order::Unstated | Order::BatchFirst, &[a, b, ..], [x, y, _]) if (a, b) == (x, y) => shard(1),
+        _ => Place::Unknown,
+    }
+}
+
+/// What a packed sequence is made of: steps of all its sequences, the longest first, and how a rank has packed them.
+const PACKED: [&str; 4] = [".data", ".batch_sizes", ".sorted_indices", ".unsorted_indices"];
 
 fn hinted(ndim: usize, dim: i32) -> Place {
     let dim = if dim < 0 { dim + ndim as i32 } else { dim };
@@ -64,7 +182,7 @@ fn has_no_batch(module: &str, path: &str) -> bool {
 fn place(shape: &[u64], path: &str, known: Known) -> Place {
     match by_order(shape, path, known) {
         // A module that was given no tensor knows nothing of the batch: it has a table.
-        _ if !known.data_parallel || known.own[0] < 0 => Place::Unknown,
+        _ if known.own[0] < 0 => Place::Unknown,
         // Each rank has its own share of the gradient of a table. A batch of one is likelier than a table with one row.
         Place::ReplicateOrShard0 if is_gradient(known.kind) && shape.first() != Some(&1) => Place::Unknown,
         place => place,
@@ -139,8 +257,7 @@ fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Place {
 mod tests {
     use super::*;
 
-    const DP: Known =
-        Known { batch: [4, 16, -1], own: [4, 16, 8], order: Order::Unstated, data_parallel: true, kind: Kind::Forward };
+    const DP: Known = Known { batch: [4, 16, -1], own: [4, 16, 8], order: Order::Unstated, kind: Kind::Forward };
 
     fn sequence_first(own: [i64; 3]) -> Known {
         Known { batch: own, own, order: Order::SequenceFirst, ..DP }
@@ -160,7 +277,6 @@ mod tests {
         assert_eq!(place(&[1, 16, 8], "out", DP), Place::Unknown);
         // So many experts, with room for as many tokens as there are rows.
         assert_eq!(place(&[3, 4, 8], "out", DP), Place::Unknown);
-        assert_eq!(place(&[4, 8], "out", Known { data_parallel: false, ..DP }), Place::Unknown);
     }
 
     #[test]
@@ -170,7 +286,9 @@ mod tests {
 
     #[test]
     fn weights_that_a_parametrization_computes_and_pieces_of_packed_sequences_have_no_batch() {
-        let place = |module: &str, path: &str| infer(&[4, 8], module, path, DP, None, 0, 2)[0].place.clone();
+        let place = |module: &str, path: &str| {
+            infer(Leaf { shape: &[4, 8], module, path }, DP, None, &mesh(&[Role::Data]), Vec::new())[0].place.clone()
+        };
         assert_eq!(place("stem.parametrizations.weight.0", "out"), Place::Unknown);
         assert_eq!(place("stem", "out"), shard(0));
         for path in ["in[0].data", "out[0].batch_sizes", "in[0].sorted_indices", "in[0].unsorted_indices"] {
@@ -236,16 +354,61 @@ mod tests {
         assert_eq!(place(&[2, 4, 8], "out[1]", known), shard(1));
     }
 
+    fn mesh(roles: &[Role]) -> Vec<MeshAxis> {
+        let axis = |(i, role): (usize, &Role)| MeshAxis { name: format!("axis{i}"), index: 1, size: 2, role: *role };
+        roles.iter().enumerate().map(axis).collect()
+    }
+
+    const OUT: Leaf<'_> = Leaf { shape: &[4, 16, 8], module: "m", path: "out" };
+
     #[test]
     fn what_the_user_says_goes() {
         let hint = ShardHint { dim: -1, axis: "tp".into() };
-        let axes = infer(&[2, 3], "m", "out", DP, Some(&hint), 1, 2);
-        assert_eq!(axes[0].place, shard(1));
-        assert_eq!(axes[0].name, "tp");
+        let axes = infer(OUT, DP, Some(&hint), &mesh(&[Role::Data]), Vec::new());
+        assert_eq!(axes, [Axis { name: "tp".into(), index: 1, size: 2, place: shard(2) }]);
+        let axes = infer(OUT, DP, Some(&hint), &mesh(&[Role::Data, Role::Other]), Vec::new());
+        assert_eq!(
+            axes.iter().map(|a| (&*a.name, &a.place)).collect::<Vec<_>>(),
+            [("dp", &shard(0)), ("tp", &shard(2))]
+        );
+    }
+
+    #[test]
+    fn the_batch_lies_over_all_data_axes_as_one() {
+        let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor, Role::Data]), Vec::new());
+        let dp = Axis { name: "dp".into(), index: 3, size: 4, place: shard(0) };
+        assert_eq!(axes, [dp, Axis { name: "axis1".into(), index: 1, size: 2, place: Place::Unknown }]);
+        assert_eq!(data_size(&mesh(&[Role::Data, Role::Tensor, Role::Data])), 4);
+    }
+
+    #[test]
+    fn what_torch_says_goes_before_what_is_inferred() {
+        let told = vec![Axis { name: "axis1".into(), index: 0, size: 2, place: shard(2) }];
+        let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), told);
+        assert_eq!(axes.iter().map(|a| &a.place).collect::<Vec<_>>(), [&shard(0), &shard(2)]);
+    }
+
+    #[test]
+    fn a_context_axis_cuts_sequences() {
+        let place = |shape: &[u64]| {
+            infer(Leaf { shape, ..OUT }, DP, None, &mesh(&[Role::Context]), Vec::new())[0].place.clone()
+        };
+        assert_eq!(place(&[4, 16, 8]), shard(1));
+        assert_eq!(place(&[64, 8]), Place::Unknown);
+    }
+
+    #[test]
+    fn some_ranks_are_an_axis_of_their_own() {
+        let me = Rank { rank: 2, world: 4 };
+        let axes = of_some(OUT, DP, None, &mesh(&[Role::Data]), me, &[0, 2, 9]);
+        assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0) }]);
+        let axes = of_some(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), me, &[0, 2]);
+        assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Place::Unknown }]);
+        assert!(of_some(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), me, &[2]).is_empty());
     }
 
     #[test]
     fn one_process_has_no_axes() {
-        assert!(infer(&[4], "m", "out", DP, None, 0, 1).is_empty());
+        assert!(infer(OUT, DP, None, &[], Vec::new()).is_empty());
     }
 }

@@ -237,6 +237,7 @@ impl Calls {
             capture: 0,
             edit: 0,
             first: firing.first,
+            ask: false,
         }
     }
 

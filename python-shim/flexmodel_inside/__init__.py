@@ -6,7 +6,9 @@
 | `family.py` | knows every module from construction on, and which are in no other |
 | `hooks.py` | our hooks on modules, and who must not see them |
 | `naming.py` | the names the user wrote, without those of wrappers |
-| `wrappers.py` | how the job distributes a model |
+| `wrappers.py` | how the job wraps a model |
+| `mesh.py` | the axes along which it distributes a model |
+| `layouts.py` | how a tensor lies along them, where torch knows |
 | `models.py` | finds models when they are first called, and taps them |
 | `ranks.py` | who this process is |
 
@@ -29,12 +31,14 @@ def start(bridge: Any) -> None:
     """
 
     def watch() -> None:
+        from . import layouts
         from .models import Models
         from .ranks import JOINING
 
         models = Models(bridge)
         models.watch()
         imports.when_imported(["torch._dynamo"], guarded(bridge, models.dynamo_is_here))
+        imports.when_imported([layouts.MODULE], guarded(bridge, models.dtensor_is_here))
         imports.when_imported(JOINING, guarded(bridge, models.distributed_is_here))
 
     imports.when_imported(["torch.nn.modules.module", "torch.optim.optimizer"], guarded(bridge, watch))

@@ -19,9 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import guarded, hooks, imports
 from .family import Family
+from .layouts import Layouts
+from .mesh import Meshes
 from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
-from .wrappers import is_data_parallel, orders, wrapper_name
+from .wrappers import orders, wrapper_name
 
 
 class Models:
@@ -32,6 +34,8 @@ class Models:
         self._family = Family(on_change=self._arm, on_gone=bridge.forget)
         self._original = nn.Module.__call__
         self._ours = self._replacement()
+        self._meshes = Meshes()
+        self._layouts = Layouts(self._meshes)
         self._armed = False
         self._looking = False
         self._traceable = "torch._dynamo" in sys.modules
@@ -47,6 +51,7 @@ class Models:
         hooks.keep_from_copies(functools.partial(guarded, self._bridge))
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
         atexit.register(self._bridge.finish)
+        self._bridge.describe_with(guarded(self._bridge, self._layouts.describe))
         self._arm()
 
     def _replacement(self) -> Any:
@@ -115,7 +120,8 @@ class Models:
         model = authored(top)
         known = self._family.member(model)
         serial = known.serial
-        found = self._bridge.select(serial, entries, wrapper_name(top), is_data_parallel(top), rank, world)
+        mesh = [axis[:4] for axis in self._meshes.of_model(top, rank, world)]
+        found = self._bridge.select(serial, entries, wrapper_name(top), mesh, rank, world)
         if not found:
             return
         sign(world)
@@ -187,6 +193,10 @@ class Models:
     def distributed_is_here(self) -> None:
         """Look again whenever this process has become a rank, or another one."""
         tell_joined(guarded(self._bridge, self._family.changed))
+
+    def dtensor_is_here(self) -> None:
+        """Follow what becomes of DTensors."""
+        self._layouts.watch()
 
     def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
         compiled: set[int] = set()

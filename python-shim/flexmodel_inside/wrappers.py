@@ -5,7 +5,6 @@ Nothing is imported that the job has not imported.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from typing import Any
 
@@ -14,50 +13,34 @@ from torch import nn
 from .naming import all_in, held_by, own
 
 
-def _class(module: str, name: str) -> type | None:
-    return getattr(sys.modules.get(module), name, None)
-
-
-def _is(value: object, module: str, name: str) -> bool:
-    cls = _class(module, name)
+def is_instance(value: object, module: str, name: str) -> bool:
+    """Whether `value` is of a class that may not be imported."""
+    cls = getattr(sys.modules.get(module), name, None)
     return isinstance(cls, type) and isinstance(value, cls)
 
 
 def wrapper_name(top: nn.Module) -> str:
     """`FSDP1`, `FSDP2`, `DDP`, `DeepSpeed ZeRO-3`, ...; '' for none."""
     for module in all_in(top):
-        if _is(module, "deepspeed.runtime.engine", "DeepSpeedEngine"):
+        if is_instance(module, "deepspeed.runtime.engine", "DeepSpeedEngine"):
             stage = getattr(module, "zero_optimization_stage", lambda: 0)()
             return f"DeepSpeed ZeRO-{stage}"
-        if _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+        if is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
             return "FSDP1"
-        if _is(module, "torch.distributed.fsdp", "FSDPModule"):
+        if is_instance(module, "torch.distributed.fsdp", "FSDPModule"):
             return "FSDP2"
-        if _is(module, "torch.nn.parallel", "DistributedDataParallel"):
+        if is_instance(module, "torch.nn.parallel", "DistributedDataParallel"):
             return "DDP"
     return ""
 
 
-def _tensor_parallel(parameter: Any, fsdp2: bool) -> bool:
-    if getattr(parameter, "tensor_model_parallel", False):  # megatron's mark
-        return True
-    return not fsdp2 and _is(parameter, "torch.distributed.tensor", "DTensor")
-
-
-def _fsdp2_over_tensor_parallel(module: nn.Module) -> bool:
-    state = getattr(module, "_get_fsdp_state", lambda: None)()
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return any(getattr(p, "is_dtensor", False) for g in groups if g is not None for p in getattr(g, "fsdp_params", ()))
-
-
-def is_data_parallel(top: nn.Module) -> bool:
-    """Whether every rank runs the whole model on its own part of the batch."""
-    modules = all_in(top)
-    fsdp2 = [m for m in modules if _is(m, "torch.distributed.fsdp", "FSDPModule")]
-    if any(map(_fsdp2_over_tensor_parallel, fsdp2)):
-        return False
-    parameters = itertools.chain.from_iterable(own(m, "_parameters", {}).values() for m in modules)
-    return not any(_tensor_parallel(p, bool(fsdp2)) for p in parameters)
+def fsdp2_groups(module: nn.Module) -> list[Any]:
+    """What `fully_shard` shards together of a module: an `FSDPParamGroup` or, from torch 2.12 on, several."""
+    if not is_instance(module, "torch.distributed.fsdp", "FSDPModule"):
+        return []
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
 
 
 # Codes of wire::tap_abi::Order.

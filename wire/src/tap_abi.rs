@@ -11,7 +11,7 @@
 use std::{ffi::c_void, marker::PhantomData};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 2;
+pub const TAP_ABI: u32 = 3;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -24,7 +24,7 @@ pub const OPEN_SYMBOL: &str = "flexmodel_bridge_open";
 pub type OpenBridge = unsafe extern "C" fn(*const HostTable) -> *const BridgeTable;
 
 /// A borrowed UTF-8 string.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Str<'a> {
     ptr: *const u8,
@@ -55,7 +55,7 @@ impl<'a> Str<'a> {
 /// A tensor as the bridge describes it.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub struct TensorDesc {
+pub struct TensorDesc<'a> {
     /// The `at::Tensor`, valid during the call.
     pub handle: *const c_void,
     /// Sizes, `ndim` of them.
@@ -66,6 +66,85 @@ pub struct TensorDesc {
     pub dtype: u8,
     /// Why it cannot be read; [`Refusal::None`] otherwise.
     pub refusal: Refusal,
+    /// What torch says of how it lies over the ranks, outermost first, `axis_count` of them.
+    pub axes: *const LeafAxis<'a>,
+    /// None where torch says nothing.
+    pub axis_count: u32,
+}
+
+/// What a mesh axis is there for, which says what to expect of tensors that say nothing themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Role {
+    /// Members have their own rows of the batch.
+    Data = 0,
+    /// Members share the work on the same rows: most tensors are the same on all, others are pieces.
+    Tensor = 1,
+    /// Members have their own piece of every sequence.
+    Context = 2,
+    /// Not known.
+    #[default]
+    Other = 3,
+}
+
+impl Role {
+    /// The role with this code; [`Role::Other`] for one we do not know.
+    pub fn from_code(code: u8) -> Self {
+        [Role::Data, Role::Tensor, Role::Context].into_iter().find(|r| *r as u8 == code).unwrap_or_default()
+    }
+}
+
+/// An axis along which the job distributes a model.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct MeshAxis<'a> {
+    /// `dp`, `tp`, ..., unique in the mesh.
+    pub name: Str<'a>,
+    /// This rank's coordinate.
+    pub index: u32,
+    /// Number of members.
+    pub size: u32,
+    /// What it is there for.
+    pub role: Role,
+}
+
+/// How a leaf lies along one axis, as torch says it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct LeafAxis<'a> {
+    /// The axis; see [`MeshAxis::name`].
+    pub name: Str<'a>,
+    /// This rank's coordinate.
+    pub index: u32,
+    /// Number of members.
+    pub size: u32,
+    /// How.
+    pub place: LeafPlace,
+    /// For [`LeafPlace::Shard`]: the dimension.
+    pub dim: u32,
+}
+
+/// The ways in which a leaf may lie along an axis. A simpler [`crate::record::Place`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LeafPlace {
+    /// The same on every member.
+    Replicate = 0,
+    /// Pieces of a dimension, in order of the members; they may be uneven, and empty.
+    Shard = 1,
+    /// Addends.
+    Partial = 2,
+    /// Not in these words.
+    #[default]
+    Unknown = 3,
+}
+
+impl LeafPlace {
+    /// The place with this code; [`LeafPlace::Unknown`] for one we do not know.
+    pub fn from_code(code: u8) -> Self {
+        let all = [LeafPlace::Replicate, LeafPlace::Shard, LeafPlace::Partial];
+        all.into_iter().find(|p| *p as u8 == code).unwrap_or_default()
+    }
 }
 
 /// Why a tensor cannot be captured.
@@ -115,7 +194,7 @@ impl Refusal {
             Self::Meta => "a meta or fake tensor (no data)",
             Self::Quantized => "a quantized tensor",
             Self::Functorch => "a tensor inside vmap or another functorch transform",
-            Self::DTensor => "a DTensor (tensor parallel layouts are not in this version)",
+            Self::DTensor => "a DTensor whose part on this rank could not be told",
             Self::Subclass => "a tensor subclass without storage of its own",
             Self::Nested => "a nested tensor",
             Self::Dtype => "an element type FlexModel does not know",
@@ -150,6 +229,8 @@ pub struct Call {
     pub edit: u32,
     /// Sizes of the module's own first input, as in [`Firing::first`].
     pub first: [i64; 3],
+    /// Say of every tensor how it lies over the ranks, not of DTensors alone: members of an axis hold pieces of tensors.
+    pub ask: bool,
 }
 
 /// When a tap fires, seen from the bridge.
@@ -242,8 +323,10 @@ pub struct ModelDesc<'a> {
     pub orders: *const u8,
     /// How the job wraps it.
     pub wrapper: Str<'a>,
-    /// Whether batch sharding over all ranks may be inferred; otherwise layouts are unknown.
-    pub data_parallel: bool,
+    /// The axes over which it is distributed, outermost first, `axis_count` of them.
+    pub mesh: *const MeshAxis<'a>,
+    /// None for a process alone.
+    pub axis_count: usize,
 }
 
 /// Who this process is in the job.
@@ -278,7 +361,7 @@ pub struct HostTable {
     pub fire: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
     /// Captures a leaf.
     pub capture:
-        unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc),
+        unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>),
     /// How a leaf is edited.
     pub edit: unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>) -> LeafEdit,
     /// One line for the user, on stderr and in the run.

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "flexmodel/ffi.h"
-#include "flexmodel/tensor.h"
+#include "flexmodel/parts.h"
 
 namespace flexmodel {
 
@@ -19,8 +19,8 @@ enum Kind : uint32_t { kForward = 0, kForwardPre = 1, kBackward = 2, kBackwardPr
 inline constexpr uint32_t bit(Kind kind) { return 1u << kind; }
 
 // Hands a leaf to the interposer; refused if it cannot be read, or for the reason given.
-void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const at::Tensor& tensor,
-             const char* python_type, Refusal because = Refusal::None);
+void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const Part& part,
+             Refusal because = Refusal::None);
 
 // `tensor` with its edit applied, differentiably; undefined if there is none.
 at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);
@@ -29,9 +29,10 @@ at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at
 // edits may ask for it.
 at::Tensor identity(const at::Tensor& tensor);
 
-// Captures, then edits, the gradient of `tensor`, which is no leaf, whenever a backward pass computes it. `alone`: only if
-// the tensor has one use in all of the graph.
-void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, bool alone = false);
+// Captures, then edits, the gradient of `tensor`, which is no leaf and lies as `axes` say, whenever a backward pass
+// computes it. `alone`: only if the tensor has one use in all of the graph.
+void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
+                    bool alone = false);
 
 // A node that has another as an edge.
 struct Consumer {

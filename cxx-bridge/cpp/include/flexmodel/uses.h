@@ -15,14 +15,15 @@
 #include <vector>
 
 #include "flexmodel/ffi.h"
+#include "flexmodel/parts.h"
 
 namespace flexmodel {
 
 // The inputs of a call under way whose gradients are wanted.
 class Uses {
  public:
-  // Before the module's forward. `input` requires gradients.
-  void add(const Call& call, const std::string& path, const at::Tensor& input);
+  // Before the module's forward. `input` requires gradients, and lies as `axes` say.
+  void add(const Call& call, const std::string& path, const at::Tensor& input, const Axes& axes);
   bool empty() const { return inputs_.empty(); }
   // The module returned `output`. If that is an input as it was given, its uses cannot be told from the input's others;
   // then its gradient is taken if it has one use in all, or counted as refused. Returns what the module has to return
@@ -36,6 +37,7 @@ class Uses {
   struct Input {
     Call call;
     std::string path;
+    Axes axes;
     // A call that raises must not keep the job's tensors, nor its graph.
     c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
     // The node that computed it, if it is alive; null for a leaf.

@@ -1,0 +1,40 @@
+// What this process holds of a tensor that lies over several.
+#pragma once
+
+#include "flexmodel/py.h"
+
+#include <ATen/core/Tensor.h>
+
+#include "flexmodel/ffi.h"
+#include "flexmodel/tensor.h"
+
+namespace flexmodel {
+
+using Axes = rust::Vec<LeafAxis>;
+
+// wire::tap_abi::LeafPlace.
+enum Place : uint8_t { kReplicate = 0, kShard = 1, kPartial = 2, kUnknown = 3 };
+
+// A tensor that this process can read, and what torch says about how it lies over the others.
+struct Part {
+  at::Tensor local;
+  // Empty where torch says nothing.
+  Axes axes;
+  // Why `local` cannot be read.
+  Refusal refusal = Refusal::None;
+};
+
+// Keeps the shim's `describe(tensor, like) -> None | (local tensor, [(axis, index, size, place, dim)])`.
+void set_describer(PyObject* describe);
+
+// The part of `tensor`. The shim is asked about a DTensor, and with `ask` about any tensor; where it knows nothing of
+// `tensor`, it may take it to lie as `like` does. `python_type` is the name of its Python class, if that is known.
+Part part_of(const at::Tensor& tensor, bool ask, const char* python_type = nullptr, PyObject* like = nullptr);
+
+// The part of a gradient, whose tensor lay as `forward` says. Takes the GIL if it needs it.
+Part part_of_gradient(const at::Tensor& gradient, const Axes& forward);
+
+// Whether both lie in the same way.
+bool same(const Axes& a, const Axes& b);
+
+}  // namespace flexmodel

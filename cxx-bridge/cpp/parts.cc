@@ -1,0 +1,91 @@
+// What this process holds of a tensor that lies over several: told by the shim, which knows DTensor's own words.
+#include "flexmodel/parts.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace flexmodel {
+namespace {
+
+PyObject* describer = nullptr;
+
+class Gil {
+ public:
+  Gil() : state_(PyGILState_Ensure()) {}
+  ~Gil() { PyGILState_Release(state_); }
+  Gil(const Gil&) = delete;
+  Gil& operator=(const Gil&) = delete;
+
+ private:
+  PyGILState_STATE state_;
+};
+
+// What the shim says of `tensor`, or nothing.
+Ref described(const at::Tensor& tensor, PyObject* like) {
+  Ref object(THPVariable_Wrap(tensor));
+  Ref answer(object ? PyObject_CallFunctionObjArgs(describer, object.get(), like == nullptr ? Py_None : like, nullptr) : nullptr);
+  if (!answer) PyErr_Clear();
+  return answer.get() == Py_None ? Ref() : std::move(answer);
+}
+
+bool read(PyObject* answer, Part& part) {
+  PyObject *local = nullptr, *axes = nullptr;
+  if (PyArg_ParseTuple(answer, "OO!", &local, &PyList_Type, &axes) == 0 || !THPVariable_Check(local)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(axes); ++i) {
+    const char* name = nullptr;
+    unsigned int index = 0, size = 1, dim = 0;
+    unsigned char place = kUnknown;
+    if (PyArg_ParseTuple(PyList_GET_ITEM(axes, i), "sIIbI", &name, &index, &size, &place, &dim) == 0) return false;
+    part.axes.push_back(LeafAxis{rust::String::lossy(name), index, size, place, dim});
+  }
+  part.local = THPVariable_Unpack(local);
+  return true;
+}
+
+}  // namespace
+
+void set_describer(PyObject* describe) {
+  Py_XINCREF(describe);
+  Py_XDECREF(std::exchange(describer, describe));
+}
+
+Part part_of(const at::Tensor& tensor, bool ask, const char* python_type, PyObject* like) {
+  Part part;
+  part.local = tensor;
+  part.refusal = refusal_of(tensor, python_type);
+  const bool of_python = tensor.unsafeGetTensorImpl()->is_python_dispatch();
+  if (describer == nullptr || !(of_python || (ask && part.refusal == Refusal::None))) return part;
+  const Gil gil;
+  const Ref answer = described(tensor, like);
+  if (!answer) return part;
+  if (!read(answer.get(), part)) {
+    PyErr_Clear();
+    part.axes.clear();
+    return part;
+  }
+  part.refusal = refusal_of(part.local, nullptr);
+  return part;
+}
+
+Part part_of_gradient(const at::Tensor& gradient, const Axes& forward) {
+  Part part = part_of(gradient, false);
+  if (!part.axes.empty() || part.refusal != Refusal::None) return part;
+  // Where the tensor is in pieces, so is its gradient. Where all have the same tensor, each may have its own addend.
+  for (const LeafAxis& axis : forward) {
+    LeafAxis own = axis;
+    if (own.place != kShard) own.place = kUnknown;
+    part.axes.push_back(std::move(own));
+  }
+  return part;
+}
+
+bool same(const Axes& a, const Axes& b) {
+  const auto equal = [](const LeafAxis& x, const LeafAxis& y) {
+    return x.name == y.name && x.index == y.index && x.size == y.size && x.place == y.place && x.dim == y.dim;
+  };
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), equal);
+}
+
+}  // namespace flexmodel

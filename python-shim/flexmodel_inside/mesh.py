@@ -1,0 +1,163 @@
+"""The mesh: the axes along which a job distributes a model, and where on them this process is.
+
+Nothing is imported that the job has not imported.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .naming import all_in, own
+from .wrappers import fsdp2_groups, is_instance
+
+# Codes of wire::tap_abi::Role; members of a pipeline axis have different modules, so it is no axis of a tensor.
+DATA, TENSOR, CONTEXT, OTHER, PIPELINE = range(5)
+
+# What the names that people give to mesh axes are made of.
+_WORDS = {
+    **dict.fromkeys(("dp", "ddp", "fsdp", "hsdp", "data", "batch", "replicate", "shard"), DATA),
+    **dict.fromkeys(("tp", "mp", "tensor", "model"), TENSOR),
+    **dict.fromkeys(("cp", "sp", "context", "sequence", "seq"), CONTEXT),
+    **dict.fromkeys(("pp", "pipe", "pipeline", "stage"), PIPELINE),
+}
+
+
+class Axis(NamedTuple):
+    """One axis of a mesh."""
+
+    name: str
+    # This process's coordinate, and the number of members.
+    index: int
+    size: int
+    role: int
+    # The global ranks of its members that share this process's other coordinates.
+    ranks: tuple[int, ...]
+
+
+def role_of(name: str, otherwise: int) -> int:
+    """What an axis of that name is there for."""
+    return next((_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in _WORDS), otherwise)
+
+
+class Meshes:
+    """The axes of every device mesh met so far, each under one name for good."""
+
+    def __init__(self) -> None:
+        self._axes: dict[Any, list[Axis]] = {}
+        self._names: dict[tuple[int, ...], str] = {}
+
+    def axes_of(self, mesh: Any, role: int = OTHER, names: tuple[str, ...] = ()) -> list[Axis]:
+        """The axes of a `DeviceMesh`, outermost first; none if this process is not on it. `role` and `names` are for
+        axes that the job gave no name."""
+        if mesh not in self._axes:
+            coordinate = mesh.get_coordinate()
+            own_names = mesh.mesh_dim_names or names or (None,) * mesh.ndim
+            self._axes[mesh] = [
+                self._axis(name, group_ranks(mesh.get_group(dim)), coordinate[dim], role)
+                for dim, name in enumerate(own_names if coordinate else ())
+            ]
+        return self._axes[mesh]
+
+    def axis_of_group(self, group: Any, name: str, role: int) -> Axis:
+        """The axis whose members are a process group."""
+        ranks = group_ranks(group)
+        return self._axis(name, ranks, ranks.index(sys.modules["torch.distributed"].get_rank()), role)
+
+    def _axis(self, name: str | None, ranks: tuple[int, ...], index: int, role: int) -> Axis:
+        known = self._names.get(ranks)
+        if known is None or len(ranks) == 1:
+            known = name or {DATA: "dp", TENSOR: "tp", CONTEXT: "cp", PIPELINE: "pp"}.get(role, "axis")
+            while len(ranks) > 1 and known in self._names.values():
+                known += "'"
+            self._names[ranks] = known
+        return Axis(known, index, len(ranks), role_of(known, role), ranks)
+
+    def of_model(self, top: nn.Module, rank: int, world: int) -> list[Axis]:
+        """The axes over which the job distributes a model, outermost first. All ranks are on it but those of other stages
+        of a pipeline; where the job says nothing at all, they are taken to share the batch."""
+        if world == 1:
+            return []
+        found: dict[tuple[int, ...], Axis] = {}
+        for axis in self._said(top):
+            if axis.size > 1:
+                found.setdefault(axis.ranks, axis)
+        # An axis that others are folded into says less than these.
+        axes = [axis for axis in found.values() if not any(set(other) < set(axis.ranks) for other in found)]
+        if not axes:
+            return [Axis("dp", rank, world, DATA, tuple(range(world)))]
+        return [axis for axis in [*axes, *_rest(axes, rank, world)] if axis.role != PIPELINE]
+
+    def _said(self, top: nn.Module) -> Iterator[Axis]:
+        """What the model's wrappers and parameters say."""
+        roots = []
+        for module in all_in(top):
+            for group in fsdp2_groups(module):
+                mesh = group.mesh_info.mesh
+                yield from self.axes_of(mesh, DATA, ("dp",) if mesh.ndim == 1 else ("dp_replicate", "dp_shard"))
+                roots.append(mesh)
+            if is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+                between = own(module, "_inter_node_pg", None)
+                if between is not None:
+                    yield self.axis_of_group(between, "dp_replicate", DATA)
+                yield self.axis_of_group(module.process_group, "dp" if between is None else "dp_shard", DATA)
+            if is_instance(module, "torch.nn.parallel", "DistributedDataParallel"):
+                yield self.axis_of_group(module.process_group, "dp", DATA)
+            if is_instance(module, "deepspeed.runtime.engine", "DeepSpeedEngine"):
+                yield self.axis_of_group(module.data_parallel_group, "dp", DATA)
+        megatron = False
+        for module in all_in(top):
+            for parameter in parameters_of(module):
+                if is_instance(parameter, "torch.distributed.tensor", "DTensor"):
+                    mesh = parameter.device_mesh
+                    if not any(mesh == root for root in roots):
+                        roots.append(mesh)
+                        yield from self.axes_of(mesh, TENSOR)
+                megatron = megatron or getattr(parameter, "tensor_model_parallel", False)
+        for mesh in roots:
+            root = getattr(mesh, "_get_root_mesh", lambda mesh=mesh: mesh)()
+            if root.mesh_dim_names:
+                yield from self.axes_of(root)
+        if megatron:
+            yield from self._megatron()
+
+    def _megatron(self) -> Iterator[Axis]:
+        state = sys.modules["megatron.core.parallel_state"]
+        for what, name, role in (
+            ("pipeline_model", "pp", PIPELINE),
+            ("data", "dp", DATA),
+            ("context", "cp", CONTEXT),
+            ("tensor_model", "tp", TENSOR),
+        ):
+            yield self.axis_of_group(getattr(state, f"get_{what}_parallel_group")(), name, role)
+
+
+def parameters_of(module: nn.Module) -> Iterable[Any]:
+    """Its own parameters, as they are: asking for one by its name may start a collective (DeepSpeed ZeRO-3)."""
+    return [p for p in dict.values(own(module, "_parameters", {})) if p is not None]
+
+
+def group_ranks(group: Any) -> tuple[int, ...]:
+    """The global ranks of a process group, in its order."""
+    return tuple(sys.modules["torch.distributed"].get_process_group_ranks(group))
+
+
+def _rest(axes: list[Axis], rank: int, world: int) -> list[Axis]:
+    """An axis for the ranks that `axes` do not reach from here, as if they were laid out in the same way."""
+    here = {0}
+    for axis in axes:
+        here = {base + other - axis.ranks[axis.index] for base in here for other in axis.ranks}
+    others = world // len(here)
+    if others <= 1:
+        return []
+    left, cells = set(range(world)), []
+    while left:
+        first = min(left)
+        cells.append({first - min(here) + step for step in here} & left)
+        left -= cells[-1]
+    index = next(i for i, cell in enumerate(cells) if rank in cell)
+    return [Axis("rest", index, len(cells), OTHER, tuple(sorted(min(cell) for cell in cells)))]
