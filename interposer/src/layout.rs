@@ -105,7 +105,7 @@ pub fn infer(leaf: Leaf<'_>, known: Known, hint: Option<&ShardHint>, mesh: &[Mes
             }
             _ => {
                 let name = if axis.role == Role::Data { DATA.to_owned() } else { axis.name.clone() };
-                let place = place_along(axis.role, leaf, known);
+                let place = place_along(axis, leaf, known);
                 axes.push(Axis { name, index: axis.index, size: axis.size, place });
             }
         }
@@ -146,12 +146,28 @@ fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
     axis.place = hinted(ndim, hint.dim);
 }
 
-fn place_along(role: Role, leaf: Leaf<'_>, known: Known) -> Place {
-    match role {
+fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
+    match axis.role {
         Role::Data | Role::Context if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
         Role::Data => place(leaf.shape, leaf.path, known),
         Role::Context => piece_of_sequences(leaf.shape, known),
-        Role::Tensor | Role::Other => Place::Unknown,
+        Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
+        Role::Other => Place::Unknown,
+    }
+}
+
+/// Sequence parallelism: between the modules that share their work, members of a tensor axis hold pieces of the sequences
+/// that the model was called with.
+fn piece_of_sequences_or_all(axis: &MeshAxis, shape: &[u64], known: Known) -> Place {
+    let [batch, length, _] = known.batch.map(|n| u64::try_from(n).unwrap_or(u64::MAX));
+    // As `torch.chunk` cuts.
+    let longest = length.div_ceil(u64::from(axis.size));
+    let own = length.saturating_sub(longest * u64::from(axis.index)).min(longest);
+    match (known.order, shape) {
+        (Order::Unstated | Order::BatchFirst, &[a, b, _, ..]) if length != u64::MAX && (a, b) == (batch, own) => {
+            Place::ReplicateOrShard { dim: 1 }
+        }
+        _ => Place::Unknown,
     }
 }
 
@@ -184,7 +200,7 @@ fn place(shape: &[u64], path: &str, known: Known) -> Place {
         // A module that was given no tensor knows nothing of the batch: it has a table.
         _ if known.own[0] < 0 => Place::Unknown,
         // Each rank has its own share of the gradient of a table. A batch of one is likelier than a table with one row.
-        Place::ReplicateOrShard0 if is_gradient(known.kind) && shape.first() != Some(&1) => Place::Unknown,
+        Place::ReplicateOrShard { .. } if is_gradient(known.kind) && shape.first() != Some(&1) => Place::Unknown,
         place => place,
     }
 }
@@ -210,7 +226,7 @@ fn by_order(shape: &[u64], path: &str, known: Known) -> Place {
         Order::Mixed => match (shape, known.batch.map(|n| n.cast_unsigned())) {
             (&[a, b, ..], [x, y, _]) if (a, b) == (x, y) || (a, b) == (y, x) => Place::Unknown,
             // A row for each of the batch, or a table with a row for each position.
-            (&[a, ..], [x, y, _]) if a == x || a == y => Place::ReplicateOrShard0,
+            (&[a, ..], [x, y, _]) if a == x || a == y => Place::ReplicateOrShard { dim: 0 },
             _ => Place::Unknown,
         },
         Order::Unstated => batch_first(shape, known.batch.map(|n| u64::try_from(n).ok())),
@@ -243,7 +259,7 @@ fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Place {
         // A batch of one looks like a tensor that has no batch at all, and one as long as its sequences like a table with
         // a row for each position.
         let looks_alike = batch == 1 || Some(batch) == length && second != length;
-        if looks_alike { Place::ReplicateOrShard0 } else { shard(0) }
+        if looks_alike { Place::ReplicateOrShard { dim: 0 } } else { shard(0) }
     } else if shape.len() >= 2 && Some(first) == tokens && batch > 1 {
         shard(0)
     } else if shape.len() >= 3 && batch > 1 && Some(first) == length && second == Some(batch) {
@@ -300,20 +316,20 @@ mod tests {
     #[test]
     fn gradients_of_what_may_be_the_same_on_all_ranks_are_not_joined() {
         let square = Known { batch: [16, 16, -1], ..DP };
-        assert_eq!(place(&[16, 8], "out", square), Place::ReplicateOrShard0);
+        assert_eq!(place(&[16, 8], "out", square), Place::ReplicateOrShard { dim: 0 });
         for kind in [Kind::Backward, Kind::BackwardPre] {
             assert_eq!(place(&[16, 8], "out", Known { kind, ..square }), Place::Unknown);
             assert_eq!(place(&[4, 16], "out", Known { kind, ..DP }), shard(0));
             let one = Known { batch: [1, 16, -1], kind, ..DP };
-            assert_eq!(place(&[1, 16], "out", one), Place::ReplicateOrShard0);
+            assert_eq!(place(&[1, 16], "out", one), Place::ReplicateOrShard { dim: 0 });
         }
     }
 
     #[test]
     fn what_a_batch_looks_like_is_told_apart_by_its_bytes() {
-        assert_eq!(place(&[1, 16], "out", Known { batch: [1, 16, -1], ..DP }), Place::ReplicateOrShard0);
+        assert_eq!(place(&[1, 16], "out", Known { batch: [1, 16, -1], ..DP }), Place::ReplicateOrShard { dim: 0 });
         let square = Known { batch: [16, 16, -1], ..DP };
-        assert_eq!(place(&[16, 8], "out", square), Place::ReplicateOrShard0);
+        assert_eq!(place(&[16, 8], "out", square), Place::ReplicateOrShard { dim: 0 });
         assert_eq!(place(&[16, 16, 8], "out", square), shard(0));
     }
 
@@ -341,7 +357,7 @@ mod tests {
         let known = Known { order: Order::Mixed, ..DP };
         assert_eq!(place(&[4, 16, 8], "out", known), Place::Unknown);
         assert_eq!(place(&[16, 4, 8], "out", known), Place::Unknown);
-        assert_eq!(place(&[16, 8], "out", known), Place::ReplicateOrShard0);
+        assert_eq!(place(&[16, 8], "out", known), Place::ReplicateOrShard { dim: 0 });
         assert_eq!(place(&[4, 16, 8], "out", Known { order: Order::BatchFirst, ..known }), shard(0));
     }
 
@@ -386,6 +402,19 @@ mod tests {
         let told = vec![Axis { name: "axis1".into(), index: 0, size: 2, place: shard(2) }];
         let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), told);
         assert_eq!(axes.iter().map(|a| &a.place).collect::<Vec<_>>(), [&shard(0), &shard(2)]);
+    }
+
+    #[test]
+    fn a_tensor_axis_may_cut_sequences_too() {
+        let place = |shape: &[u64], length: i64| {
+            let known = Known { batch: [4, length, -1], ..DP };
+            infer(Leaf { shape, ..OUT }, known, None, &mesh(&[Role::Tensor]), Vec::new())[0].place.clone()
+        };
+        // The second of two members.
+        assert_eq!(place(&[4, 8, 3], 16), Place::ReplicateOrShard { dim: 1 });
+        assert_eq!(place(&[4, 7, 3], 15), Place::ReplicateOrShard { dim: 1 });
+        assert_eq!(place(&[4, 16, 3], 16), Place::Unknown);
+        assert_eq!(place(&[4, 8], 16), Place::Unknown);
     }
 
     #[test]

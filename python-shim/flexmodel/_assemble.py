@@ -16,7 +16,7 @@ import numpy as np
 from ._dtypes import SIZES, Bytes, add
 from ._errors import RunError
 from ._shards import Shards
-from ._types import Part, Stats
+from ._types import Axis, Part, Stats
 
 Coordinates = tuple[tuple[str, int, int], ...]  # (axis, index, size) of each axis
 _NAMED = 16  # missing members that are named one by one
@@ -37,6 +37,13 @@ class Concat(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Flat(NamedTuple):
+    """The elements of a vector in another shape."""
+
+    child: Node
+    shape: tuple[int, ...]
+
+
 class Sum(NamedTuple):
     """The sum of children of one shape."""
 
@@ -44,7 +51,7 @@ class Sum(NamedTuple):
     shape: tuple[int, ...]
 
 
-Node: TypeAlias = Leaf | Concat | Sum
+Node: TypeAlias = Leaf | Concat | Flat | Sum
 
 
 class IncompleteError(Exception):
@@ -66,28 +73,29 @@ def plan(parts: Sequence[Part]) -> Node:
         return Leaf(first, first.shape)
     parts = _settled(parts)
     first = parts[0]
-    look = [(a.name, a.size, a.place, a.dim) for a in first.axes]
+    look = [(a.name, a.size, a.place, a.dim, a.shape) for a in first.axes]
     for part in parts:
         if part.dtype != first.dtype:
             raise ApartError(f"rank {first.rank} has {first.dtype} and rank {part.rank} has {part.dtype}")
-        if [(a.name, a.size, a.place, a.dim) for a in part.axes] != look:
+        if [(a.name, a.size, a.place, a.dim, a.shape) for a in part.axes] != look:
             raise ApartError(f"ranks {first.rank} and {part.rank} describe different layouts")
     return _join(_unique(parts), 0)
 
 
 def _settled(parts: Sequence[Part]) -> Sequence[Part]:
-    """Where a part had a batch of one and could not tell, another part's word for a shard of dimension 0 counts."""
+    """Where a part had a batch of one and could not tell, another part's word for a shard of that dimension counts."""
     for depth in range(len(parts[0].axes)):
         said = [p.axes[depth] for p in parts if depth < len(p.axes)]
-        if any(a.place == "shard" and a.dim == 0 for a in said) and any(a.place == "replicate_or_shard0" for a in said):
-            parts = [_sharded(p, depth) for p in parts]
+        dims = {a.dim for a in said if a.place == "shard"} & {a.dim for a in said if a.place == "replicate_or_shard"}
+        if dims:
+            parts = [_sharded(p, depth, dims) for p in parts]
     return parts
 
 
-def _sharded(part: Part, depth: int) -> Part:
+def _sharded(part: Part, depth: int, dims: set[int]) -> Part:
     axes = list(part.axes)
-    if depth < len(axes) and axes[depth].place == "replicate_or_shard0":
-        axes[depth] = dataclasses.replace(axes[depth], place="shard", dim=0)
+    if depth < len(axes) and axes[depth].place == "replicate_or_shard" and axes[depth].dim in dims:
+        axes[depth] = dataclasses.replace(axes[depth], place="shard")
     return part._replace(axes=tuple(axes))
 
 
@@ -134,12 +142,14 @@ def _join(parts: list[Part], depth: int) -> Node:
             missing += error.missing
     if missing:
         raise IncompleteError(missing)
+    if axis.place == "flat":
+        return _flat(children, axis)
     if len(children) == 1:
         return children[0]
     if axis.place == "shard":
         return _concat(axis.dim, children, axis.name)
-    if axis.place == "replicate_or_shard0":
-        return children[0] if all(_alike(p, parts[0]) for p in parts) else _concat(0, children, axis.name)
+    if axis.place == "replicate_or_shard":
+        return children[0] if all(_alike(p, parts[0]) for p in parts) else _concat(axis.dim, children, axis.name)
     if axis.place == "partial":
         if any(c.shape != children[0].shape for c in children):
             raise ApartError(f"the addends along {axis.name} differ in shape")
@@ -149,6 +159,14 @@ def _join(parts: list[Part], depth: int) -> Node:
             return children[0]
         raise ApartError(f"how they lie along {axis.name} is not known")
     raise ApartError(f"{axis.place!r} along {axis.name} is no layout that this flexmodel knows")
+
+
+def _flat(children: list[Node], axis: Axis) -> Node:
+    vector = _concat(0, children, axis.name)
+    shape = axis.shape or ()
+    if len(vector.shape) != 1 or math.prod(vector.shape) != math.prod(shape):
+        raise ApartError(f"runs of {vector.shape} elements along {axis.name} do not make {shape}")
+    return Flat(vector, shape)
 
 
 def _concat(dim: int, children: list[Node], axis: str) -> Node:
@@ -181,6 +199,8 @@ def _one_piece(node: Node, dtype: str) -> tuple[str, int, int] | None:
         return _location(node.part, dtype)
     if isinstance(node, Sum):
         return None
+    if isinstance(node, Flat):
+        return _one_piece(node.child, dtype)
     if math.prod(node.shape[: node.dim]) != 1:
         return None
     pieces = [_one_piece(c, dtype) for c in node.children if math.prod(c.shape)]
@@ -216,6 +236,8 @@ def _fill(node: Node, dtype: str, shards: Shards, out: Bytes) -> None:
             end = start + child.shape[node.dim]
             _fill(child, dtype, shards, out[(slice(None),) * node.dim + (slice(start, end),)])
             start = end
+    elif isinstance(node, Flat):
+        out[...] = read(node.child, dtype, shards).reshape(out.shape)
     else:
         out[...] = add(dtype, [read(child, dtype, shards) for child in node.children]).reshape(out.shape)
 
@@ -226,6 +248,8 @@ def whole_stats(node: Node) -> Stats | None:
         return node.part.stats
     if isinstance(node, Sum):
         return None
+    if isinstance(node, Flat):
+        return whole_stats(node.child)
     parts = [whole_stats(c) for c in node.children]
     known = [s for s in parts if s is not None]
     return pool(known) if len(known) == len(parts) else None

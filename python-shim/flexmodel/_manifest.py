@@ -136,7 +136,7 @@ class Manifest:
             at = Location(shard, offset, nbytes, at["crc"])
             if offset + nbytes > self.shard_ends.get(shard, 0):
                 self.shard_ends[shard] = offset + nbytes
-        axes = tuple([_axis(a, len(shape)) for a in raw["axes"]])
+        axes = tuple([_axis(a, _ndim(shape, raw["axes"])) for a in raw["axes"]])
         part = Part(
             raw["rank"], raw["dtype"], shape, axes, at,
             raw["class"], raw["group"], raw["dp_size"], raw["time_ns"], None if stats is None else _STATS(stats),
@@ -178,21 +178,30 @@ def _identity(raw: dict[str, Any]) -> Identity:
     )  # fmt: skip
 
 
+def _ndim(shape: tuple[int, ...], axes: list[dict[str, Any]]) -> int:
+    """Dimensions of the tensor that a part is a piece of."""
+    flat = [a["place"]["flat"]["shape"] for a in axes if isinstance(a["place"], dict) and "flat" in a["place"]]
+    return len(flat[0] if flat else shape)
+
+
 def _axis(raw: dict[str, Any], ndim: int) -> Axis:
-    place = raw["place"]
-    if isinstance(place, str):
-        dim, offset = -1, None
-    else:
-        dim, offset = place["shard"]["dim"], place["shard"]["offset"]
-        if not 0 <= dim < ndim:
-            raise ValueError(f"it shards dimension {dim} of a tensor that has {ndim}")
-        place = "shard"
-    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, offset)
+    place, dim, offset, shape = raw["place"], -1, None, None
+    if not isinstance(place, str):
+        ((place, how),) = place.items()
+        if place == "flat":
+            shape = tuple(how["shape"])
+        else:
+            dim, offset = how["dim"], how.get("offset")
+            if not 0 <= dim < ndim:
+                raise ValueError(f"it shards dimension {dim} of a tensor that has {ndim}")
+    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, offset, shape)
 
 
 @functools.lru_cache(4096)
-def _known_axis(name: str, index: int, size: int, place: str, dim: int, offset: int | None) -> Axis:
+def _known_axis(
+    name: str, index: int, size: int, place: str, dim: int, offset: int | None, shape: tuple[int, ...] | None
+) -> Axis:
     """Axes are few and parts are many: one object for all that are equal."""
     if not 0 <= index < size:
         raise ValueError(f"it says {name} {index} of {size}")
-    return Axis(name, index, size, place, dim, offset)
+    return Axis(name, index, size, place, dim, offset, shape)

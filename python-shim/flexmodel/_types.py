@@ -28,8 +28,9 @@ class Identity(NamedTuple):
 class Axis:
     """How a part lies along one mesh axis.
 
-    `place` is `replicate`, `shard`, `replicate_or_shard0`, `partial` or `unknown`; `dim` is -1 except for `shard`.
-    `offset` is where the part starts in the whole along `dim`, or None where only all members' lengths tell it.
+    `place` is `replicate`, `shard`, `replicate_or_shard`, `flat`, `partial` or `unknown`; `dim` is -1 except for the two
+    with `shard`. `offset` is where the part starts in the whole along `dim`, or None where only all members' lengths tell
+    it. `shape` is, for `flat`, that of the tensor of whose elements the part is a run; else None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Axis:
     place: str
     dim: int
     offset: int | None
+    shape: tuple[int, ...] | None = None
 
 
 class Location(NamedTuple):

@@ -129,6 +129,25 @@ def test_two_mesh_axes_nest_with_the_first_outermost(run_dir: Writer, inner: int
     assert torch.equal(flexmodel.open(run_dir.root).get("m"), torch.from_numpy(whole))
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_runs_of_elements_are_joined_and_take_the_shape(run_dir: Writer, dim: int):
+    whole = np.arange(24, dtype=np.int16).reshape(4, 6)
+    for tp, piece in enumerate(np.split(whole, 2, axis=dim)):
+        shape = {"flat": {"shape": list(piece.shape)}}
+        for dp, run in enumerate(np.split(piece.reshape(-1), [0, 5])):
+            run_dir.part("m", run, rank=3 * tp + dp, axes=[axis(tp, 2, shard(dim), "tp"), axis(dp, 3, shape)])
+    record = flexmodel.open(run_dir.root).records[0]
+    assert record.shape == (4, 6)
+    assert torch.equal(record.tensor(), torch.from_numpy(whole))
+
+
+def test_runs_that_do_not_fill_the_shape_make_no_whole(run_dir: Writer):
+    for rank in range(2):
+        run_dir.part("m", np.zeros(3, np.int8), rank=rank, axes=[axis(rank, 2, {"flat": {"shape": [7]}})])
+    with pytest.raises(KeyError, match="do not make"):
+        flexmodel.open(run_dir.root).get("m")
+
+
 def test_any_one_replica_is_enough(run_dir: Writer):
     whole = np.arange(8, dtype=np.float32).reshape(2, 4)
     # tp 0 came from one replica and tp 1 from the other.
@@ -153,7 +172,7 @@ def test_replicas_that_differ_are_not_served_as_one(run_dir: Writer):
 def test_an_ambiguous_batch_of_one_is_a_replica_only_if_bytes_are_equal(run_dir: Writer, equal: bool):
     for rank in (0, 1):
         value = np.full((1, 2), 7 if equal else rank, np.float32)
-        run_dir.part("m", value, rank=rank, axes=[axis(rank, 2, "replicate_or_shard0")])
+        run_dir.part("m", value, rank=rank, axes=[axis(rank, 2, {"replicate_or_shard": {"dim": 0}})])
     assert flexmodel.open(run_dir.root).get("m").tolist() == ([[7, 7]] if equal else [[0, 0], [1, 1]])
 
 

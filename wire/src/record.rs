@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{dtype::DType, hooks::Kind};
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 1;
+pub const RECORD_VERSION: u16 = 2;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -31,9 +31,18 @@ pub enum Place {
         /// Where this part starts in the whole, if it is known.
         offset: Option<u64>,
     },
-    /// Replicate if all parts turn out to be equal bytes, else a shard of dimension 0 (batch size 1 is ambiguous). Where
-    /// another part says `Shard` of dimension 0, so does this one.
-    ReplicateOrShard0,
+    /// Replicate if all parts turn out to be equal bytes, else a shard (a batch of size 1 is ambiguous). Where another part
+    /// says `Shard` of the same dimension, so does this one.
+    ReplicateOrShard {
+        /// The dimension.
+        dim: u32,
+    },
+    /// Members hold consecutive runs of the elements of a tensor, in `index` order: their own shape is `[elements]`, which
+    /// may be none. FSDP1 and DeepSpeed ZeRO lay parameters so.
+    Flat {
+        /// Of the tensor.
+        shape: Vec<u64>,
+    },
     /// Members hold addends of the whole.
     Partial,
     /// It is sharded or differs, and how is not known: parts are kept apart, unless they turn out to be equal bytes.
@@ -158,16 +167,20 @@ impl RecordMeta {
             put_str(out, &axis.name);
             out.extend_from_slice(&axis.index.to_le_bytes());
             out.extend_from_slice(&axis.size.to_le_bytes());
-            let (code, dim, offset) = match axis.place {
+            let (code, dim, offset) = match &axis.place {
                 Place::Replicate => (0, 0, u64::MAX),
-                Place::Shard { dim, offset } => (1, dim, offset.unwrap_or(u64::MAX)),
-                Place::ReplicateOrShard0 => (2, 0, u64::MAX),
+                Place::Shard { dim, offset } => (1, *dim, offset.unwrap_or(u64::MAX)),
+                Place::ReplicateOrShard { dim } => (2, *dim, u64::MAX),
                 Place::Partial => (3, 0, u64::MAX),
                 Place::Unknown => (4, 0, u64::MAX),
+                Place::Flat { shape } => (5, shape.len().min(MAX_DIMS) as u32, u64::MAX),
             };
             out.push(code);
             out.extend_from_slice(&dim.to_le_bytes());
             out.extend_from_slice(&offset.to_le_bytes());
+            if let Place::Flat { shape } = &axis.place {
+                shape.iter().take(MAX_DIMS).for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
+            }
         }
         for s in [&self.module, &self.class, &self.path, &self.group, &self.refused] {
             put_str(out, s);
@@ -210,9 +223,12 @@ impl RecordMeta {
                 0 => Place::Replicate,
                 1 if (dim as usize) < ndim => Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) },
                 1 => return Err(RecordError("shard of a dimension the tensor does not have")),
-                2 => Place::ReplicateOrShard0,
+                2 => Place::ReplicateOrShard { dim },
                 3 => Place::Partial,
                 4 => Place::Unknown,
+                5 if dim as usize <= MAX_DIMS => {
+                    Place::Flat { shape: (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()? }
+                }
                 _ => return Err(RecordError("unknown placement")),
             };
             axes.push(Axis { name, index, size, place });
@@ -301,7 +317,10 @@ mod tests {
             micro: 2,
             call: 3,
             rank: 1,
-            axes: vec![Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0, offset: None } }],
+            axes: vec![
+                Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0, offset: None } },
+                Axis { name: "tp".into(), index: 0, size: 2, place: Place::Flat { shape: vec![3, 4] } },
+            ],
             dp_size: 2,
             time_ns: 99,
             ..RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 0, 5])

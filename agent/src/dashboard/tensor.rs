@@ -180,7 +180,8 @@ pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
         let how = match &axis.place {
             Place::Replicate => "replicated".to_owned(),
             Place::Shard { dim, .. } => format!("shard of dim {dim}"),
-            Place::ReplicateOrShard0 => "shard of dim 0, or replicated where equal".to_owned(),
+            Place::ReplicateOrShard { dim } => format!("shard of dim {dim}, or replicated where equal"),
+            Place::Flat { shape } => format!("run of the elements of {shape:?}"),
             Place::Partial => "addends".to_owned(),
             Place::Unknown => "not known".to_owned(),
         };
@@ -197,6 +198,7 @@ fn walk(node: &Node, leaves: &mut Vec<usize>) -> bool {
             leaves.push(*part);
             false
         }
+        Node::Flat { child, .. } => walk(child, leaves),
         Node::Concat { children, .. } => {
             let sums = children.iter().filter(|child| walk(child, leaves)).count();
             sums > 0
@@ -259,6 +261,7 @@ impl Source<'_> {
                 }
                 row[*dim] = at;
             }
+            Node::Flat { child, shape } => self.fill(child, &mut [], element(shape, row, start), half, out),
             Node::Sum { children, .. } => {
                 let mut addend = vec![0.0; out.len()];
                 out.fill(0.0);
@@ -272,8 +275,7 @@ impl Source<'_> {
 
     fn leaf(&self, part: usize, shape: &[u64], row: &[u64], start: u64, half: usize, out: &mut [f64]) {
         let (size, real) = (self.dtype.size(), component(self.dtype));
-        let flat = row.iter().zip(shape).fold(0u64, |flat, (at, dim)| flat * dim + at);
-        let first = flat * shape.last().copied().unwrap_or(1) + start;
+        let first = element(shape, row, start);
         // `Tensors::bytes` made sure that the bytes are as many as the shape says, so every index fits.
         let bytes = self.bytes.get(part).and_then(Option::as_deref).unwrap_or_default();
         let begin = first as usize * size;
@@ -282,6 +284,12 @@ impl Source<'_> {
             *x = stats::to_f64(real, &element[half * real.size()..(half + 1) * real.size()]);
         }
     }
+}
+
+/// The number of element `start` of the row at `row`, in row-major order.
+fn element(shape: &[u64], row: &[u64], start: u64) -> u64 {
+    let flat = row.iter().zip(shape).fold(0u64, |flat, (at, dim)| flat * dim + at);
+    flat * shape.last().copied().unwrap_or(1) + start
 }
 
 #[cfg(test)]

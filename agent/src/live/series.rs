@@ -88,7 +88,7 @@ impl Role {
     fn of(axes: &[Axis]) -> Self {
         if axes.iter().any(|a| a.place == Place::Replicate && a.index > 0) {
             Role::Copy
-        } else if axes.iter().any(|a| a.place == Place::ReplicateOrShard0 && a.index > 0) {
+        } else if axes.iter().any(|a| matches!(a.place, Place::ReplicateOrShard { .. }) && a.index > 0) {
             Role::CopyIfEqual
         } else {
             Role::Piece

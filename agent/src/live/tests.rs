@@ -47,7 +47,7 @@ fn the_parts_of_a_record_make_one_point_with_the_statistics_of_the_whole() {
 
 #[test]
 fn replicas_count_once_in_whatever_order_they_come() {
-    for place in [Place::Replicate, Place::ReplicateOrShard0] {
+    for place in [Place::Replicate, Place::ReplicateOrShard { dim: 0 }] {
         for order in [[0, 1], [1, 0]] {
             let live = Live::new(RunInfo::default());
             order.iter().for_each(|&rank| live.part(&part(0, rank, 2, place.clone(), &[3.0, 4.0])));
@@ -60,8 +60,8 @@ fn replicas_count_once_in_whatever_order_they_come() {
 #[test]
 fn parts_that_might_have_been_replicas_and_differ_are_pieces() {
     let live = Live::new(RunInfo::default());
-    live.part(&part(0, 0, 2, Place::ReplicateOrShard0, &[3.0]));
-    live.part(&part(0, 1, 2, Place::ReplicateOrShard0, &[4.0]));
+    live.part(&part(0, 0, 2, Place::ReplicateOrShard { dim: 0 }, &[3.0]));
+    live.part(&part(0, 1, 2, Place::ReplicateOrShard { dim: 0 }, &[4.0]));
     assert!(close(live.series(&query()).1[0].points.l2[0], Some(5.0)));
 }
 

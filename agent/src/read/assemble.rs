@@ -79,6 +79,7 @@ pub fn assemble<E: From<String>>(
             let total = total(dtype, shape)?;
             concat(&pieces, shape.iter().take(*dim).product::<u64>() as usize, total)
         }
+        Node::Flat { child, .. } => assemble(child, dtype, leaf),
         Node::Sum { children, shape } => {
             let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
             total(dtype, shape)?;

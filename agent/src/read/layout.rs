@@ -35,6 +35,13 @@ pub enum Node {
         /// Of the result.
         shape: Vec<u64>,
     },
+    /// The elements of a vector in another shape.
+    Flat {
+        /// The vector.
+        child: Box<Node>,
+        /// Of the result, with as many elements.
+        shape: Vec<u64>,
+    },
     /// The sum of children of one shape.
     Sum {
         /// The addends.
@@ -48,7 +55,10 @@ impl Node {
     /// Shape of what this node makes.
     pub fn shape(&self) -> &[u64] {
         match self {
-            Node::Leaf { shape, .. } | Node::Concat { shape, .. } | Node::Sum { shape, .. } => shape,
+            Node::Leaf { shape, .. }
+            | Node::Concat { shape, .. }
+            | Node::Flat { shape, .. }
+            | Node::Sum { shape, .. } => shape,
         }
     }
 }
@@ -122,6 +132,7 @@ pub fn stats(node: &Node, parts: &[Part]) -> Option<Stats> {
         Node::Concat { children, .. } => {
             children.iter().map(|c| stats(c, parts)).reduce(|a, b| Some(a?.merge(&b?))).flatten()
         }
+        Node::Flat { child, .. } => stats(child, parts),
         Node::Sum { .. } => None,
     }
 }
@@ -129,8 +140,8 @@ pub fn stats(node: &Node, parts: &[Part]) -> Option<Stats> {
 fn same_place(a: &Place, b: &Place) -> bool {
     match (a, b) {
         (Place::Shard { dim: x, .. }, Place::Shard { dim: y, .. }) => x == y,
-        (Place::Shard { dim: 0, .. }, Place::ReplicateOrShard0)
-        | (Place::ReplicateOrShard0, Place::Shard { dim: 0, .. }) => true,
+        (Place::Shard { dim: x, .. }, Place::ReplicateOrShard { dim: y })
+        | (Place::ReplicateOrShard { dim: x }, Place::Shard { dim: y, .. }) => x == y,
         _ => a == b,
     }
 }
@@ -138,10 +149,11 @@ fn same_place(a: &Place, b: &Place) -> bool {
 /// The first part's axes; where it had a batch of one and could not tell, another part's word for a shard counts.
 fn settled(parts: &[Part], axes: &[Axis]) -> Vec<Axis> {
     let mut axes = axes.to_vec();
-    for (depth, axis) in axes.iter_mut().enumerate().filter(|(_, a)| a.place == Place::ReplicateOrShard0) {
-        let says = |p: &Part| p.what.axes.get(depth).is_some_and(|a| matches!(a.place, Place::Shard { dim: 0, .. }));
-        if parts.iter().any(says) {
-            axis.place = Place::Shard { dim: 0, offset: None };
+    for (depth, axis) in axes.iter_mut().enumerate() {
+        let Place::ReplicateOrShard { dim } = axis.place else { continue };
+        let is_shard = |place: &Place| matches!(place, Place::Shard { dim: d, .. } if *d == dim);
+        if parts.iter().any(|p| p.what.axes.get(depth).is_some_and(|a| is_shard(&a.place))) {
+            axis.place = Place::Shard { dim, offset: None };
         }
     }
     axes
@@ -227,18 +239,16 @@ impl Planner<'_> {
     }
 
     fn combine(&self, axis: &Axis, mut nodes: Vec<Node>, members: &[usize]) -> Result<Node, LayoutError> {
+        if let Place::Flat { shape } = &axis.place {
+            return flat(nodes, shape, axis);
+        }
         if nodes.len() == 1 {
             return Ok(nodes.remove(0));
         }
         match axis.place {
             Place::Shard { dim, .. } => concat(dim as usize, nodes, axis),
-            Place::ReplicateOrShard0 => {
-                if self.all_alike(members) {
-                    Ok(nodes.swap_remove(0))
-                } else {
-                    concat(0, nodes, axis)
-                }
-            }
+            Place::ReplicateOrShard { .. } if self.all_alike(members) => Ok(nodes.swap_remove(0)),
+            Place::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
             Place::Partial => {
                 let shape = nodes[0].shape().to_vec();
                 if nodes.iter().any(|n| n.shape() != shape) {
@@ -249,8 +259,10 @@ impl Planner<'_> {
             // Equal bytes show that there was nothing to know.
             Place::Unknown if self.all_alike(members) => Ok(nodes.swap_remove(0)),
             Place::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(members) }),
-            // Replicas are one part by now.
-            Place::Replicate => Err(LayoutError::Conflict(format!("{} along {}", self.describe(members), axis.name))),
+            // Replicas are one part by now, and runs are joined.
+            Place::Replicate | Place::Flat { .. } => {
+                Err(LayoutError::Conflict(format!("{} along {}", self.describe(members), axis.name)))
+            }
         }
     }
 
@@ -266,6 +278,16 @@ impl Planner<'_> {
         }
         text
     }
+}
+
+fn flat(nodes: Vec<Node>, shape: &[u64], axis: &Axis) -> Result<Node, LayoutError> {
+    let vector = concat(0, nodes, axis)?;
+    let elements = |shape: &[u64]| shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+    if vector.shape().len() != 1 || elements(vector.shape()) != elements(shape) {
+        let (runs, name) = (vector.shape(), &axis.name);
+        return Err(LayoutError::Apart(format!("runs of {runs:?} elements along {name} do not make {shape:?}")));
+    }
+    Ok(Node::Flat { child: Box::new(vector), shape: shape.to_vec() })
 }
 
 fn concat(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError> {

@@ -89,8 +89,15 @@ fn replicas_stand_in_for_each_other_on_every_axis() {
 fn ambiguous_parts_are_one_if_equal_and_laid_together_if_not() {
     let mut f = Fixture::default();
     for rank in 0..2 {
-        f.part(id("equal", 0), DType::UInt8, &[1, 2], rank, dp(rank, 2, Place::ReplicateOrShard0), &[7, 8]);
-        f.part(id("other", 0), DType::UInt8, &[1, 2], rank, dp(rank, 2, Place::ReplicateOrShard0), &[7, rank as u8]);
+        f.part(id("equal", 0), DType::UInt8, &[1, 2], rank, dp(rank, 2, Place::ReplicateOrShard { dim: 0 }), &[7, 8]);
+        f.part(
+            id("other", 0),
+            DType::UInt8,
+            &[1, 2],
+            rank,
+            dp(rank, 2, Place::ReplicateOrShard { dim: 0 }),
+            &[7, rank as u8],
+        );
     }
     let dir = f.finish();
     let run = open(&dir);
@@ -100,8 +107,25 @@ fn ambiguous_parts_are_one_if_equal_and_laid_together_if_not() {
 }
 
 #[test]
+fn runs_of_elements_are_joined_and_take_the_shape() {
+    let mut f = Fixture::default();
+    for (rank, run) in [&[1u8][..], &[], &[2, 3, 4, 5, 6]].into_iter().enumerate() {
+        let axes = dp(rank as u32, 3, Place::Flat { shape: vec![2, 3] });
+        f.part(id("m", 0), DType::UInt8, &[run.len() as u64], rank as u32, axes, run);
+        f.part(id("n", 0), DType::UInt8, &[1], rank as u32, dp(rank as u32, 3, Place::Flat { shape: vec![2] }), &[9]);
+    }
+    let dir = f.finish();
+    let run = open(&dir);
+    let whole = run.whole(&run.records[0]).unwrap();
+    assert_eq!((whole.shape, &*whole.bytes), (vec![2, 3], &[1u8, 2, 3, 4, 5, 6][..]));
+    assert!(run.whole(&run.records[1]).unwrap_err().to_string().contains("do not make [2]"));
+}
+
+#[test]
 fn a_batch_of_one_beside_larger_ones_is_a_piece_of_the_batch() {
-    for (first, second) in [(Place::ReplicateOrShard0, shard(0)), (shard(0), Place::ReplicateOrShard0)] {
+    for (first, second) in
+        [(Place::ReplicateOrShard { dim: 0 }, shard(0)), (shard(0), Place::ReplicateOrShard { dim: 0 })]
+    {
         let mut f = Fixture::default();
         f.part(id("m", 0), DType::UInt8, &[1, 2], 0, dp(0, 2, first), &[7, 8]);
         f.part(id("m", 0), DType::UInt8, &[1, 2], 1, dp(1, 2, second), &[7, 8]);
@@ -277,7 +301,7 @@ fn hostile_part() -> impl Strategy<Value = String> {
         Just("\"replicate\"".to_owned()),
         Just("\"partial\"".to_owned()),
         Just("\"unknown\"".to_owned()),
-        Just("\"replicate_or_shard0\"".to_owned()),
+        Just("{\"replicate_or_shard\":{\"dim\":0}}".to_owned()),
         (0u32..70).prop_map(|dim| format!("{{\"shard\":{{\"dim\":{dim},\"offset\":null}}}}")),
     ];
     let axis = (0u32..3, prop_oneof![0u32..4, Just(u32::MAX)], place).prop_map(|(index, size, place)| {

@@ -142,9 +142,11 @@ impl Lie {
         let mut axes = what.axes.iter().filter(|a| a.size > 1 && a.place != Place::Replicate);
         match (axes.next(), axes.next()) {
             (None, _) => Self::Whole,
-            (Some(axis), None) if !what.shape.is_empty() => match axis.place {
+            (Some(axis), None) if !what.shape.is_empty() => match &axis.place {
                 Place::Shard { dim: 0, .. } => Self::Piece { index: axis.index, size: axis.size, ambiguous: false },
-                Place::ReplicateOrShard0 => Self::Piece { index: axis.index, size: axis.size, ambiguous: true },
+                Place::ReplicateOrShard { dim: 0 } => {
+                    Self::Piece { index: axis.index, size: axis.size, ambiguous: true }
+                }
                 _ => Self::Apart,
             },
             _ => Self::Apart,

@@ -156,9 +156,9 @@ fn a_batch_of_one_that_is_equal_everywhere_is_the_whole() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     for rank in 0..2 {
-        let same = on_rank(meta("same", 0, 1), rank, 2, Place::ReplicateOrShard0);
+        let same = on_rank(meta("same", 0, 1), rank, 2, Place::ReplicateOrShard { dim: 0 });
         put(&store, &same, &bytes_of(&same, 0));
-        let other = on_rank(meta("other", 0, 1), rank, 2, Place::ReplicateOrShard0);
+        let other = on_rank(meta("other", 0, 1), rank, 2, Place::ReplicateOrShard { dim: 0 });
         put(&store, &other, &bytes_of(&other, rank as u8));
     }
     store.finish();
