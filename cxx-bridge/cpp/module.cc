@@ -6,7 +6,10 @@
 #include <exception>
 #include <string>
 
+#include <torch/csrc/autograd/python_variable.h>
+
 #include "flexmodel/ffi.h"
+#include "flexmodel/gradients.h"
 #include "flexmodel/parts.h"
 #include "flexmodel/tap.h"
 
@@ -29,15 +32,22 @@ PyObject* into_python(Make make) {
   }
 }
 
-// select(serial, [(name, class, qualified class, order)], wrapper, [(mesh axis, index, size, role)], rank, world)
-//   -> [(index, (before, after))]
+// select(serial, [(name, class, qualified class, order)], [parameter], wrapper, [(mesh axis, index, size, role)], rank,
+// world) -> [(index, (before, after))], [(index of the parameter, tap)]
 PyObject* py_select(PyObject*, PyObject* args) {
   unsigned long long serial = 0;
-  PyObject *entries = nullptr, *axes = nullptr;
+  PyObject *entries = nullptr, *names = nullptr, *axes = nullptr;
   const char* wrapper = nullptr;
   unsigned int rank = 0, world = 1;
-  if (PyArg_ParseTuple(args, "KO!sO!II", &serial, &PyList_Type, &entries, &wrapper, &PyList_Type, &axes, &rank, &world) == 0) {
+  if (PyArg_ParseTuple(args, "KO!O!sO!II", &serial, &PyList_Type, &entries, &PyList_Type, &names, &wrapper, &PyList_Type,
+                       &axes, &rank, &world) == 0) {
     return nullptr;
+  }
+  rust::Vec<rust::String> parameters;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
+    const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(names, i));
+    if (name == nullptr) return nullptr;
+    parameters.push_back(rust::String::lossy(name));
   }
   rust::Vec<MeshAxis> mesh;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(axes); ++i) {
@@ -54,16 +64,50 @@ PyObject* py_select(PyObject*, PyObject* args) {
     if (PyArg_ParseTuple(PyList_GET_ITEM(entries, i), "sssb", &name, &class_name, &qualified, &order) == 0) return nullptr;
     modules.push_back(Module{rust::String::lossy(name), rust::String::lossy(class_name), rust::String::lossy(qualified), order});
   }
-  const rust::Vec<Selected> found = select(serial, modules, rust::Str(wrapper), mesh, rank, world);
-  Ref out(PyList_New(0));
-  if (!out) return nullptr;
+  const rust::Vec<Selected> found = select(serial, modules, parameters, rust::Str(wrapper), mesh, rank, world);
+  Ref out(PyList_New(0)), of_parameters(PyList_New(0));
+  if (!out || !of_parameters) return nullptr;
   for (const Selected& selected : found) {
+    if (selected.index >= modules.size()) {
+      Ref pair(Py_BuildValue("(nI)", static_cast<Py_ssize_t>(selected.index - modules.size()), selected.tap));
+      if (!pair || PyList_Append(of_parameters.get(), pair.get()) != 0) return nullptr;
+      continue;
+    }
     PyObject* tap = into_python([&] { return make_tap(selected.tap, selected.kinds); });
     if (tap == nullptr) return nullptr;
     Ref pair(Py_BuildValue("(IN)", selected.index, tap));
     if (!pair || PyList_Append(out.get(), pair.get()) != 0) return nullptr;
   }
-  return out.release();
+  return PyTuple_Pack(2, out.get(), of_parameters.get());
+}
+
+// wants(kinds) -> bool
+PyObject* py_wants(PyObject*, PyObject* kinds) {
+  const unsigned long mask = PyLong_AsUnsignedLong(kinds);
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  return PyBool_FromLong(wants(static_cast<uint32_t>(mask)) ? 1 : 0);
+}
+
+// due(tap, kind) -> bool
+PyObject* py_due(PyObject*, PyObject* args) {
+  unsigned int tap = 0, kind = 0;
+  if (PyArg_ParseTuple(args, "II", &tap, &kind) == 0) return nullptr;
+  return PyBool_FromLong(due(tap, kind) ? 1 : 0);
+}
+
+// parameter(tap, kind, tensor, axes)
+PyObject* py_parameter(PyObject*, PyObject* args) {
+  unsigned int tap = 0, kind = 0;
+  PyObject *tensor = nullptr, *axes = nullptr;
+  Part part;
+  if (PyArg_ParseTuple(args, "IIOO!", &tap, &kind, &tensor, &PyList_Type, &axes) == 0) return nullptr;
+  if (!THPVariable_Check(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
+  if (!read_axes(axes, part.axes)) return nullptr;
+  part.local = THPVariable_Unpack(tensor);
+  part.refusal = refusal_of(part.local, Py_TYPE(tensor)->tp_name);
+  Call call{};
+  if (taken(tap, kind, call)) capture(call, static_cast<Kind>(kind), kind == kGrad ? "grad" : "param", 0, part);
+  Py_RETURN_NONE;
 }
 
 PyObject* py_describe_with(PyObject*, PyObject* function) {
@@ -109,6 +153,9 @@ PyObject* py_finish(PyObject*, PyObject*) {
 
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
+    {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
+    {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
+    {"parameter", py_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},
     {"describe_with", py_describe_with, METH_O, "Keeps the function that tells how a tensor lies over the ranks."},
     {"scope", py_scope, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
     {"forget", py_forget, METH_O, "A model is no more."},

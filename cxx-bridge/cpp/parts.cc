@@ -30,21 +30,38 @@ Ref described(const at::Tensor& tensor, PyObject* like) {
   return answer.get() == Py_None ? Ref() : std::move(answer);
 }
 
+// Reads sizes.
+bool read(PyObject* sizes, rust::Vec<uint64_t>& shape) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes); ++i) {
+    shape.push_back(PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(sizes, i)));
+  }
+  return PyErr_Occurred() == nullptr;
+}
+
 bool read(PyObject* answer, Part& part) {
   PyObject *local = nullptr, *axes = nullptr;
   if (PyArg_ParseTuple(answer, "OO!", &local, &PyList_Type, &axes) == 0 || !THPVariable_Check(local)) return false;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(axes); ++i) {
-    const char* name = nullptr;
-    unsigned int index = 0, size = 1, dim = 0;
-    unsigned char place = kUnknown;
-    if (PyArg_ParseTuple(PyList_GET_ITEM(axes, i), "sIIbI", &name, &index, &size, &place, &dim) == 0) return false;
-    part.axes.push_back(LeafAxis{rust::String::lossy(name), index, size, place, dim});
-  }
   part.local = THPVariable_Unpack(local);
-  return true;
+  return read_axes(axes, part.axes);
 }
 
 }  // namespace
+
+bool read_axes(PyObject* list, Axes& axes) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    const char* name = nullptr;
+    PyObject* shape = nullptr;
+    LeafAxis axis{};
+    if (PyArg_ParseTuple(PyList_GET_ITEM(list, i), "sIIbI|O!", &name, &axis.index, &axis.size, &axis.place, &axis.dim,
+                         &PyTuple_Type, &shape) == 0) {
+      return false;
+    }
+    axis.name = rust::String::lossy(name);
+    if (shape != nullptr && !read(shape, axis.shape)) return false;
+    axes.push_back(std::move(axis));
+  }
+  return true;
+}
 
 void set_describer(PyObject* describe) {
   Py_XINCREF(describe);

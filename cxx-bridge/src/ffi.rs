@@ -3,7 +3,9 @@
 //! *Mutability.* Tensors are only read. *Aliasing.* A `&Tensor` borrows what a tap holds on its stack and never
 //! outlives the call; what has to live longer is a [`bridge::Ticket`], which owns its own reference.
 
-use crate::host::{active, capture, edit, fault, finish, fire, forget, notice, resolved, scope, select, stepped};
+use crate::host::{
+    active, capture, due, edit, fault, finish, fire, forget, notice, resolved, scope, select, stepped, taken, wants,
+};
 use crate::pin::is_capturing;
 
 #[cxx::bridge(namespace = "flexmodel")]
@@ -74,6 +76,7 @@ pub mod bridge {
         size: u32,
         place: u8,
         dim: u32,
+        shape: Vec<u64>,
     }
 
     /// A tensor's description; sizes and axes go beside it.
@@ -86,16 +89,20 @@ pub mod bridge {
         fn select(
             serial: u64,
             modules: &Vec<Module>,
+            parameters: &Vec<String>,
             wrapper: &str,
             mesh: &Vec<MeshAxis>,
             rank: u32,
             world: u32,
         ) -> Vec<Selected>;
+        fn wants(kinds: u32) -> bool;
         fn resolved();
         fn scope(serial: u64, part: u64, enter: bool, firing: &Firing);
         fn forget(serial: u64);
         fn stepped();
         fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;
+        fn due(tap: u32, kind: u32) -> bool;
+        fn taken(tap: u32, kind: u32, call: &mut Call) -> bool;
         #[allow(clippy::too_many_arguments)]
         fn capture(
             call: &Call,

@@ -46,7 +46,8 @@ impl<'a> From<&'a MeshAxis> for tap_abi::MeshAxis<'a> {
 impl<'a> From<&'a LeafAxis> for tap_abi::LeafAxis<'a> {
     fn from(a: &'a LeafAxis) -> Self {
         let place = LeafPlace::from_code(a.place);
-        Self { name: Str::new(&a.name), index: a.index, size: a.size, place, dim: a.dim }
+        let dim = if place == LeafPlace::Flat { a.shape.len() as u32 } else { a.dim };
+        Self { name: Str::new(&a.name), index: a.index, size: a.size, place, dim, sizes: a.shape.as_ptr() }
     }
 }
 
@@ -55,6 +56,7 @@ impl<'a> From<&'a LeafAxis> for tap_abi::LeafAxis<'a> {
 pub fn select(
     serial: u64,
     modules: &Vec<Module>,
+    parameters: &Vec<String>,
     wrapper: &str,
     mesh: &Vec<MeshAxis>,
     rank: u32,
@@ -64,6 +66,7 @@ pub fn select(
     let column = |get: fn(&Module) -> &String| modules.iter().map(|m| Str::new(get(m))).collect::<Vec<_>>();
     let (names, classes, qualified) = (column(|m| &m.name), column(|m| &m.class_name), column(|m| &m.qualified));
     let orders: Vec<u8> = modules.iter().map(|m| m.order).collect();
+    let parameters: Vec<Str<'_>> = parameters.iter().map(|name| Str::new(name)).collect();
     let mesh: Vec<tap_abi::MeshAxis<'_>> = mesh.iter().map(tap_abi::MeshAxis::from).collect();
     let desc = ModelDesc {
         serial,
@@ -72,15 +75,22 @@ pub fn select(
         classes: classes.as_ptr(),
         qualified: qualified.as_ptr(),
         orders: orders.as_ptr(),
+        parameters: parameters.as_ptr(),
+        parameter_count: parameters.len(),
         wrapper: Str::new(wrapper),
         mesh: mesh.as_ptr(),
         axis_count: mesh.len(),
     };
     let blank = tap_abi::Selected { index: 0, tap: 0, kinds: 0 };
-    let mut out = vec![blank; modules.len()];
+    let mut out = vec![blank; modules.len() + parameters.len()];
     // SAFETY: every array has `count` entries and lives through the call; `out` takes as many.
     let found = unsafe { (host.select)(&desc, Rank { rank, world }, out.as_mut_ptr(), out.len()) };
     out.iter().take(found).map(|s| Selected { index: s.index, tap: s.tap, kinds: s.kinds }).collect()
+}
+
+pub fn wants(kinds: u32) -> bool {
+    // SAFETY: a function of the table, called with a number.
+    host().is_some_and(|host| unsafe { (host.wants)(kinds) })
 }
 
 pub fn resolved() {
@@ -116,6 +126,20 @@ pub fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool {
     let mut out = tap_abi::Call::default();
     // SAFETY: both structs live through the call.
     let wanted = unsafe { (host.fire)(tap, &firing.into(), &mut out) };
+    *call = out.into();
+    wanted
+}
+
+pub fn due(tap: u32, kind: u32) -> bool {
+    // SAFETY: a function of the table, called with numbers.
+    host().is_some_and(|host| unsafe { (host.due)(tap, kind) })
+}
+
+pub fn taken(tap: u32, kind: u32, call: &mut Call) -> bool {
+    let Some(host) = host() else { return false };
+    let mut out = tap_abi::Call::default();
+    // SAFETY: the struct lives through the call.
+    let wanted = unsafe { (host.taken)(tap, kind, &mut out) };
     *call = out.into();
     wanted
 }

@@ -25,6 +25,8 @@ static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
 
 /// Kinds for which a tap fires before the forward.
 const BEFORE: u32 = 1 << Kind::ForwardPre as u32 | 1 << Kind::Backward as u32;
+/// Kinds of parameters; the others are of modules.
+const OF_PARAMETERS: u32 = 1 << Kind::Param as u32 | 1 << Kind::Grad as u32;
 /// Kinds that are captured by gradient hooks.
 const GRADIENTS: u32 = 1 << Kind::Backward as u32 | 1 << Kind::BackwardPre as u32;
 
@@ -71,6 +73,8 @@ struct Tap {
     kinds: u32,
     order: Order,
     calls: Calls,
+    /// Kinds of a parameter, with the last step in which each was captured.
+    taken: HashMap<Kind, u64>,
 }
 
 fn lock() -> MutexGuard<'static, Option<Engine>> {
@@ -126,6 +130,7 @@ impl Engine {
         log::set_rank(rank.rank);
         let mut modules = Vec::with_capacity(desc.count);
         let mut out = Vec::new();
+        let (mut selected, mut names) = (HashMap::new(), Vec::new());
         for i in 0..desc.count {
             // SAFETY: i < count; the strings live through the call (caller).
             let (name, class, qualified, order) = unsafe {
@@ -136,8 +141,9 @@ impl Engine {
                     Order::from_code(*desc.orders.add(i)),
                 )
             };
-            let hooks = self.matching(name, class, qualified);
-            let kinds = hooks.iter().filter_map(|&h| self.hooks.get(h)).fold(0, |mask, h| mask | h.kind_mask());
+            let hooks = self.matching(name, class, qualified, !0);
+            let kinds = self.kinds(&hooks) & !OF_PARAMETERS;
+            selected.insert(name, hooks.clone());
             modules.push(ModuleInfo { name: name.to_owned(), class: class.to_owned(), kinds });
             if kinds == 0 {
                 continue;
@@ -147,6 +153,20 @@ impl Engine {
             let tap = unsafe { self.tap(desc, name, class, hooks, kinds, order) };
             out.push(Selected { index: i as u32, tap, kinds });
         }
+        for i in 0..desc.parameter_count {
+            // SAFETY: i < parameter_count; the string lives through the call (caller).
+            let name = unsafe { (*desc.parameters.add(i)).get() };
+            let hooks = self.of_parameter(name, &selected);
+            let kinds = self.kinds(&hooks) & OF_PARAMETERS;
+            if kinds != 0 {
+                self.tell_disagreement(&hooks, name);
+                // SAFETY: as promised by the caller.
+                let tap = unsafe { self.tap(desc, name, "Parameter", hooks, kinds, Order::Unstated) };
+                out.push(Selected { index: (desc.count + i) as u32, tap, kinds });
+            }
+            names.push(name.to_owned());
+        }
+        self.seen.extend(names.into_iter().map(|name| (name, String::new())));
         if out.is_empty() {
             self.seen.extend(modules.into_iter().map(|m| (m.name, m.class)));
             return out;
@@ -161,7 +181,12 @@ impl Engine {
         out
     }
 
-    /// Number of the tap on a module, made if there is none.
+    /// Whether any hook taps one of these kinds.
+    pub fn wants(&self, kinds: u32) -> bool {
+        self.hooks.iter().any(|h| h.kind_mask() & kinds != 0)
+    }
+
+    /// Number of the tap on a module or a parameter, made if there is none.
     ///
     /// # Safety
     /// As in [`select`](Self::select).
@@ -184,7 +209,16 @@ impl Engine {
         *model.taps.entry(name.to_owned()).or_insert_with(|| {
             *taps += 1;
             let (name, class) = (name.to_owned(), class.to_owned());
-            let tap = Tap { model: desc.serial, name, class, hooks, kinds, order, calls: Calls::default() };
+            let tap = Tap {
+                model: desc.serial,
+                name,
+                class,
+                hooks,
+                kinds,
+                order,
+                calls: Calls::default(),
+                taken: HashMap::new(),
+            };
             self.taps.insert(*taps - 1, tap);
             *taps - 1
         })
@@ -202,12 +236,12 @@ impl Engine {
         }
     }
 
-    /// Hooks that match a module and run on this rank.
-    fn matching(&mut self, name: &str, class: &str, qualified: &str) -> Vec<usize> {
+    /// Hooks with some of `kinds` that match a module or a parameter and run on this rank.
+    fn matching(&mut self, name: &str, class: &str, qualified: &str, kinds: u32) -> Vec<usize> {
         let rank = self.rank.rank;
         let mut out = Vec::new();
         for (i, (hook, matched)) in self.hooks.iter().zip(&mut self.matched).enumerate() {
-            if hook.selector.matches(name, class, qualified) {
+            if hook.kind_mask() & kinds != 0 && hook.selector.matches(name, class, qualified) {
                 *matched = true;
                 if hook.options.ranks.as_ref().is_none_or(|r| r.contains(&rank)) {
                     out.push(i);
@@ -215,6 +249,42 @@ impl Engine {
             }
         }
         out
+    }
+
+    /// All kinds that some hooks tap.
+    fn kinds(&self, hooks: &[usize]) -> u32 {
+        hooks.iter().filter_map(|&h| self.hooks.get(h)).fold(0, |mask, h| mask | h.kind_mask())
+    }
+
+    /// Hooks that select a parameter, by its own name or by that of a module it is in, in the order written. `modules`
+    /// has what was selected of these.
+    fn of_parameter(&mut self, name: &str, modules: &HashMap<&str, Vec<usize>>) -> Vec<usize> {
+        let own = self.matching(name, "", "", OF_PARAMETERS);
+        let holders = name.match_indices('.').map(|(at, _)| name.get(..at).unwrap_or_default()).chain([""]);
+        let mut out: Vec<usize> =
+            holders.filter_map(|holder| modules.get(holder)).flatten().copied().chain(own).collect();
+        out.sort_unstable();
+        out.dedup();
+        out.retain(|&h| self.hooks.get(h).is_some_and(|h| h.kind_mask() & OF_PARAMETERS != 0));
+        out
+    }
+
+    /// Whether this kind of a parameter is wanted in this step and was not captured in it.
+    pub fn due(&self, number: u32, kind: Kind) -> bool {
+        let Some(tap) = self.taps.get(&number) else { return false };
+        let step = self.clock.now();
+        let hooks = || tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
+        tap.taken.get(&kind) != Some(&step) && hooks().any(|h| h.kinds.contains(&kind) && h.wants_step(step))
+    }
+
+    /// What a parameter is captured under; then it is not due any more.
+    pub fn taken(&mut self, number: u32, kind: Kind) -> Option<Call> {
+        if !self.due(number, kind) {
+            return None;
+        }
+        let step = self.clock.now();
+        self.taps.get_mut(&number)?.taken.insert(kind, step);
+        Some(Call { tap: number, step, train: true, capture: kind.bit(), ..Call::default() })
     }
 
     /// Reports selectors that matched nothing in any model so far, and hooks for ranks that there are not, once each and
@@ -373,6 +443,8 @@ impl Engine {
         let told = unsafe { layout::told(tensor) };
         let leaf = Leaf { shape: &shape, module: &tap.name, path };
         let axes = match &hook.options.ranks {
+            // Torch says all of a parameter; nothing about it is inferred from a batch.
+            _ if kind.bit() & OF_PARAMETERS != 0 => told,
             None => layout::infer(leaf, known, hook.options.shard.as_ref(), &model.mesh, told),
             Some(ranks) => layout::of_some(leaf, known, hook.options.shard.as_ref(), &model.mesh, self.rank, ranks),
         };

@@ -15,11 +15,14 @@ pub static HOST: HostTable = HostTable {
     abi: TAP_ABI,
     size: size_of::<HostTable>() as u32,
     select,
+    wants,
     resolved,
     scope,
     forget,
     stepped,
     fire,
+    due,
+    taken,
     capture,
     edit,
     notice,
@@ -61,6 +64,10 @@ unsafe extern "C" fn select(desc: *const ModelDesc<'_>, rank: Rank, out: *mut Se
     })
 }
 
+unsafe extern "C" fn wants(kinds: u32) -> bool {
+    boundary(|| engine::with(|e| e.wants(kinds)))
+}
+
 unsafe extern "C" fn resolved() {
     boundary(|| engine::with(engine::Engine::resolved));
 }
@@ -83,6 +90,21 @@ unsafe extern "C" fn fire(tap: u32, firing: *const Firing, out: *mut Call) -> bo
         injected_in_tap();
         // SAFETY: the bridge passes a firing that lives through the call.
         let Some(call) = engine::with(|e| e.fire(tap, unsafe { &*firing })) else { return false };
+        // SAFETY: `out` is the bridge's to be written.
+        unsafe { out.write(call) };
+        true
+    })
+}
+
+unsafe extern "C" fn due(tap: u32, kind: u32) -> bool {
+    boundary(|| Kind::from_code(kind as u8).is_some_and(|kind| engine::with(|e| e.due(tap, kind))))
+}
+
+unsafe extern "C" fn taken(tap: u32, kind: u32, out: *mut Call) -> bool {
+    boundary(|| {
+        let Some(call) = Kind::from_code(kind as u8).and_then(|kind| engine::with(|e| e.taken(tap, kind))) else {
+            return false;
+        };
         // SAFETY: `out` is the bridge's to be written.
         unsafe { out.write(call) };
         true

@@ -82,6 +82,10 @@ pub unsafe fn told(tensor: &TensorDesc<'_>) -> Vec<Axis> {
             LeafPlace::Shard => shard(axis.dim),
             LeafPlace::Partial => Place::Partial,
             LeafPlace::Unknown => Place::Unknown,
+            // SAFETY: so many sizes, which live as long as the description.
+            LeafPlace::Flat => unsafe {
+                Place::Flat { shape: std::slice::from_raw_parts(axis.sizes, axis.dim as usize).to_vec() }
+            },
         };
         Axis { name: name.to_owned(), index: axis.index, size: axis.size, place }
     };

@@ -9,6 +9,7 @@
 | `wrappers.py` | how the job wraps a model |
 | `mesh.py` | the axes along which it distributes a model |
 | `layouts.py` | how a tensor lies along them, where torch knows |
+| `parameters.py` | the pieces of parameters and gradients that this process holds |
 | `models.py` | finds models when they are first called, and taps them |
 | `ranks.py` | who this process is |
 

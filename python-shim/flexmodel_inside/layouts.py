@@ -13,7 +13,7 @@ from .mesh import Meshes
 from .wrappers import is_instance
 
 # Codes of wire::tap_abi::LeafPlace.
-REPLICATE, SHARD, PARTIAL, UNKNOWN = range(4)
+REPLICATE, SHARD, PARTIAL, UNKNOWN, FLAT = range(5)
 
 # An axis's name, this process's index and the size of the axis; the place and, of a shard, the dimension.
 Leaf = tuple[str, int, int, int, int]

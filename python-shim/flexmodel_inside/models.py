@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import guarded, hooks, imports
 from .family import Family
 from .layouts import Layouts
 from .mesh import Meshes
 from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
+from .parameters import GRAD, PARAM, Parameter, Parameters
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .wrappers import orders, wrapper_name
 
@@ -31,11 +32,13 @@ class Models:
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
-        self._family = Family(on_change=self._arm, on_gone=bridge.forget)
+        self._family = Family(on_change=self._arm, on_gone=self._forget)
         self._original = nn.Module.__call__
         self._ours = self._replacement()
         self._meshes = Meshes()
         self._layouts = Layouts(self._meshes)
+        # By the model's serial, and the tap's number.
+        self._parameters: dict[int, dict[int, Parameter]] = {}
         self._armed = False
         self._looking = False
         self._traceable = "torch._dynamo" in sys.modules
@@ -49,6 +52,7 @@ class Models:
         stepped = self._bridge.stepped
         hooks.hide_from_jit()
         hooks.keep_from_copies(functools.partial(guarded, self._bridge))
+        register_optimizer_step_pre_hook(guarded(self._bridge, self._before_step))
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
         atexit.register(self._bridge.finish)
         self._bridge.describe_with(guarded(self._bridge, self._layouts.describe))
@@ -120,10 +124,18 @@ class Models:
         model = authored(top)
         known = self._family.member(model)
         serial = known.serial
-        mesh = [axis[:4] for axis in self._meshes.of_model(top, rank, world)]
-        found = self._bridge.select(serial, entries, wrapper_name(top), mesh, rank, world)
-        if not found:
+        mesh = self._meshes.of_model(top, rank, world)
+        parameters: dict[str, Parameter] = {}
+        if self._bridge.wants(1 << PARAM | 1 << GRAD):
+            parameters = Parameters(top, modules, self._meshes, self._layouts, mesh).by_name
+        axes = [axis[:4] for axis in mesh]
+        found, of_parameters = self._bridge.select(
+            serial, entries, list(parameters), wrapper_name(top), axes, rank, world
+        )
+        if not found and not of_parameters:
             return
+        each = list(parameters.values())
+        self._parameters[serial] = {tap: each[index] for index, tap in of_parameters}
         sign(world)
         known.model = True
         tapped = [modules[index][1] for index, _ in found]
@@ -139,6 +151,9 @@ class Models:
                 known.scoped.add(serial)
                 begin, end = self._bridge.scope(serial, 0 if module is model else known.serial + 1)
                 self._before(module, begin)
+                if of_parameters:
+                    take = guarded(self._bridge, functools.partial(self._take, serial, PARAM))
+                    self._before(module, lambda module, args, kwargs, take=take: take())
                 ends.append((module, end))
         for index, (before, after) in found:
             name, module = modules[index]
@@ -156,6 +171,27 @@ class Models:
         for module, end in ends:
             self._after(module, end, always_call=not self._traceable)
         self._tell_compiled(top, tapped)
+
+    def _take(self, serial: int, kind: int, held: Set[int] | None = None) -> None:
+        """Captures what is due of a model's parameters; only of those that an optimizer holds, by their ids, if given."""
+        for tap, parameter in self._parameters.get(serial, {}).items():
+            if self._bridge.due(tap, kind) and (held is None or parameter.is_in(held)):
+                piece = parameter.read(kind)
+                if piece is not None:
+                    self._bridge.parameter(tap, kind, *piece)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer is about to use gradients. Parameters still are what the forward used, which torch.compile may
+        have run without us."""
+        if any(self._parameters.values()):
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for serial in self._parameters:
+                self._take(serial, PARAM, held)
+                self._take(serial, GRAD, held)
+
+    def _forget(self, serial: int) -> None:
+        self._parameters.pop(serial, None)
+        self._bridge.forget(serial)
 
     def _before(self, module: nn.Module, hook: Any, tap: bool = False) -> None:
         hooks.drop_copied(module)  # of a class with a `__setstate__` of its own

@@ -120,8 +120,10 @@ pub struct LeafAxis<'a> {
     pub size: u32,
     /// How.
     pub place: LeafPlace,
-    /// For [`LeafPlace::Shard`]: the dimension.
+    /// For [`LeafPlace::Shard`]: the dimension. For [`LeafPlace::Flat`]: how many sizes there are.
     pub dim: u32,
+    /// For [`LeafPlace::Flat`]: sizes of the tensor, `dim` of them.
+    pub sizes: *const u64,
 }
 
 /// The ways in which a leaf may lie along an axis. A simpler [`crate::record::Place`].
@@ -137,12 +139,14 @@ pub enum LeafPlace {
     /// Not in these words.
     #[default]
     Unknown = 3,
+    /// Runs of the elements of a tensor, in order of the members.
+    Flat = 4,
 }
 
 impl LeafPlace {
     /// The place with this code; [`LeafPlace::Unknown`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
-        let all = [LeafPlace::Replicate, LeafPlace::Shard, LeafPlace::Partial];
+        let all = [LeafPlace::Replicate, LeafPlace::Shard, LeafPlace::Partial, LeafPlace::Flat];
         all.into_iter().find(|p| *p as u8 == code).unwrap_or_default()
     }
 }
@@ -293,11 +297,11 @@ pub struct LeafEdit {
     pub factor: f64,
 }
 
-/// One module that a selector matched.
+/// One module or parameter that a selector matched.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Selected {
-    /// Index into the names given.
+    /// Index into the names given; those of parameters follow those of modules.
     pub index: u32,
     /// The tap's number.
     pub tap: u32,
@@ -321,6 +325,10 @@ pub struct ModelDesc<'a> {
     pub qualified: *const Str<'a>,
     /// Codes of [`Order`].
     pub orders: *const u8,
+    /// Names of its parameters, `parameter_count` of them.
+    pub parameters: *const Str<'a>,
+    /// Parameters.
+    pub parameter_count: usize,
     /// How the job wraps it.
     pub wrapper: Str<'a>,
     /// The axes over which it is distributed, outermost first, `axis_count` of them.
@@ -346,8 +354,11 @@ pub struct HostTable {
     pub abi: u32,
     /// Size of this struct.
     pub size: u32,
-    /// Taps of a model: at most `cap` entries into `out`, the number there are returned. Known modules keep their taps.
+    /// Taps of a model and its parameters: at most `cap` entries into `out`, the number there are returned. Known ones keep
+    /// their taps.
     pub select: unsafe extern "C" fn(*const ModelDesc<'_>, Rank, *mut Selected, usize) -> usize,
+    /// Whether any hook taps one of these kinds, a mask.
+    pub wants: unsafe extern "C" fn(kinds: u32) -> bool,
     /// The shim looked at every model it knows: report selectors without a match.
     pub resolved: unsafe extern "C" fn(),
     /// The forward of the model with this serial, or of a part of it that holds tapped modules, begins (`true`) or ends.
@@ -359,6 +370,10 @@ pub struct HostTable {
     pub stepped: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.
     pub fire: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
+    /// Whether this kind of a parameter is wanted in this step, and was not captured in it yet.
+    pub due: unsafe extern "C" fn(tap: u32, kind: u32) -> bool,
+    /// The call to capture it under; from now on it is not due in this step.
+    pub taken: unsafe extern "C" fn(tap: u32, kind: u32, out: *mut Call) -> bool,
     /// Captures a leaf.
     pub capture:
         unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>),

@@ -190,9 +190,11 @@ impl Hook {
 
     /// What this version of FlexModel understands but cannot do yet, as a sentence with the way out; `None` if all is well.
     pub fn unsupported(&self) -> Option<String> {
-        if let Some(kind) = self.kinds.iter().find(|k| matches!(k, Kind::Param | Kind::Grad)) {
+        if self.edit.is_some()
+            && let Some(kind) = self.kinds.iter().find(|k| matches!(k, Kind::Param | Kind::Grad))
+        {
             return Some(format!(
-                "kind {} is not available in this version; use forward, forward_pre, backward or backward_pre",
+                "edits of kind {} are not available in this version; edit forward, forward_pre, backward or backward_pre",
                 kind.name()
             ));
         }

@@ -15,7 +15,7 @@
 namespace flexmodel {
 
 // wire::hooks::Kind.
-enum Kind : uint32_t { kForward = 0, kForwardPre = 1, kBackward = 2, kBackwardPre = 3 };
+enum Kind : uint32_t { kForward = 0, kForwardPre = 1, kBackward = 2, kBackwardPre = 3, kParam = 4, kGrad = 5 };
 inline constexpr uint32_t bit(Kind kind) { return 1u << kind; }
 
 // Hands a leaf to the interposer; refused if it cannot be read, or for the reason given.

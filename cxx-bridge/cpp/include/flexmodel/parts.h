@@ -13,7 +13,7 @@ namespace flexmodel {
 using Axes = rust::Vec<LeafAxis>;
 
 // wire::tap_abi::LeafPlace.
-enum Place : uint8_t { kReplicate = 0, kShard = 1, kPartial = 2, kUnknown = 3 };
+enum Place : uint8_t { kReplicate = 0, kShard = 1, kPartial = 2, kUnknown = 3, kFlat = 4 };
 
 // A tensor that this process can read, and what torch says about how it lies over the others.
 struct Part {
@@ -24,7 +24,10 @@ struct Part {
   Refusal refusal = Refusal::None;
 };
 
-// Keeps the shim's `describe(tensor, like) -> None | (local tensor, [(axis, index, size, place, dim)])`.
+// Reads a list of (axis, index, size, place, dimension[, shape, for runs]); false with a Python error set.
+bool read_axes(PyObject* list, Axes& axes);
+
+// Keeps the shim's `describe(tensor, like) -> None | (local tensor, axes)`.
 void set_describer(PyObject* describe);
 
 // The part of `tensor`. The shim is asked about a DTensor, and with `ask` about any tensor; where it knows nothing of

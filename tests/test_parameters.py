@@ -1,0 +1,84 @@
+"""Whole parameters and gradients of every step, under every wrapper, from the pieces that ranks hold."""
+
+import fsdp2_tp
+import hsdp
+import pytest
+import tensor_parallel
+import tiny
+
+import captures
+import harness
+import reference
+import reference_parallel
+
+HOOKS = "**:param,grad"
+WRAPPED = {
+    "ddp": ["ddp.py"],
+    "fsdp1-flat": ["fsdp1.py", "flat"],
+    "fsdp1-orig": ["fsdp1.py", "orig"],
+    "fsdp2": ["fsdp2.py"],
+    "zero1": ["zero.py", "1"],
+    "zero2": ["zero.py", "2"],
+    "zero3": ["zero.py", "3"],
+}
+
+
+def whole(model, **run) -> dict:
+    """Parameters and gradients of every step as records."""
+    found = reference_parallel.sliced(model, lambda name: False, **run)
+    params = {reference.Key(name, "param", "param", step): value for (name, step), value in found.params.items()}
+    return params | {reference.Key(name, "grad", "grad", step): value for (name, step), value in found.grads.items()}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return whole(tiny.build(), steps=3, sizes=(4, 4))
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_bytes_are_those_of_one_process(name, run_once, untapped_once, expected):
+    argv = harness.torchrun(*WRAPPED[name])
+    outcome = run_once(argv, HOOKS).expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    captures.expect_sound(outcome.run)
+    captures.expect_equal(captures.read(outcome.run), expected)
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_shards_that_are_replicated_are_joined_once(kind, run_once):
+    outcome = run_once(harness.torchrun("hsdp.py", kind, ranks=4), HOOKS).expect(0)
+    captures.expect_sound(outcome.run)
+    captures.expect_equal(captures.read(outcome.run), whole(tiny.build(), steps=hsdp.STEPS, sizes=hsdp.SIZES))
+
+
+@pytest.mark.parametrize("style", ["dtensor", "sequence"])
+def test_tensor_parallel_ones_are_those_of_one_process(style, run_once):
+    outcome = run_once(harness.torchrun("tensor_parallel.py", style), HOOKS).expect(0)
+    captures.expect_sound(outcome.run)
+    model = tensor_parallel.build(style)
+    sizes = {"steps": tensor_parallel.STEPS, "sizes": (tensor_parallel.ROWS,)}
+    captures.expect_close(captures.read(outcome.run), whole(model, **sizes))
+
+
+def test_shards_of_shards_are_joined_in_their_order(run_once):
+    outcome = run_once(harness.torchrun("fsdp2_tp.py", "sequence", ranks=4), HOOKS).expect(0)
+    captures.expect_sound(outcome.run)
+    model = tensor_parallel.build("sequence")
+    captures.expect_close(captures.read(outcome.run), whole(model, steps=fsdp2_tp.STEPS, sizes=fsdp2_tp.SIZES))
+
+
+def test_one_process_and_a_module_for_all_that_is_in_it(run_once):
+    hooks = "layers.0.mlp:param,forward@every=2;lm_head.weight:grad"
+    outcome = run_once(harness.python("plain.py"), hooks).expect(0)
+    run = captures.expect_sound(outcome.run)
+    inside = {f"layers.0.mlp.{name}.{key}" for name in ("up", "down") for key in ("weight", "bias")}
+    assert {r.module for r in run.records if r.kind == "param"} == inside
+    assert {r.step for r in run.records if r.kind == "param"} == {0, 2}
+    assert {(r.module, r.step) for r in run.records if r.kind == "grad"} == {("lm_head.weight", s) for s in range(3)}
+    assert {r.module for r in run.records if r.kind == "forward"} == {"layers.0.mlp"}
+    found = whole(tiny.build(), steps=3, sizes=(4,))
+    captures.expect_equal(
+        {k: v for k, v in captures.read(outcome.run).items() if k.kind in ("param", "grad")},
+        {k: v for k, v in found.items() if (k.kind == "grad") == (k.module == "lm_head.weight")
+         and (k.kind == "grad" or (k.module in inside and k.step != 1))},
+    )  # fmt: skip
