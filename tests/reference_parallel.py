@@ -5,11 +5,13 @@
 optimizer was about to use.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import tiny
 import torch
+import torch.distributed as dist
 
 import reference
 
@@ -33,6 +35,16 @@ class Whole:
                 self.grads[name, step] = parameter.grad.clone()
         self.losses.append(float(loss).hex())
         optimizer.step()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A process group with nobody else in it, for models that cannot be built without one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def by_pairs(parts: Sequence) -> Grads:

@@ -1,0 +1,63 @@
+"""megatron-core's parallel layers: the [seq, batch, hidden] order, sharded columns and a sharded sequence."""
+
+import megatron_tp
+import pytest
+import tiny
+from megatron.core import parallel_state
+
+import captures
+import harness
+import reference_parallel
+
+BLOCK = ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.up", "mlp.act", "mlp.down"]
+TAPPED = {"embed", "norm", "lm_head", "layers.0", "layers.1"}
+TAPPED |= {f"layers.{i}.{name}" for i in range(2) for name in BLOCK}
+HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
+STYLES = ["tensor", "sequence"]
+
+
+def one_process(style: str) -> reference_parallel.Whole:
+    model = megatron_tp.build()
+    model.embed.reduce_scatter_embeddings = style == "sequence"  # gives [seq, batch, hidden]
+    return reference_parallel.sliced(
+        model,
+        TAPPED.__contains__,
+        steps=megatron_tp.STEPS,
+        sizes=(megatron_tp.ROWS,),
+        loss_of=megatron_tp.loss_of,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with reference_parallel.alone():
+        parallel_state.initialize_model_parallel(1)
+        found = {style: one_process(style) for style in STYLES}
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_losses_are_bitwise_those_of_the_untapped_job(run_once, untapped_once, expected):
+    untapped = iter(untapped_once(harness.torchrun("megatron_tp.py", *STYLES)).losses)
+    for style in STYLES:
+        outcome = run_once(harness.torchrun("megatron_tp.py", style), HOOKS).expect(0)
+        assert outcome.losses == [next(untapped) for _ in range(megatron_tp.STEPS)], style
+        assert captures.close_losses(outcome.losses, expected[style].losses), style
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_whole_tensors_are_those_of_one_process(style, run_once, expected):
+    outcome = run_once(harness.torchrun("megatron_tp.py", style), HOOKS).expect(0)
+    captures.expect_sound(outcome.run)
+    captures.expect_close(captures.read(outcome.run), expected[style].records)
+
+
+def test_the_layout_names_the_axis_and_the_dimension(run_once):
+    import flexmodel
+
+    run = flexmodel.open(run_once(harness.torchrun("megatron_tp.py", "sequence"), HOOKS).expect(0).run)
+    up, norm = (next(r for r in run[name] if r.kind == "forward") for name in ("layers.0.mlp.up", "layers.0.norm1"))
+    assert [(axis.name, axis.place, axis.dim) for axis in up.layout] == [("tp", "shard", 2)]
+    assert [(axis.name, axis.place, axis.dim) for axis in norm.layout] == [("tp", "shard", 0)]
+    assert up.shape == (tiny.SEQ, megatron_tp.ROWS, 4 * tiny.WIDTH)
+    assert norm.part(1).shape == (tiny.SEQ // 2, megatron_tp.ROWS, tiny.WIDTH)
