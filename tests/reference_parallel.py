@@ -66,12 +66,26 @@ def _add(a: Grads, b: Grads) -> Grads:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
+def mean_loss(model, tokens, targets):
+    """What most of the programs train on."""
+    return tiny.loss_of(model(tokens), targets)
+
+
 def sliced(
-    model, wanted, *, steps: int, sizes: Sequence[int], total: Callable = by_pairs, loss_of: Callable = tiny.loss_of
+    model,
+    wanted,
+    *,
+    steps: int,
+    sizes: Sequence[int],
+    total: Callable = by_pairs,
+    loss_of: Callable = mean_loss,
+    ranks: int = 1,
 ) -> Whole:
     """Runs `tiny.batch` in slices of `sizes` rows, one after another, and trains on the mean of their losses.
 
     The slices are what data-parallel ranks or a pipeline's microbatches see. Records join them along dimension 0.
+    Where `ranks` share a slice, each with a loss of its own, gradients are those of the sum of these losses and
+    parameters get their mean.
     """
     whole, parts = Whole(), [{} for _ in sizes]
     recorder = reference.Recorder(model, wanted)
@@ -82,11 +96,11 @@ def sliced(
             recorder.found = part
             recorder.forward_pass(step)
             tokens, targets = tiny.batch(step, list(sizes), index)
-            loss = loss_of(model(tokens), targets)
+            loss = loss_of(model, tokens, targets)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * ranks).backward()
             losses.append(loss.detach())
-            grads.append([p.grad / len(sizes) for p in model.parameters()])
+            grads.append([p.grad / (len(sizes) * ranks) for p in model.parameters()])
         for parameter, grad in zip(model.parameters(), total(grads), strict=True):
             parameter.grad = grad
         whole.end_step(model, optimizer, step, sum(losses) / len(losses))

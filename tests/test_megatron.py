@@ -24,7 +24,7 @@ def one_process(style: str) -> reference_parallel.Whole:
         TAPPED.__contains__,
         steps=megatron_tp.STEPS,
         sizes=(megatron_tp.ROWS,),
-        loss_of=megatron_tp.loss_of,
+        loss_of=lambda model, tokens, targets: megatron_tp.loss_of(model(tokens), targets),
     )
 
 
