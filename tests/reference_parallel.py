@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import reference
 
-Grads = list[torch.Tensor]
+Grads = list[torch.Tensor | None]
 
 
 @dataclass
@@ -63,7 +63,7 @@ def in_turn(parts: Iterable) -> Grads:
 
 
 def _add(a: Grads, b: Grads) -> Grads:
-    return [x + y for x, y in zip(a, b, strict=True)]
+    return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
 
 
 def mean_loss(model, tokens, targets):
@@ -100,7 +100,8 @@ def sliced(
             optimizer.zero_grad()
             (loss * ranks).backward()
             losses.append(loss.detach())
-            grads.append([p.grad / (len(sizes) * ranks) for p in model.parameters()])
+            share = len(sizes) * ranks
+            grads.append([None if p.grad is None else p.grad / share for p in model.parameters()])
         for parameter, grad in zip(model.parameters(), total(grads), strict=True):
             parameter.grad = grad
         whole.end_step(model, optimizer, step, sum(losses) / len(losses))

@@ -1,6 +1,6 @@
 """Context parallel on two ranks, with ring attention: `context_parallel.py ORDER...`, one by one.
 
-zigzag      torch's context_parallel shards the batch: a rank has one piece from the head of the sequence, one from its tail
+zigzag      torch's context_parallel shards the batch: a rank has a piece from the sequence's head and one from its tail
 contiguous  the script takes its piece of the sequence itself
 
 torch's own ring attention has no CPU kernel, so that the model brings one.
