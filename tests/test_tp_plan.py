@@ -7,15 +7,8 @@ import captures
 import harness
 import reference_parallel
 
-BLOCK = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.o_proj",
-    "mlp",
-    "mlp.up_proj",
-    "mlp.act_fn",
-    "mlp.down_proj",
-]
+BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"]
+BLOCK += ["mlp", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj"]
 TAPPED = {"model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"}
 TAPPED |= {f"model.layers.{i}.{name}" for i in range(2) for name in BLOCK}
 HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
