@@ -80,12 +80,13 @@ def sliced(
     total: Callable = by_pairs,
     loss_of: Callable = mean_loss,
     ranks: int = 1,
+    first: int = 0,
 ) -> Whole:
     """Runs `tiny.batch` in slices of `sizes` rows, one after another, and trains on the mean of their losses.
 
     The slices are what data-parallel ranks or a pipeline's microbatches see. Records join them along dimension 0.
     Where `ranks` share a slice, each with a loss of its own, gradients are those of the sum of these losses and
-    parameters get their mean.
+    parameters get their mean. `first` is the number of the first step, in a job that trained other models before.
     """
     whole, parts = Whole(), [{} for _ in sizes]
     recorder = reference.Recorder(model, wanted)
@@ -94,7 +95,7 @@ def sliced(
         losses, grads = [], []
         for index, part in enumerate(parts):
             recorder.found = part
-            recorder.forward_pass(step)
+            recorder.forward_pass(first + step)
             tokens, targets = tiny.batch(step, list(sizes), index)
             loss = loss_of(model, tokens, targets)
             optimizer.zero_grad()
@@ -104,6 +105,6 @@ def sliced(
             grads.append([None if p.grad is None else p.grad / share for p in model.parameters()])
         for parameter, grad in zip(model.parameters(), total(grads), strict=True):
             parameter.grad = grad
-        whole.end_step(model, optimizer, step, sum(losses) / len(losses))
+        whole.end_step(model, optimizer, first + step, sum(losses) / len(losses))
     whole.records = reference.join(parts)
     return whole

@@ -1,5 +1,6 @@
 """Two-dimensional meshes on four ranks: replicas of shards (HSDP), and data parallel times tensor parallel."""
 
+import flexmodel
 import fsdp2_tp
 import hsdp
 import pytest
@@ -15,45 +16,35 @@ TAPPED = {"embed", "norm", "lm_head"} | {f"layers.{i}.{name}" for i in range(2) 
 HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
 
 
-@pytest.fixture(scope="module")
-def replicas():
-    return reference_parallel.sliced(tiny.build(), TAPPED.__contains__, steps=hsdp.STEPS, sizes=hsdp.SIZES)
+KINDS = ["fsdp1", "fsdp2"]
+REPLICAS = harness.torchrun("hsdp.py", *KINDS, ranks=4)
+CROSSED = harness.torchrun("fsdp2_tp.py", "sequence", ranks=4)
 
 
-@pytest.fixture(scope="module")
-def crossed():
-    model = tensor_parallel.build("sequence")
-    return reference_parallel.sliced(model, TAPPED.__contains__, steps=fsdp2_tp.STEPS, sizes=fsdp2_tp.SIZES)
-
-
-@pytest.fixture(scope="module")
-def untapped_losses(untapped_once):
-    losses = untapped_once(harness.torchrun("hsdp.py", "fsdp1", "fsdp2", ranks=4)).losses
-    return {"fsdp1": losses[: hsdp.STEPS], "fsdp2": losses[hsdp.STEPS :]}
-
-
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_replicas_of_shards_give_the_bytes_of_one_process(kind, run_once, untapped_losses, replicas):
-    outcome = run_once(harness.torchrun("hsdp.py", kind, ranks=4), HOOKS).expect(0)
-    assert outcome.losses == untapped_losses[kind]
-    assert captures.close_losses(outcome.losses, replicas.losses)
+@pytest.mark.parametrize("model", range(len(KINDS)), ids=KINDS)
+def test_replicas_of_shards_give_the_bytes_of_one_process(model, run_once):
+    outcome = run_once(REPLICAS, HOOKS).expect(0)
     captures.expect_sound(outcome.run)
-    captures.expect_equal(captures.read(outcome.run), replicas.records)
+    expected = reference_parallel.sliced(
+        tiny.build(), TAPPED.__contains__, steps=hsdp.STEPS, sizes=hsdp.SIZES, first=model * hsdp.STEPS
+    )
+    captures.expect_equal(captures.read(outcome.run, model), expected.records)
+    assert captures.close_losses(outcome.losses[model * hsdp.STEPS :][: hsdp.STEPS], expected.losses)
 
 
-def test_data_parallel_times_tensor_parallel_is_joined_along_both(run_once, untapped_once, crossed):
-    argv = harness.torchrun("fsdp2_tp.py", "sequence", ranks=4)
-    outcome = run_once(argv, HOOKS).expect(0)
-    assert outcome.losses == untapped_once(argv).losses
-    assert captures.close_losses(outcome.losses, crossed.losses)
+def test_data_parallel_times_tensor_parallel_is_joined_along_both(run_once, untapped_once):
+    outcome = run_once(CROSSED, HOOKS).expect(0)
     captures.expect_sound(outcome.run)
-    captures.expect_close(captures.read(outcome.run), crossed.records)
+    expected = reference_parallel.sliced(
+        tensor_parallel.build("sequence"), TAPPED.__contains__, steps=fsdp2_tp.STEPS, sizes=fsdp2_tp.SIZES
+    )
+    assert outcome.losses == untapped_once(CROSSED).losses
+    assert captures.close_losses(outcome.losses, expected.losses)
+    captures.expect_close(captures.read(outcome.run), expected.records)
 
 
 def test_both_axes_are_in_the_layout(run_once):
-    import flexmodel
-
-    run = flexmodel.open(run_once(harness.torchrun("fsdp2_tp.py", "sequence", ranks=4), HOOKS).expect(0).run)
+    run = flexmodel.open(run_once(CROSSED, HOOKS).expect(0).run)
     record = next(r for r in run["layers.1.mlp.up"] if r.kind == "forward")
     assert [(axis.name, axis.size) for axis in record.layout] == [("dp", 2), ("tp", 2)]
     assert record.shape == (sum(fsdp2_tp.SIZES), tiny.SEQ, 4 * tiny.WIDTH)

@@ -1,4 +1,4 @@
-"""Accelerate's offloading, with weights loaded for every call: `offload.py cpu` or `offload.py disk FOLDER`."""
+"""Accelerate's offloading to CPU, then to disk, with weights loaded for every call: `offload.py FOLDER`."""
 
 import sys
 
@@ -15,12 +15,7 @@ def build() -> tiny.Net:
     return tiny.build().eval()
 
 
-def main(where: str, folder: str = "") -> None:
-    torch.set_num_threads(1)
-    if where == "cpu":
-        model = cpu_offload(build(), execution_device=torch.device("cpu"))
-    else:
-        model = dispatch_model(build(), device_map=DEVICE_MAP, main_device="cpu", offload_dir=folder)
+def run(model: torch.nn.Module) -> None:
     for call in range(CALLS):
         tokens, targets = tiny.batch(call, [4], 0)
         with torch.no_grad():
@@ -29,5 +24,11 @@ def main(where: str, folder: str = "") -> None:
     print("offloaded", *(name for name, parameter in model.named_parameters() if parameter.device.type == "meta"))
 
 
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    run(cpu_offload(build(), execution_device=torch.device("cpu")))
+    run(dispatch_model(build(), device_map=DEVICE_MAP, main_device="cpu", offload_dir=folder))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
