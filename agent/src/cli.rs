@@ -28,6 +28,8 @@ enum Command {
     Export(commands::export::Args),
     /// Check every checksum, layout and the index of a run
     Verify(commands::verify::Args),
+    /// Compare a run with another, record by record; exit code 1 where they differ
+    Certify(commands::certify::Args),
     /// Say what would work on this machine and what would not, and why
     Doctor(commands::doctor::Args),
     /// List or build the bridges for the torch of this environment
@@ -80,6 +82,7 @@ impl Cli {
             Command::Show(args) => commands::show::main(args),
             Command::Export(args) => commands::export::main(args),
             Command::Verify(args) => commands::verify::main(args),
+            Command::Certify(args) => commands::certify::main(args),
             Command::Doctor(args) => commands::doctor::main(args),
             Command::Bridge(args) => commands::bridge::main(args),
         }

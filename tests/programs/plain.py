@@ -1,4 +1,4 @@
-"""Trains in one process, without torch.distributed."""
+"""Trains in one process, without torch.distributed, on batches of `rows`."""
 
 import sys
 
@@ -6,11 +6,11 @@ import tiny
 import torch
 
 
-def main(steps: int = 3) -> None:
+def main(steps: int = 3, rows: int = 4) -> None:
     model = tiny.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(steps):
-        tokens, targets = tiny.batch(step, [4], 0)
+        tokens, targets = tiny.batch(step, [rows], 0)
         loss = tiny.loss_of(model(tokens), targets)
         optimizer.zero_grad()
         loss.backward()

@@ -13,10 +13,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use wire::hooks::{Kind, Selector};
 
-use super::show::parse_kind;
-use crate::read::{ReadError, Record, Run, natural, text};
+use super::selection::Selection;
+use crate::read::{ReadError, Record, Run, in_order, text};
 
 /// Options of `flexmodel export`.
 #[derive(clap::Args, Debug)]
@@ -28,15 +27,9 @@ pub struct Args {
     pub to: Format,
     /// Where to.
     pub dest: PathBuf,
-    /// Only modules that this selector means, written as in FLEXMODEL_HOOKS (`layers.*.mlp`); may be repeated.
-    #[arg(long, value_parser = parse_selector)]
-    pub module: Vec<Selector>,
-    /// Only this kind.
-    #[arg(long, value_parser = parse_kind)]
-    pub kind: Option<Kind>,
-    /// Only this step, or steps `a..b` (both included).
-    #[arg(long, value_parser = parse_steps)]
-    pub step: Option<(u64, u64)>,
+    /// Which records.
+    #[command(flatten)]
+    pub selection: Selection,
     /// Write over what is there.
     #[arg(long)]
     pub force: bool,
@@ -55,26 +48,6 @@ pub enum Format {
     /// Not in this version.
     #[value(hide = true)]
     Zarr,
-}
-
-fn parse_selector(word: &str) -> Result<Selector, String> {
-    if word == "(root)" {
-        return Ok(Selector::Glob(Vec::new()));
-    }
-    let mut hooks = wire::hooks::parse_clauses(word).map_err(|e| e.to_string())?;
-    match (hooks.pop(), hooks.is_empty()) {
-        (Some(hook), true) if hook.text.trim() == hook.selector.to_string() => Ok(hook.selector),
-        _ => Err("a selector alone, such as layers.*.mlp; kinds have --kind".into()),
-    }
-}
-
-fn parse_steps(word: &str) -> Result<(u64, u64), String> {
-    let wrong = || format!("'{word}' is not a step such as 4, or steps such as 4..8");
-    let number = |s: &str, open: u64| if s.is_empty() { Ok(open) } else { s.parse().map_err(|_| wrong()) };
-    match word.split_once("..") {
-        Some((a, b)) => Ok((number(a, 0)?, number(b, u64::MAX)?)),
-        None => word.parse().map(|n| (n, n)).map_err(|_| wrong()),
-    }
 }
 
 /// What became of the records.
@@ -104,14 +77,11 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         bail!("--to {word} is not in this version; npy and torch are");
     }
     let run = Run::open(&args.run)?;
-    let mut records: Vec<&Record> = run.records.iter().filter(|r| wanted(&args, r)).collect();
+    let mut records: Vec<&Record> = run.records.iter().filter(|r| args.selection.wants(r.what())).collect();
     if records.is_empty() {
         bail!("{}: no record fits; `flexmodel ls` shows what is there", args.run.display());
     }
-    records.sort_by_cached_key(|r| {
-        let id = &r.id;
-        (id.model, natural(&id.module), id.kind, id.path.as_str(), id.step, id.micro, id.call)
-    });
+    records.sort_by_cached_key(|r| in_order(&r.id));
     check_dest(&args)?;
     let outcome = match args.to {
         Format::Npy => npy::export(&run, &records, &args.dest),
@@ -138,13 +108,6 @@ fn report(args: &Args, outcome: &Outcome) -> anyhow::Result<ExitCode> {
         args.dest.display()
     ))?;
     Ok(if outcome.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn wanted(args: &Args, record: &Record) -> bool {
-    let (id, class) = (&record.id, &record.what().class);
-    (args.module.is_empty() || args.module.iter().any(|s| s.matches(&id.module, class, class)))
-        && args.kind.is_none_or(|kind| kind == id.kind)
-        && args.step.is_none_or(|(first, last)| (first..=last).contains(&id.step))
 }
 
 fn check_dest(args: &Args) -> anyhow::Result<()> {

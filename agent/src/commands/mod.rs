@@ -2,9 +2,11 @@
 
 pub mod agent;
 pub mod bridge;
+pub mod certify;
 pub mod doctor;
 pub mod export;
 pub mod ls;
 pub mod run;
+mod selection;
 pub mod show;
 pub mod verify;

@@ -20,7 +20,7 @@ use std::{
 
 pub use assemble::Whole;
 pub use layout::LayoutError;
-pub use select::{Filter, display_module, natural, nearest};
+pub use select::{Filter, display_module, in_order, natural, nearest};
 use serde::Serialize;
 pub use shards::{ReadError, Shards};
 

@@ -3,6 +3,7 @@
 use wire::hooks::Kind;
 
 use super::Record;
+use crate::store::format::Identity;
 
 /// Which records are meant; what is `None` is not asked.
 #[derive(Clone, Debug, Default)]
@@ -77,6 +78,12 @@ pub fn natural(name: &str) -> Vec<Piece<'_>> {
         rest = tail;
     }
     pieces
+}
+
+/// The key of the order in which people look through records: by name, then by time.
+#[allow(clippy::type_complexity)]
+pub fn in_order(id: &Identity) -> (u32, Vec<Piece<'_>>, Kind, &str, u64, u32, u32, &Identity) {
+    (id.model, natural(&id.module), id.kind, &id.path, id.step, id.micro, id.call, id)
 }
 
 /// At most `count` of `names` that are likest to `wanted`, best first.

@@ -51,6 +51,22 @@ pub fn wide(dtype: DType) -> Wide {
     }
 }
 
+/// Real elements as numbers (64-bit integers rounded); both slices hold the same number of them.
+pub fn widen(dtype: DType, bytes: &[u8], out: &mut [f64]) {
+    match wide(dtype) {
+        Wide::F64(fill) => fill(bytes, out),
+        Wide::F32(fill) => {
+            let mut narrow = [0f32; 256];
+            for (bytes, out) in bytes.chunks(narrow.len() * dtype.size()).zip(out.chunks_mut(narrow.len())) {
+                fill(bytes, &mut narrow);
+                for (out, x) in out.iter_mut().zip(narrow) {
+                    *out = f64::from(x);
+                }
+            }
+        }
+    }
+}
+
 /// One element as a number; a complex one's magnitude; not-a-number if `bytes` is not one element long.
 pub fn to_f64(dtype: DType, bytes: &[u8]) -> f64 {
     if bytes.len() != dtype.size() {

@@ -10,7 +10,7 @@ use wire::dtype::DType;
 
 use super::format::Stats;
 use convert::Wide;
-pub use convert::to_f64;
+pub use convert::{to_f64, widen};
 use kernel::{BLOCK, Block};
 
 /// Largest element in bytes.

@@ -1,0 +1,256 @@
+//! `flexmodel certify`: whether a run captured what another did, such as the same model in one process.
+
+mod compare;
+mod report;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use compare::{Difference, Side, Tolerance, compare};
+use report::{Finding, Report, Row, WorstRecord};
+use wire::{dtype::DType, hooks::Kind};
+
+use super::selection::Selection;
+use crate::{
+    cli::Usage,
+    read::{OpenError, Record, Run, in_order, text},
+    store::format::Identity,
+};
+
+/// Options of `flexmodel certify`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The run to be certified.
+    pub run: PathBuf,
+    /// The run that it is held against.
+    pub reference: PathBuf,
+    /// Which records.
+    #[command(flatten)]
+    pub selection: Selection,
+    /// Allowed error relative to the reference's element; without it, torch.testing.assert_close's for the dtype.
+    #[arg(long, value_parser = parse_tolerance)]
+    pub rtol: Option<f64>,
+    /// Allowed absolute error; without it, torch.testing.assert_close's for the dtype.
+    #[arg(long, value_parser = parse_tolerance)]
+    pub atol: Option<f64>,
+    /// Only equal bytes will do.
+    #[arg(long, conflicts_with_all = ["rtol", "atol"])]
+    pub exact: bool,
+    /// Print JSON, with every record that differs.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_tolerance(word: &str) -> Result<f64, String> {
+    match word.parse::<f64>() {
+        Ok(x) if x >= 0.0 && x.is_finite() => Ok(x),
+        _ => Err(format!("'{word}' is not a tolerance such as 1e-5")),
+    }
+}
+
+/// Runs the command.
+pub fn main(args: Args) -> anyhow::Result<ExitCode> {
+    let open = |path: &PathBuf| Run::open(path).map_err(|e: OpenError| Usage(e.to_string()));
+    let (run, reference) = (open(&args.run)?, open(&args.reference)?);
+    let report = Certifier::new(&args, &run, &reference).certify();
+    if report.is_empty() {
+        return Err(Usage(format!(
+            "no record of {} or {} fits; `flexmodel ls` shows what is there",
+            args.run.display(),
+            args.reference.display()
+        ))
+        .into());
+    }
+    if args.json {
+        text::emit(&(serde_json::to_string_pretty(&report)? + "\n"))?;
+    } else {
+        text::emit(&report.text())?;
+        for run in [&run, &reference] {
+            let place = text::safe(&run.path.display().to_string());
+            run.notes.iter().for_each(|note| eprintln!("note: {place}: {}", text::safe(note)));
+            for problem in run.problems.iter().take(5) {
+                eprintln!("problem: {place}: {}", text::safe(&problem.to_string()));
+            }
+        }
+    }
+    Ok(if report.same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A run's chosen records and refusals, by identity.
+struct Half<'a> {
+    run: &'a Run,
+    records: HashMap<&'a Identity, &'a Record>,
+    refused: HashMap<&'a Identity, &'a str>,
+}
+
+/// What a run has of an identity.
+enum Has<'a> {
+    Record(&'a Record),
+    Refused(&'a str),
+    Nothing,
+}
+
+impl<'a> Half<'a> {
+    fn new(run: &'a Run, selection: &Selection) -> Self {
+        let records = run.records.iter().filter(|r| selection.wants(r.what())).map(|r| (&r.id, r)).collect();
+        let refused = run.lost.refused.iter().filter(|(what, _)| selection.wants(what));
+        Self { run, records, refused: refused.map(|(what, reason)| (&what.id, reason.as_str())).collect() }
+    }
+
+    fn has(&self, id: &Identity) -> Has<'a> {
+        match (self.records.get(id), self.refused.get(id)) {
+            (Some(record), _) => Has::Record(record),
+            (None, Some(reason)) => Has::Refused(reason),
+            (None, None) => Has::Nothing,
+        }
+    }
+
+    /// A reason with what the job itself said of the record, which is nearer to the cause.
+    fn reason(&self, id: &Identity, reason: String) -> String {
+        self.refused.get(id).map_or(reason, |refused| format!("refused: {refused}"))
+    }
+}
+
+struct Certifier<'a> {
+    args: &'a Args,
+    run: Half<'a>,
+    reference: Half<'a>,
+    report: Report,
+    rows: BTreeMap<(Kind, &'static str), Row>,
+}
+
+impl<'a> Certifier<'a> {
+    fn new(args: &'a Args, run: &'a Run, reference: &'a Run) -> Self {
+        Self {
+            args,
+            report: Report::new(run, reference),
+            run: Half::new(run, &args.selection),
+            reference: Half::new(reference, &args.selection),
+            rows: BTreeMap::new(),
+        }
+    }
+
+    /// One record after the other: no more than two wholes are in memory.
+    fn certify(mut self) -> Report {
+        let halves = [&self.run, &self.reference];
+        let ids: HashSet<&Identity> =
+            halves.iter().flat_map(|half| half.records.keys().chain(half.refused.keys()).copied()).collect();
+        let mut ids: Vec<&Identity> = ids.into_iter().collect();
+        ids.sort_by_cached_key(|id| in_order(id));
+        for id in ids {
+            match (self.run.has(id), self.reference.has(id)) {
+                (Has::Record(a), Has::Record(b)) => self.pair(a, b),
+                (Has::Nothing, Has::Record(_)) => self.report.missing.push(id.to_string()),
+                (Has::Record(_), Has::Nothing) => self.report.extra.push(id.to_string()),
+                (Has::Refused(_), Has::Refused(_)) => self.report.refused_in_both += 1,
+                (a, b) => {
+                    let why = |has: Has<'_>, place: &str| match has {
+                        Has::Refused(reason) => Some(format!("refused {place}: {reason}")),
+                        _ => None,
+                    };
+                    let reason = why(a, "in the run").or_else(|| why(b, "in the reference")).unwrap_or_default();
+                    self.report.not_comparable.push(Finding { record: id.to_string(), what: reason });
+                }
+            }
+        }
+        self.report.rows = self.rows.into_values().collect();
+        self.report.conclude()
+    }
+
+    fn pair(&mut self, a: &Record, b: &Record) {
+        let (of_run, of_reference) = (a.what(), b.what());
+        let row = |rows: &mut BTreeMap<_, Row>, count: fn(&mut Row)| {
+            let (kind, dtype) = (b.id.kind, of_reference.dtype.name());
+            let row = rows.entry((kind, dtype)).or_insert_with(|| Row::new(kind, dtype));
+            row.records += 1;
+            count(row);
+        };
+        // The plans first: shapes that differ need no bytes.
+        let (shape, wanted) = (a.shape(), b.shape());
+        if let (Ok(shape), Ok(wanted)) = (&shape, &wanted)
+            && (shape != wanted || of_run.dtype != of_reference.dtype)
+        {
+            let what = format!(
+                "{} {shape:?} and {} {wanted:?} in the reference",
+                of_run.dtype.name(),
+                of_reference.dtype.name()
+            );
+            self.report.unlike.push(Finding { record: b.id.to_string(), what });
+            row(&mut self.rows, |row| row.different += 1);
+            return;
+        }
+        let (whole, wanted) = match (self.run.run.whole(a), self.reference.run.whole(b)) {
+            (Ok(whole), Ok(wanted)) => (whole, wanted),
+            (Err(_), Err(_)) if self.run.refused.contains_key(&a.id) && self.reference.refused.contains_key(&b.id) => {
+                self.report.refused_in_both += 1;
+                return;
+            }
+            (whole, wanted) => {
+                let mut reasons = Vec::new();
+                if let Err(e) = whole {
+                    reasons.push(format!("in the run, {}", self.run.reason(&a.id, short(&e.to_string(), &a.id))));
+                }
+                if let Err(e) = wanted {
+                    let reason = self.reference.reason(&b.id, short(&e.to_string(), &b.id));
+                    reasons.push(format!("in the reference, {reason}"));
+                }
+                self.report.not_comparable.push(Finding { record: b.id.to_string(), what: reasons.join("; ") });
+                return;
+            }
+        };
+        let divisors = self.divisors(a, b);
+        let sides =
+            (Side { bytes: &whole.bytes, divisor: divisors.0 }, Side { bytes: &wanted.bytes, divisor: divisors.1 });
+        let tolerance = self.tolerance(whole.dtype);
+        let equal = divisors.0 == divisors.1 && *whole.bytes == *wanted.bytes;
+        let found = if equal { Difference::default() } else { compare(whole.dtype, sides.0, sides.1, tolerance) };
+        // What had to be divided has no bytes of its own to be equal; its values can be.
+        let divided = divisors.0 != divisors.1;
+        let same_values = divided && found.max_abs == 0.0;
+        let close = !self.args.exact && found.outside == 0;
+        match (equal || same_values, close) {
+            (true, _) => row(&mut self.rows, |row| row.equal += 1),
+            (false, true) => row(&mut self.rows, |row| row.close += 1),
+            (false, false) => {
+                row(&mut self.rows, |row| row.different += 1);
+                self.report.different.push(b.id.to_string());
+            }
+        }
+        if let Some(row) = self.rows.get_mut(&(b.id.kind, of_reference.dtype.name())) {
+            row.max_abs_error = row.max_abs_error.max(found.max_abs);
+            row.max_rel_error = row.max_rel_error.max(found.max_rel);
+        }
+        let worse = self.report.worst.as_ref().is_none_or(|worst| found.worst > worst.place);
+        if !equal && !same_values && worse {
+            self.report.worst = Some(WorstRecord::new(&b.id, &whole, sides, found, tolerance));
+        }
+    }
+
+    /// What each side is divided by: of a loss that is a mean over a rank's batch, gradients in the job are the
+    /// data-parallel size times those of one process. Parameters' gradients are averaged by the job itself.
+    fn divisors(&mut self, a: &Record, b: &Record) -> (f64, f64) {
+        let sizes = (a.what().dp_size.max(1), b.what().dp_size.max(1));
+        let (activation, real) = (matches!(b.id.kind, Kind::Backward | Kind::BackwardPre), b.what().dtype);
+        if !activation || sizes.0 == sizes.1 || !(real.is_float() || real.is_complex()) {
+            return (1.0, 1.0);
+        }
+        *self.report.divided.entry(sizes).or_default() += 1;
+        (f64::from(sizes.0), f64::from(sizes.1))
+    }
+
+    fn tolerance(&self, dtype: DType) -> Tolerance {
+        if self.args.exact {
+            return Tolerance { rtol: 0.0, atol: 0.0 };
+        }
+        let default = Tolerance::of(dtype);
+        Tolerance { rtol: self.args.rtol.unwrap_or(default.rtol), atol: self.args.atol.unwrap_or(default.atol) }
+    }
+}
+
+/// A reason without the record's name, which is beside it.
+fn short(reason: &str, id: &Identity) -> String {
+    reason.strip_prefix(&format!("{id}: ")).unwrap_or(reason).to_owned()
+}
