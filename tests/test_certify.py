@@ -40,6 +40,7 @@ def test_a_run_with_an_edit_is_not_certified_and_the_worst_record_is_named(run_o
     first = {name.partition("@")[0] for name in counted["different"] if ".step0." in name}
     # An edit is recorded before it is made: what comes after it differs, what came before it does not.
     assert "lm_head:forward:out" in first and "layers.0.mlp:forward:out" not in first
+    assert "layers.0.mlp:backward:in[0]" in first, "gradients are small, and not close for that"
     assert f"worst: {counted['worst']['record']}, " in outcome.out
     assert counted["worst"]["record"] in counted["different"]
     # Within what the edit can do, the runs are the same.

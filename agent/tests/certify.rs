@@ -205,6 +205,18 @@ fn the_worst_record_is_the_one_furthest_outside_its_tolerance() {
 }
 
 #[test]
+fn gradients_far_below_the_absolute_tolerance_are_not_close_for_that() {
+    let run = |factor: f32| {
+        let mut f = Fixture::default();
+        f.part(of(Kind::Backward, "m"), DType::Float32, &[2], 0, Vec::new(), &f32s(&[1e-7 * factor, 2e-7]));
+        f.finish()
+    };
+    assert!(refused(&run(2.0), &run(1.0), &[]).contains("worst: m:backward:in[0]"));
+    certified(&run(1.000001), &run(1.0), &[]);
+    certified(&run(2.0), &run(1.0), &["--atol", "1e-5"]);
+}
+
+#[test]
 fn what_has_no_whole_is_not_comparable_and_says_why() {
     let mut f = two_ranks();
     f.part(id("half", 0), DType::UInt8, &[1], 1, dp(1, 2, shard(0)), &[1]);

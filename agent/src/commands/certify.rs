@@ -9,7 +9,7 @@ use std::{
     process::ExitCode,
 };
 
-use compare::{Difference, Side, Tolerance, compare};
+use compare::{Difference, EQUAL, Side, Tolerance, compare, largest};
 use report::{Finding, Report, Row, WorstRecord};
 use wire::{dtype::DType, hooks::Kind};
 
@@ -33,7 +33,8 @@ pub struct Args {
     /// Allowed error relative to the reference's element; without it, torch.testing.assert_close's for the dtype.
     #[arg(long, value_parser = parse_tolerance)]
     pub rtol: Option<f64>,
-    /// Allowed absolute error; without it, torch.testing.assert_close's for the dtype.
+    /// Allowed absolute error; without it, torch.testing.assert_close's for the dtype, times the reference's largest
+    /// element where that is below 1.
     #[arg(long, value_parser = parse_tolerance)]
     pub atol: Option<f64>,
     /// Only equal bytes will do.
@@ -204,9 +205,13 @@ impl<'a> Certifier<'a> {
         let divisors = self.divisors(a, b);
         let sides =
             (Side { bytes: &whole.bytes, divisor: divisors.0 }, Side { bytes: &wanted.bytes, divisor: divisors.1 });
-        let tolerance = self.tolerance(whole.dtype);
         let equal = divisors.0 == divisors.1 && *whole.bytes == *wanted.bytes;
-        let found = if equal { Difference::default() } else { compare(whole.dtype, sides.0, sides.1, tolerance) };
+        let (found, tolerance) = if equal {
+            (Difference::default(), EQUAL)
+        } else {
+            let tolerance = self.tolerance(whole.dtype, sides.1);
+            (compare(whole.dtype, sides.0, sides.1, tolerance), tolerance)
+        };
         // What had to be divided has no bytes of its own to be equal; its values can be.
         let divided = divisors.0 != divisors.1;
         let same_values = divided && found.max_abs == 0.0;
@@ -241,12 +246,16 @@ impl<'a> Certifier<'a> {
         (f64::from(sizes.0), f64::from(sizes.1))
     }
 
-    fn tolerance(&self, dtype: DType) -> Tolerance {
+    fn tolerance(&self, dtype: DType, reference: Side<'_>) -> Tolerance {
         if self.args.exact {
-            return Tolerance { rtol: 0.0, atol: 0.0 };
+            return EQUAL;
         }
         let default = Tolerance::of(dtype);
-        Tolerance { rtol: self.args.rtol.unwrap_or(default.rtol), atol: self.args.atol.unwrap_or(default.atol) }
+        let rtol = self.args.rtol.unwrap_or(default.rtol);
+        match self.args.atol {
+            Some(atol) => Tolerance { rtol, atol },
+            None => Tolerance { rtol, ..default }.at(largest(dtype, reference)),
+        }
     }
 }
 

@@ -16,6 +16,9 @@ pub struct Tolerance {
     pub atol: f64,
 }
 
+/// Nothing is allowed.
+pub const EQUAL: Tolerance = Tolerance { rtol: 0.0, atol: 0.0 };
+
 impl Tolerance {
     /// The defaults of `torch.testing.assert_close`, by its table; types that it does not list must be equal.
     pub fn of(dtype: DType) -> Self {
@@ -27,6 +30,12 @@ impl Tolerance {
             _ => (0.0, 0.0),
         };
         Self { rtol, atol }
+    }
+
+    /// The same for a tensor with this largest magnitude. The table's absolute tolerances are for numbers about one: most
+    /// gradients are smaller than these tolerances themselves, and any two of them would be close.
+    pub fn at(self, largest: f64) -> Self {
+        Self { atol: self.atol * largest.min(1.0), ..self }
     }
 }
 
@@ -74,6 +83,19 @@ fn unsigned(element: &[u8]) -> u64 {
 fn signed(element: &[u8]) -> i64 {
     let empty = 64 - 8 * element.len() as u32;
     (unsigned(element) << empty).cast_signed() >> empty
+}
+
+/// The largest finite magnitude among elements, divided; 0 where there is none.
+pub fn largest(dtype: DType, side: Side<'_>) -> f64 {
+    let real = component(dtype);
+    let mut wide = [0f64; BLOCK];
+    let mut largest = 0f64;
+    for bytes in side.bytes.chunks(BLOCK * real.size()) {
+        let wide = &mut wide[..bytes.len() / real.size()];
+        stats::widen(real, bytes, wide);
+        largest = wide.iter().fold(largest, |most, x| if x.is_finite() { most.max(x.abs()) } else { most });
+    }
+    largest / side.divisor
 }
 
 /// What was found between two tensors.

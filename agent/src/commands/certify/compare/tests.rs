@@ -36,7 +36,7 @@ fn an_element_on_the_edge_is_close() {
 fn not_a_number_and_infinity_are_equal_to_themselves_alone() {
     let (inf, nan) = (f32::INFINITY, f32::NAN);
     let wide = Tolerance { rtol: 1.0, atol: 1e30 };
-    assert_eq!(of_f32(&[nan, inf, -inf], &[-nan, inf, -inf], Tolerance { rtol: 0.0, atol: 0.0 }).max_abs, 0.0);
+    assert_eq!(of_f32(&[nan, inf, -inf], &[-nan, inf, -inf], EQUAL).max_abs, 0.0);
     for (a, b) in [(nan, 1.0), (1.0, nan), (inf, 1.0), (1.0, inf), (inf, -inf), (nan, inf), (inf, nan)] {
         let found = of_f32(&[0.0, a], &[0.0, b], wide);
         assert_eq!((found.outside, found.max_abs, found.max_rel), (1, f64::INFINITY, f64::INFINITY), "{a} {b}");
@@ -65,7 +65,7 @@ fn the_worst_element_is_found_in_any_block() {
 
 #[test]
 fn where_nothing_is_allowed_the_largest_error_is_worst() {
-    let found = of_f32(&[1.0, 3.0, 2.0], &[0.0, 0.0, 0.0], Tolerance { rtol: 0.0, atol: 0.0 });
+    let found = of_f32(&[1.0, 3.0, 2.0], &[0.0, 0.0, 0.0], EQUAL);
     assert_eq!((found.worst.index, found.outside), (1, 3));
 }
 
@@ -78,6 +78,18 @@ fn a_gradient_is_divided_on_its_own_side() {
     // Equal bytes are not equal values where divisors differ.
     let found = compare(DType::Float32, run, side(run.bytes), ANY);
     assert_eq!(found.max_abs, 3.0);
+}
+
+#[test]
+fn small_tensors_have_smaller_tolerances() {
+    let table = Tolerance::of(DType::Float32);
+    let gradient = f32s(&[1e-6, -4e-6, f32::NAN, f32::INFINITY]);
+    let most = largest(DType::Float32, Side { bytes: &gradient, divisor: 2.0 });
+    assert_eq!(most, f64::from(4e-6f32) / 2.0);
+    assert_eq!(table.at(most), Tolerance { rtol: 1.3e-6, atol: 1e-5 * most });
+    assert_eq!(table.at(3.0), table);
+    assert_eq!(largest(DType::UInt8, side(&[3, 200, 7])), 200.0);
+    assert_eq!(largest(DType::Float64, side(&[])), 0.0);
 }
 
 #[test]
