@@ -2,8 +2,13 @@
 //!
 //! Pieces of dimension 0 belong side by side: when the first of them comes, room for all is reserved, as if they were
 //! all as long. A last piece may be shorter. Whatever does not fit its room is placed elsewhere; the reader stitches.
+//!
+//! Of a job on many nodes only this node's pieces come. Which ones they are is seen in the first [`FULL_ROOMS`] wholes,
+//! which get room for every piece; later ones get room for those that came, so that what a record takes on a node does
+//! not grow with the job.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash, Hasher},
     io,
     path::PathBuf,
@@ -26,6 +31,10 @@ pub const MAX_REPLICAS: usize = 4096;
 pub const MAX_RECENT: usize = 65536;
 /// Most members of an axis that room is reserved for.
 const MAX_PIECES: u32 = 1 << 16;
+/// Wholes that get room for pieces that may come from other nodes.
+pub const FULL_ROOMS: u32 = 64;
+/// Most sizes of axes whose members are remembered.
+const MAX_AXIS_SIZES: usize = 64;
 /// Largest whole that room is reserved for.
 const MAX_WHOLE: u64 = 1 << 40;
 
@@ -48,13 +57,27 @@ struct Reservation {
     start: u64,
     /// Of each piece.
     len: u64,
-    taken: Vec<bool>,
+    /// Pieces of the whole.
+    size: u32,
+    /// Those that it is for, in order, and whether they came.
+    pieces: Vec<(u32, bool)>,
 }
 
 impl Reservation {
     fn end(&self) -> u64 {
-        self.start + self.len * self.taken.len() as u64
+        self.start + self.len * self.pieces.len() as u64
     }
+
+    fn position(&self, index: u32) -> Option<usize> {
+        self.pieces.binary_search_by_key(&index, |piece| piece.0).ok()
+    }
+}
+
+/// Which pieces of axes of one size come to this node.
+#[derive(Debug, Default)]
+struct Members {
+    seen: BTreeSet<u32>,
+    rooms: u32,
 }
 
 /// Parts with this key should be equal: a record, and coordinates along the axes that do not replicate.
@@ -115,6 +138,7 @@ pub struct Allocator {
     current: Option<Shard>,
     retired: Vec<Shard>,
     reservations: Recent<Identity, Reservation>,
+    members: BTreeMap<u32, Members>,
     replicas: Recent<ReplicaKey, Replica>,
     /// Records counted so far.
     pub seen: Seen,
@@ -130,6 +154,7 @@ impl Allocator {
             current: None,
             retired: Vec::new(),
             reservations: Recent::new(MAX_RESERVATIONS),
+            members: BTreeMap::new(),
             replicas: Recent::new(MAX_REPLICAS),
             seen,
         }
@@ -151,12 +176,14 @@ impl Allocator {
             self.close(&gone);
         }
         self.replicas.drain();
+        self.members.clear();
     }
 
     /// Gives a part of `len` bytes its place.
     pub fn place(&mut self, what: &What, name: &str, len: u64) -> io::Result<Slot> {
         let cost = header_cost(name, what);
         if let Lie::Piece { index, size, .. } = Lie::of(what) {
+            self.meet(index, size);
             if let Some(slot) = self.reserved(&what.id, index, size, len, cost) {
                 return Ok(slot);
             }
@@ -176,10 +203,11 @@ impl Allocator {
     fn reserved(&mut self, id: &Identity, index: u32, size: u32, len: u64, cost: usize) -> Option<Slot> {
         let room = self.reservations.get_mut(id)?;
         let fits = len == room.len || (len < room.len && index + 1 == size);
-        if !fits || room.taken.len() != size as usize || *room.taken.get(index as usize)? {
+        let at = room.position(index)?;
+        if !fits || room.size != size || room.pieces.get(at)?.1 {
             return None;
         }
-        let (number, offset) = (room.shard, room.start + u64::from(index) * room.len);
+        let (number, offset) = (room.shard, room.start + at as u64 * room.len);
         let shard = shard_mut(&mut self.current, &mut self.retired, number)?;
         if !shard.has_header_room(cost) {
             return None;
@@ -187,8 +215,8 @@ impl Allocator {
         shard.charge(cost);
         shard.writing += 1;
         let file = shard.file.clone();
-        *room.taken.get_mut(index as usize)? = true;
-        if room.taken.iter().all(|&t| t) {
+        room.pieces.get_mut(at)?.1 = true;
+        if room.pieces.iter().all(|&(_, came)| came) {
             shard.reservations = shard.reservations.saturating_sub(1);
             self.reservations.remove(id);
         }
@@ -197,10 +225,12 @@ impl Allocator {
 
     /// Reserves room for a whole whose first piece has come. `None` if that is not worth it.
     fn reserve(&mut self, id: &Identity, index: u32, size: u32, len: u64, cost: usize) -> io::Result<Option<Slot>> {
-        let total = len.checked_mul(u64::from(size)).filter(|&t| t > 0 && t <= MAX_WHOLE);
-        let Some(total) = total.filter(|_| size <= MAX_PIECES && self.reservations.get(id).is_none()) else {
+        if size > MAX_PIECES || self.reservations.get(id).is_some() {
             return Ok(None);
-        };
+        }
+        let pieces = self.expected(index, size);
+        let total = len.checked_mul(pieces.len() as u64).filter(|&t| t > 0 && t <= MAX_WHOLE);
+        let Some(total) = total else { return Ok(None) };
         let shard = self.room(total, cost)?;
         let start = shard.cursor.next_multiple_of(TENSOR_ALIGN);
         shard.cursor = start + total;
@@ -208,13 +238,31 @@ impl Allocator {
         shard.reservations += 1;
         shard.charge(cost);
         let file = shard.file.clone();
-        let taken = (0..size).map(|n| n == index).collect();
-        let room = Reservation { shard: file.number, start, len, taken };
+        let room = Reservation { shard: file.number, start, len, size, pieces };
+        let offset = start + room.position(index).unwrap_or_default() as u64 * len;
         for gone in self.reservations.insert(id.clone(), room) {
             self.close(&gone);
         }
-        let offset = start + u64::from(index) * len;
         Ok(Some(Slot { file, offset, len, piece: Some((id.clone(), index)) }))
+    }
+
+    /// A piece came.
+    fn meet(&mut self, index: u32, size: u32) {
+        if size <= MAX_PIECES && (self.members.len() < MAX_AXIS_SIZES || self.members.contains_key(&size)) {
+            self.members.entry(size).or_default().seen.insert(index);
+        }
+    }
+
+    /// The pieces of a new whole that room is made for, and which of them came: `index`.
+    fn expected(&mut self, index: u32, size: u32) -> Vec<(u32, bool)> {
+        let piece = |n: u32| (n, n == index);
+        match self.members.get_mut(&size) {
+            Some(members) if members.rooms >= FULL_ROOMS => members.seen.iter().map(|&n| piece(n)).collect(),
+            members => {
+                members.into_iter().for_each(|members| members.rooms += 1);
+                (0..size).map(piece).collect()
+            }
+        }
     }
 
     /// The current shard if `len` bytes and `cost` bytes of header fit, else the next one.
@@ -272,10 +320,10 @@ impl Allocator {
             None => {}
             Some((id, index)) => {
                 let Some(room) = self.reservations.get_mut(id).filter(|r| r.shard == number) else { return };
-                if let Some(taken) = room.taken.get_mut(*index as usize) {
-                    *taken = false;
+                if let Some(at) = room.position(*index) {
+                    room.pieces[at].1 = false;
                 }
-                if room.taken.iter().all(|&t| !t) {
+                if room.pieces.iter().all(|&(_, came)| !came) {
                     if shard.cursor == room.end() {
                         shard.cursor = room.start;
                     }

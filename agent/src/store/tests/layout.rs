@@ -3,6 +3,7 @@
 use wire::{dtype::DType, record::Place};
 
 use super::{
+    place::FULL_ROOMS,
     testing::{batch, meta, on_rank},
     *,
 };
@@ -40,6 +41,55 @@ fn pieces_of_the_batch_become_one_range_whatever_their_order() {
     let record = meta("a", 0, 17);
     assert_eq!(shape, &[51, 4]);
     assert_eq!(*data, [0, 1, 2].map(|rank| bytes_of(&record, rank)).concat());
+    assert_sound(dir.path());
+}
+
+#[test]
+fn what_a_record_takes_on_a_node_does_not_grow_with_the_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let (ranks, world, steps) = (8..16, 512, 3 * u64::from(FULL_ROOMS));
+    let mut last = Vec::new();
+    for step in 0..steps {
+        last = ranks
+            .clone()
+            .map(|rank| {
+                let record = on_rank(meta("a", step, 4), rank, world, batch());
+                put(&store, &record, &bytes_of(&record, rank as u8)).0.at.unwrap()
+            })
+            .collect();
+    }
+    store.finish();
+    for (a, b) in last.iter().zip(&last[1..]) {
+        assert_eq!((&a.shard, a.offset + a.len), (&b.shard, b.offset), "pieces of a node lie side by side");
+    }
+    let length = |path: std::path::PathBuf| std::fs::metadata(path).unwrap().len() - format::HEADER_SPACE;
+    let total: u64 =
+        (0..).map_while(|n| Some(shard::sealed_path(dir.path(), n)).filter(|p| p.exists())).map(length).sum();
+    let piece = last[0].len;
+    let most = u64::from(FULL_ROOMS) * 512 * piece + (steps - u64::from(FULL_ROOMS)) * 8 * piece;
+    assert!(total <= most, "{total} bytes of file, expected {most} at most");
+    assert_sound(dir.path());
+}
+
+#[test]
+fn a_rank_that_comes_late_has_room_from_then_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let mut lie = Vec::new();
+    for step in 0..u64::from(FULL_ROOMS) + 3 {
+        let late = step > u64::from(FULL_ROOMS);
+        let of = |rank: u32| {
+            let record = on_rank(meta("a", step, 4), rank, 4, batch());
+            put(&store, &record, &bytes_of(&record, rank as u8)).0.at.unwrap()
+        };
+        let parts: Vec<_> = [0, 1].into_iter().chain(late.then_some(2)).map(of).collect();
+        lie = parts.iter().map(|at| at.offset).collect();
+    }
+    let record = meta("a", 0, 4);
+    let piece = bytes_of(&record, 0).len() as u64;
+    assert_eq!(lie, [lie[0], lie[0] + piece, lie[0] + 2 * piece]);
+    store.finish();
     assert_sound(dir.path());
 }
 
