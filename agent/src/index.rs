@@ -58,9 +58,11 @@ pub fn build(run: &Path) -> anyhow::Result<()> {
 
 /// Makes the index of a finished run again if it was deleted or is stale. A folder that may not be written to has none.
 pub fn refresh(run: &Run) {
-    if run.finished() && !fresh(&run.path) {
-        // Nothing needs it: the manifest is what is read.
-        let _ = build(&run.path);
+    for (_, folder) in run.folders() {
+        if run.finished() && !fresh(&folder) {
+            // Nothing needs it: the manifest is what is read.
+            let _ = build(&folder);
+        }
     }
 }
 

@@ -105,14 +105,14 @@ def _unique(parts: Sequence[Part]) -> list[Part]:
     for part in sorted(parts, key=lambda p: ([a.index for a in p.axes], p.rank)):
         place = tuple([a.index for a in part.axes if a.place != "replicate"])
         other = kept.setdefault(place, part)
-        if other is not part and not _alike(part, other):
+        if other is not part and not alike(part, other):
             replicas = any(a.place == "replicate" for a in part.axes)
             why = "hold replicas that differ" if replicas else "differ, and the layout does not tell them apart"
             raise ApartError(f"ranks {other.rank} and {part.rank} {why}")
     return list(kept.values())
 
 
-def _alike(a: Part, b: Part) -> bool:
+def alike(a: Part, b: Part) -> bool:
     """Whether two parts hold the same bytes, by their checksums (by their statistics where bytes were not kept)."""
     if a.shape != b.shape:
         return False
@@ -149,13 +149,13 @@ def _join(parts: list[Part], depth: int) -> Node:
     if axis.place == "shard":
         return _concat(axis.dim, children, axis.name)
     if axis.place == "replicate_or_shard":
-        return children[0] if all(_alike(p, parts[0]) for p in parts) else _concat(axis.dim, children, axis.name)
+        return children[0] if all(alike(p, parts[0]) for p in parts) else _concat(axis.dim, children, axis.name)
     if axis.place == "partial":
         if any(c.shape != children[0].shape for c in children):
             raise ApartError(f"the addends along {axis.name} differ in shape")
         return Sum(tuple(children), children[0].shape)
     if axis.place == "unknown":
-        if all(_alike(p, parts[0]) for p in parts):
+        if all(alike(p, parts[0]) for p in parts):
             return children[0]
         raise ApartError(f"how they lie along {axis.name} is not known")
     raise ApartError(f"{axis.place!r} along {axis.name} is no layout that this flexmodel knows")

@@ -47,9 +47,20 @@ def uncollected() -> Iterator[None]:
 class Manifest:
     """What the lines read so far say."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folder: str = "") -> None:
         self._path = path
+        self._folder = folder  # of the shards, as far as their names tell it: `node-a/`
         self._start_over()
+
+    @property
+    def each(self) -> list[Manifest]:
+        """The files that are read: this one."""
+        return [self]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
 
     def _start_over(self) -> None:
         self._inode: int | None = None
@@ -62,6 +73,7 @@ class Manifest:
         self.problems: list[str] = []
         self.shard_ends: dict[str, int] = {}  # bytes that each shard must have
         self.part_count = 0
+        self.ranks: set[int] = set()
         self.tail = 0  # bytes after the last whole line
 
     def refresh(self) -> None:
@@ -132,7 +144,7 @@ class Manifest:
             raise ValueError(f"its dtype {raw['dtype']!r} is unknown; install a newer flexmodel")
         shape = tuple(raw["shape"])
         if at is not None:
-            shard, offset, nbytes = at["shard"], at["offset"], at["len"]
+            shard, offset, nbytes = self._folder + at["shard"], at["offset"], at["len"]
             at = Location(shard, offset, nbytes, at["crc"])
             if offset + nbytes > self.shard_ends.get(shard, 0):
                 self.shard_ends[shard] = offset + nbytes
@@ -149,6 +161,7 @@ class Manifest:
             # An agent that died between journal and acknowledgement may write a rank's part again.
             self.parts[identity] = [p for p in before if p.rank != part.rank] + [part]
         self.part_count += 1
+        self.ranks.add(part.rank)
 
     def _add_other(self, raw: dict[str, Any]) -> None:
         kind = raw["t"]
@@ -159,7 +172,8 @@ class Manifest:
         elif kind == "dropped":
             self.dropped.append(Dropped(raw["rank"], raw["count"], raw["reason"]))
         elif kind == "sealed":
-            self.shard_ends[raw["shard"]] = max(raw["len"], self.shard_ends.get(raw["shard"], 0))
+            shard = self._folder + raw["shard"]
+            self.shard_ends[shard] = max(raw["len"], self.shard_ends.get(shard, 0))
         else:
             raise ValueError(f"it is a {kind!r}, which this flexmodel does not know; install a newer one")
 

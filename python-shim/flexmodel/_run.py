@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import _record, _select
+from . import _nodes, _record, _select
 from ._assemble import Coordinates
 from ._errors import RunError, RunNotFoundError
 from ._manifest import Manifest, uncollected
+from ._nodes import MANIFEST_FILE, RUN_FILE, Manifests
 from ._record import Record, Source
 from ._shards import Shards
 from ._types import KINDS, Divergence, Dropped, Identity, ModelInfo, Part, Refusal, RunInfo
@@ -20,12 +21,11 @@ from ._types import KINDS, Divergence, Dropped, Identity, ModelInfo, Part, Refus
 FORMAT = 1
 """The newest format of a run directory that is understood here."""
 
-_RUN_FILE = "run.json"
-_MANIFEST_FILE = "manifest.jsonl"
-
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """Opens the run directory `path` (what `flexmodel run --out` was given), finished or still being written.
+
+    A folder that holds the runs of one job's nodes is opened as the job's run, with tensors whole over all nodes.
 
     RunNotFoundError (a FileNotFoundError) if there is none; RunError (a ValueError) if it is not one or cannot be read.
     A damaged line or shard is no error: see `Run.problems`. Does not import torch.
@@ -42,10 +42,11 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        _expect_run(self.path)
+        self.nodes = _expect_run(self.path)
         self.info = RunInfo()
-        self._manifest = Manifest(self.path / _MANIFEST_FILE)
-        self._shards = Shards(self.path)
+        self._manifest: Manifest | Manifests
+        self._manifest = Manifests(self.path, self.nodes) if self.nodes else Manifest(self.path / MANIFEST_FILE)
+        self._shards = Shards(self.path, self.nodes)
         self._source = Source(self._shards, self._seats, lambda: self._manifest.dropped)
         self._problems: list[str] = []
         self.refresh()
@@ -53,15 +54,15 @@ class Run:
     def refresh(self) -> int:
         """Reads what a running job has written since; returns how many parts are new."""
         before = self._manifest.part_count
-        problem = self._read_info()  # before the manifest: a finished run's manifest ends with a whole line
+        problems = self._read_info()  # before the manifest: a finished run's manifest ends with a whole line
         self._manifest.refresh()
-        if problem and not self._manifest.parts:
-            raise RunError(f"{problem}, and there is no readable record: this is no run, or nothing of it is left")
-        self._problems = [f"{problem}; the records are served without it"] if problem else []
-        if self._manifest.tail and self.info.finished_ns is not None:
-            self._problems.append(
-                f"{self.path / _MANIFEST_FILE}: the last {self._manifest.tail} bytes are half a line and are skipped"
-            )
+        if problems and not self._manifest.parts:
+            raise RunError(f"{problems[0]}, and there is no readable record: this is no run, or nothing of it is left")
+        self._problems = [f"{problem}; the records are served without it" for problem in problems]
+        for manifest in self._manifest.each:
+            if manifest.tail and self.info.finished_ns is not None:
+                tail = f"the last {manifest.tail} bytes are half a line and are skipped"
+                self._problems.append(f"{manifest.path}: {tail}")
         self._problems += self._manifest.check_shards(self._shards.problem)
         for cached in ("records", "modules", "_by_module", "_seat_table"):
             self.__dict__.pop(cached, None)
@@ -203,20 +204,32 @@ class Run:
                     table.setdefault(coordinates, part.rank)
         return table
 
-    def _read_info(self) -> str | None:
-        """Reads run.json; what is wrong with it."""
-        file = self.path / _RUN_FILE
-        try:
-            raw = json.loads(file.read_bytes())
-            version = int(raw["format"])
-            info = RunInfo.from_json(raw) if version <= FORMAT else None
-        except Exception as error:  # whatever is wrong with it, the records may be fine
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            return f"{file} {reason}"
-        if info is None:
-            raise RunError(f"{self.path} has format {version}, this flexmodel reads up to {FORMAT}: get a newer one")
-        self.info = info
+    def _read_info(self) -> list[str]:
+        """Reads run.json, of every node where there are several; what is wrong with it."""
+        problems: list[str] = []
+        if not self.nodes:
+            self.info = _info_of(self.path, problems) or self.info
+            return problems
+        infos = [(node, _info_of(self.path / node, problems) or RunInfo()) for node in self.nodes]
+        _nodes.expect_one_job(self.path, infos)
+        self.info = _nodes.joined([info for _, info in infos])
+        return problems
+
+
+def _info_of(folder: Path, problems: list[str]) -> RunInfo | None:
+    """What a folder's run.json says; None, and a problem more, if it cannot be read."""
+    file = folder / RUN_FILE
+    try:
+        raw = json.loads(file.read_bytes())
+        version = int(raw["format"])
+        info = RunInfo.from_json(raw) if version <= FORMAT else None
+    except Exception as error:  # whatever is wrong with it, the records may be fine
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        problems.append(f"{file} {reason}")
         return None
+    if info is None:
+        raise RunError(f"{folder} has format {version}, this flexmodel reads up to {FORMAT}: get a newer one")
+    return info
 
 
 def _prefixes(part: Part) -> Iterator[Coordinates]:
@@ -235,19 +248,19 @@ def _order(i: Identity) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _expect_run(path: Path) -> None:
-    """Raises the error that helps most if `path` is no run directory."""
+def _expect_run(path: Path) -> list[str]:
+    """Names of the nodes' runs in `path`, none for a run of one folder; the error that helps most if it is neither."""
     if not path.exists():
         raise RunNotFoundError(f"there is no run at {path}: pass the directory that `flexmodel run --out` was given")
     if not path.is_dir():
-        inside = (path.parent / _RUN_FILE).exists() or (path.parent / _MANIFEST_FILE).exists()
-        instead = f"open its directory, {path.parent}" if inside else "pass the directory of a run"
+        instead = f"open its directory, {path.parent}" if _nodes.is_run(path.parent) else "pass the directory of a run"
         raise RunError(f"{path} is a file: {instead}")
-    if (path / _RUN_FILE).exists() or (path / _MANIFEST_FILE).exists():
-        return
-    runs = sorted(p.parent.name for p in path.glob(f"*/{_RUN_FILE}"))
+    if _nodes.is_run(path):
+        return []
+    runs = _nodes.inside(path)
+    if len(runs) > 1:
+        return runs
     if runs:
-        more = " and more" if len(runs) > 4 else ""
-        raise RunError(f"{path} is not a run but holds some: open one of {', '.join(runs[:4])}{more} in it")
-    empty = "is empty" if not any(path.iterdir()) else f"is not a run (it has neither {_RUN_FILE} nor {_MANIFEST_FILE})"
+        raise RunError(f"{path} is not a run but holds one: open {runs[0]} in it")
+    empty = "is empty" if not any(path.iterdir()) else f"is not a run (it has neither {RUN_FILE} nor {MANIFEST_FILE})"
     raise RunError(f"{path} {empty}: pass the directory that `flexmodel run --out` was given")

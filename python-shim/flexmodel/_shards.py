@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ _STEM = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Shards:
-    """The shard files of a run directory."""
+    """The shard files of a run directory; those of `nodes`, folders in it, are called `NODE/STEM`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, nodes: Sequence[str] = ()) -> None:
         self._root = root
+        self._nodes = nodes
 
     def read(self, stem: str, offset: int, nbytes: int) -> Bytes:
         """`nbytes` at `offset` of a shard, as a writable array that is the caller's own.
@@ -64,7 +66,8 @@ class Shards:
         )
 
     def _open(self, stem: str) -> int:
-        if not _STEM.fullmatch(stem):
+        node, slash, name = stem.rpartition("/")
+        if not _STEM.fullmatch(name) or (slash and node not in self._nodes):
             raise RunError(f"{self._root}: the manifest names the shard {stem!r}, which is no name of a shard")
         # Sealing renames .open to .safetensors, perhaps between two tries.
         for suffix in (".safetensors", ".open", ".safetensors"):

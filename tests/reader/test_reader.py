@@ -466,7 +466,7 @@ def test_what_is_no_run_says_what_to_open(run_dir: Writer, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with raises("is empty: pass the directory", ValueError):
         flexmodel.open(tmp_path / "empty")
-    with raises("is not a run but holds some: open one of run", flexmodel.RunError):
+    with raises("is not a run but holds one: open run in it", flexmodel.RunError):
         flexmodel.open(tmp_path)
     with raises(f"is a file: open its directory, {run_dir.root}", flexmodel.RunError):
         flexmodel.open(run_dir.root / "run.json")

@@ -63,6 +63,17 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     count.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is more than 2^64 bytes"))
 }
 
+/// This node's name: [`NODE`], or the host name.
+pub fn node() -> String {
+    if let Some(name) = std::env::var(NODE).ok().filter(|n| !n.is_empty()) {
+        return name;
+    }
+    let mut buffer = [0u8; 256];
+    // SAFETY: the buffer is valid for its length, and keeps its last NUL.
+    unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len() - 1) };
+    buffer.iter().take_while(|&&b| b != 0).map(|&b| char::from(b)).collect()
+}
+
 /// Path of the socket in a [`AGENT`] value; the error is a whole sentence.
 pub fn agent_socket(value: &str) -> Result<&str, String> {
     match value.strip_prefix("unix:") {

@@ -25,7 +25,7 @@ use crate::{
         parent::{FromAgent, ToAgent},
         socket::Listening,
     },
-    store::{DEFAULT_SHARD_BYTES, Options, Store, format::RunInfo},
+    store::{DEFAULT_SHARD_BYTES, Options, Store, dir::of_this_node, format::RunInfo},
     summary,
 };
 
@@ -40,7 +40,7 @@ pub struct Args {
     /// The unix socket that jobs attach to
     #[arg(long)]
     pub socket: PathBuf,
-    /// The run directory; a run that is there already is continued
+    /// The run directory; a run that is there already is continued; {node} in it is this node's name
     #[arg(long)]
     pub out: PathBuf,
     /// Loopback port of the dashboard; 0 takes a free one
@@ -106,7 +106,7 @@ impl Agent {
             None => eprintln!("flexmodel: {text}"),
         };
         let options = Options { shard_bytes: args.shard_bytes, notify: Box::new(notify) };
-        let (store, before) = Store::open(&args.out, options)?;
+        let (store, before) = Store::open(&of_this_node(&args.out), options)?;
         let board = board.get_or_init(|| Arc::new(Board::new(before.clone()))).clone();
         if let Err(e) = board.live().replay(store.dir().path(), store.totals()) {
             board.trouble(&format!("the dashboard does not show all of {}: {e}", store.dir().path().display()));

@@ -46,6 +46,8 @@ struct Listing<'a> {
     run: String,
     finished: bool,
     world: u32,
+    /// Folders of its nodes, where there are several.
+    nodes: &'a [String],
     rows: Vec<Row>,
     records: u64,
     bytes: u64,
@@ -94,6 +96,7 @@ fn list(run: &Run) -> Listing<'_> {
         run: run.path.display().to_string(),
         finished: run.finished(),
         world: run.info.world,
+        nodes: &run.nodes,
         records: run.records.len() as u64,
         bytes: rows.iter().map(|r| r.bytes).sum(),
         incomplete: rows.iter().map(|r| r.incomplete).sum(),
@@ -177,6 +180,9 @@ fn table(listing: &Listing<'_>) -> String {
     ];
     totals.extend(more.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")));
     totals.push(text::count(u64::from(listing.world), "rank"));
+    if !listing.nodes.is_empty() {
+        totals.push(text::count(listing.nodes.len() as u64, "node"));
+    }
     if !listing.finished {
         totals.push("not finished (running, or stopped hard)".into());
     }

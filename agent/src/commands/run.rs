@@ -25,7 +25,7 @@ pub struct Args {
     /// What to tap: clauses, or the path of a TOML file [default: FLEXMODEL_HOOKS]
     #[arg(long)]
     pub hooks: Option<String>,
-    /// Where captures go [default: runs/ and the time]
+    /// Where captures go; {node} in it is this node's name [default: runs/ and the time]
     #[arg(long)]
     pub out: Option<PathBuf>,
     /// Loopback port of the dashboard; 0 takes a free one

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -97,9 +97,9 @@ fn verify(run: &Run) -> Report {
     for (shard, spans) in &spans {
         overlaps(&run.shards().name(shard), spans, &mut report.problems);
     }
-    sealed::check(run, &mut report.problems);
-    if let Err(what) = index::check(run) {
-        report.problems.push(what);
+    match run.nodes.is_empty() {
+        true => check_files(run, &mut report.problems),
+        false => run.folders().iter().for_each(|(node, folder)| check_node(node, folder, &mut report.problems)),
     }
     if report.incomplete > 0 {
         let note = format!("{} incomplete: some ranks delivered no part", text::count(report.incomplete, "record"));
@@ -110,6 +110,23 @@ fn verify(run: &Run) -> Report {
     }
     report.ok = report.problems.is_empty();
     report
+}
+
+/// Files as wholes: sealed shards, and the index.
+fn check_files(run: &Run, problems: &mut Vec<Problem>) {
+    sealed::check(run, problems);
+    problems.extend(index::check(run).err());
+}
+
+/// Those of a node, which are about its own manifest.
+fn check_node(node: &str, folder: &Path, problems: &mut Vec<Problem>) {
+    let mut found = Vec::new();
+    match Run::open_one(folder) {
+        Ok(run) => check_files(&run, &mut found),
+        // It was opened a moment ago.
+        Err(e) => found.push(Problem::new("", e.to_string())),
+    }
+    problems.extend(found.into_iter().map(|problem| problem.within(node)));
 }
 
 /// Differing replicas were recorded as such when they came: a finding about the job, not damage.

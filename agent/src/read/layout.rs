@@ -180,6 +180,23 @@ fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
     Ok(kept.into_values().collect())
 }
 
+/// Parts that should be replicas of an earlier one and are not: indexes of both.
+pub fn differing_replicas(parts: &[Part]) -> Vec<(usize, usize)> {
+    let mut first: BTreeMap<Vec<u32>, usize> = BTreeMap::new();
+    let mut found = Vec::new();
+    for (i, part) in parts.iter().enumerate() {
+        let axes = &part.what.axes;
+        if axes.iter().any(|a| a.size > 1 && a.place == Place::Replicate) {
+            let place = axes.iter().filter(|a| a.place != Place::Replicate).map(|a| a.index).collect();
+            let other = *first.entry(place).or_insert(i);
+            if !alike(&parts[other], part) {
+                found.push((other, i));
+            }
+        }
+    }
+    found
+}
+
 /// Whether two parts hold the same bytes, by their checksums (by their statistics where bytes were not kept).
 fn alike(a: &Part, b: &Part) -> bool {
     a.what.shape == b.what.shape

@@ -1,10 +1,12 @@
 //! Reads run directories: finished, live, killed or damaged ones.
 //!
 //! [`Run::open`] refuses only what is not a run at all. Damage inside becomes [`Problem`]s, and everything else is
-//! served: a damaged manifest line costs its part, a damaged shard its bytes.
+//! served: a damaged manifest line costs its part, a damaged shard its bytes. A folder that holds the runs of a job's
+//! nodes is a run too: see [`nodes`].
 
 pub mod assemble;
 pub mod layout;
+mod nodes;
 pub mod number;
 pub mod sealed;
 mod select;
@@ -111,6 +113,8 @@ pub struct Lost {
 pub struct Run {
     /// Where it is.
     pub path: PathBuf,
+    /// Where it is several nodes' runs, their folders in `path`; empty for a run of one folder.
+    pub nodes: Vec<String>,
     /// `run.json`; default where it is damaged.
     pub info: RunInfo,
     /// In the order of their first part in the manifest.
@@ -153,8 +157,19 @@ pub enum OpenError {
 }
 
 impl Run {
-    /// Opens a run directory.
+    /// Opens a run directory, or a folder with the runs of one job's nodes.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
+        if path.is_dir() && !nodes::is_run(path) {
+            let names = nodes::inside(path);
+            if names.len() > 1 {
+                return nodes::open(path, names);
+            }
+        }
+        Self::open_one(path)
+    }
+
+    /// Opens a run directory.
+    pub fn open_one(path: &Path) -> Result<Self, OpenError> {
         let shown = path.display().to_string();
         let refuse = |reason: String| OpenError::NotARun { path: shown.clone(), reason };
         if !path.is_dir() {
@@ -190,6 +205,7 @@ impl Run {
         }
         let mut run = Self {
             path: path.to_owned(),
+            nodes: Vec::new(),
             info,
             records: Vec::new(),
             replaced: Vec::new(),
@@ -348,22 +364,12 @@ fn read_info(bytes: &[u8], problems: &mut Vec<Problem>) -> RunInfo {
     }
 }
 
-/// Why a directory is no run, naming the runs that are in it.
+/// Why a directory is no run, naming the one that is in it.
 fn foreign(path: &Path) -> String {
-    let mut inside: Vec<String> = fs::read_dir(path)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|p| p.join(RUN_FILE).is_file())
-        .map(|p| p.display().to_string())
-        .collect();
-    inside.sort();
     let lead = format!("not a FlexModel run: it has neither {RUN_FILE} nor {MANIFEST_FILE}");
-    match inside.len() {
-        0 => lead,
-        n if n > 5 => format!("{lead}; it holds {n} runs, such as {}", inside[n - 1]),
-        _ => format!("{lead}; runs in it: {}", inside.join(", ")),
+    match nodes::inside(path).first() {
+        Some(name) => format!("{lead}; there is one in it, {}", path.join(name).display()),
+        None => lead,
     }
 }
 

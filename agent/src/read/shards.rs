@@ -47,24 +47,35 @@ impl From<String> for ReadError {
 /// Shards by stem.
 pub struct Shards {
     path: PathBuf,
+    /// Folders of `path` that shards may be in, as `NODE/STEM`; empty: they are in `path`.
+    nodes: Vec<String>,
     open: Mutex<HashMap<String, Arc<Mmap>>>,
 }
 
 impl Shards {
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), open: Mutex::default() }
+        Self::of_nodes(path, &[])
+    }
+
+    /// Shards of several nodes' runs.
+    pub fn of_nodes(path: &Path, nodes: &[String]) -> Self {
+        Self { path: path.to_owned(), nodes: nodes.to_vec(), open: Mutex::default() }
     }
 
     /// The file of a shard: sealed, or still open.
     pub fn file(&self, stem: &str) -> Result<(PathBuf, File), ReadError> {
-        // A manifest may say anything; a shard is a file of this directory.
-        if stem.is_empty() || stem.starts_with('.') || stem.contains(['/', '\\', '\0']) {
+        // A manifest may say anything; a shard is a file of this directory, or of a node's.
+        let (node, name) = match stem.split_once('/') {
+            Some((node, name)) if self.nodes.iter().any(|known| known == node) => (node, name),
+            _ => ("", stem),
+        };
+        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']) {
             return Err(ReadError::Damage(format!("'{}' is not the name of a shard", stem.escape_debug())));
         }
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         // Sealed once more at the end: it may have been sealed between the first two looks.
         for ext in ["safetensors", "open", "safetensors"] {
-            let path = self.path.join(format!("{stem}.{ext}"));
+            let path = self.path.join(node).join(format!("{name}.{ext}"));
             match File::open(&path) {
                 Ok(file) => return Ok((path, file)),
                 Err(e) => last = e,
@@ -78,7 +89,8 @@ impl Shards {
 
     /// The name of a shard's file, for messages.
     pub fn name(&self, stem: &str) -> String {
-        self.file(stem).map_or_else(|_| format!("{stem}.safetensors"), |(path, _)| base(&path))
+        let ext = self.file(stem).ok().and_then(|(path, _)| Some(path.extension()?.to_str()?.to_owned()));
+        format!("{stem}.{}", ext.as_deref().unwrap_or("safetensors"))
     }
 
     /// A shard's map that reaches at least to `end`.
@@ -160,8 +172,4 @@ impl Shards {
         }
         Ok(bytes)
     }
-}
-
-fn base(path: &Path) -> String {
-    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }

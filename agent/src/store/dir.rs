@@ -134,6 +134,23 @@ pub fn check_fresh(path: &Path) -> anyhow::Result<Fresh> {
     Ok(fresh)
 }
 
+/// `--out` as given, with `{node}` in it replaced by this node's name: on a file system that nodes share, each has a run
+/// of its own, beside the others.
+pub fn of_this_node(out: &Path) -> PathBuf {
+    const MARK: &str = "{node}";
+    match out.to_str().filter(|text| text.contains(MARK)) {
+        Some(text) => PathBuf::from(text.replace(MARK, &node_folder(&wire::env::node()))),
+        None => out.to_owned(),
+    }
+}
+
+/// A node's name as the name of a folder.
+fn node_folder(name: &str) -> String {
+    let safe = |c: char| if c.is_alphanumeric() || matches!(c, '.' | '-' | '_') { c } else { '_' };
+    let folder: String = name.chars().map(safe).collect();
+    if folder.trim_matches('.').is_empty() { "node".into() } else { folder }
+}
+
 /// The error for a directory that cannot be written.
 pub fn cannot_write(path: &Path, error: &io::Error) -> anyhow::Error {
     anyhow!("cannot write to {}: {error}; give a folder of yours with --out", path.display())
@@ -161,4 +178,19 @@ fn is_empty(path: &Path) -> anyhow::Result<bool> {
 /// Whether an agent made this directory; it may have died before it wrote anything but its lock.
 fn is_run(path: &Path) -> bool {
     [RUN_FILE, MANIFEST_FILE, LOCK_FILE].iter().any(|name| path.join(name).is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nodes_name_is_one_folder() {
+        assert_eq!(node_folder("gpu-7.cluster"), "gpu-7.cluster");
+        assert_eq!(node_folder("../a b/c"), ".._a_b_c");
+        assert_eq!(node_folder(".."), "node");
+        assert_eq!(of_this_node(Path::new("runs/x")), Path::new("runs/x"));
+        let node = of_this_node(Path::new("runs/{node}/y"));
+        assert!(node.starts_with("runs") && node.ends_with("y") && node.components().count() == 3, "{node:?}");
+    }
 }

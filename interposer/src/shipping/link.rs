@@ -55,7 +55,7 @@ impl Link {
             rank: 0,
             world: 1,
             pid: 0,
-            node: node(),
+            node: env::node(),
             torch: String::new(),
             python: String::new(),
             command: command(),
@@ -253,17 +253,6 @@ pub fn leave_word(socket: &Path, text: &str) {
         // Into an empty buffer it goes whole, or there is nobody to read it.
         let _ = socket::send(&stream, &bytes);
     }
-}
-
-/// `flexmodel`'s name for this node.
-fn node() -> String {
-    if let Some(name) = std::env::var(env::NODE).ok().filter(|n| !n.is_empty()) {
-        return name;
-    }
-    let mut buffer = [0u8; 256];
-    // SAFETY: the buffer is valid for its length, and keeps its last NUL.
-    unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len() - 1) };
-    buffer.iter().take_while(|&&b| b != 0).map(|&b| char::from(b)).collect()
 }
 
 fn command() -> Vec<String> {

@@ -18,7 +18,7 @@ use crate::{
     cli::Usage,
     commands::bridge,
     home,
-    store::dir::{Fresh, check_fresh},
+    store::dir::{Fresh, check_fresh, of_this_node},
 };
 
 /// What will be started.
@@ -71,7 +71,7 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
     };
     let library = home::library()?;
     let out = match args.out {
-        Some(out) => out,
+        Some(out) => of_this_node(&out),
         None => Path::new("runs").join(stamp()),
     };
     let fresh = check_fresh(&out)?;

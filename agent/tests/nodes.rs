@@ -1,0 +1,207 @@
+//! Runs of several nodes in one folder: every reading command takes the folder for the run of their job.
+
+#[allow(dead_code)]
+mod fixture;
+#[path = "../src/store/format.rs"]
+#[allow(dead_code)]
+mod format;
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+
+use fixture::*;
+use format::{FORMAT, Identity, RUN_FILE, RunInfo};
+use tempfile::TempDir;
+use wire::{dtype::DType, hooks::Kind, record::Place};
+
+fn flexmodel(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_flexmodel")).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// The command's stdout, after it ended with `code`.
+fn ends(code: i32, args: &[&str]) -> String {
+    let output = flexmodel(args);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn refused(args: &[&str]) -> String {
+    let output = flexmodel(args);
+    let line = text(&output.stderr);
+    assert!(!output.status.success() && line.trim_end().lines().count() == 1, "{args:?}: {line}");
+    line
+}
+
+fn at(dir: &Path) -> &str {
+    dir.to_str().unwrap()
+}
+
+fn info() -> RunInfo {
+    RunInfo {
+        format: FORMAT,
+        world: 4,
+        hooks: "mlp".into(),
+        torch: "2.11.0".into(),
+        finished_ns: Some(2),
+        ..RunInfo::default()
+    }
+}
+
+fn say(run: &Path, info: &RunInfo) {
+    fs::write(run.join(RUN_FILE), serde_json::to_vec(info).unwrap()).unwrap();
+}
+
+/// A gradient, whose size tells of the data-parallel size.
+fn gradient() -> Identity {
+    Identity { kind: Kind::Backward, path: "in[0]".into(), ..id("mlp", 0) }
+}
+
+/// What these ranks of four captured: a row of a batch, and a table.
+fn node(job: &TempDir, name: &str, ranks: &[u32], table: u8) {
+    let mut f = Fixture::default();
+    for &rank in ranks {
+        let row = f32s(&[rank as f32, 4.0 * rank as f32]);
+        f.part(gradient(), DType::Float32, &[1, 2], rank, dp(rank, 4, shard(0)), &row);
+        f.part(id("table", 0), DType::UInt8, &[2], rank, dp(rank, 4, Place::Replicate), &[7, table]);
+    }
+    let made = f.finish();
+    let place = job.path().join(name);
+    fs::create_dir(&place).unwrap();
+    for file in fs::read_dir(made.path()).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), place.join(file.file_name())).unwrap();
+    }
+    say(&place, &info());
+}
+
+fn job() -> TempDir {
+    let job = tempfile::tempdir().unwrap();
+    node(&job, "node-a", &[0, 1], 8);
+    node(&job, "node-b", &[2, 3], 8);
+    job
+}
+
+#[test]
+fn ls_and_show_speak_of_the_whole_job() {
+    let job = job();
+    let out = ends(0, &["ls", at(job.path())]);
+    assert!(out.contains("[4, 2]") && out.ends_with("2 records, 40 B, 4 ranks, 2 nodes\n"), "{out}");
+    let listing: serde_json::Value = serde_json::from_str(&ends(0, &["ls", at(job.path()), "--json"])).unwrap();
+    assert_eq!(listing["nodes"], serde_json::json!(["node-a", "node-b"]));
+    let out = ends(0, &["show", at(job.path()), "mlp"]);
+    assert!(out.contains("float32 [4, 2]") && out.contains("whole, from 4 ranks") && out.contains("max 12 "), "{out}");
+    for name in ["node-a", "node-b"] {
+        assert!(job.path().join(name).join("index.sqlite").is_file(), "no index of {name}");
+    }
+    assert!(!job.path().join("index.sqlite").exists());
+}
+
+#[test]
+fn one_node_alone_is_still_read_as_what_it_is() {
+    let job = job();
+    let output = flexmodel(&["ls", at(&job.path().join("node-b"))]);
+    assert!(text(&output.stderr).contains("no part from dp 0 of 4; dp 1 of 4"), "{}", text(&output.stderr));
+    let lone = tempfile::tempdir().unwrap();
+    node(&lone, "node-a", &[0, 1], 8);
+    assert!(refused(&["ls", at(lone.path())]).contains("there is one in it, "));
+}
+
+#[test]
+fn a_job_of_two_nodes_is_certified_and_exported() {
+    let job = job();
+    let mut f = Fixture::default();
+    let rows: Vec<f32> = (0..4).flat_map(|rank| [rank as f32 / 4.0, rank as f32]).collect();
+    f.part(gradient(), DType::Float32, &[4, 2], 0, Vec::new(), &f32s(&rows));
+    f.part(id("table", 0), DType::UInt8, &[2], 0, Vec::new(), &[7, 8]);
+    let reference = f.finish();
+    let out = ends(0, &["certify", at(job.path()), at(reference.path()), "--exact"]);
+    assert!(out.contains("4 in the run, 1 in the reference") && out.contains("2 equal"), "{out}");
+    let dest = job.path().join("x.pt");
+    assert!(ends(0, &["export", at(job.path()), "--to", "torch", at(&dest)]).starts_with("2 tensors"));
+}
+
+#[test]
+fn verify_checks_every_nodes_files_and_names_the_node() {
+    let job = job();
+    assert_eq!(ends(0, &["verify", at(job.path())]), "ok: 2 records, 8 parts, 40 bytes checked\n");
+    ends(0, &["ls", at(job.path())]);
+    let shard = job.path().join("node-b/shard-00000.safetensors");
+    let sound = fs::read(&shard).unwrap();
+    let mut bytes = sound.clone();
+    bytes[format::HEADER_SPACE as usize] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    let out = ends(1, &["verify", at(job.path())]);
+    assert!(
+        out.starts_with("node-b/shard-00000.safetensors, mlp:backward:in[0]") && out.contains("of rank 2"),
+        "{out}"
+    );
+    assert_eq!(out.lines().count(), 2, "{out}");
+    let mut bytes = sound.clone();
+    bytes.push(0);
+    fs::write(&shard, bytes).unwrap();
+    let out = ends(1, &["verify", at(job.path())]);
+    assert!(out.contains("node-b/shard-00000.safetensors: ") && out.contains("as when it was sealed"), "{out}");
+    fs::write(&shard, sound).unwrap();
+    fs::write(job.path().join("node-a/index.sqlite"), "no database").unwrap();
+    assert!(ends(1, &["verify", at(job.path())]).contains("node-a/index.sqlite: does not read"));
+    fs::remove_file(job.path().join("node-a/index.sqlite")).unwrap();
+    fs::write(job.path().join("node-a").join(RUN_FILE), "{").unwrap();
+    assert!(ends(1, &["verify", at(job.path())]).contains("node-a/run.json: damaged"));
+}
+
+#[test]
+fn replicas_of_two_nodes_that_differ_are_a_finding_and_no_damage() {
+    let job = tempfile::tempdir().unwrap();
+    node(&job, "node-a", &[0, 1], 8);
+    node(&job, "node-b", &[2, 3], 9);
+    let output = flexmodel(&["ls", at(job.path())]);
+    assert!(text(&output.stdout).contains("2 divergent"), "{}", text(&output.stdout));
+    let output = flexmodel(&["verify", at(job.path())]);
+    assert!(output.status.success(), "{}", text(&output.stdout));
+    assert!(text(&output.stderr).contains("ranks 0 and 2 hold replicas that differ"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn runs_of_several_jobs_are_refused_in_one_line_that_says_why() {
+    let job = job();
+    let other = job.path().join("node-b");
+    let changes: [(RunInfo, &str); 4] = [
+        (RunInfo { world: 8, ..info() }, "node-a has a world of 4 and node-b 8"),
+        (RunInfo { hooks: "attn".into(), ..info() }, "node-a has the hooks mlp and node-b attn"),
+        (RunInfo { torch: "2.15.0".into(), ..info() }, "node-a has torch 2.11.0 and node-b 2.15.0"),
+        (RunInfo { format: 99, ..info() }, "format 99"),
+    ];
+    for (info, why) in changes {
+        say(&other, &info);
+        for command in ["ls", "verify"] {
+            let line = refused(&[command, at(job.path())]);
+            assert!(line.contains(why), "{line}");
+        }
+    }
+    let twice = tempfile::tempdir().unwrap();
+    node(&twice, "first", &[0, 1], 8);
+    node(&twice, "second", &[1, 2], 8);
+    assert!(refused(&["ls", at(twice.path())]).contains("first and second both have rank 1; give one of them"));
+}
+
+#[test]
+fn a_shard_of_another_folder_is_never_opened() {
+    let job = job();
+    let manifest = job.path().join("node-a/manifest.jsonl");
+    let lines = fs::read_to_string(&manifest).unwrap();
+    let first = lines.lines().next().unwrap();
+    let rec = first.split_once("\"rec\":").unwrap().1.strip_suffix('}').unwrap();
+    for name in ["../node-b/shard-00000", "node-b/shard-00000", "/shard-00000"] {
+        let hostile = rec.replace("shard-00000", name);
+        fs::write(&manifest, line_of(&hostile)).unwrap();
+        let out = ends(1, &["verify", at(job.path())]);
+        assert!(out.contains("is not the name of a shard"), "{out}");
+    }
+}
