@@ -34,6 +34,12 @@ struct Args {
     /// Ranks, one thread each
     #[arg(long, default_value_t = 2)]
     ranks: u32,
+    /// Ranks of the whole job, where others of them ship to other agents
+    #[arg(long)]
+    world: Option<u32>,
+    /// The first of the ranks
+    #[arg(long, default_value_t = 0)]
+    first_rank: u32,
     /// Training steps
     #[arg(long, default_value_t = 10)]
     steps: u64,
@@ -51,9 +57,15 @@ struct Args {
     pause: u64,
 }
 
+impl Args {
+    fn world(&self) -> u32 {
+        self.world.unwrap_or(self.ranks)
+    }
+}
+
 fn main() {
     let args = Args::parse();
-    let ranks: Vec<_> = (0..args.ranks)
+    let ranks: Vec<_> = (args.first_rank..args.first_rank + args.ranks)
         .map(|rank| {
             let args = args.clone();
             std::thread::spawn(move || Rank::attach(&args, rank).and_then(|mut rank| rank.train()))
@@ -83,7 +95,7 @@ impl Rank {
         let hello = Hello {
             version: CONTROL_VERSION,
             rank,
-            world: args.ranks,
+            world: args.world(),
             // Threads play processes.
             pid: std::process::id() + rank,
             node: "produce".into(),
@@ -151,7 +163,7 @@ impl Rank {
             true => vec![step as f32; elements],
             false => self.values.iter().take(elements).map(|x| x * scale).collect(),
         };
-        let axes = match self.args.ranks {
+        let axes = match self.args.world() {
             1 => Vec::new(),
             size => vec![Axis { name: "dp".into(), index: self.rank, size, place }],
         };
@@ -162,7 +174,7 @@ impl Rank {
             step,
             rank: self.rank,
             axes,
-            dp_size: self.args.ranks,
+            dp_size: self.args.world(),
             time_ns: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
             ..RecordMeta::output(module, DType::Float32, shape)
         };

@@ -3,9 +3,9 @@
 //! Pieces of dimension 0 belong side by side: when the first of them comes, room for all is reserved, as if they were
 //! all as long. A last piece may be shorter. Whatever does not fit its room is placed elsewhere; the reader stitches.
 //!
-//! Of a job on many nodes only this node's pieces come. Which ones they are is seen in the first [`FULL_ROOMS`] wholes,
-//! which get room for every piece; later ones get room for those that came, so that what a record takes on a node does
-//! not grow with the job.
+//! Of a job on many nodes only this node's pieces come. Which ones they are is seen in the first wholes, [`FULL_ROOMS`] or
+//! [`FULL_BYTES`] of them, which get room for every piece; later ones get room for those that came, so that what a record
+//! takes on a node does not grow with the job. Room that is never filled is a hole in the file, and takes no disk.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,6 +33,8 @@ pub const MAX_RECENT: usize = 65536;
 const MAX_PIECES: u32 = 1 << 16;
 /// Wholes that get room for pieces that may come from other nodes.
 pub const FULL_ROOMS: u32 = 64;
+/// Bytes of such room, but for the last of these wholes.
+pub const FULL_BYTES: u64 = 1 << 30;
 /// Most sizes of axes whose members are remembered.
 const MAX_AXIS_SIZES: usize = 64;
 /// Largest whole that room is reserved for.
@@ -78,6 +80,7 @@ impl Reservation {
 struct Members {
     seen: BTreeSet<u32>,
     rooms: u32,
+    bytes: u64,
 }
 
 /// Parts with this key should be equal: a record, and coordinates along the axes that do not replicate.
@@ -228,7 +231,7 @@ impl Allocator {
         if size > MAX_PIECES || self.reservations.get(id).is_some() {
             return Ok(None);
         }
-        let pieces = self.expected(index, size);
+        let pieces = self.expected(index, size, len);
         let total = len.checked_mul(pieces.len() as u64).filter(|&t| t > 0 && t <= MAX_WHOLE);
         let Some(total) = total else { return Ok(None) };
         let shard = self.room(total, cost)?;
@@ -254,14 +257,18 @@ impl Allocator {
     }
 
     /// The pieces of a new whole that room is made for, and which of them came: `index`.
-    fn expected(&mut self, index: u32, size: u32) -> Vec<(u32, bool)> {
+    fn expected(&mut self, index: u32, size: u32, len: u64) -> Vec<(u32, bool)> {
         let piece = |n: u32| (n, n == index);
         match self.members.get_mut(&size) {
-            Some(members) if members.rooms >= FULL_ROOMS => members.seen.iter().map(|&n| piece(n)).collect(),
-            members => {
-                members.into_iter().for_each(|members| members.rooms += 1);
+            Some(members) if members.rooms >= FULL_ROOMS || members.bytes >= FULL_BYTES => {
+                members.seen.iter().map(|&n| piece(n)).collect()
+            }
+            Some(members) => {
+                members.rooms += 1;
+                members.bytes = members.bytes.saturating_add(len.saturating_mul(size.into()));
                 (0..size).map(piece).collect()
             }
+            None => vec![piece(index)],
         }
     }
 

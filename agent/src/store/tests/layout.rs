@@ -3,7 +3,7 @@
 use wire::{dtype::DType, record::Place};
 
 use super::{
-    place::FULL_ROOMS,
+    place::{FULL_BYTES, FULL_ROOMS},
     testing::{batch, meta, on_rank},
     *,
 };
@@ -69,6 +69,23 @@ fn what_a_record_takes_on_a_node_does_not_grow_with_the_job() {
     let piece = last[0].len;
     let most = u64::from(FULL_ROOMS) * 512 * piece + (steps - u64::from(FULL_ROOMS)) * 8 * piece;
     assert!(total <= most, "{total} bytes of file, expected {most} at most");
+    assert_sound(dir.path());
+}
+
+#[test]
+fn large_wholes_are_learned_from_sooner() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    // Each would be half of what may be kept for pieces of other nodes.
+    let (rows, world) = (1 << 12, 1 << 13);
+    for step in 0..6 {
+        let record = on_rank(meta("a", step, rows), 5, world, batch());
+        assert_eq!(record.payload_len().unwrap() * u64::from(world), FULL_BYTES / 2);
+        put(&store, &record, &bytes_of(&record, 1));
+    }
+    store.finish();
+    let files = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().metadata().unwrap().len());
+    assert!(files.sum::<u64>() < 2 * FULL_BYTES);
     assert_sound(dir.path());
 }
 
