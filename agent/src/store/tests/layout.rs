@@ -79,7 +79,7 @@ fn large_wholes_are_learned_from_sooner() {
     // Each would be half of what may be kept for pieces of other nodes.
     let (rows, world) = (1 << 12, 1 << 13);
     for step in 0..6 {
-        let record = on_rank(meta("a", step, rows), 5, world, batch());
+        let record = on_rank(meta("a", step, rows), world - 1, world, batch());
         assert_eq!(record.payload_len().unwrap() * u64::from(world), FULL_BYTES / 2);
         put(&store, &record, &bytes_of(&record, 1));
     }
