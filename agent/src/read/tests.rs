@@ -251,9 +251,12 @@ fn what_is_no_run_is_refused_with_the_reason() {
     let run = f.finish();
     fs::remove_file(run.path().join(MANIFEST_FILE)).unwrap();
     assert!(refusal(run.path()).contains("copied in part"));
-    assert!(refusal(run.path().parent().unwrap()).contains("not a FlexModel run"));
     fs::write(run.path().join(RUN_FILE), "{\"format\":99,\"flexmodel\":\"9.0\"}").unwrap();
     assert!(refusal(run.path()).contains("format 99"));
+    let parent = tempfile::tempdir().unwrap();
+    fs::rename(run.path(), parent.path().join("x")).unwrap();
+    let why = refusal(parent.path());
+    assert!(why.contains("not a FlexModel run") && why.contains("there is one in it"), "{why}");
 }
 
 #[test]
