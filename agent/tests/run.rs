@@ -221,7 +221,7 @@ fn bad_use_is_one_line_and_nothing_runs() {
     assert!(stderr.lines().count() == 1 && stderr.contains("run-2"), "{stderr}");
     for (arguments, code, word) in [
         (&["run", "--hooks", "a:forwrd", "--", "echo", "ran"][..], 2, "forward"),
-        (&["run", "--hooks", "w:param", "--", "echo", "ran"], 2, "w:param"),
+        (&["run", "--hooks", "w:param|zero", "--", "echo", "ran"], 2, "param"),
         (&["run", "--", "echo", "ran"], 2, "--hooks"),
         (&["run", "--hooks", "a"], 2, "COMMAND"),
         (&["run", "--hooks", "a", "--on-full", "maybe", "--", "echo", "ran"], 2, "maybe"),

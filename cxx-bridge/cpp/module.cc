@@ -81,6 +81,21 @@ PyObject* py_select(PyObject*, PyObject* args) {
   return PyTuple_Pack(2, out.get(), of_parameters.get());
 }
 
+// microbatches(serial, count)
+PyObject* py_microbatches(PyObject*, PyObject* args) {
+  unsigned long long serial = 0;
+  unsigned int count = 0;
+  if (PyArg_ParseTuple(args, "KI", &serial, &count) == 0) return nullptr;
+  microbatches(serial, count);
+  Py_RETURN_NONE;
+}
+
+// pause(paused)
+PyObject* py_pause(PyObject*, PyObject* paused) {
+  pause_taps(paused == Py_True);
+  Py_RETURN_NONE;
+}
+
 // wants(kinds) -> bool
 PyObject* py_wants(PyObject*, PyObject* kinds) {
   const unsigned long mask = PyLong_AsUnsignedLong(kinds);
@@ -153,6 +168,8 @@ PyObject* py_finish(PyObject*, PyObject*) {
 
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
+    {"microbatches", py_microbatches, METH_VARARGS, "A model is a stage of a pipeline."},
+    {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
     {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
     {"parameter", py_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},

@@ -23,9 +23,14 @@ class Gil {
 };
 
 // What the shim says of `tensor`, or nothing.
-Ref described(const at::Tensor& tensor, PyObject* like) {
+Ref described(const at::Tensor& tensor, Where where) {
+  const auto given = [](PyObject* object) { return object == nullptr ? Py_None : object; };
   Ref object(THPVariable_Wrap(tensor));
-  Ref answer(object ? PyObject_CallFunctionObjArgs(describer, object.get(), like == nullptr ? Py_None : like, nullptr) : nullptr);
+  if (!object) {
+    PyErr_Clear();
+    return Ref();
+  }
+  Ref answer(PyObject_CallFunctionObjArgs(describer, object.get(), given(where.module), given(where.like), nullptr));
   if (!answer) PyErr_Clear();
   return answer.get() == Py_None ? Ref() : std::move(answer);
 }
@@ -68,14 +73,14 @@ void set_describer(PyObject* describe) {
   Py_XDECREF(std::exchange(describer, describe));
 }
 
-Part part_of(const at::Tensor& tensor, bool ask, const char* python_type, PyObject* like) {
+Part part_of(const at::Tensor& tensor, bool ask, const char* python_type, Where where) {
   Part part;
   part.local = tensor;
   part.refusal = refusal_of(tensor, python_type);
   const bool of_python = tensor.unsafeGetTensorImpl()->is_python_dispatch();
   if (describer == nullptr || !(of_python || (ask && part.refusal == Refusal::None))) return part;
   const Gil gil;
-  const Ref answer = described(tensor, like);
+  const Ref answer = described(tensor, where);
   if (!answer) return part;
   if (!read(answer.get(), part)) {
     PyErr_Clear();

@@ -102,11 +102,14 @@ bool throws() {
   return fault != nullptr && std::strcmp(fault, "throw-in-tap") == 0;
 }
 
+// Guarded by the GIL.
+bool paused = false;
+
 // Runs a hook's body so that nothing of ours ever reaches the job.
 template <typename Body>
 PyObject* guarded(Body body) {
   // A traced graph must be the module's alone.
-  if (!active() || at::tracer::impl::is_dispatch_enabled()) return none();
+  if (paused || !active() || at::tracer::impl::is_dispatch_enabled()) return none();
   try {
     if (throws()) throw std::runtime_error("injected by FLEXMODEL_TEST_FAULT=throw-in-tap");
     Ref result = body();
@@ -169,14 +172,14 @@ Uses close(Shared& shared) {
 // The inputs: captured, edited, and noted if their gradients through this module are wanted.
 class Inputs {
  public:
-  Inputs(const Call& call, Uses& uses) : call_(call), uses_(uses) {}
+  Inputs(const Call& call, PyObject* module, Uses& uses) : call_(call), module_(module), uses_(uses) {}
 
   Ref operator()(PyObject* leaf, const std::string& path) {
     for (const Seen& seen : seen_) {
       if (seen.original == leaf) return again(seen, path);
     }
     const at::Tensor& tensor = THPVariable_Unpack(leaf);
-    const Part part = part_of(tensor, call_.ask, Py_TYPE(leaf)->tp_name);
+    const Part part = part_of(tensor, call_.ask, Py_TYPE(leaf)->tp_name, {module_, nullptr});
     if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
     at::Tensor now = edited(call_, kForwardPre, path, tensor);
     if (watches(call_, kBackward, path, tensor, part)) uses_.add(call_, path, now.defined() ? now : tensor, part.axes);
@@ -194,7 +197,7 @@ class Inputs {
   // The same tensor given twice (query, key and value): it has one gradient.
   Ref again(const Seen& seen, const std::string& path) {
     const at::Tensor& tensor = THPVariable_Unpack(seen.original);
-    const Part part = part_of(tensor, call_.ask, Py_TYPE(seen.original)->tp_name);
+    const Part part = part_of(tensor, call_.ask, Py_TYPE(seen.original)->tp_name, {module_, nullptr});
     if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
     if ((call_.capture & bit(kBackward)) != 0 && tensor.requires_grad()) {
       capture(call_, kBackward, path, 0, part, Refusal::SharedInput);
@@ -203,6 +206,7 @@ class Inputs {
   }
 
   const Call& call_;
+  PyObject* const module_;
   Uses& uses_;
   std::vector<Seen> seen_;
 };
@@ -224,7 +228,7 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
     shared.open.push_back({PyThread_get_thread_ident(), Undo(), Uses()});
     if (!wanted) return Ref();
     Uses uses;
-    Inputs inputs(call, uses);
+    Inputs inputs(call, args[0], uses);
     const Visitor visit = std::ref(inputs);
     RestoredOnError undo;
     std::string path = "in";
@@ -249,10 +253,10 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
     Call call{};
     if (!fire(shared.tap, firing(args[0], args[1], args[2], false), call) && uses.empty()) return Ref();
     std::vector<at::Tensor> outputs;
-    PyObject* like = call.ask ? first_tensor(args[1]) : nullptr;
+    const Where where{args[0], call.ask ? first_tensor(args[1]) : nullptr};
     const Visitor visit = [&](PyObject* leaf, const std::string& path) -> Ref {
       const at::Tensor& tensor = THPVariable_Unpack(leaf);
-      const Part part = part_of(tensor, call.ask, Py_TYPE(leaf)->tp_name, like);
+      const Part part = part_of(tensor, call.ask, Py_TYPE(leaf)->tp_name, where);
       if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, part);
       at::Tensor now = edited(call, kForward, path, tensor);
       if (!now.defined()) now = uses.returned(tensor);
@@ -341,6 +345,8 @@ Ref make(vectorcallfunc function, std::shared_ptr<Shared> shared, uint64_t seria
 }  // namespace
 
 bool ready_types() { return PyType_Ready(&hook_type) == 0; }
+
+void pause_taps(bool now) { paused = now; }
 
 PyObject* make_tap(uint32_t tap, uint32_t kinds) {
   auto shared = std::make_shared<Shared>();

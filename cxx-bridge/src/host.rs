@@ -114,6 +114,13 @@ pub fn forget(serial: u64) {
     }
 }
 
+pub fn microbatches(serial: u64, count: u32) {
+    if let Some(host) = host() {
+        // SAFETY: a function of the table, called with numbers.
+        unsafe { (host.microbatches)(serial, count) };
+    }
+}
+
 pub fn stepped() {
     if let Some(host) = host() {
         // SAFETY: a function of the table, without arguments.

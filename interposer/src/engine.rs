@@ -58,6 +58,8 @@ pub struct Engine {
 struct Model {
     number: u32,
     mesh: Vec<MeshAxis>,
+    /// Into how many microbatches a pipeline cuts the batch of a step; 1 for a model that is no stage.
+    microbatches: u32,
     passes: Passes,
     /// Its taps by module name.
     taps: HashMap<String, u32>,
@@ -204,7 +206,7 @@ impl Engine {
             *models += 1;
             // SAFETY: the array has so many entries, whose names live through the call (caller).
             let mesh = unsafe { layout::mesh_of(desc) };
-            Model { number: *models - 1, mesh, passes: Passes::default(), taps: HashMap::new() }
+            Model { number: *models - 1, mesh, microbatches: 1, passes: Passes::default(), taps: HashMap::new() }
         });
         *model.taps.entry(name.to_owned()).or_insert_with(|| {
             *taps += 1;
@@ -310,6 +312,13 @@ impl Engine {
             let near = nearest(&hook.selector, names, 3);
             let hint = if near.is_empty() { String::new() } else { format!("; nearest: {}", near.join(", ")) };
             shipping::notice(format!("'{}' matches no module{hint}", hook.selector));
+        }
+    }
+
+    /// The model is a stage of a pipeline.
+    pub fn microbatches(&mut self, serial: u64, count: u32) {
+        if let Some(model) = self.models.get_mut(&serial) {
+            model.microbatches = count.max(1);
         }
     }
 
@@ -438,7 +447,13 @@ impl Engine {
         let refusal = if own.is_none() && tensor.refusal == Refusal::None { Refusal::Dtype } else { tensor.refusal };
         let own = own.unwrap_or(DType::UInt8);
         let dtype = hook.options.dtype.unwrap_or(own);
-        let known = Known { batch: model.passes.batch(call.pass), own: call.first, order: tap.order, kind };
+        let known = Known {
+            batch: model.passes.batch(call.pass),
+            own: call.first,
+            order: tap.order,
+            kind,
+            micro: (call.micro % model.microbatches, model.microbatches),
+        };
         // SAFETY: the caller vouches for the axes.
         let told = unsafe { layout::told(tensor) };
         let leaf = Leaf { shape: &shape, module: &tap.name, path };
@@ -448,6 +463,8 @@ impl Engine {
             None => layout::infer(leaf, known, hook.options.shard.as_ref(), &model.mesh, told),
             Some(ranks) => layout::of_some(leaf, known, hook.options.shard.as_ref(), &model.mesh, self.rank, ranks),
         };
+        // What a pipeline cuts comes out as one.
+        let is_cut = axes.iter().any(|axis| axis.name == layout::MICRO);
         let meta = RecordMeta {
             module: tap.name.clone(),
             class: tap.class.clone(),
@@ -456,7 +473,7 @@ impl Engine {
             group: hook.options.group.clone().unwrap_or_default(),
             model: model.number,
             step: call.step,
-            micro: call.micro,
+            micro: if is_cut { call.micro / model.microbatches } else { call.micro },
             call: call.call,
             repeat,
             train: call.train,

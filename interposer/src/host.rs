@@ -19,6 +19,7 @@ pub static HOST: HostTable = HostTable {
     resolved,
     scope,
     forget,
+    microbatches,
     stepped,
     fire,
     due,
@@ -79,6 +80,10 @@ unsafe extern "C" fn scope(serial: u64, part: u64, enter: bool, firing: *const F
 
 unsafe extern "C" fn forget(serial: u64) {
     boundary(|| engine::with(|e| e.forget(serial)));
+}
+
+unsafe extern "C" fn microbatches(serial: u64, count: u32) {
+    boundary(|| engine::with(|e| e.microbatches(serial, count)));
 }
 
 unsafe extern "C" fn stepped() {

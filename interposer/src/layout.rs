@@ -13,6 +13,9 @@ use wire::{
 /// The name of the axes over which the batch lies, taken together.
 const DATA: &str = "dp";
 
+/// The name of the axis over which a pipeline cuts the batch of a step. All of its members are on one rank.
+pub const MICRO: &str = "micro";
+
 /// What is known of a tap's tensors.
 #[derive(Clone, Copy, Debug)]
 pub struct Known {
@@ -24,6 +27,8 @@ pub struct Known {
     pub order: Order,
     /// What is captured.
     pub kind: Kind,
+    /// Which microbatch of a pipeline's step, and of how many.
+    pub micro: (u32, u32),
 }
 
 /// A leaf of what a module takes or gives.
@@ -114,6 +119,14 @@ pub fn infer(leaf: Leaf<'_>, known: Known, hint: Option<&ShardHint>, mesh: &[Mes
             }
         }
     }
+    let (index, size) = known.micro;
+    if size > 1 && !has_no_batch(leaf.module, leaf.path) {
+        let place = place(leaf.shape, leaf.path, known);
+        // What has no batch, as far as is known, stays a record of each microbatch.
+        if place != Place::Unknown {
+            axes.push(Axis { name: MICRO.to_owned(), index, size, place });
+        }
+    }
     axes.extend(told);
     if let Some(hint) = hint {
         apply(hint, leaf.shape.len(), &mut axes);
@@ -152,11 +165,11 @@ fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
 
 fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
     match axis.role {
-        Role::Data | Role::Context if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
+        Role::Data if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
         Role::Data => place(leaf.shape, leaf.path, known),
-        Role::Context => piece_of_sequences(leaf.shape, known),
         Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
-        Role::Other => Place::Unknown,
+        // The pieces of a sequence may be in zig-zag order.
+        Role::Context | Role::Other => Place::Unknown,
     }
 }
 
@@ -171,14 +184,9 @@ fn piece_of_sequences_or_all(axis: &MeshAxis, shape: &[u64], known: Known) -> Pl
         (Order::Unstated | Order::BatchFirst, &[a, b, _, ..]) if length != u64::MAX && (a, b) == (batch, own) => {
             Place::ReplicateOrShard { dim: 1 }
         }
-        _ => Place::Unknown,
-    }
-}
-
-/// Sequences are cut where the model's first input is, which is `[batch, length, ...]` unless a module says otherwise.
-fn piece_of_sequences(shape: &[u64], known: Known) -> Place {
-    match (known.order, shape, known.batch.map(|n| n.cast_unsigned())) {
-        (Order::Unstated | Order::BatchFirst, &[a, b, ..], [x, y, _]) if (a, b) == (x, y) => shard(1),
+        (Order::Turned, &[a, b, _, ..]) if length != u64::MAX && (a, b) == (own, batch) => {
+            Place::ReplicateOrShard { dim: 0 }
+        }
         _ => Place::Unknown,
     }
 }
@@ -233,6 +241,7 @@ fn by_order(shape: &[u64], path: &str, known: Known) -> Place {
             (&[a, ..], [x, y, _]) if a == x || a == y => Place::ReplicateOrShard { dim: 0 },
             _ => Place::Unknown,
         },
+        Order::Turned => turned(shape, known.batch.map(|n| n.cast_unsigned())),
         Order::Unstated => batch_first(shape, known.batch.map(|n| u64::try_from(n).ok())),
     }
 }
@@ -250,6 +259,15 @@ fn sequence_first(shape: &[u64], path: &str, length: Option<u64>, batch: Option<
         (true, false) if is(1, length) => shard(0),
         // Length and batch are the same number; what a module mainly takes and gives is as it says.
         (true, true) if path == "out" || path == "out[0]" || path.starts_with("in") => shard(1),
+        _ => Place::Unknown,
+    }
+}
+
+/// A model that was given `[batch, length]` and works on `[length, batch, ...]`, or on a piece of the length.
+fn turned(shape: &[u64], [batch, length, _]: [u64; 3]) -> Place {
+    match *shape {
+        [a, b] if (a, b) == (batch, length) => shard(0),
+        [a, b, _, ..] if b == batch && a > 0 && a <= length && length.is_multiple_of(a) => shard(1),
         _ => Place::Unknown,
     }
 }
@@ -277,7 +295,8 @@ fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Place {
 mod tests {
     use super::*;
 
-    const DP: Known = Known { batch: [4, 16, -1], own: [4, 16, 8], order: Order::Unstated, kind: Kind::Forward };
+    const DP: Known =
+        Known { batch: [4, 16, -1], own: [4, 16, 8], order: Order::Unstated, kind: Kind::Forward, micro: (0, 1) };
 
     fn sequence_first(own: [i64; 3]) -> Known {
         Known { batch: own, own, order: Order::SequenceFirst, ..DP }
@@ -366,6 +385,18 @@ mod tests {
     }
 
     #[test]
+    fn megatrons_layers_turn_batch_and_length() {
+        let known = Known { order: Order::Turned, ..DP };
+        assert_eq!(place(&[4, 16], "in[0]", known), shard(0));
+        assert_eq!(place(&[16, 4, 8], "out", known), shard(1));
+        // A piece of the sequences.
+        assert_eq!(place(&[8, 4, 8], "out", known), shard(1));
+        assert_eq!(place(&[16, 8], "out", known), Place::Unknown);
+        let axes = infer(Leaf { shape: &[8, 4, 8], ..OUT }, known, None, &mesh(&[Role::Tensor]), Vec::new());
+        assert_eq!(axes[0].place, Place::ReplicateOrShard { dim: 0 });
+    }
+
+    #[test]
     fn states_of_a_recurrent_network_have_the_batch_second() {
         let known = Known { batch: [16, 4, 8], order: Order::Recurrent, ..DP };
         assert_eq!(place(&[2, 4, 8], "out[1][0]", known), shard(1));
@@ -402,6 +433,16 @@ mod tests {
     }
 
     #[test]
+    fn a_pipeline_cuts_the_batch_inside_of_the_other_axes() {
+        let known = Known { micro: (2, 3), ..DP };
+        let axes = infer(OUT, known, None, &mesh(&[Role::Data]), Vec::new());
+        assert_eq!(axes.iter().map(|a| (&*a.name, a.index)).collect::<Vec<_>>(), [("dp", 1), (MICRO, 2)]);
+        assert_eq!(axes[1].place, shard(0));
+        let axes = infer(Leaf { shape: &[16, 8], ..OUT }, known, None, &mesh(&[Role::Data]), Vec::new());
+        assert_eq!(axes.len(), 1);
+    }
+
+    #[test]
     fn what_torch_says_goes_before_what_is_inferred() {
         let told = vec![Axis { name: "axis1".into(), index: 0, size: 2, place: shard(2) }];
         let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), told);
@@ -422,12 +463,11 @@ mod tests {
     }
 
     #[test]
-    fn a_context_axis_cuts_sequences() {
-        let place = |shape: &[u64]| {
-            infer(Leaf { shape, ..OUT }, DP, None, &mesh(&[Role::Context]), Vec::new())[0].place.clone()
-        };
-        assert_eq!(place(&[4, 16, 8]), shard(1));
-        assert_eq!(place(&[64, 8]), Place::Unknown);
+    fn a_context_axis_cuts_sequences_in_an_order_that_is_not_known() {
+        let axes = infer(OUT, DP, None, &mesh(&[Role::Context]), Vec::new());
+        assert_eq!(axes[0].place, Place::Unknown);
+        let hint = ShardHint { dim: 1, axis: "axis0".into() };
+        assert_eq!(infer(OUT, DP, Some(&hint), &mesh(&[Role::Context]), Vec::new())[0].place, shard(1));
     }
 
     #[test]

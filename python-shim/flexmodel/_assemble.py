@@ -82,6 +82,12 @@ def plan(parts: Sequence[Part]) -> Node:
     return _join(_unique(parts), 0)
 
 
+def of_one_rank(parts: Sequence[Part]) -> list[Part]:
+    """The parts of one rank as they lie among themselves: along the axes of which it is more than one member."""
+    shared = [len({p.axes[i].index for p in parts}) > 1 for i in range(len(parts[0].axes))]
+    return [p._replace(axes=tuple([a for a, keep in zip(p.axes, shared, strict=True) if keep])) for p in parts]
+
+
 def _settled(parts: Sequence[Part]) -> Sequence[Part]:
     """Where a part had a batch of one and could not tell, another part's word for a shard of that dimension counts."""
     for depth in range(len(parts[0].axes)):

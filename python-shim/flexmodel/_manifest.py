@@ -159,7 +159,7 @@ class Manifest:
             self.parts[identity] = [part]
         else:
             # An agent that died between journal and acknowledgement may write a rank's part again.
-            self.parts[identity] = [p for p in before if p.rank != part.rank] + [part]
+            self.parts[identity] = [p for p in before if p.seat != part.seat] + [part]
         self.part_count += 1
         self.ranks.add(part.rank)
 

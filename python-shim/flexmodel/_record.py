@@ -87,17 +87,20 @@ class Record:
         NotCapturedError (a KeyError) where ranks are missing or the parts make no whole; RunError where the run is
         damaged; TypeError for a dtype that numpy lacks when neither torch nor ml_dtypes is installed.
         """
-        return self._make(self._plan(), torch_or_none())
+        return self._make(self._plan(self.parts), torch_or_none())
 
     def numpy(self) -> Any:
         """As `tensor()`, always as a numpy array; torch is not imported. bfloat16 and float8 need ml_dtypes."""
-        return self._make(self._plan(), None)
+        return self._make(self._plan(self.parts), None)
 
     def part(self, rank: int) -> Any:
-        """What `rank` alone captured, as `tensor()` gives it. NotCapturedError if its part is not stored."""
-        for part in self.parts:
-            if part.rank == rank:
-                return self._make(_assemble.Leaf(part, part.shape), torch_or_none())
+        """What `rank` alone captured, as `tensor()` gives it: the microbatches of a pipeline laid side by side.
+
+        NotCapturedError if its part is not stored.
+        """
+        own = [part for part in self.parts if part.rank == rank]
+        if own:
+            return self._make(self._plan(_assemble.of_one_rank(own)), torch_or_none())
         stored = ", ".join(map(str, self.ranks))
         raise NotCapturedError(f"{self} has no part of rank {rank}, only of {stored}")
 
@@ -126,9 +129,9 @@ class Record:
             raise RunError(f"{self}: {error}") from None
         return as_numpy(raw, self.dtype, node.shape) if torch is None else as_torch(torch, raw, self.dtype, node.shape)
 
-    def _plan(self) -> Node:
+    def _plan(self, parts: Sequence[Part]) -> Node:
         try:
-            return _assemble.plan(self.parts)
+            return _assemble.plan(parts)
         except IncompleteError as error:
             raise NotCapturedError(self._incomplete(error.missing)) from None
         except ApartError as error:
@@ -159,7 +162,7 @@ class Record:
 
 def make(identity: Identity, parts: Sequence[Part], source: Source) -> Record:
     """The record of `parts`, which share `identity`; at least one."""
-    ordered = tuple(sorted(parts, key=lambda p: p.rank))
+    ordered = tuple(sorted(parts, key=lambda p: p.seat))
     first = ordered[0]
     shape: tuple[int, ...] | None = None
     with contextlib.suppress(IncompleteError, ApartError):
@@ -169,7 +172,7 @@ def make(identity: Identity, parts: Sequence[Part], source: Source) -> Record:
         call=identity.call, train=identity.train, shape=shape, dtype=first.dtype, model=identity.model,
         repeat=identity.repeat, recompute=identity.recompute, class_name=first.class_name, group=first.group,
         layout=first.axes, dp_size=first.dp_size, time_ns=min(p.time_ns for p in ordered),
-        ranks=tuple(p.rank for p in ordered),
+        ranks=tuple(sorted({p.rank for p in ordered})),
         nbytes=sum(p.nbytes for p in ordered) if shape is None else math.prod(shape) * SIZES[first.dtype],
         complete=shape is not None and all(p.at for p in ordered),
     )  # fmt: skip

@@ -28,9 +28,9 @@ class Identity(NamedTuple):
 class Axis:
     """How a part lies along one mesh axis.
 
-    `place` is `replicate`, `shard`, `replicate_or_shard`, `flat`, `partial` or `unknown`; `dim` is -1 except for the two
-    with `shard`. `offset` is where the part starts in the whole along `dim`, or None where only all members' lengths tell
-    it. `shape` is, for `flat`, that of the tensor of whose elements the part is a run; else None.
+    `place` is `replicate`, `shard`, `replicate_or_shard`, `flat`, `partial` or `unknown`; `dim` is -1 except for the
+    two with `shard`. `offset` is where the part starts in the whole along `dim`, or None where only all members'
+    lengths tell it. `shape` is, for `flat`, that of the tensor of whose elements the part is a run; else None.
     """
 
     name: str
@@ -67,6 +67,11 @@ class Part(NamedTuple):
     dp_size: int
     time_ns: int
     raw_stats: tuple[Any, ...] | None  # in the order of the fields of Stats
+
+    @property
+    def seat(self) -> tuple[int, ...]:
+        """The rank and its index along each axis: no two parts of a record have the same."""
+        return (self.rank, *[axis.index for axis in self.axes])
 
     @property
     def nbytes(self) -> int:

@@ -7,10 +7,12 @@ import sys
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .mesh import Meshes
-from .wrappers import is_instance
+from .mesh import TENSOR, Meshes
+from .naming import stored
+from .wrappers import is_instance, is_megatron
 
 # Codes of wire::tap_abi::LeafPlace.
 REPLICATE, SHARD, PARTIAL, UNKNOWN, FLAT = range(5)
@@ -44,22 +46,48 @@ class Layouts:
 
         cls.to_local = to_local
 
-    def describe(self, tensor: torch.Tensor, like: torch.Tensor | None) -> tuple[torch.Tensor, list[Leaf]] | None:
-        """The part of `tensor` that this process holds, and how it lies along each axis of which that is known, outermost
-        first; None if nothing is known. What a module makes of a piece is such a piece too if it is of the same shape:
-        `like` is what it was given first.
+    def describe(
+        self, tensor: torch.Tensor, module: nn.Module | None = None, like: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[Leaf]] | None:
+        """The part of `tensor` that this process holds, and how it lies along each axis of which that is known,
+        outermost first; None if nothing is known.
+
+        `module` is given the tensor or, where `like` is what it was given first, gives it.
         """
         if is_instance(tensor, MODULE, "DTensor"):
             return _there(tensor._local_tensor), self.of_spec(tensor._spec)
         part = _there(tensor)
         known = self._known(tensor)
-        if known is None and like is not None:
-            known = self._pieces_like(part, like)
+        if known is None and module is not None:
+            known = self._by_module(part, module, like is None)
+            # What a module makes of a piece is such a piece too, if it is of the same shape.
+            if known is None and like is not None:
+                known = self._pieces_like(part, like)
             if known is not None:
                 self._local[tensor] = known
         if known is None:
             return None if part is tensor else (part, [])
         return part, known
+
+    def _by_module(self, tensor: torch.Tensor, module: nn.Module, given: bool) -> list[Leaf] | None:
+        """Where a module says that it is given, or gives, pieces."""
+        weight = stored(module).get("weight")
+        if is_instance(weight, MODULE, "DTensor") and isinstance(module, (nn.Linear, nn.Embedding)):
+            return self._of_features(tensor, weight, 1 if given or isinstance(module, nn.Embedding) else 0)
+        dim = _megatron_cuts(tensor, module, given)
+        if dim is None:
+            return None
+        axis = self._meshes.axis_of_group(_megatron_group(module), "tp", TENSOR)
+        return [(axis.name, axis.index, axis.size, SHARD, dim)]
+
+    def _of_features(self, tensor: torch.Tensor, weight: Any, dim: int) -> list[Leaf] | None:
+        """The last dimension is cut as dimension `dim` of the weight is, if it is as long as that piece."""
+        axes = self.of_spec(weight._spec)
+        cut = any(place == SHARD and d == dim for _, _, _, place, d in axes)
+        if not cut or tensor.dim() == 0 or not weight._local_tensor.size(dim) == tensor.size(-1) < weight.size(dim):
+            return None
+        last = tensor.dim() - 1
+        return [(n, i, s, SHARD, last) if (p, d) == (SHARD, dim) else (n, i, s, UNKNOWN, 0) for n, i, s, p, d in axes]
 
     def _known(self, tensor: torch.Tensor) -> list[Leaf] | None:
         known = self._local.get(tensor)
@@ -70,7 +98,7 @@ class Layouts:
         return _in_view(tensor, base, axes)
 
     def _pieces_like(self, tensor: torch.Tensor, like: torch.Tensor) -> list[Leaf] | None:
-        described = self.describe(like, None)
+        described = self.describe(like)
         if described is None or described[0].shape != tensor.shape:
             return None
         axes = described[1]
@@ -83,6 +111,30 @@ class Layouts:
         # A strided shard lies inside of the shards of the same dimension that come after it in the mesh.
         described.sort(key=lambda entry: entry[3])
         return [(axis.name, axis.index, axis.size, place, dim) for axis, place, dim, _ in described]
+
+
+def _megatron_group(module: nn.Module) -> Any:
+    """The process group of megatron-core's tensor parallelism."""
+    group = getattr(module, "tp_group", None)
+    state = sys.modules["megatron.core.parallel_state"]
+    return group if group is not None else state.get_tensor_model_parallel_group()  # type: ignore[attr-defined]
+
+
+def _megatron_cuts(tensor: torch.Tensor, module: nn.Module, given: bool) -> int | None:
+    """The dimension of which megatron-core's module is given, or gives, a piece."""
+    if is_megatron(module, "ColumnParallelLinear"):
+        if given:
+            return 0 if module.sequence_parallel else None
+        return None if module.gather_output else tensor.dim() - 1
+    if is_megatron(module, "RowParallelLinear"):
+        if given:
+            return tensor.dim() - 1 if module.input_is_parallel else None
+        return 0 if module.sequence_parallel and tensor.dim() > 1 else None
+    if is_megatron(module, "VocabParallelEmbedding"):
+        return 0 if not given and module.reduce_scatter_embeddings else None
+    # A mark of megatron's on the parameters of modules between its layers.
+    marked = any(getattr(p, "sequence_parallel", False) for p in stored(module).values())
+    return 0 if marked and tensor.dim() > 1 else None
 
 
 def _place(placement: Any) -> tuple[int, int, bool]:
@@ -106,8 +158,8 @@ def _there(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _in_view(view: torch.Tensor, base: torch.Tensor, axes: list[Leaf]) -> list[Leaf] | None:
-    """How a view of all of `base` lies, if `base` lies so: the dimension that is cut is the outermost of those into which
-    a dimension of the base went, told by its stride."""
+    """How a view of all of `base` lies, if `base` lies so: the dimension that is cut is the outermost of those into
+    which a dimension of the base went, told by its stride."""
     if view.numel() != base.numel() or view.numel() == 0:
         return None
     out = []

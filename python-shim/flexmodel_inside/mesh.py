@@ -5,15 +5,19 @@ Nothing is imported that the job has not imported.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .naming import all_in, own
+from .naming import all_in, own, stored
 from .wrappers import fsdp2_groups, is_instance
+
+MODULE = "torch.distributed.device_mesh"
 
 # Codes of wire::tap_abi::Role; members of a pipeline axis have different modules, so it is no axis of a tensor.
 DATA, TENSOR, CONTEXT, OTHER, PIPELINE = range(5)
@@ -50,6 +54,28 @@ class Meshes:
     def __init__(self) -> None:
         self._axes: dict[Any, list[Axis]] = {}
         self._names: dict[tuple[int, ...], str] = {}
+        # Of the job's own, in the order in which it made them.
+        self._made: list[weakref.ref[Any]] = []
+
+    def watch(self) -> None:
+        """Note every mesh that the job makes: the names it gives to axes tell more than the wrappers that use them. The
+        class must be imported."""
+        cls = sys.modules[MODULE].DeviceMesh  # type: ignore[attr-defined]
+        original, made = cls.__init__, self._made
+
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            made.append(weakref.ref(self))
+
+        cls.__init__ = __init__
+
+    def _meet(self) -> None:
+        """Names the axes of meshes that were made since the last time."""
+        while self._made:
+            mesh = self._made.pop(0)()
+            if mesh is not None and getattr(mesh, "mesh_dim_names", None):
+                self.axes_of(mesh)
 
     def axes_of(self, mesh: Any, role: int = OTHER, names: tuple[str, ...] = ()) -> list[Axis]:
         """The axes of a `DeviceMesh`, outermost first; none if this process is not on it. `role` and `names` are for
@@ -77,13 +103,16 @@ class Meshes:
             self._names[ranks] = known
         return Axis(known, index, len(ranks), role_of(known, role), ranks)
 
-    def of_model(self, top: nn.Module, rank: int, world: int) -> list[Axis]:
-        """The axes over which the job distributes a model, outermost first. All ranks are on it but those of other stages
-        of a pipeline; where the job says nothing at all, they are taken to share the batch."""
+    def of_model(self, top: nn.Module, rank: int, world: int, stages: list[Axis]) -> list[Axis]:
+        """The axes over which the job distributes a model, outermost first, without those of a pipeline's `stages`.
+
+        Where the job says nothing at all, all ranks are taken to share the batch.
+        """
         if world == 1:
             return []
+        self._meet()
         found: dict[tuple[int, ...], Axis] = {}
-        for axis in self._said(top):
+        for axis in [*stages, *self._said(top)]:
             if axis.size > 1:
                 found.setdefault(axis.ranks, axis)
         # An axis that others are folded into says less than these.
@@ -111,7 +140,7 @@ class Meshes:
                 yield self.axis_of_group(module.data_parallel_group, "dp", DATA)
         megatron = False
         for module in all_in(top):
-            for parameter in parameters_of(module):
+            for parameter in stored(module).values():
                 if is_instance(parameter, "torch.distributed.tensor", "DTensor"):
                     mesh = parameter.device_mesh
                     if not any(mesh == root for root in roots):
@@ -134,11 +163,6 @@ class Meshes:
             ("tensor_model", "tp", TENSOR),
         ):
             yield self.axis_of_group(getattr(state, f"get_{what}_parallel_group")(), name, role)
-
-
-def parameters_of(module: nn.Module) -> Iterable[Any]:
-    """Its own parameters, as they are: asking for one by its name may start a collective (DeepSpeed ZeRO-3)."""
-    return [p for p in dict.values(own(module, "_parameters", {})) if p is not None]
 
 
 def group_ranks(group: Any) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from .layouts import Layouts
 from .mesh import Meshes
 from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
 from .parameters import GRAD, PARAM, Parameter, Parameters
+from .pipelines import Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .wrappers import orders, wrapper_name
 
@@ -37,6 +38,8 @@ class Models:
         self._ours = self._replacement()
         self._meshes = Meshes()
         self._layouts = Layouts(self._meshes)
+        self._pipelines = Pipelines(self._pause)
+        self._paused = False
         # By the model's serial, and the tap's number.
         self._parameters: dict[int, dict[int, Parameter]] = {}
         self._armed = False
@@ -64,7 +67,7 @@ class Models:
         look = guarded(self._bridge, self._look)
 
         def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and models._armed:
+            if not torch.compiler.is_compiling() and models._armed and not models._paused:
                 models._disarm(original)
                 look(self)
             return original(self, *args, **kwargs)
@@ -124,7 +127,9 @@ class Models:
         model = authored(top)
         known = self._family.member(model)
         serial = known.serial
-        mesh = self._meshes.of_model(top, rank, world)
+        stage = self._pipelines.stage_of(model)
+        stages = [] if stage is None else self._pipelines.axes(stage, self._meshes)
+        mesh = self._meshes.of_model(top if stage is None else stage.submod, rank, world, stages)
         parameters: dict[str, Parameter] = {}
         if self._bridge.wants(1 << PARAM | 1 << GRAD):
             parameters = Parameters(top, modules, self._meshes, self._layouts, mesh).by_name
@@ -134,6 +139,8 @@ class Models:
         )
         if not found and not of_parameters:
             return
+        if stage is not None and stage.chunks:
+            self._bridge.microbatches(serial, stage.chunks)
         each = list(parameters.values())
         self._parameters[serial] = {tap: each[index] for index, tap in of_parameters}
         sign(world)
@@ -173,7 +180,7 @@ class Models:
         self._tell_compiled(top, tapped)
 
     def _take(self, serial: int, kind: int, held: Set[int] | None = None) -> None:
-        """Captures what is due of a model's parameters; only of those that an optimizer holds, by their ids, if given."""
+        """Captures what is due of a model's parameters; if given, of those alone with these ids."""
         for tap, parameter in self._parameters.get(serial, {}).items():
             if self._bridge.due(tap, kind) and (held is None or parameter.is_in(held)):
                 piece = parameter.read(kind)
@@ -229,6 +236,25 @@ class Models:
     def distributed_is_here(self) -> None:
         """Look again whenever this process has become a rank, or another one."""
         tell_joined(guarded(self._bridge, self._family.changed))
+
+    def _pause(self, paused: bool) -> None:
+        """While paused, models that are called are not the job's own work."""
+        self._paused = paused
+        self._bridge.pause(paused)
+
+    def pipelining_is_here(self) -> None:
+        """Follow the stages of pipelines."""
+        self._pipelines.watch(guarded(self._bridge, self._prepared))
+
+    def _prepared(self, model: nn.Module) -> None:
+        for module in all_in(model):
+            stage = self._pipelines.stage_of(module)
+            if stage is not None and self._family.member(module).model:
+                self._bridge.microbatches(self._family.member(module).serial, stage.chunks)
+
+    def meshes_are_here(self) -> None:
+        """Follow the meshes that the job makes."""
+        self._meshes.watch()
 
     def dtensor_is_here(self) -> None:
         """Follow what becomes of DTensors."""

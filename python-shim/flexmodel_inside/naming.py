@@ -34,6 +34,12 @@ def own(module: nn.Module, name: str, default: Any) -> Any:
         return default
 
 
+def stored(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters by name, as they are. Never through the module, nor by its dict's own methods: under
+    DeepSpeed ZeRO-3 these may start a collective of the job's."""
+    return {key: value for key, value in dict.items(own(module, "_parameters", {})) if value is not None}
+
+
 def held_by(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that it holds, whatever they are, and their names in it."""
     children = own(module, "_modules", {}).items()

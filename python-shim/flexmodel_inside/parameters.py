@@ -25,7 +25,7 @@ from torch import nn
 
 from .layouts import FLAT, MODULE, REPLICATE, SHARD, UNKNOWN, Layouts
 from .mesh import DATA, TENSOR, Axis, Meshes
-from .naming import all_in, authored, own
+from .naming import all_in, authored, own, stored
 from .wrappers import fsdp2_groups, is_instance, wrapper_name
 
 # Codes of wire::hooks::Kind.
@@ -71,7 +71,7 @@ class Parameters:
                 elsewhere.update(self._of_fsdp1(module, handle))
         self.by_name: dict[str, Parameter] = {}
         for name, module in named:
-            plain = {key: self._plain(module, key) for key, p in _stored(module).items() if key != "_flat_param"}
+            plain = {key: self._plain(module, key) for key, p in stored(module).items() if key != "_flat_param"}
             for key, parameter in (plain | {k: p for (m, k), p in elsewhere.items() if m == id(module)}).items():
                 self.by_name[f"{name}.{key}" if name else key] = parameter
 
@@ -84,12 +84,12 @@ class Parameters:
     def _plain(self, module: nn.Module, key: str) -> Parameter:
         where = weakref.ref(module)
 
-        def stored() -> Any:
+        def parameter_now() -> Any:
             module = where()
-            return None if module is None else _stored(module).get(key)
+            return None if module is None else stored(module).get(key)
 
         def read(kind: int) -> Piece | None:
-            parameter = stored()
+            parameter = parameter_now()
             if parameter is None:
                 return None
             if hasattr(parameter, "ds_tensor"):
@@ -100,11 +100,11 @@ class Parameters:
             return None if value is None else self._described(value, parameter)
 
         # The optimizer inside of DeepSpeed's has flat partitions, which have gradients when it is their turn.
-        return Parameter(read, lambda held: self._engine is not None or id(stored()) in held)
+        return Parameter(read, lambda held: self._engine is not None or id(parameter_now()) in held)
 
     def _described(self, value: torch.Tensor, parameter: torch.Tensor) -> Piece:
         if is_instance(value, MODULE, "DTensor"):
-            local, told = self._layouts.describe(value, None) or (value, [])
+            local, told = self._layouts.describe(value) or (value, [])
         else:
             local, told = value, []
             if getattr(parameter, "tensor_model_parallel", False):  # megatron's mark
@@ -126,7 +126,7 @@ class Parameters:
                 value = value.grad if kind == GRAD and value is not None else value
                 if value is None:
                     return None
-                local, told = self._layouts.describe(value, None) or (value, [])
+                local, told = self._layouts.describe(value) or (value, [])
                 return local.detach(), told
 
             places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
@@ -209,8 +209,3 @@ class Parameters:
 
 def _flat(axis: Axis, shape: tuple[int, ...]) -> tuple[Any, ...]:
     return (axis.name, axis.index, axis.size, FLAT, 0, shape)
-
-
-def _stored(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's own parameters, without asking it or its dict, which may be one of DeepSpeed's."""
-    return {key: value for key, value in dict.items(own(module, "_parameters", {})) if value is not None}

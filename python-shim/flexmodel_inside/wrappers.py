@@ -34,6 +34,12 @@ def wrapper_name(top: nn.Module) -> str:
     return ""
 
 
+def is_megatron(module: nn.Module, *names: str) -> bool:
+    """Whether it is one of megatron-core's parallel layers, or of those with these names."""
+    names = names or ("ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding")
+    return any(is_instance(module, "megatron.core.tensor_parallel.layers", name) for name in names)
+
+
 def fsdp2_groups(module: nn.Module) -> list[Any]:
     """What `fully_shard` shards together of a module: an `FSDPParamGroup` or, from torch 2.12 on, several."""
     if not is_instance(module, "torch.distributed.fsdp", "FSDPModule"):
@@ -44,7 +50,7 @@ def fsdp2_groups(module: nn.Module) -> list[Any]:
 
 
 # Codes of wire::tap_abi::Order.
-_UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED = range(6)
+_UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED, _TURNED = range(7)
 
 
 def _batch_first(module: nn.Module) -> bool | None:
@@ -62,6 +68,8 @@ def _batch_first(module: nn.Module) -> bool | None:
 def orders(names: list[tuple[str, nn.Module]]) -> list[int]:
     """What each module says about where the batch is: `batch_first=False` is [length, batch, ...], inside of it too."""
     stating = {name for name, module in names if _batch_first(module) is False}
+    if any(is_megatron(module) for _, module in names):
+        return [_TURNED] * len(names)
     out = []
     for name, module in names:
         parts = name.split(".") if name else []

@@ -270,18 +270,22 @@ pub enum Order {
     Recurrent = 4,
     /// Nothing, and other modules of the model say `batch_first=False`: which way round the model is given is not known.
     Mixed = 5,
+    /// It is part of a model of megatron-core's layers, which is given `[batch, length]` and works on
+    /// `[length, batch, ...]`.
+    Turned = 6,
 }
 
 impl Order {
     /// The order with this code; [`Order::Unstated`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
-        const ALL: [Order; 6] = [
+        const ALL: [Order; 7] = [
             Order::Unstated,
             Order::SequenceFirst,
             Order::InSequenceFirst,
             Order::BatchFirst,
             Order::Recurrent,
             Order::Mixed,
+            Order::Turned,
         ];
         ALL.into_iter().find(|o| *o as u8 == code).unwrap_or_default()
     }
@@ -366,6 +370,8 @@ pub struct HostTable {
     pub scope: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing),
     /// The model with this serial is no more.
     pub forget: unsafe extern "C" fn(serial: u64),
+    /// The model with this serial is a stage of a pipeline, whose steps go into so many microbatches.
+    pub microbatches: unsafe extern "C" fn(serial: u64, count: u32),
     /// An optimizer stepped.
     pub stepped: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.

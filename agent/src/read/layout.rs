@@ -97,6 +97,19 @@ pub fn coordinates(axes: &[Axis]) -> Coordinates {
     axes.iter().map(|a| (a.name.clone(), a.index, a.size)).collect()
 }
 
+/// The parts of one rank as they lie among themselves: along the axes of which it is more than one member.
+pub fn of_one_rank(mut parts: Vec<Part>) -> Vec<Part> {
+    let Some(first) = parts.first().map(|part| part.what.axes.clone()) else { return parts };
+    let differs =
+        |depth: usize, index: u32| parts.iter().any(|p| p.what.axes.get(depth).is_none_or(|a| a.index != index));
+    let shared: Vec<bool> = first.iter().enumerate().map(|(depth, axis)| differs(depth, axis.index)).collect();
+    for part in &mut parts {
+        let mut keep = shared.iter();
+        part.what.axes.retain(|_| keep.next().copied().unwrap_or(true));
+    }
+    parts
+}
+
 /// Plans the whole of a record's parts. Takes hostile parts.
 pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
     let first = parts.first().ok_or_else(|| LayoutError::Conflict("a record without parts".into()))?;

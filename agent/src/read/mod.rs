@@ -259,7 +259,7 @@ impl Run {
             self.records.len() - 1
         });
         let parts = &mut self.records[at].parts;
-        match parts.binary_search_by_key(&part.what.rank, |p| p.what.rank) {
+        match parts.binary_search_by_key(&part.what.seat(), |p| p.what.seat()) {
             Ok(old) => self.replaced.push(std::mem::replace(&mut parts[old], part)),
             Err(new) => parts.insert(new, part),
         }
@@ -285,14 +285,17 @@ impl Run {
         Ok(Whole { dtype, shape: node.shape().to_vec(), bytes })
     }
 
-    /// What one rank captured of a record.
+    /// What one rank captured of a record: where it has several parts, the microbatches of a pipeline, these laid side by
+    /// side.
     pub fn part(&self, record: &Record, rank: u32) -> Result<Whole, ReadError> {
-        let part = record.parts.iter().find(|p| p.what.rank == rank).ok_or_else(|| {
-            let have: Vec<String> = record.parts.iter().map(|p| p.what.rank.to_string()).collect();
-            ReadError::Layout(format!("{}: no part from rank {rank}; there is {}", record.id, have.join(", ")))
-        })?;
-        let bytes = self.shards.part(part).map_err(|e| e.about(&record.id.to_string()))?;
-        Ok(Whole { dtype: part.what.dtype, shape: part.what.shape.clone(), bytes })
+        let own: Vec<Part> = record.parts.iter().filter(|p| p.what.rank == rank).cloned().collect();
+        if own.is_empty() {
+            let mut have: Vec<String> = record.parts.iter().map(|p| p.what.rank.to_string()).collect();
+            have.dedup();
+            let have = have.join(", ");
+            return Err(ReadError::Layout(format!("{}: no part from rank {rank}; there is {have}", record.id)));
+        }
+        self.whole(&Record { id: record.id.clone(), parts: layout::of_one_rank(own) })
     }
 
     fn layout_error(&self, record: &Record, e: LayoutError) -> ReadError {

@@ -245,6 +245,11 @@ pub struct Stats {
 }
 
 impl What {
+    /// The rank and its index along each axis: no two parts of a record have the same.
+    pub fn seat(&self) -> (u32, Vec<u32>) {
+        (self.rank, self.axes.iter().map(|axis| axis.index).collect())
+    }
+
     /// From what came through the slab.
     pub fn from_meta(m: RecordMeta) -> Self {
         Self {

@@ -27,12 +27,19 @@ struct Part {
 // Reads a list of (axis, index, size, place, dimension[, shape, for runs]); false with a Python error set.
 bool read_axes(PyObject* list, Axes& axes);
 
-// Keeps the shim's `describe(tensor, like) -> None | (local tensor, axes)`.
+// The module that is given a tensor, or gives it.
+struct Where {
+  PyObject* module = nullptr;
+  // What it was given first, if `tensor` is what it gives.
+  PyObject* like = nullptr;
+};
+
+// Keeps the shim's `describe(tensor, module, like) -> None | (local tensor, axes)`.
 void set_describer(PyObject* describe);
 
-// The part of `tensor`. The shim is asked about a DTensor, and with `ask` about any tensor; where it knows nothing of
-// `tensor`, it may take it to lie as `like` does. `python_type` is the name of its Python class, if that is known.
-Part part_of(const at::Tensor& tensor, bool ask, const char* python_type = nullptr, PyObject* like = nullptr);
+// The part of `tensor`. The shim is asked about a DTensor, and with `ask` about any tensor. `python_type` is the name of
+// its Python class, if that is known.
+Part part_of(const at::Tensor& tensor, bool ask, const char* python_type = nullptr, Where where = {});
 
 // The part of a gradient, whose tensor lay as `forward` says. Takes the GIL if it needs it.
 Part part_of_gradient(const at::Tensor& gradient, const Axes& forward);

@@ -10,6 +10,9 @@ namespace flexmodel {
 // Readies the Tap and Scope types; false with a Python error set.
 bool ready_types();
 
+// While paused, hooks do nothing.
+void pause_taps(bool paused);
+
 // (before, after) hooks of a tap; `before` is None where the tap needs only its output. New reference.
 PyObject* make_tap(uint32_t tap, uint32_t kinds);
 
