@@ -29,7 +29,7 @@ CREATE TABLE parts (
     module TEXT NOT NULL, kind TEXT NOT NULL, path TEXT NOT NULL, model INTEGER NOT NULL, step INTEGER NOT NULL,
     micro INTEGER NOT NULL, call INTEGER NOT NULL, repeat INTEGER NOT NULL, train INTEGER NOT NULL,
     recompute INTEGER NOT NULL, class TEXT NOT NULL, grp TEXT NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL,
-    axes TEXT NOT NULL, seat TEXT NOT NULL, rank INTEGER NOT NULL, dp_size INTEGER NOT NULL, time_ns INTEGER NOT NULL,
+    axes TEXT NOT NULL, seat TEXT NOT NULL, rank INTEGER NOT NULL, dp_size INTEGER NOT NULL, loss_scale REAL NOT NULL, time_ns INTEGER NOT NULL,
     shard TEXT, offset INTEGER, len INTEGER, crc INTEGER,
     count INTEGER, mean REAL, std REAL, l2 REAL, absmax REAL, min REAL, max REAL, nan INTEGER, inf INTEGER, zero INTEGER
 );
@@ -40,7 +40,7 @@ const KEYS: &str = "CREATE INDEX parts_by_step ON parts (step);";
 /// A part that was captured again takes the place of the first, as everywhere.
 const INSERT: &str = "INSERT OR REPLACE INTO parts VALUES (
     ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25,
-    ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33)";
+    ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34)";
 
 /// Makes the index of a run from its manifest; an old one is replaced whole.
 pub fn build(run: &Path) -> anyhow::Result<()> {
@@ -198,6 +198,7 @@ fn add(insert: &mut rusqlite::Statement<'_>, part: &Part) -> anyhow::Result<()> 
         seat(part),
         what.rank,
         what.dp_size,
+        what.loss_scale,
         signed(what.time_ns),
         at.map(|a| &a.shard),
         at.map(|a| signed(a.offset)),

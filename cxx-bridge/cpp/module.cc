@@ -90,6 +90,14 @@ PyObject* py_microbatches(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// loss_scale(scale)
+PyObject* py_loss_scale(PyObject*, PyObject* scale) {
+  const double value = PyFloat_AsDouble(scale);
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  loss_scale(value);
+  Py_RETURN_NONE;
+}
+
 // pause(paused)
 PyObject* py_pause(PyObject*, PyObject* paused) {
   pause_taps(paused == Py_True);
@@ -169,6 +177,7 @@ PyObject* py_finish(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
     {"microbatches", py_microbatches, METH_VARARGS, "A model is a stage of a pipeline."},
+    {"loss_scale", py_loss_scale, METH_O, "Gradients are so many times those of the loss that the script computes."},
     {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
     {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},

@@ -4,8 +4,8 @@
 //! outlives the call; what has to live longer is a [`bridge::Ticket`], which owns its own reference.
 
 use crate::host::{
-    active, capture, due, edit, fault, finish, fire, forget, microbatches, notice, resolved, scope, select, stepped,
-    taken, wants,
+    active, capture, due, edit, fault, finish, fire, forget, loss_scale, microbatches, notice, resolved, scope, select,
+    stepped, taken, wants,
 };
 use crate::pin::is_capturing;
 
@@ -101,6 +101,7 @@ pub mod bridge {
         fn scope(serial: u64, part: u64, enter: bool, firing: &Firing);
         fn forget(serial: u64);
         fn microbatches(serial: u64, count: u32);
+        fn loss_scale(scale: f64);
         fn stepped();
         fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;
         fn due(tap: u32, kind: u32) -> bool;

@@ -121,6 +121,13 @@ pub fn microbatches(serial: u64, count: u32) {
     }
 }
 
+pub fn loss_scale(scale: f64) {
+    if let Some(host) = host() {
+        // SAFETY: a function of the table, called with a number.
+        unsafe { (host.loss_scale)(scale) };
+    }
+}
+
 pub fn stepped() {
     if let Some(host) = host() {
         // SAFETY: a function of the table, without arguments.

@@ -43,6 +43,8 @@ pub struct Engine {
     python: String,
     rank: Rank,
     clock: Clock,
+    /// What gradients of activations are multiplied by in the job.
+    loss_scale: f64,
     /// By the shim's serial.
     models: HashMap<u64, Model>,
     taps: HashMap<u32, Tap>,
@@ -104,6 +106,7 @@ pub fn configure() -> Result<(), String> {
         python: String::new(),
         rank: Rank { rank: 0, world: 1 },
         clock: Clock::default(),
+        loss_scale: 1.0,
         models: HashMap::new(),
         taps: HashMap::new(),
         counted: (0, 0),
@@ -315,6 +318,11 @@ impl Engine {
         }
     }
 
+    /// Gradients of activations are so many times those of the loss that the script computes.
+    pub fn loss_scale(&mut self, scale: f64) {
+        self.loss_scale = scale;
+    }
+
     /// The model is a stage of a pipeline.
     pub fn microbatches(&mut self, serial: u64, count: u32) {
         if let Some(model) = self.models.get_mut(&serial) {
@@ -484,6 +492,7 @@ impl Engine {
             rank: self.rank.rank,
             axes,
             dp_size: layout::data_size(&model.mesh),
+            loss_scale: if kind.bit() & GRADIENTS != 0 { self.loss_scale } else { 1.0 },
             time_ns: shipping::now_ns(),
             refused: refusal.reason().to_owned(),
         };

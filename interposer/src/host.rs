@@ -20,6 +20,7 @@ pub static HOST: HostTable = HostTable {
     scope,
     forget,
     microbatches,
+    loss_scale,
     stepped,
     fire,
     due,
@@ -84,6 +85,10 @@ unsafe extern "C" fn forget(serial: u64) {
 
 unsafe extern "C" fn microbatches(serial: u64, count: u32) {
     boundary(|| engine::with(|e| e.microbatches(serial, count)));
+}
+
+unsafe extern "C" fn loss_scale(scale: f64) {
+    boundary(|| engine::with(|e| e.loss_scale(scale)));
 }
 
 unsafe extern "C" fn stepped() {

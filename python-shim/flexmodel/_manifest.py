@@ -151,7 +151,8 @@ class Manifest:
         axes = tuple([_axis(a, _ndim(shape, raw["axes"])) for a in raw["axes"]])
         part = Part(
             raw["rank"], raw["dtype"], shape, axes, at,
-            raw["class"], raw["group"], raw["dp_size"], raw["time_ns"], None if stats is None else _STATS(stats),
+            raw["class"], raw["group"], raw["dp_size"], raw.get("loss_scale", 1.0), raw["time_ns"],
+            None if stats is None else _STATS(stats),
         )  # fmt: skip
         identity = _identity(raw)
         before = self.parts.get(identity)

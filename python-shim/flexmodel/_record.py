@@ -38,8 +38,9 @@ class Record:
     `shape` is the whole tensor's, or None where the parts make no whole (yet); `dtype` is torch's name of it;
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
     `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
-    part, and `ranks` are those whose part is there. A gradient of a mean loss over equal shards is `dp_size` times the
-    one-process gradient.
+    part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
+    over equal shards `dp_size` times that of one process, and `loss_scale` times that of the loss that the script
+    computed, where a GradScaler or DeepSpeed scaled it.
     """
 
     module: str
@@ -58,6 +59,7 @@ class Record:
     group: str
     layout: tuple[Axis, ...]
     dp_size: int
+    loss_scale: float
     time_ns: int
     ranks: tuple[int, ...]
     nbytes: int
@@ -171,7 +173,7 @@ def make(identity: Identity, parts: Sequence[Part], source: Source) -> Record:
         module=identity.module, kind=identity.kind, path=identity.path, step=identity.step, micro=identity.micro,
         call=identity.call, train=identity.train, shape=shape, dtype=first.dtype, model=identity.model,
         repeat=identity.repeat, recompute=identity.recompute, class_name=first.class_name, group=first.group,
-        layout=first.axes, dp_size=first.dp_size, time_ns=min(p.time_ns for p in ordered),
+        layout=first.axes, dp_size=first.dp_size, loss_scale=first.loss_scale, time_ns=min(p.time_ns for p in ordered),
         ranks=tuple(sorted({p.rank for p in ordered})),
         nbytes=sum(p.nbytes for p in ordered) if shape is None else math.prod(shape) * SIZES[first.dtype],
         complete=shape is not None and all(p.at for p in ordered),

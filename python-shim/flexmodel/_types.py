@@ -65,6 +65,7 @@ class Part(NamedTuple):
     class_name: str
     group: str
     dp_size: int
+    loss_scale: float
     time_ns: int
     raw_stats: tuple[Any, ...] | None  # in the order of the fields of Stats
 

@@ -12,6 +12,7 @@
 | `pipelines.py` | the stages of pipelines, and their microbatches |
 | `parameters.py` | the pieces of parameters and gradients that this process holds |
 | `models.py` | finds models when they are first called, and taps them |
+| `scaling.py` | by how much the job scales losses |
 | `ranks.py` | who this process is |
 
 It decides nothing that Rust decides too: which modules are tapped, and what a tap does, is asked of the interposer.

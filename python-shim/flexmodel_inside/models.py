@@ -22,9 +22,10 @@ from .family import Family
 from .layouts import Layouts
 from .mesh import Meshes
 from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
-from .parameters import GRAD, PARAM, Parameter, Parameters
+from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
 from .pipelines import Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
+from .scaling import DEEPSPEED, GRAD_SCALER, SHARDED, Scaling
 from .wrappers import orders, wrapper_name
 
 
@@ -58,6 +59,7 @@ class Models:
         register_optimizer_step_pre_hook(guarded(self._bridge, self._before_step))
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
         atexit.register(self._bridge.finish)
+        self.follow_scaling()
         self._bridge.describe_with(guarded(self._bridge, self._layouts.describe))
         self._arm()
 
@@ -251,6 +253,17 @@ class Models:
             stage = self._pipelines.stage_of(module)
             if stage is not None and self._family.member(module).model:
                 self._bridge.microbatches(self._family.member(module).serial, stage.chunks)
+
+    def follow_scaling(self) -> None:
+        """Follow what scales losses, as it is imported, if gradients are wanted at all."""
+        if self._bridge.wants(1 << BACKWARD | 1 << BACKWARD_PRE):
+            scaling = Scaling(self._bridge.loss_scale)
+            for name, watch in (
+                (GRAD_SCALER, scaling.watch_scaler),
+                (SHARDED, scaling.watch_sharded_scaler),
+                (DEEPSPEED, scaling.watch_deepspeed),
+            ):
+                imports.when_imported([name], guarded(self._bridge, watch))
 
     def meshes_are_here(self) -> None:
         """Follow the meshes that the job makes."""

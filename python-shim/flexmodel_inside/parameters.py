@@ -29,7 +29,7 @@ from .naming import all_in, authored, own, stored
 from .wrappers import fsdp2_groups, is_instance, wrapper_name
 
 # Codes of wire::hooks::Kind.
-PARAM, GRAD = 4, 5
+BACKWARD, BACKWARD_PRE, PARAM, GRAD = 2, 3, 4, 5
 
 # A tensor and how it lies along each axis.
 Piece = tuple[torch.Tensor, list[Any]]

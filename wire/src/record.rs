@@ -101,6 +101,9 @@ pub struct RecordMeta {
     pub axes: Vec<Axis>,
     /// Data-parallel size: a gradient of a mean loss over equal shards is this many times the one-process gradient.
     pub dp_size: u32,
+    /// For gradients of activations: how many times the gradient of the loss that the script computed it is, where a
+    /// GradScaler or DeepSpeed scaled that loss; otherwise 1.
+    pub loss_scale: f64,
     /// Nanoseconds since the Unix epoch when the tap fired.
     pub time_ns: u64,
     /// Not empty: the tensor was refused for this reason and no bytes follow.
@@ -135,6 +138,7 @@ impl RecordMeta {
             rank: 0,
             axes: Vec::new(),
             dp_size: 1,
+            loss_scale: 1.0,
             time_ns: 0,
             refused: String::new(),
         }
@@ -158,6 +162,7 @@ impl RecordMeta {
         }
         out.extend_from_slice(&self.step.to_le_bytes());
         out.extend_from_slice(&self.time_ns.to_le_bytes());
+        out.extend_from_slice(&self.loss_scale.to_le_bytes());
         out.push(self.shape.len().min(MAX_DIMS) as u8);
         for d in self.shape.iter().take(MAX_DIMS) {
             out.extend_from_slice(&d.to_le_bytes());
@@ -202,6 +207,7 @@ impl RecordMeta {
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
         let step = r.u64()?;
         let time_ns = r.u64()?;
+        let loss_scale = f64::from_bits(r.u64()?);
         let ndim = usize::from(r.u8()?);
         if ndim > MAX_DIMS {
             return Err(RecordError("too many dimensions"));
@@ -256,6 +262,7 @@ impl RecordMeta {
             rank,
             axes,
             dp_size,
+            loss_scale,
             time_ns,
             refused,
         })
@@ -322,6 +329,7 @@ mod tests {
                 Axis { name: "tp".into(), index: 0, size: 2, place: Place::Flat { shape: vec![3, 4] } },
             ],
             dp_size: 2,
+            loss_scale: 1024.0,
             time_ns: 99,
             ..RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 0, 5])
         }

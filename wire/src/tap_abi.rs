@@ -372,6 +372,8 @@ pub struct HostTable {
     pub forget: unsafe extern "C" fn(serial: u64),
     /// The model with this serial is a stage of a pipeline, whose steps go into so many microbatches.
     pub microbatches: unsafe extern "C" fn(serial: u64, count: u32),
+    /// From now on gradients are so many times those of the loss that the script computes.
+    pub loss_scale: unsafe extern "C" fn(scale: f64),
     /// An optimizer stepped.
     pub stepped: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.

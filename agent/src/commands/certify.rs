@@ -235,15 +235,22 @@ impl<'a> Certifier<'a> {
     }
 
     /// What each side is divided by: of a loss that is a mean over a rank's batch, gradients in the job are the
-    /// data-parallel size times those of one process. Parameters' gradients are averaged by the job itself.
+    /// data-parallel size times those of one process, and the loss scale times those of the script's own loss.
+    /// Parameters' gradients are averaged and unscaled by the job itself.
     fn divisors(&mut self, a: &Record, b: &Record) -> (f64, f64) {
         let sizes = (a.what().dp_size.max(1), b.what().dp_size.max(1));
+        let scales = (a.what().loss_scale, b.what().loss_scale);
         let (activation, real) = (matches!(b.id.kind, Kind::Backward | Kind::BackwardPre), b.what().dtype);
-        if !activation || sizes.0 == sizes.1 || !(real.is_float() || real.is_complex()) {
+        if !activation || (sizes.0 == sizes.1 && scales.0 == scales.1) || !(real.is_float() || real.is_complex()) {
             return (1.0, 1.0);
         }
-        *self.report.divided.entry(sizes).or_default() += 1;
-        (f64::from(sizes.0), f64::from(sizes.1))
+        if sizes.0 != sizes.1 {
+            *self.report.divided.entry(sizes).or_default() += 1;
+        }
+        if scales.0 != scales.1 {
+            self.report.unscaled += 1;
+        }
+        (f64::from(sizes.0) * scales.0, f64::from(sizes.1) * scales.1)
     }
 
     fn tolerance(&self, dtype: DType, reference: Side<'_>) -> Tolerance {

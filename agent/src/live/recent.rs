@@ -27,6 +27,7 @@ struct Kept {
     rank: u32,
     axes: Arc<[Axis]>,
     dp_size: u32,
+    loss_scale: f64,
     time_ns: u64,
     at: Option<(Arc<str>, u64, u64, u32)>,
     stats: Option<Stats>,
@@ -92,6 +93,7 @@ impl Ring {
             rank: what.rank,
             axes: self.axes(what.rank as usize % SHARED, &what.axes),
             dp_size: what.dp_size,
+            loss_scale: what.loss_scale,
             time_ns: what.time_ns,
             at: part.at.as_ref().map(|at| (self.shard(&at.shard), at.offset, at.len, at.crc)),
             stats: part.stats,
@@ -150,6 +152,7 @@ impl Recent {
                 rank: kept.rank,
                 axes: kept.axes.to_vec(),
                 dp_size: kept.dp_size,
+                loss_scale: kept.loss_scale,
                 time_ns: kept.time_ns,
             },
             at: kept.at.as_ref().map(|(shard, offset, len, crc)| Location {

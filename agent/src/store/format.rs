@@ -215,6 +215,9 @@ pub struct What {
     pub axes: Vec<Axis>,
     /// Data-parallel size.
     pub dp_size: u32,
+    /// By how much the job scaled the loss, for gradients of activations; otherwise 1.
+    #[serde(default = "one")]
+    pub loss_scale: f64,
     /// When the tap fired, nanoseconds since the Unix epoch.
     pub time_ns: u64,
 }
@@ -272,9 +275,14 @@ impl What {
             rank: m.rank,
             axes: m.axes,
             dp_size: m.dp_size,
+            loss_scale: m.loss_scale,
             time_ns: m.time_ns,
         }
     }
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 impl std::fmt::Display for Identity {

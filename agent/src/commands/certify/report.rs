@@ -41,6 +41,8 @@ pub struct Report {
     /// Gradients that were divided, by the data-parallel sizes of the run and the reference.
     #[serde(serialize_with = "divided")]
     pub divided: BTreeMap<(u32, u32), u64>,
+    /// Gradients that were divided by loss scales that differ.
+    pub unscaled: u64,
     /// The record with the element that is furthest outside its tolerance; none where all bytes are equal.
     pub worst: Option<WorstRecord>,
 }
@@ -183,6 +185,7 @@ impl Report {
             not_comparable: Vec::new(),
             refused_in_both: 0,
             divided: BTreeMap::new(),
+            unscaled: 0,
             worst: None,
         }
     }
@@ -225,6 +228,10 @@ impl Report {
                 "{} divided by the data-parallel size before comparison: {run} in the run, {reference} in the reference\n",
                 text::count(*records, "gradient")
             );
+        }
+        if self.unscaled > 0 {
+            let gradients = text::count(self.unscaled, "gradient");
+            out.push_str(&format!("{gradients} divided by the job's loss scale before comparison\n"));
         }
         let names = |found: &[Finding]| found.iter().map(|f| format!("{}: {}", f.record, f.what)).collect::<Vec<_>>();
         out += &list("different", &self.different);
