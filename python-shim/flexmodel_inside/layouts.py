@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .mesh import TENSOR, Meshes
 from .naming import stored
@@ -29,7 +29,7 @@ class Layouts:
     def __init__(self, meshes: Meshes) -> None:
         self._meshes = meshes
         # Local tensors, for as long as they live. A hook of a tensor-parallel style turns a module's output into one.
-        self._local: Any = WeakIdKeyDictionary()
+        self._local: Any = WeakTensorKeyDictionary()
 
     def watch(self) -> None:
         """Note what DTensors are turned into. Their class must be imported."""
@@ -41,7 +41,9 @@ class Layouts:
         def to_local(self: Any, *args: Any, **kwargs: Any) -> Any:
             local = original(self, *args, **kwargs)
             if not torch.compiler.is_compiling():
-                layouts._local[local] = layouts.of_spec(self._spec)
+                axes = layouts.of_spec(self._spec)
+                if axes is not None:
+                    layouts._local[local] = axes
             return local
 
         cls.to_local = to_local
@@ -55,7 +57,8 @@ class Layouts:
         `module` is given the tensor or, where `like` is what it was given first, gives it.
         """
         if is_instance(tensor, MODULE, "DTensor"):
-            return _there(tensor._local_tensor), self.of_spec(tensor._spec)
+            axes = self.of_spec(tensor._spec)
+            return None if axes is None else (_there(tensor._local_tensor), axes)
         part = _there(tensor)
         known = self._known(tensor)
         if known is None and module is not None:
@@ -82,7 +85,7 @@ class Layouts:
 
     def _of_features(self, tensor: torch.Tensor, weight: Any, dim: int) -> list[Leaf] | None:
         """The last dimension is cut as dimension `dim` of the weight is, if it is as long as that piece."""
-        axes = self.of_spec(weight._spec)
+        axes = self.of_spec(weight._spec) or []
         cut = any(place == SHARD and d == dim for _, _, _, place, d in axes)
         if not cut or tensor.dim() == 0 or not weight._local_tensor.size(dim) == tensor.size(-1) < weight.size(dim):
             return None
@@ -104,9 +107,11 @@ class Layouts:
         axes = described[1]
         return axes if axes and all(axis[3] in (SHARD, UNKNOWN) for axis in axes) else None
 
-    def of_spec(self, spec: Any) -> list[Leaf]:
-        """The layout that a `DTensorSpec` says."""
+    def of_spec(self, spec: Any) -> list[Leaf] | None:
+        """The layout that a `DTensorSpec` says; None if this process is not on its mesh, or cannot tell where."""
         axes = self._meshes.axes_of(spec.mesh)
+        if len(axes) != len(spec.placements):
+            return None
         described = [(axis, *_place(placement)) for axis, placement in zip(axes, spec.placements, strict=True)]
         # A strided shard lies inside of the shards of the same dimension that come after it in the mesh.
         described.sort(key=lambda entry: entry[3])

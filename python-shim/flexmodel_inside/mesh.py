@@ -58,8 +58,10 @@ class Meshes:
         self._made: list[weakref.ref[Any]] = []
 
     def watch(self) -> None:
-        """Note every mesh that the job makes: the names it gives to axes tell more than the wrappers that use them. The
-        class must be imported."""
+        """Note every mesh that the job makes: the names that it gives to axes say what wrappers that use them do not.
+
+        The class must be imported.
+        """
         cls = sys.modules[MODULE].DeviceMesh  # type: ignore[attr-defined]
         original, made = cls.__init__, self._made
 
@@ -78,16 +80,22 @@ class Meshes:
                 self.axes_of(mesh)
 
     def axes_of(self, mesh: Any, role: int = OTHER, names: tuple[str, ...] = ()) -> list[Axis]:
-        """The axes of a `DeviceMesh`, outermost first; none if this process is not on it. `role` and `names` are for
-        axes that the job gave no name."""
-        if mesh not in self._axes:
+        """The axes of a `DeviceMesh`, outermost first; none if this process is not on it.
+
+        `role` is for axes whose names say nothing, and `names` for those that the job gave none.
+        """
+        if (mesh, role) not in self._axes:
             coordinate = mesh.get_coordinate()
             own_names = mesh.mesh_dim_names or names or (None,) * mesh.ndim
-            self._axes[mesh] = [
-                self._axis(name, group_ranks(mesh.get_group(dim)), coordinate[dim], role)
-                for dim, name in enumerate(own_names if coordinate else ())
+            try:
+                groups = [group_ranks(mesh.get_group(dim)) for dim in range(mesh.ndim)] if coordinate else []
+            except RuntimeError:  # a mesh for planning, without process groups
+                groups = []
+            self._axes[mesh, role] = [
+                self._axis(name, ranks, index, role)
+                for name, ranks, index in zip(own_names, groups, coordinate or (), strict=False)
             ]
-        return self._axes[mesh]
+        return self._axes[mesh, role]
 
     def axis_of_group(self, group: Any, name: str, role: int) -> Axis:
         """The axis whose members are a process group."""
@@ -101,7 +109,9 @@ class Meshes:
             while len(ranks) > 1 and known in self._names.values():
                 known += "'"
             self._names[ranks] = known
-        return Axis(known, index, len(ranks), role_of(known, role), ranks)
+        said = role_of(known, role)
+        # Who averages gradients over an axis has the batch on it, or pieces of its sequences, whatever its name.
+        return Axis(known, index, len(ranks), role if role == DATA and said != CONTEXT else said, ranks)
 
     def of_model(self, top: nn.Module, rank: int, world: int, stages: list[Axis]) -> list[Axis]:
         """The axes over which the job distributes a model, outermost first, without those of a pipeline's `stages`.
