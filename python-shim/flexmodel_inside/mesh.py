@@ -79,21 +79,21 @@ class Meshes:
             if mesh is not None and getattr(mesh, "mesh_dim_names", None):
                 self.axes_of(mesh)
 
-    def axes_of(self, mesh: Any, role: int = OTHER, names: tuple[str, ...] = ()) -> list[Axis]:
+    def axes_of(self, mesh: Any, role: int = OTHER) -> list[Axis]:
         """The axes of a `DeviceMesh`, outermost first; none if this process is not on it.
 
-        `role` is for axes whose names say nothing, and `names` for those that the job gave none.
+        `role` is for axes whose names say nothing.
         """
         if (mesh, role) not in self._axes:
             coordinate = mesh.get_coordinate()
-            own_names = mesh.mesh_dim_names or names or (None,) * mesh.ndim
+            names = mesh.mesh_dim_names or (None,) * mesh.ndim
             try:
                 groups = [group_ranks(mesh.get_group(dim)) for dim in range(mesh.ndim)] if coordinate else []
             except RuntimeError:  # a mesh for planning, without process groups
                 groups = []
             self._axes[mesh, role] = [
                 self._axis(name, ranks, index, role)
-                for name, ranks, index in zip(own_names, groups, coordinate or (), strict=False)
+                for name, ranks, index in zip(names, groups, coordinate or (), strict=False)
             ]
         return self._axes[mesh, role]
 
@@ -136,9 +136,8 @@ class Meshes:
         roots = []
         for module in all_in(top):
             for group in fsdp2_groups(module):
-                mesh = group.mesh_info.mesh
-                yield from self.axes_of(mesh, DATA, ("dp",) if mesh.ndim == 1 else ("dp_replicate", "dp_shard"))
-                roots.append(mesh)
+                roots.append(group.mesh_info.mesh)
+                yield from self.axes_of(group.mesh_info.mesh, DATA)
             if is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
                 between = own(module, "_inter_node_pg", None)
                 if between is not None:

@@ -1,0 +1,69 @@
+"""The axes of a model's mesh, as rank 5 of 8 sees them (torch's fake process group: one process, no communication)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from flexmodel_inside.mesh import CONTEXT, DATA, OTHER, TENSOR, Meshes
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+RANK, WORLD = 5, 8
+
+
+@pytest.fixture(autouse=True)
+def eight_ranks():
+    dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=WORLD)
+    yield
+    dist.destroy_process_group()
+
+
+def axes(model: nn.Module, *noted: DeviceMesh) -> list[tuple[str, int, int, int]]:
+    meshes = Meshes()
+    for mesh in noted:
+        meshes.axes_of(mesh)
+    return [axis[:4] for axis in meshes.of_model(model, RANK, WORLD, [])]
+
+
+def test_a_model_that_nothing_describes_shares_the_batch():
+    assert axes(nn.Linear(8, 8)) == [("dp", 5, 8, DATA)]
+
+
+def test_a_wrapper_over_all_ranks_has_the_batch_whatever_the_name():
+    for names in (None, ("dp",), ("gpus",), ("model",)):
+        mesh = init_device_mesh("cpu", (8,), mesh_dim_names=names)
+        assert [axis[1:] for axis in axes(fully_shard(nn.Linear(8, 8), mesh=mesh), mesh)] == [(5, 8, DATA)]
+
+
+def test_the_batch_is_on_replicas_and_shards():
+    mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("outer", "inner"))
+    assert axes(fully_shard(nn.Linear(8, 8), mesh=mesh), mesh) == [("outer", 1, 2, DATA), ("inner", 1, 4, DATA)]
+
+
+def test_ranks_that_the_tensor_axis_does_not_reach_are_named_by_the_mesh_or_are_not_known():
+    named = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(nn.Linear(8, 8), named["tp"], ColwiseParallel())
+    assert axes(model) == [("tp", 1, 2, TENSOR), ("dp", 2, 4, DATA)]
+    alone = DeviceMesh("cpu", [[0, 1], [2, 3], [4, 5], [6, 7]])
+    model = parallelize_module(nn.Linear(8, 8), _inner(alone), ColwiseParallel())
+    assert axes(model) == [("tp", 1, 2, TENSOR), ("rest", 2, 4, OTHER)]
+
+
+def _inner(mesh: DeviceMesh) -> DeviceMesh:
+    """The last axis of a mesh without names, as a mesh."""
+    row = next(row for row in mesh.mesh.tolist() if RANK in row)
+    return DeviceMesh("cpu", torch.tensor(row))
+
+
+def test_an_axis_that_others_are_folded_into_gives_way_to_them():
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "cp"))
+    folded = mesh["dp", "cp"]._flatten("dp_cp")
+    model = fully_shard(nn.Linear(8, 8), mesh=folded)
+    assert axes(model, mesh) == [("dp", 2, 4, DATA), ("cp", 1, 2, CONTEXT)]
+
+
+def test_a_mesh_for_planning_is_nobodys():
+    mesh = DeviceMesh("cpu", list(range(8)), mesh_dim_names=("dp",), _init_backend=False)
+    assert Meshes().axes_of(mesh) == []
