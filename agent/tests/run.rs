@@ -178,11 +178,12 @@ fn when_run_is_killed_the_agent_stays_for_the_job_and_then_ends() {
 #[test]
 fn a_key_on_the_terminal_reaches_the_command_once() {
     let dir = tempfile::tempdir().unwrap();
-    // A terminal of its own for run and what it starts; `script` types Ctrl-C into it.
+    // A terminal of its own for run and what it starts; `script` types Ctrl-C into it. Its shell is the user's, or one
+    // that dies of the key, so it has to make room.
     let folder = dir.path().display();
     let typed = format!("while ! [ -e {folder}/ready ]; do sleep 0.05; done; sleep 0.2; printf '\\003'; sleep 3");
     let line = format!(
-        "{} run --hooks a --out {folder}/run -- {} {folder}",
+        "exec {} run --hooks a --out {folder}/run -- {} {folder}",
         env!("CARGO_BIN_EXE_flexmodel"),
         example("await_signal").display()
     );
