@@ -43,10 +43,18 @@ class Layouts:
             if not torch.compiler.is_compiling():
                 axes = layouts.of_spec(self._spec)
                 if axes is not None:
-                    layouts._local[local] = axes
+                    layouts._note(local, axes)
             return local
 
         cls.to_local = to_local
+
+    def _note(self, local: torch.Tensor, axes: list[Leaf]) -> None:
+        self._local[local] = axes
+        # Other views will be of the same base.
+        base = local._base
+        of_base = None if base is None else _in_view(base, local, axes)
+        if of_base is not None:
+            self._local[base] = of_base
 
     def describe(
         self, tensor: torch.Tensor, module: nn.Module | None = None, like: torch.Tensor | None = None

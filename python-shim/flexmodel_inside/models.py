@@ -106,7 +106,9 @@ class Models:
             member = self._family.member
             self._family.called(called)
             tops = {member(authored(top)).serial: top for top in self._family.tops()}
-            for serial in sorted(tops):
+            # A stage of a pipeline may be made of parts of a model that is still there: they are the stage's.
+            stages = {serial for serial, top in tops.items() if self._pipelines.stage_of(authored(top)) is not None}
+            for serial in sorted(tops, key=lambda serial: (serial not in stages, serial)):
                 self._tap(tops[serial], tops.keys(), called, *rank)
             self._bridge.resolved()
         finally:
@@ -189,14 +191,32 @@ class Models:
                 if piece is not None:
                     self._bridge.parameter(tap, kind, *piece)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """An optimizer is about to use gradients. Parameters still are what the forward used, which torch.compile may
-        have run without us."""
-        if any(self._parameters.values()):
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            for serial in self._parameters:
-                self._take(serial, PARAM, held)
-                self._take(serial, GRAD, held)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this
+        computes, when it is called first. Parameters still are what the forward used, which torch.compile may have run
+        without us."""
+        if not any(self._parameters.values()):
+            return None
+        given = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if given is None:
+            self._take_of(optimizer)
+            return None
+        take = guarded(self._bridge, functools.partial(self._take_of, optimizer))
+
+        def closure() -> Any:
+            result = given()
+            take()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
+
+    def _take_of(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for serial in self._parameters:
+            self._take(serial, PARAM, held)
+            self._take(serial, GRAD, held)
 
     def _forget(self, serial: int) -> None:
         self._parameters.pop(serial, None)

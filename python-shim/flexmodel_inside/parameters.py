@@ -99,8 +99,12 @@ class Parameters:
             value = parameter if kind == PARAM else parameter.grad
             return None if value is None else self._described(value, parameter)
 
-        # The optimizer inside of DeepSpeed's has flat partitions, which have gradients when it is their turn.
-        return Parameter(read, lambda held: self._engine is not None or id(parameter_now()) in held)
+        def is_in(held: Set[int]) -> bool:
+            parameter = parameter_now()
+            flats = self._partitions(parameter)
+            return id(parameter) in held if flats is None else any(id(flat) in held for flat in flats)
+
+        return Parameter(read, is_in)
 
     def _described(self, value: torch.Tensor, parameter: torch.Tensor) -> Piece:
         if is_instance(value, MODULE, "DTensor"):
@@ -176,35 +180,44 @@ class Parameters:
         length = max(0, min(own_part.ds_numel, parameter.ds_numel - axis.index * own_part.ds_numel))
         if kind == PARAM:
             return own_part.detach().reshape(-1)[:length], [_flat(axis, shape)]
-        engine = self._engine() if self._engine else None
-        if engine is None or engine.optimizer.get_param_id(parameter) not in engine.optimizer.grad_position:
+        flats = self._partitions(parameter)
+        if not flats:
             return None
-        group, start, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
-        gradient = engine.optimizer.fp32_partitioned_groups_flat[group].grad
+        optimizer = self._engine().optimizer  # type: ignore[misc, union-attr]
+        _, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        gradient = flats[0].grad
         return None if gradient is None else (gradient.detach()[start : start + length], [_flat(axis, shape)])
+
+    def _partitions(self, parameter: Any) -> list[torch.Tensor] | None:
+        """The flat partitions in DeepSpeed's inner optimizer that have some of a parameter on this rank, or all of them
+        where other ranks have the parameter; None where that optimizer has parameters themselves."""
+        optimizer = getattr(self._engine() if self._engine else None, "optimizer", None)
+        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            flats = getattr(optimizer, name, None)
+            if flats is not None:
+                mapping = getattr(parameter, "_hp_mapping", None)
+                return list(flats) if mapping is None else [flats[mapping.param_group_index]]
+        flats = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+        if flats is None:
+            return None
+        position = optimizer.grad_position.get(optimizer.get_param_id(parameter))  # type: ignore[union-attr]
+        return [] if position is None else [flats[position[0]]]
 
     def _zero_gradient(self, parameter: Any) -> Piece | None:
         engine = self._engine() if self._engine else None
-        if engine is None:
+        flats = self._partitions(parameter)
+        if engine is None or flats is None:
+            return None if parameter.grad is None else self._described(parameter.grad, parameter)
+        gradient = next((flat.grad for flat in flats if flat.grad is not None), None)
+        if gradient is None or not parameter.requires_grad:
             return None
-        mapping = getattr(parameter, "_hp_mapping", None)
         group = getattr(parameter, "_dp_group", None) or engine.data_parallel_group
         axis = _flat(self._meshes.axis_of_group(group, "dp", DATA), tuple(parameter.shape))
-        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            flats = getattr(engine.optimizer, name, None)
-            if flats is None:
-                continue
-            if mapping is None:
-                # All of it is in the partitions of others.
-                live = next((flat.grad for flat in flats if flat.grad is not None), None)
-                return None if live is None else (live.detach()[:0], [axis])
-            gradient = flats[mapping.param_group_index].grad
-            if gradient is None:
-                return None
-            address = mapping.hp_fragment_address
-            return gradient.detach()[address.start : address.start + address.numel], [axis]
-        value = parameter.grad
-        return None if value is None else self._described(value, parameter)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return gradient.detach()[:0], [axis]
+        address = mapping.hp_fragment_address
+        return gradient.detach()[address.start : address.start + address.numel], [axis]
 
 
 def _flat(axis: Axis, shape: tuple[int, ...]) -> tuple[Any, ...]:
