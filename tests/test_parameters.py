@@ -1,5 +1,6 @@
 """Whole parameters and gradients of every step, under every wrapper, from the pieces that ranks hold."""
 
+import closure
 import fsdp2_tp
 import hsdp
 import pytest
@@ -65,6 +66,15 @@ def test_shards_of_shards_are_joined_in_their_order(run_once):
     captures.expect_sound(outcome.run)
     model = tensor_parallel.build("sequence")
     captures.expect_close(captures.read(outcome.run), whole(model, steps=fsdp2_tp.STEPS, sizes=fsdp2_tp.SIZES))
+
+
+def test_gradients_that_a_closure_computes_are_those_of_its_step(run_once, untapped_once):
+    argv = harness.python("closure.py")
+    outcome = run_once(argv, HOOKS).expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    captures.expect_equal(
+        captures.read(outcome.run), whole(tiny.build(), steps=closure.STEPS, sizes=(closure.ROWS,))
+    )
 
 
 def test_one_process_and_a_module_for_all_that_is_in_it(run_once):

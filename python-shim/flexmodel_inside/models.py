@@ -195,11 +195,12 @@ class Models:
         """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this
         computes, when it is called first. Parameters still are what the forward used, which torch.compile may have run
         without us."""
-        if not any(self._parameters.values()):
-            return None
         given = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if given is None:
             self._take_of(optimizer)
+            return None
+        # The model may be called there for the first time.
+        if not self._bridge.wants(1 << PARAM | 1 << GRAD):
             return None
         take = guarded(self._bridge, functools.partial(self._take_of, optimizer))
 
@@ -213,6 +214,8 @@ class Models:
         return (args[0], closure, *args[2:]), kwargs
 
     def _take_of(self, optimizer: torch.optim.Optimizer) -> None:
+        if not any(self._parameters.values()):
+            return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for serial in self._parameters:
             self._take(serial, PARAM, held)
