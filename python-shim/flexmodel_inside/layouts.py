@@ -179,7 +179,8 @@ def _in_view(view: torch.Tensor, base: torch.Tensor, axes: list[Leaf]) -> list[L
     for name, index, size, place, dim in axes:
         if place == SHARD:
             extent = base.stride(dim) * base.size(dim)
-            inside = [d for d in range(view.dim()) if view.size(d) > 1 and view.stride(d) * view.size(d) == extent]
+            # More than one where a dimension of size 1 stands for heads, say, of which a rank has one.
+            inside = [d for d in range(view.dim()) if view.stride(d) * view.size(d) == extent]
             if len(inside) != 1 or view.stride(inside[0]) < base.stride(dim):
                 return None
             dim = inside[0]

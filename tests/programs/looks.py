@@ -10,9 +10,9 @@ WIDTH = 4
 LOOKS: list[int] = []
 
 
-def select(serial, entries, *_about) -> list:
+def select(serial, entries, *_about) -> tuple[list, list]:
     LOOKS.append(len(entries))
-    return []
+    return [], []
 
 
 def watch(home: str) -> None:
@@ -22,7 +22,7 @@ def watch(home: str) -> None:
     def nothing(*_about) -> None:
         pass
 
-    names = ("forget", "resolved", "stepped", "notice", "finish")
+    names = ("forget", "resolved", "stepped", "notice", "finish", "describe_with", "wants")
     bridge = types.SimpleNamespace(select=select, active=lambda: True, fault=print, **dict.fromkeys(names, nothing))
     Models(bridge).watch()
 
