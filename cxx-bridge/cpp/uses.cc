@@ -101,9 +101,9 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     // Why what is collected is not the gradient.
     Refusal because;
     uint32_t seen = 0;
-    Sum sum;
+    Sum sum{};
     // How what is summed lies; described in its place if it cannot be summed.
-    Part any;
+    Part any{};
 
     void add(const Part& part) {
       if (because == Refusal::None && any.local.defined() && !same(any.axes, part.axes)) because = Refusal::SharedInput;
@@ -235,8 +235,8 @@ void Uses::add(const Call& call, const std::string& path, const at::Tensor& inpu
     return;
   }
   if (inputs_.empty()) first_ = at::sequence_number::peek();
-  inputs_.push_back({call, path, axes, decltype(Input::tensor)(input.getIntrusivePtr()), node.get(), input.output_nr(),
-                     input._version(), false});
+  inputs_.push_back({call, path, axes, decltype(Input::tensor)(input.getIntrusivePtr()), node.get(),
+                     static_cast<uint32_t>(input.output_nr()), input._version(), false});
 }
 
 at::Tensor Uses::returned(const at::Tensor& output) {
