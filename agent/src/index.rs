@@ -29,12 +29,12 @@ CREATE TABLE parts (
     module TEXT NOT NULL, kind TEXT NOT NULL, path TEXT NOT NULL, model INTEGER NOT NULL, step INTEGER NOT NULL,
     micro INTEGER NOT NULL, call INTEGER NOT NULL, repeat INTEGER NOT NULL, train INTEGER NOT NULL,
     recompute INTEGER NOT NULL, class TEXT NOT NULL, grp TEXT NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL,
-    axes TEXT NOT NULL, seat TEXT NOT NULL, rank INTEGER NOT NULL, dp_size INTEGER NOT NULL, loss_scale REAL NOT NULL, time_ns INTEGER NOT NULL,
+    axes TEXT NOT NULL, microbatch INTEGER NOT NULL, rank INTEGER NOT NULL, dp_size INTEGER NOT NULL, loss_scale REAL NOT NULL, time_ns INTEGER NOT NULL,
     shard TEXT, offset INTEGER, len INTEGER, crc INTEGER,
     count INTEGER, mean REAL, std REAL, l2 REAL, absmax REAL, min REAL, max REAL, nan INTEGER, inf INTEGER, zero INTEGER
 );
 CREATE UNIQUE INDEX parts_by_module
-    ON parts (module, kind, path, step, model, micro, call, repeat, train, recompute, rank, seat);
+    ON parts (module, kind, path, step, model, micro, call, repeat, train, recompute, rank, microbatch);
 ";
 const KEYS: &str = "CREATE INDEX parts_by_step ON parts (step);";
 /// A part that was captured again takes the place of the first, as everywhere.
@@ -101,7 +101,7 @@ pub fn check(run: &Run) -> Result<(), Problem> {
         let mut find = db.prepare(
             "SELECT COUNT(*) FROM parts WHERE module = ?1 AND kind = ?2 AND path = ?3 AND step = ?4 AND model = ?5 \
              AND micro = ?6 AND call = ?7 AND repeat = ?8 AND train = ?9 AND recompute = ?10 AND rank = ?11 \
-             AND shard IS ?12 AND offset IS ?13 AND len IS ?14 AND crc IS ?15 AND seat = ?16",
+             AND shard IS ?12 AND offset IS ?13 AND len IS ?14 AND crc IS ?15 AND microbatch = ?16",
         )?;
         for part in run.records.iter().flat_map(|r| &r.parts) {
             let (id, at) = (&part.what.id, part.at.as_ref());
@@ -122,7 +122,7 @@ pub fn check(run: &Run) -> Result<(), Problem> {
                     at.map(|a| signed(a.offset)),
                     at.map(|a| signed(a.len)),
                     at.map(|a| a.crc),
-                    seat(part),
+                    part.what.seat().1,
                 ],
                 |row| row.get(0),
             )?;
@@ -171,11 +171,6 @@ fn fill(path: &Path, manifest: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What tells the parts of one rank apart.
-fn seat(part: &Part) -> String {
-    part.what.axes.iter().map(|axis| axis.index.to_string()).collect::<Vec<_>>().join(",")
-}
-
 fn add(insert: &mut rusqlite::Statement<'_>, part: &Part) -> anyhow::Result<()> {
     let (what, id) = (&part.what, &part.what.id);
     let (at, stats) = (part.at.as_ref(), part.stats.as_ref());
@@ -195,7 +190,7 @@ fn add(insert: &mut rusqlite::Statement<'_>, part: &Part) -> anyhow::Result<()> 
         what.dtype.name(),
         serde_json::to_string(&what.shape)?,
         serde_json::to_string(&what.axes)?,
-        seat(part),
+        what.seat().1,
         what.rank,
         what.dp_size,
         what.loss_scale,

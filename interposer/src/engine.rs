@@ -9,7 +9,7 @@ use wire::{
     control::ModuleInfo,
     env,
     hooks::{Hook, Kind, Reduce, nearest},
-    record::RecordMeta,
+    record::{MICRO, RecordMeta},
     tap_abi::{Call, Firing, LeafEdit, ModelDesc, Order, Rank, Refusal, Role, Selected, Str, TensorDesc},
 };
 use wire::{dtype::DType, hooks::Edit};
@@ -472,7 +472,7 @@ impl Engine {
             Some(ranks) => layout::of_some(leaf, known, hook.options.shard.as_ref(), &model.mesh, self.rank, ranks),
         };
         // What a pipeline cuts comes out as one.
-        let is_cut = axes.iter().any(|axis| axis.name == layout::MICRO);
+        let is_cut = axes.iter().any(|axis| axis.name == MICRO);
         let meta = RecordMeta {
             module: tap.name.clone(),
             class: tap.class.clone(),

@@ -6,15 +6,12 @@
 
 use wire::{
     hooks::{Kind, ShardHint},
-    record::{Axis, Place},
+    record::{Axis, MICRO, Place},
     tap_abi::{LeafPlace, ModelDesc, Order, Rank, Role, TensorDesc},
 };
 
 /// The name of the axes over which the batch lies, taken together.
 const DATA: &str = "dp";
-
-/// The name of the axis over which a pipeline cuts the batch of a step. All of its members are on one rank.
-pub const MICRO: &str = "micro";
 
 /// What is known of a tap's tensors.
 #[derive(Clone, Copy, Debug)]

@@ -70,9 +70,9 @@ class Part(NamedTuple):
     raw_stats: tuple[Any, ...] | None  # in the order of the fields of Stats
 
     @property
-    def seat(self) -> tuple[int, ...]:
-        """The rank and its index along each axis: no two parts of a record have the same."""
-        return (self.rank, *[axis.index for axis in self.axes])
+    def seat(self) -> tuple[int, int]:
+        """The rank and which microbatch of a pipeline's step: no two parts of a record have the same."""
+        return self.rank, next((axis.index for axis in self.axes if axis.name == "micro"), 0)
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,9 @@ pub const MAX_AXES: usize = 8;
 /// Longest name (module, class, path, reason) in bytes.
 pub const MAX_NAME: usize = 4096;
 
+/// The name of the axis over which a pipeline cuts the batch of a step. All of its members are on one rank.
+pub const MICRO: &str = "micro";
+
 /// How a tensor lies along one mesh axis.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

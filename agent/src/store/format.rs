@@ -22,7 +22,7 @@ use wire::{
     control::ModuleInfo,
     dtype::DType,
     hooks::Kind,
-    record::{Axis, RecordMeta},
+    record::{Axis, MICRO, RecordMeta},
 };
 
 /// Version of everything in this module.
@@ -248,9 +248,10 @@ pub struct Stats {
 }
 
 impl What {
-    /// The rank and its index along each axis: no two parts of a record have the same.
-    pub fn seat(&self) -> (u32, Vec<u32>) {
-        (self.rank, self.axes.iter().map(|axis| axis.index).collect())
+    /// The rank and which microbatch of a pipeline's step: no two parts of a record have the same.
+    pub fn seat(&self) -> (u32, u32) {
+        let micro = self.axes.iter().find(|axis| axis.name == MICRO);
+        (self.rank, micro.map_or(0, |axis| axis.index))
     }
 
     /// From what came through the slab.
