@@ -154,8 +154,7 @@ impl Engine {
                 continue;
             }
             self.tell_disagreement(&hooks, name);
-            // SAFETY: as promised by the caller.
-            let tap = unsafe { self.tap(desc, name, class, hooks, kinds, order) };
+            let tap = self.tap(desc, name, class, hooks, kinds, order);
             out.push(Selected { index: i as u32, tap, kinds });
         }
         for i in 0..desc.parameter_count {
@@ -165,8 +164,7 @@ impl Engine {
             let kinds = self.kinds(&hooks) & OF_PARAMETERS;
             if kinds != 0 {
                 self.tell_disagreement(&hooks, name);
-                // SAFETY: as promised by the caller.
-                let tap = unsafe { self.tap(desc, name, "Parameter", hooks, kinds, Order::Unstated) };
+                let tap = self.tap(desc, name, "Parameter", hooks, kinds, Order::Unstated);
                 out.push(Selected { index: (desc.count + i) as u32, tap, kinds });
             }
             names.push(name.to_owned());
@@ -180,7 +178,10 @@ impl Engine {
         // SAFETY: the string lives through the call (caller).
         let wrapper = unsafe { desc.wrapper.get() };
         shipping::describe(rank, &self.torch, &self.python, wrapper);
-        if let Some(model) = self.models.get(&desc.serial) {
+        if let Some(model) = self.models.get_mut(&desc.serial) {
+            // The process may have become a rank since the last time.
+            // SAFETY: the array has so many entries, whose names live through the call (caller).
+            model.mesh = unsafe { layout::mesh_of(desc) };
             shipping::model(model.number, modules);
         }
         out
@@ -192,10 +193,7 @@ impl Engine {
     }
 
     /// Number of the tap on a module or a parameter, made if there is none.
-    ///
-    /// # Safety
-    /// As in [`select`](Self::select).
-    unsafe fn tap(
+    fn tap(
         &mut self,
         desc: &ModelDesc<'_>,
         name: &str,
@@ -207,9 +205,13 @@ impl Engine {
         let (models, taps) = &mut self.counted;
         let model = self.models.entry(desc.serial).or_insert_with(|| {
             *models += 1;
-            // SAFETY: the array has so many entries, whose names live through the call (caller).
-            let mesh = unsafe { layout::mesh_of(desc) };
-            Model { number: *models - 1, mesh, microbatches: 1, passes: Passes::default(), taps: HashMap::new() }
+            Model {
+                number: *models - 1,
+                mesh: Vec::new(),
+                microbatches: 1,
+                passes: Passes::default(),
+                taps: HashMap::new(),
+            }
         });
         *model.taps.entry(name.to_owned()).or_insert_with(|| {
             *taps += 1;
