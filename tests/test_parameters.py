@@ -5,6 +5,7 @@ import fsdp2_tp
 import hsdp
 import pytest
 import tensor_parallel
+import test_wrappers
 import tiny
 
 import captures
@@ -13,15 +14,7 @@ import reference
 import reference_parallel
 
 HOOKS = "**:param,grad"
-WRAPPED = {
-    "ddp": ["ddp.py"],
-    "fsdp1-flat": ["fsdp1.py", "flat"],
-    "fsdp1-orig": ["fsdp1.py", "orig"],
-    "fsdp2": ["fsdp2.py"],
-    "zero1": ["zero.py", "1"],
-    "zero2": ["zero.py", "2"],
-    "zero3": ["zero.py", "3"],
-}
+WRAPPED = {name: program for name, program in test_wrappers.WRAPPED.items() if name != "accelerate"}
 
 
 def whole(model, **run) -> dict:

@@ -471,7 +471,9 @@ impl Engine {
             // Torch says all of a parameter; nothing about it is inferred from a batch.
             _ if kind.bit() & OF_PARAMETERS != 0 => told,
             None => layout::infer(leaf, known, hook.options.shard.as_ref(), &model.mesh, told),
-            Some(ranks) => layout::of_some(leaf, known, hook.options.shard.as_ref(), &model.mesh, self.rank, ranks),
+            Some(ranks) => {
+                layout::of_some(leaf, known, hook.options.shard.as_ref(), (&model.mesh, told), self.rank, ranks)
+            }
         };
         // What a pipeline cuts comes out as one.
         let is_cut = axes.iter().any(|axis| axis.name == MICRO);

@@ -131,15 +131,19 @@ pub fn infer(leaf: Leaf<'_>, known: Known, hint: Option<&ShardHint>, mesh: &[Mes
     axes
 }
 
-/// Axes of a leaf where some ranks capture only. On a mesh of several axes these need not be a mesh of their own.
+/// Axes of a leaf where some ranks capture only. On a mesh of several axes these need not be a mesh of their own. A leaf
+/// that torch says is a piece stays one of all pieces: without those of the other ranks it is no whole.
 pub fn of_some(
     leaf: Leaf<'_>,
     known: Known,
     hint: Option<&ShardHint>,
-    mesh: &[MeshAxis],
+    (mesh, told): (&[MeshAxis], Vec<Axis>),
     me: Rank,
     ranks: &[u32],
 ) -> Vec<Axis> {
+    if told.iter().any(|axis| matches!(axis.place, Place::Shard { .. } | Place::Partial)) {
+        return infer(leaf, known, hint, mesh, told);
+    }
     let there = || ranks.iter().filter(|&&r| r < me.world);
     let (index, size) = (there().take_while(|&&r| r != me.rank).count() as u32, there().count() as u32);
     if size <= 1 {
@@ -470,11 +474,13 @@ mod tests {
     #[test]
     fn some_ranks_are_an_axis_of_their_own() {
         let me = Rank { rank: 2, world: 4 };
-        let axes = of_some(OUT, DP, None, &mesh(&[Role::Data]), me, &[0, 2, 9]);
+        let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data]), Vec::new()), me, &[0, 2, 9]);
         assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0) }]);
-        let axes = of_some(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), me, &[0, 2]);
+        let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[0, 2]);
         assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Place::Unknown }]);
-        assert!(of_some(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), me, &[2]).is_empty());
+        assert!(of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[2]).is_empty());
+        let told = || vec![Axis { name: "tp".into(), index: 0, size: 2, place: shard(2) }];
+        assert_eq!(of_some(OUT, DP, None, (&[], told()), me, &[2]), told());
     }
 
     #[test]
