@@ -1,29 +1,19 @@
 //! Runs of several nodes in one folder: every reading command takes the folder for the run of their job.
 
+mod command;
 #[allow(dead_code)]
 mod fixture;
 #[path = "../src/store/format.rs"]
 #[allow(dead_code)]
 mod format;
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+use std::{fs, path::Path};
 
+use command::{flexmodel, text};
 use fixture::*;
 use format::{FORMAT, Identity, RUN_FILE, RunInfo};
 use tempfile::TempDir;
 use wire::{dtype::DType, hooks::Kind, record::Place};
-
-fn flexmodel(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_flexmodel")).args(args).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
 
 /// The command's stdout, after it ended with `code`.
 fn ends(code: i32, args: &[&str]) -> String {

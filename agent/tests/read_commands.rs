@@ -1,28 +1,18 @@
 //! The reading commands on run directories made by hand: what they print, and how they end.
 
+mod command;
 #[allow(dead_code)]
 mod fixture;
 #[path = "../src/store/format.rs"]
 #[allow(dead_code)]
 mod format;
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+use std::{fs, path::Path};
 
+use command::{flexmodel, text};
 use fixture::*;
 use tempfile::TempDir;
 use wire::{dtype::DType, hooks::Kind, record::Place};
-
-fn flexmodel(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_flexmodel")).args(args).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
 
 /// Runs the command, which must succeed; its stdout.
 fn ok(args: &[&str]) -> String {
