@@ -8,6 +8,7 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "flexmodel/communicator.h"
 #include "flexmodel/ffi.h"
 #include "flexmodel/gradients.h"
 #include "flexmodel/parts.h"
@@ -138,6 +139,23 @@ PyObject* py_describe_with(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
+// joined(backend, index, size)
+PyObject* py_joined(PyObject*, PyObject* args) {
+  PyObject* backend = nullptr;
+  unsigned int index = 0, size = 1;
+  if (PyArg_ParseTuple(args, "OII", &backend, &index, &size) == 0) return nullptr;
+  std::unique_ptr<Communicator> comm = over_backend(backend);
+  if (comm == nullptr) return nullptr;
+  joined(std::move(comm), index, size);
+  Py_RETURN_NONE;
+}
+
+// plan() -> str
+PyObject* py_plan(PyObject*, PyObject*) {
+  const rust::String text = plan();
+  return PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size()));
+}
+
 PyObject* py_scope(PyObject*, PyObject* args) {
   unsigned long long serial = 0, part = 0;
   if (PyArg_ParseTuple(args, "KK", &serial, &part) == 0) return nullptr;
@@ -187,6 +205,9 @@ PyMethodDef functions[] = {
     {"forget", py_forget, METH_O, "A model is no more."},
     {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
     {"stepped", plain<stepped>, METH_NOARGS, "An optimizer stepped."},
+    {"plan", py_plan, METH_NOARGS, "What all ranks must agree on to gather tensors; empty if no hook wants that."},
+    {"joined", py_joined, METH_VARARGS, "The ranks have a communicator of ours: a c10d backend, this member, how many."},
+    {"apart", text<apart>, METH_O, "They have none, for this reason."},
     {"notice", text<notice>, METH_O, "One line for the user."},
     {"fault", text<fault>, METH_O, "Turns taps off in this process, with one line."},
     {"finish", py_finish, METH_NOARGS, "The process ends in good order."},

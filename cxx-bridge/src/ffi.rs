@@ -4,8 +4,8 @@
 //! outlives the call; what has to live longer is a [`bridge::Ticket`], which owns its own reference.
 
 use crate::host::{
-    active, capture, due, edit, fault, finish, fire, forget, loss_scale, microbatches, notice, resolved, scope, select,
-    stepped, taken, wants,
+    active, apart, capture, due, edit, fault, finish, fire, forget, joined, loss_scale, microbatches, notice, plan,
+    resolved, scope, select, stepped, taken, wants,
 };
 use crate::pin::is_capturing;
 
@@ -86,6 +86,20 @@ pub mod bridge {
         refusal: u8,
     }
 
+    /// What a member of a communicator told.
+    struct Words {
+        bytes: Vec<u8>,
+    }
+
+    /// `wire::tap_abi::Move`; tensors by their address.
+    struct Move {
+        peer: u32,
+        send: bool,
+        tensor: usize,
+        dtype: u8,
+        sizes: Vec<u64>,
+    }
+
     extern "Rust" {
         fn select(
             serial: u64,
@@ -120,6 +134,9 @@ pub mod bridge {
         fn edit(call: &Call, kind: u32, path: &str) -> LeafEdit;
         fn notice(text: &str);
         fn fault(text: &str);
+        fn plan() -> String;
+        fn joined(comm: UniquePtr<Communicator>, index: u32, size: u32);
+        fn apart(why: &str);
         fn finish();
         fn active() -> bool;
         fn is_capturing(stream: usize) -> bool;
@@ -128,6 +145,7 @@ pub mod bridge {
     unsafe extern "C++" {
         include!("flexmodel/tensor.h");
         include!("flexmodel/module.h");
+        include!("flexmodel/communicator.h");
 
         #[namespace = "at"]
         type Tensor;
@@ -150,6 +168,21 @@ pub mod bridge {
 
         /// Waits until the copy is done.
         fn wait(self: &Ticket) -> Result<()>;
+
+        /// A row-major copy of `tensor` as `dtype`, on its device.
+        fn keep(tensor: &Tensor, dtype: u8) -> Result<UniquePtr<Tensor>>;
+
+        /// Ranks that can tell each other words and send each other tensors.
+        type Communicator;
+
+        /// Tells all members `mine`; what each of them told, in order.
+        fn exchange(self: &Communicator, mine: &[u8]) -> Result<Vec<Words>>;
+
+        /// Carries out moves; what is received gets an address, also before an error.
+        fn transfer(self: &Communicator, moves: &mut Vec<Move>) -> Result<()>;
+
+        /// Makes what is under way fail.
+        fn cut(self: &Communicator) -> Result<()>;
 
         /// The address of a new reference to the Python module; 0 with a Python error set.
         fn python_module() -> usize;

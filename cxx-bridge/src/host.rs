@@ -2,9 +2,10 @@
 
 use std::{ffi::c_void, sync::OnceLock};
 
+use cxx::UniquePtr;
 use wire::tap_abi::{self, HostTable, LeafPlace, ModelDesc, Rank, Refusal, Role, Str, TensorDesc};
 
-use crate::ffi::bridge::{Call, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor};
+use crate::ffi::bridge::{Call, Communicator, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor};
 
 static HOST: OnceLock<&'static HostTable> = OnceLock::new();
 
@@ -203,6 +204,28 @@ pub fn fault(text: &str) {
     if let Some(host) = host() {
         // SAFETY: the string lives through the call.
         unsafe { (host.fault)(Str::new(text)) };
+    }
+}
+
+pub fn plan() -> String {
+    let Some(host) = host() else { return String::new() };
+    let mut out = vec![0; 1 << 16];
+    // SAFETY: `out` takes as many bytes as it says.
+    let len = unsafe { (host.plan)(out.as_mut_ptr(), out.len()) };
+    out.truncate(len);
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+pub fn joined(comm: UniquePtr<Communicator>, index: u32, size: u32) {
+    let Some(host) = host() else { return };
+    // SAFETY: the host leaves the communicator once, through the bridge's table.
+    unsafe { (host.joined)(comm.into_raw().cast(), index, size) };
+}
+
+pub fn apart(why: &str) {
+    if let Some(host) = host() {
+        // SAFETY: the string lives through the call.
+        unsafe { (host.apart)(Str::new(why)) };
     }
 }
 

@@ -10,14 +10,26 @@ use wire::tap_abi::{BridgeTable, Copied, HostTable, TAP_ABI};
 
 use crate::{
     ffi::bridge::{self, Tensor, Ticket},
-    host, pin,
+    gather, host, pin,
 };
 
 /// A copy that failed is told once; every one is counted.
 static TOLD: AtomicBool = AtomicBool::new(false);
 
-static TABLE: BridgeTable =
-    BridgeTable { abi: TAP_ABI, size: size_of::<BridgeTable>() as u32, python_module, copy, wait, pin: pin_slab };
+static TABLE: BridgeTable = BridgeTable {
+    abi: TAP_ABI,
+    size: size_of::<BridgeTable>() as u32,
+    python_module,
+    copy,
+    wait,
+    keep,
+    discard,
+    exchange: gather::exchange,
+    transfer: gather::transfer,
+    cut: gather::cut,
+    leave: gather::leave,
+    pin: pin_slab,
+};
 
 /// The one exported function ([`wire::tap_abi::OpenBridge`]): takes the host's table, gives the bridge's; null if
 /// they are of different versions.
@@ -48,12 +60,33 @@ unsafe extern "C" fn copy(handle: *const c_void, dtype: u8, first: u64, count: u
         Ok(ticket) if ticket.is_null() => Copied { code: 0, ticket: std::ptr::null_mut() },
         Ok(ticket) => Copied { code: 1, ticket: ticket.into_raw().cast() },
         Err(why) => {
-            if !TOLD.swap(true, Ordering::Relaxed) {
-                let why = why.what();
-                host::notice(&format!("tensors are dropped: {}", why.lines().next().unwrap_or(why)));
-            }
+            tell("tensors are dropped", &why);
             failed
         }
+    }
+}
+
+unsafe extern "C" fn keep(handle: *const c_void, dtype: u8) -> *mut c_void {
+    // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc).
+    let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return std::ptr::null_mut() };
+    match bridge::keep(tensor, dtype) {
+        Ok(kept) => kept.into_raw().cast(),
+        Err(why) => {
+            tell("tensors are not gathered", &why);
+            std::ptr::null_mut()
+        }
+    }
+}
+
+unsafe extern "C" fn discard(kept: *mut c_void) {
+    // SAFETY: the tensor came from `keep` or `transfer` and is given back once (BridgeTable).
+    drop(unsafe { UniquePtr::from_raw(kept.cast::<Tensor>()) });
+}
+
+/// Says once what fails.
+fn tell(what: &str, why: &cxx::Exception) {
+    if !TOLD.swap(true, Ordering::Relaxed) {
+        host::notice(&format!("{what}: {}", gather::first_line(why)));
     }
 }
 

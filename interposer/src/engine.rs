@@ -8,7 +8,7 @@ use std::{
 use wire::{
     control::ModuleInfo,
     env,
-    hooks::{Hook, Kind, Reduce, nearest},
+    hooks::{Assemble, Hook, Kind, Reduce, nearest},
     record::{MICRO, RecordMeta},
     tap_abi::{Call, Firing, LeafEdit, ModelDesc, Order, Rank, Refusal, Role, Selected, Str, TensorDesc},
 };
@@ -125,7 +125,22 @@ pub fn set_torch(torch: &str, (major, minor): (u32, u32)) {
     });
 }
 
+/// The step under way.
+pub fn step() -> u64 {
+    with(|e| e.clock.now())
+}
+
 impl Engine {
+    /// What all ranks must agree on to gather tensors: their hooks. Empty where none wants that.
+    pub fn plan(&self) -> String {
+        let wanted = self.hooks.iter().any(|hook| hook.options.assemble == Assemble::Collective);
+        if wanted {
+            self.hooks.iter().map(|hook| hook.text.as_str()).collect::<Vec<_>>().join(";")
+        } else {
+            String::new()
+        }
+    }
+
     /// Taps for the modules of a model that selectors match. A model that is seen again keeps its number and taps.
     ///
     /// # Safety
@@ -500,6 +515,6 @@ impl Engine {
             time_ns: shipping::now_ns(),
             refused: refusal.reason().to_owned(),
         };
-        Some(Cargo { meta, handle: tensor.handle })
+        Some(Cargo { meta, handle: tensor.handle, collective: hook.options.assemble == Assemble::Collective })
     }
 }

@@ -1,6 +1,9 @@
 //! The C table that taps call. Every function is a panic boundary: a panic turns taps off (OPEN-1).
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    ffi::c_void,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use wire::{
     env,
@@ -8,7 +11,7 @@ use wire::{
     tap_abi::{Call, Firing, HostTable, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI, TensorDesc},
 };
 
-use crate::{engine, shipping, state};
+use crate::{engine, gather, shipping, state};
 
 /// The table handed to the bridge.
 pub static HOST: HostTable = HostTable {
@@ -29,6 +32,9 @@ pub static HOST: HostTable = HostTable {
     edit,
     notice,
     fault,
+    plan,
+    joined,
+    apart,
     finish,
     active,
 };
@@ -134,8 +140,10 @@ unsafe extern "C" fn capture(call: *const Call, kind: u32, path: Str<'_>, repeat
         let Some(kind) = Kind::from_code(kind as u8) else { return };
         // SAFETY: the bridge's call and tensor live through this call, and its sizes are ndim long.
         let cargo = engine::with(|e| unsafe { e.cargo(&*call, kind, path, repeat, &*tensor) });
-        if let Some(cargo) = cargo {
-            shipping::ship(cargo);
+        match cargo {
+            Some(cargo) if cargo.collective => gather::take(cargo),
+            Some(cargo) => shipping::ship(cargo),
+            None => {}
         }
     });
 }
@@ -159,8 +167,34 @@ unsafe extern "C" fn fault(text: Str<'_>) {
     boundary(|| state::off(unsafe { text.get() }));
 }
 
+unsafe extern "C" fn plan(out: *mut u8, cap: usize) -> usize {
+    boundary(|| {
+        let plan = engine::with(|e| e.plan()).into_bytes();
+        // SAFETY: `cap` bytes of `out` are the bridge's to be written.
+        unsafe { std::ptr::copy_nonoverlapping(plan.as_ptr(), out, plan.len().min(cap)) };
+        plan.len()
+    })
+}
+
+unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32) {
+    let comm = gather::Communicator::new(comm, index as usize);
+    if state::is_on() {
+        boundary(|| gather::joined(comm, size as usize));
+    } else {
+        comm.leave();
+    }
+}
+
+unsafe extern "C" fn apart(why: Str<'_>) {
+    // SAFETY: the string lives through the call.
+    boundary(|| gather::apart(unsafe { why.get() }));
+}
+
 unsafe extern "C" fn finish() {
-    boundary(shipping::finish);
+    boundary(|| {
+        gather::finish();
+        shipping::finish();
+    });
 }
 
 unsafe extern "C" fn active() -> bool {

@@ -32,6 +32,7 @@
 mod boot;
 mod dlopen;
 mod engine;
+mod gather;
 mod host;
 mod layout;
 mod log;

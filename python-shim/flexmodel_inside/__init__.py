@@ -12,6 +12,7 @@
 | `pipelines.py` | the stages of pipelines, and their microbatches |
 | `parameters.py` | the pieces of parameters and gradients that this process holds |
 | `models.py` | finds models when they are first called, and taps them |
+| `communicators.py` | a communicator of our own, to gather tensors |
 | `scaling.py` | by how much the job scales losses |
 | `ranks.py` | who this process is |
 

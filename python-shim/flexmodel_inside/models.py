@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import guarded, hooks, imports
+from .communicators import Communicators
 from .family import Family
 from .layouts import Layouts
 from .mesh import Meshes
@@ -40,6 +41,7 @@ class Models:
         self._meshes = Meshes()
         self._layouts = Layouts(self._meshes)
         self._pipelines = Pipelines(self._pause)
+        self._communicators = Communicators(bridge)
         self._paused = False
         # By the model's serial, and the tap's number.
         self._parameters: dict[int, dict[int, Parameter]] = {}
@@ -58,10 +60,14 @@ class Models:
         hooks.keep_from_copies(functools.partial(guarded, self._bridge))
         register_optimizer_step_pre_hook(guarded(self._bridge, self._before_step))
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
-        atexit.register(self._bridge.finish)
+        atexit.register(self._finish)
         self.follow_scaling()
         self._bridge.describe_with(guarded(self._bridge, self._layouts.describe))
         self._arm()
+
+    def _finish(self) -> None:
+        self._communicators.finish()
+        self._bridge.finish()
 
     def _replacement(self) -> Any:
         """What stands in for `nn.Module.__call__` while we are armed. One function for good: torch.compile keeps it."""
@@ -111,6 +117,7 @@ class Models:
             for serial in sorted(tops, key=lambda serial: (serial not in stages, serial)):
                 self._tap(tops[serial], tops.keys(), called, *rank)
             self._bridge.resolved()
+            self._communicators.join()
         finally:
             self._looking = False
 

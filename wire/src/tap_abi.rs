@@ -11,7 +11,7 @@
 use std::{ffi::c_void, marker::PhantomData};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 3;
+pub const TAP_ABI: u32 = 4;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -391,6 +391,13 @@ pub struct HostTable {
     pub notice: unsafe extern "C" fn(text: Str<'_>),
     /// An inner error: taps go off in this process for good, with this line.
     pub fault: unsafe extern "C" fn(text: Str<'_>),
+    /// What all ranks must agree on to gather tensors by collective, in `out`, of `cap` bytes; its length. 0: no hook wants
+    /// it.
+    pub plan: unsafe extern "C" fn(out: *mut u8, cap: usize) -> usize,
+    /// The ranks have a communicator of ours, for the host to leave: member `index` of `size`.
+    pub joined: unsafe extern "C" fn(comm: *mut c_void, index: u32, size: u32),
+    /// They have none, or none any more, for this reason.
+    pub apart: unsafe extern "C" fn(why: Str<'_>),
     /// The process ends in good order: finish what is under way, within a bound.
     pub finish: unsafe extern "C" fn(),
     /// Whether taps are on.
@@ -407,6 +414,24 @@ pub struct Copied {
     pub ticket: *mut c_void,
 }
 
+/// One tensor's way over a communicator.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Move {
+    /// The other member.
+    pub peer: u32,
+    /// To it; otherwise from it.
+    pub send: bool,
+    /// A kept tensor: the caller's, or null, and then what was received, for the caller to discard.
+    pub tensor: *mut c_void,
+    /// Of what is received.
+    pub dtype: u8,
+    /// Of what is received, `ndim` of them.
+    pub sizes: *const u64,
+    /// Dimensions.
+    pub ndim: u32,
+}
+
 /// The bridge's functions.
 #[repr(C)]
 pub struct BridgeTable {
@@ -420,6 +445,27 @@ pub struct BridgeTable {
     pub copy: unsafe extern "C" fn(handle: *const c_void, dtype: u8, first: u64, count: u64, dst: *mut u8) -> Copied,
     /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
     pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
+    /// Keeps a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
+    /// be. It may be used from any thread, also where a `handle` is asked for.
+    pub keep: unsafe extern "C" fn(handle: *const c_void, dtype: u8) -> *mut c_void,
+    /// Gives a kept tensor back.
+    pub discard: unsafe extern "C" fn(kept: *mut c_void),
+    /// Tells all members of a communicator some bytes, and then `hear` what each of them told, in order. False: the
+    /// communicator is of no use any more, and [`HostTable::apart`] was told why. Does not need the GIL.
+    pub exchange: unsafe extern "C" fn(
+        comm: *mut c_void,
+        bytes: *const u8,
+        len: usize,
+        context: *mut c_void,
+        hear: unsafe extern "C" fn(*mut c_void, *const u8, usize),
+    ) -> bool,
+    /// Carries out moves, all of them or with `false` as for `exchange`. Between two members they are in the same order
+    /// on both. Does not need the GIL.
+    pub transfer: unsafe extern "C" fn(comm: *mut c_void, moves: *mut Move, count: usize) -> bool,
+    /// Makes what is under way on a communicator fail.
+    pub cut: unsafe extern "C" fn(comm: *mut c_void),
+    /// Gives a communicator back.
+    pub leave: unsafe extern "C" fn(comm: *mut c_void),
     /// Pins the slab for fast copies from a device, where there is one. Whether it did.
     pub pin: unsafe extern "C" fn(base: *mut u8, len: usize) -> bool,
 }

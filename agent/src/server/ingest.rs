@@ -124,9 +124,6 @@ impl Ingest {
         self.newest = self.newest.max(frame.record);
         if !frame.meta.is_empty() {
             match RecordMeta::decode(&frame.meta) {
-                Ok(meta) if meta.rank != self.session.rank => {
-                    return self.lose(1, "it names another rank than its slab");
-                }
                 Ok(meta) if !meta.refused.is_empty() => {
                     let (what, reason) = self.server.store.refused(meta);
                     return self.server.board.live().refused(&what, &reason);

@@ -62,6 +62,8 @@ pub struct Cargo {
     pub meta: RecordMeta,
     /// The bridge's tensor.
     pub handle: *const c_void,
+    /// It is to be gathered from all ranks first.
+    pub collective: bool,
 }
 
 struct Shipper {
@@ -115,6 +117,11 @@ pub fn configure(hooks: &str) -> Result<(), String> {
         unseen: 0,
     });
     Ok(())
+}
+
+/// Size of the slab.
+pub fn slab_bytes() -> u64 {
+    with(|s| s.slab_bytes)
 }
 
 /// Says who this process is: before it attaches, and again when more is known. A process that captured before it knew

@@ -198,11 +198,6 @@ impl Hook {
                 kind.name()
             ));
         }
-        if self.options.assemble == Assemble::Collective {
-            return Some(
-                "assemble=collective is not available in this version; leave it out to assemble in the agent".into(),
-            );
-        }
         if matches!(self.edit, Some(Edit::Python { .. })) {
             return Some("Python edits are not available in this version; use |scale(x) or |zero".into());
         }

@@ -1,0 +1,42 @@
+// A communicator of our own among the ranks of a job.
+#pragma once
+
+#include "flexmodel/py.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "rust/cxx.h"
+
+#include "flexmodel/tensor.h"
+
+namespace flexmodel {
+
+struct Words;
+struct Move;
+
+// Used by one thread at a time, and cut from any. After an exception it is of no use any more.
+class Communicator {
+ public:
+  Communicator() = default;
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+  virtual ~Communicator() = default;
+
+  // Tells all members `mine`; what each of them told, in order.
+  virtual rust::Vec<Words> exchange(rust::Slice<const uint8_t> mine) const = 0;
+  // Carries out moves.
+  virtual void transfer(rust::Vec<Move>& moves) const = 0;
+  // Makes what is under way fail.
+  virtual void cut() const = 0;
+};
+
+// Over a c10d backend for tensors of the CPU, a Python object; null with a Python error set. Needs the GIL.
+std::unique_ptr<Communicator> over_backend(PyObject* backend);
+
+// See ffi.rs.
+std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype);
+
+}  // namespace flexmodel

@@ -1,0 +1,69 @@
+//! A round's words as bytes, little-endian. Ranks of one job run one FlexModel: it has no version of its own.
+
+use wire::record::RecordMeta;
+
+use super::agreement::{Offer, Told};
+
+const CLOSING: u8 = 1;
+const LEAVING: u8 = 2;
+
+/// The bytes of `told`.
+pub fn encode(told: &Told) -> Vec<u8> {
+    let mut out = Vec::with_capacity(64 + 256 * told.offers.len());
+    out.push(if told.closing { CLOSING } else { 0 } | if told.leaving { LEAVING } else { 0 });
+    out.extend_from_slice(&told.step.to_le_bytes());
+    out.extend_from_slice(&(told.withdrawn.len() as u32).to_le_bytes());
+    told.withdrawn.iter().for_each(|n| out.extend_from_slice(&n.to_le_bytes()));
+    let mut meta = Vec::new();
+    for offer in &told.offers {
+        meta.clear();
+        offer.meta.encode(&mut meta);
+        out.push(u8::from(offer.held));
+        out.extend_from_slice(&(meta.len() as u32).to_le_bytes());
+        out.extend_from_slice(&meta);
+    }
+    out
+}
+
+/// What [`encode`] made bytes of; `None` for other bytes.
+pub fn decode(mut bytes: &[u8]) -> Option<Told> {
+    let flags = number::<1>(&mut bytes)?[0];
+    let mut told = Told { closing: flags & CLOSING != 0, leaving: flags & LEAVING != 0, ..Told::default() };
+    told.step = u64::from_le_bytes(number(&mut bytes)?);
+    for _ in 0..u32::from_le_bytes(number(&mut bytes)?) {
+        told.withdrawn.push(u64::from_le_bytes(number(&mut bytes)?));
+    }
+    while !bytes.is_empty() {
+        let held = number::<1>(&mut bytes)?[0] != 0;
+        let len = u32::from_le_bytes(number(&mut bytes)?) as usize;
+        let (meta, rest) = bytes.split_at_checked(len)?;
+        told.offers.push(Offer { meta: RecordMeta::decode(meta).ok()?, held });
+        bytes = rest;
+    }
+    Some(told)
+}
+
+fn number<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+    let (head, rest) = bytes.split_first_chunk()?;
+    *bytes = rest;
+    Some(*head)
+}
+
+#[cfg(test)]
+mod tests {
+    use wire::dtype::DType;
+
+    use super::*;
+
+    #[test]
+    fn words_round_trip_and_cut_ones_are_refused() {
+        let meta = RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 3]);
+        let offers = vec![Offer { meta: meta.clone(), held: true }, Offer { meta, held: false }];
+        let told = Told { step: 7, closing: true, leaving: false, offers, withdrawn: vec![1, 5] };
+        let bytes = encode(&told);
+        assert_eq!(decode(&bytes), Some(told));
+        let whole: Vec<usize> = (0..bytes.len()).filter(|&n| decode(&bytes[..n]).is_some()).collect();
+        // Between two offers a shorter list is as good a list.
+        assert_eq!(whole.len(), 2, "{whole:?}");
+    }
+}

@@ -1,0 +1,377 @@
+//! `assemble=collective`: parts of a tensor are brought to one rank over a communicator of our own, and from there to its
+//! agent, as one tensor's parts.
+//!
+//! A tap keeps a copy of its tensor and goes on: nothing here ever makes the job wait. One thread of each rank meets the
+//! other ranks' in rounds, in which they tell each other what they keep ([`agreement`]), and transfers begin only of what
+//! all members have. So ranks may come in any order, skip modules, stop or die.
+//!
+//! | what happens | what becomes of tensors |
+//! |---|---|
+//! | a rank skips a module, or describes another layout | named in the run; the others' parts go to their own agents |
+//! | a rank does not take part in its step for [`STALE`] | the same |
+//! | there is no communicator: other hooks on a rank, no process group | told once; every part goes to its own agent |
+//! | more is kept than a slab holds | what is more goes to its own agent |
+//! | a rank ends, dies or stands still, a transfer fails | within the communicator's bound, as without a communicator |
+//! | the process ends | the others are waited for at most [`PATIENCE`] |
+
+mod agreement;
+mod kept;
+mod message;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use wire::record::RecordMeta;
+
+use crate::{
+    engine,
+    shipping::{self, Cargo},
+    state,
+};
+use agreement::{Agreement, Offer, Part, Told, Verdict, Why};
+pub use kept::Communicator;
+use kept::{Kept, Move};
+
+/// How long a rank that has nothing to say lets the others wait.
+const TICK: Duration = Duration::from_millis(20);
+/// How long a part is kept for the other ranks' parts.
+const STALE: Duration = Duration::from_secs(30);
+/// How long a rank that ends waits for the others.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long it waits for its thread, which may be in a transfer.
+const FAREWELL: Duration = Duration::from_secs(10);
+/// Most bytes that a rank receives at once.
+const BATCH: u64 = 64 << 20;
+/// Divergences that are named one by one.
+const NAMED: u32 = 8;
+
+static GATHER: Mutex<Gather> = Mutex::new(Gather {
+    way: Way::Awaited,
+    queue: VecDeque::new(),
+    bytes: 0,
+    closing: None,
+    stop: false,
+    crowded: false,
+    comm: None,
+});
+static NEWS: Condvar = Condvar::new();
+
+/// Where parts go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// They are kept until it is known whether there is a communicator.
+    Awaited,
+    /// To the thread that meets the other ranks.
+    Together,
+    /// To this rank's agent.
+    Apart,
+}
+
+struct Gather {
+    way: Way,
+    /// What the thread has not seen yet, in order.
+    queue: VecDeque<Outgoing>,
+    /// Bytes kept, here and by the thread.
+    bytes: u64,
+    /// Since when the process ends.
+    closing: Option<Instant>,
+    /// The thread takes part in no further round.
+    stop: bool,
+    /// It was told that more came than can be kept.
+    crowded: bool,
+    comm: Option<Communicator>,
+}
+
+struct Outgoing {
+    meta: RecordMeta,
+    /// `None`: its agent has it.
+    kept: Option<Kept>,
+    since: Instant,
+}
+
+impl Outgoing {
+    fn ship(self) {
+        if let Some(kept) = self.kept {
+            shipping::ship(Cargo { meta: self.meta, handle: kept.handle(), collective: false });
+        }
+    }
+}
+
+fn lock() -> MutexGuard<'static, Gather> {
+    GATHER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives back what was kept.
+fn forget(bytes: u64) {
+    let mut gather = lock();
+    gather.bytes = gather.bytes.saturating_sub(bytes);
+}
+
+/// Takes a part to the other ranks' parts; where that cannot be, to this rank's agent.
+pub fn take(cargo: Cargo) {
+    if agreement::members(&cargo.meta) <= 1 || !cargo.meta.refused.is_empty() || lock().way == Way::Apart {
+        return shipping::ship(cargo);
+    }
+    let kept = Kept::new(&cargo);
+    let since = Instant::now();
+    let meta = cargo.meta.clone();
+    let crowded = kept.is_none();
+    if crowded {
+        shipping::ship(cargo);
+    }
+    let mut gather = lock();
+    let outgoing = Outgoing { meta, kept, since };
+    if gather.way == Way::Apart {
+        drop(gather);
+        return outgoing.ship();
+    }
+    gather.queue.push_back(outgoing);
+    let tell = crowded && !std::mem::replace(&mut gather.crowded, true);
+    drop(gather);
+    NEWS.notify_all();
+    if tell {
+        shipping::notice(
+            "assemble=collective: tensors come faster than they can be gathered; the agents assemble some of them"
+                .into(),
+        );
+    }
+}
+
+/// The ranks have a communicator.
+pub fn joined(comm: Communicator, size: usize) {
+    let mut gather = lock();
+    if gather.comm.is_some() || gather.closing.is_some() {
+        drop(gather);
+        return comm.leave();
+    }
+    (gather.way, gather.stop, gather.comm) = (Way::Together, false, Some(comm));
+    drop(gather);
+    let meet = move || {
+        if catch_unwind(AssertUnwindSafe(|| Meeting::new(comm, size).run())).is_err() {
+            state::off("a panic while tensors were gathered");
+        }
+        comm.leave();
+        let mut gather = lock();
+        gather.comm = None;
+        drop(gather);
+        NEWS.notify_all();
+    };
+    if thread::Builder::new().name("flexmodel-gather".into()).spawn(meet).is_err() {
+        lock().comm = None;
+        apart("no thread could be made");
+    }
+}
+
+/// There is no communicator, for the reason given: everything goes to the agents.
+pub fn apart(why: &str) {
+    let mut gather = lock();
+    gather.stop = true;
+    let known = std::mem::replace(&mut gather.way, Way::Apart) == Way::Apart;
+    let left = if gather.comm.is_none() { std::mem::take(&mut gather.queue) } else { VecDeque::new() };
+    drop(gather);
+    left.into_iter().for_each(Outgoing::ship);
+    if !known {
+        shipping::notice(format!("assemble=collective: {why}; from now on the agents assemble"));
+    }
+}
+
+/// The process ends: waits, within a bound, until all that is kept went its way.
+pub fn finish() {
+    let mut gather = lock();
+    gather.closing = Some(Instant::now());
+    NEWS.notify_all();
+    let (mut gather, late) = NEWS
+        .wait_timeout_while(gather, FAREWELL, |gather| gather.comm.is_some())
+        .unwrap_or_else(PoisonError::into_inner);
+    if late.timed_out()
+        && let Some(comm) = gather.comm
+    {
+        comm.cut();
+        gather = NEWS
+            .wait_timeout_while(gather, PATIENCE, |gather| gather.comm.is_some())
+            .unwrap_or_else(PoisonError::into_inner)
+            .0;
+    }
+    gather.way = Way::Apart;
+    let left = std::mem::take(&mut gather.queue);
+    drop(gather);
+    left.into_iter().for_each(Outgoing::ship);
+}
+
+/// The thread that meets those of the other ranks.
+struct Meeting {
+    comm: Communicator,
+    agreement: Agreement,
+    /// By number.
+    mine: BTreeMap<u64, Outgoing>,
+    /// How many there were.
+    offered: u64,
+    /// Divergences so far.
+    told: u32,
+}
+
+impl Meeting {
+    fn new(comm: Communicator, size: usize) -> Self {
+        Self { comm, agreement: Agreement::new(size), mine: BTreeMap::new(), offered: 0, told: 0 }
+    }
+
+    fn run(&mut self) {
+        let why = loop {
+            let told = self.news();
+            let leaving = told.leaving;
+            let round = self.comm.exchange(&message::encode(&told));
+            let Some(round) =
+                round.and_then(|words| words.iter().map(|w| message::decode(w)).collect::<Option<Vec<_>>>())
+            else {
+                break "a rank is gone or stands still";
+            };
+            let others = round.iter().position(|told| told.leaving);
+            let verdicts = self.agreement.take(round);
+            if !self.carry_out(verdicts) {
+                break "a transfer failed";
+            }
+            if leaving || self.agreement.is_over() {
+                break "";
+            }
+            if others.is_some() {
+                break "a rank has ended";
+            }
+        };
+        // What the others do with these does not depend on us any more.
+        for verdict in self.agreement.dissolve() {
+            self.carry_out(vec![verdict]);
+        }
+        std::mem::take(&mut self.mine).into_values().for_each(Outgoing::ship);
+        let mut gather = lock();
+        let quiet = why.is_empty() || gather.way == Way::Apart || gather.closing.is_some();
+        gather.way = Way::Apart;
+        let left = std::mem::take(&mut gather.queue);
+        drop(gather);
+        left.into_iter().for_each(Outgoing::ship);
+        if !quiet {
+            shipping::notice(format!("assemble=collective: {why}; from now on the agents assemble"));
+        }
+        if self.told > NAMED {
+            shipping::notice(format!("assemble=collective: {} tensors more were not gathered", self.told - NAMED));
+        }
+    }
+
+    /// What there is to tell, once there is something, or a tick later.
+    fn news(&mut self) -> Told {
+        let gather = lock();
+        let quiet = |gather: &mut Gather| gather.queue.is_empty() && gather.closing.is_none() && !gather.stop;
+        drop(NEWS.wait_timeout_while(gather, TICK, quiet));
+        // Before the queue: what is offered of earlier steps is in it.
+        let step = engine::step();
+        let mut gather = lock();
+        let queue = std::mem::take(&mut gather.queue);
+        let closing = gather.closing;
+        let leaving = gather.stop || !state::is_on() || closing.is_some_and(|since| since.elapsed() > PATIENCE);
+        drop(gather);
+        let mut offers = Vec::with_capacity(queue.len());
+        for outgoing in queue {
+            offers.push(Offer { meta: outgoing.meta.clone(), held: outgoing.kept.is_some() });
+            self.mine.insert(self.offered, outgoing);
+            self.offered += 1;
+        }
+        let stale = self.mine.iter().filter(|(_, mine)| mine.since.elapsed() > STALE);
+        Told { step, closing: closing.is_some(), leaving, offers, withdrawn: stale.map(|(&n, _)| n).collect() }
+    }
+
+    /// Whether all transfers went well. What they were of is kept where not.
+    fn carry_out(&mut self, verdicts: Vec<Verdict>) -> bool {
+        let mut batch: Vec<Vec<Part>> = Vec::new();
+        let mut bytes = 0;
+        for verdict in verdicts {
+            match verdict {
+                Verdict::Gather(mut parts) => {
+                    parts.sort_by_key(|part| part.member);
+                    let size: u64 = parts.iter().filter_map(|part| part.meta.payload_len()).sum();
+                    if bytes + size > BATCH && !batch.is_empty() {
+                        if !self.transfer(&std::mem::take(&mut batch)) {
+                            return false;
+                        }
+                        bytes = 0;
+                    }
+                    bytes += size;
+                    batch.push(parts);
+                }
+                Verdict::Apart(parts, why) => self.leave_apart(&parts, why),
+            }
+        }
+        batch.is_empty() || self.transfer(&batch)
+    }
+
+    /// Brings the parts of tensors to the first rank that has one, and from there on their way.
+    fn transfer(&mut self, batch: &[Vec<Part>]) -> bool {
+        let me = self.comm.index();
+        let mut moves = Vec::new();
+        for parts in batch {
+            let Some((first, others)) = parts.split_first() else { continue };
+            for part in others {
+                let kept = self.mine.get(&part.number).and_then(|mine| mine.kept.as_ref());
+                if part.member == me {
+                    let Some(kept) = kept else { return false };
+                    moves.push(Move::send(first.member, kept));
+                } else if first.member == me {
+                    moves.push(Move::receive(part.member, &part.meta));
+                }
+            }
+        }
+        let Some(received) = self.comm.transfer(moves) else { return false };
+        let mut received = received.into_iter();
+        for parts in batch {
+            let is_first = parts.first().is_some_and(|first| first.member == me);
+            for part in parts {
+                if part.member == me {
+                    let mine = self.mine.remove(&part.number);
+                    if let Some(mine) = mine.filter(|_| is_first) {
+                        mine.ship();
+                    }
+                } else if is_first && let Some(kept) = received.next() {
+                    shipping::ship(Cargo { meta: part.meta.clone(), handle: kept.handle(), collective: false });
+                }
+            }
+        }
+        true
+    }
+
+    /// Each rank's part goes to its agent; the first rank that has one says so.
+    fn leave_apart(&mut self, parts: &[Part], why: Why) {
+        let me = self.comm.index();
+        if parts.iter().map(|part| part.member).min() == Some(me) && why != Why::Withdrawn {
+            self.told += 1;
+            if let Some(part) = parts.first().filter(|_| self.told <= NAMED) {
+                shipping::notice(self.divergence(&part.meta, parts, why));
+            }
+        }
+        for part in parts.iter().filter(|part| part.member == me) {
+            if let Some(mine) = self.mine.remove(&part.number) {
+                mine.ship();
+            }
+        }
+    }
+
+    fn divergence(&self, meta: &RecordMeta, parts: &[Part], why: Why) -> String {
+        let list = |ranks: &[usize]| {
+            let s = if ranks.len() == 1 { "" } else { "s" };
+            format!("rank{s} {}", ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", "))
+        };
+        let there: Vec<usize> = parts.iter().map(|part| part.member).collect();
+        let what = match (why, self.agreement.absent(parts)) {
+            (Why::Differs, _) => format!("{} describe different layouts", list(&there)),
+            (_, Some(absent)) => format!("{} did not give its part", list(&absent)),
+            (_, None) => format!("only {} gave a part", list(&there)),
+        };
+        let (module, kind, path) = (&meta.module, meta.kind.name(), &meta.path);
+        format!(
+            "assemble=collective: {what} of {module} {kind} {path} at step {}, call {}.{}; it is not gathered",
+            meta.step, meta.micro, meta.call
+        )
+    }
+}

@@ -1,0 +1,89 @@
+"""A communicator of our own among the ranks of a job, for `assemble=collective`.
+
+It shares nothing with the job's: the ranks meet under a prefix of ours in the store that `init_process_group` made, over
+a connection of our own to it. A thread waits there until all of them have come, and with the same hooks: whoever is not
+there, or has other hooks, is named, and there is no communicator. Only then is one made, which no rank waits for long.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import zlib
+from datetime import timedelta
+from typing import Any
+
+MODULE = "torch.distributed.distributed_c10d"
+# How long the ranks wait for the last one of them.
+_PATIENCE = 30.0
+# The longest that one operation may take, and making the communicator: another rank may have stopped.
+_OPERATION = timedelta(seconds=60)
+_MAKING = timedelta(seconds=10)
+_LOOK = 0.05
+_PREFIX = "flexmodel"
+
+
+class Communicators:
+    """Joins the ranks of this process's job, once."""
+
+    def __init__(self, bridge: Any) -> None:
+        self._bridge = bridge
+        self._thread: threading.Thread | None = None
+        self._group: Any = None
+        self._ending = threading.Event()
+
+    def join(self) -> None:
+        """Begin to wait for the other ranks, if hooks want tensors gathered and the job has a process group."""
+        plan = self._bridge.plan()
+        c10d = sys.modules.get(MODULE)
+        if not plan or c10d is None or not c10d.is_initialized() or c10d.get_world_size() < 2:
+            return
+        group = c10d._get_default_group()
+        if self._thread is not None:
+            if group is not self._group:
+                self._bridge.apart("the job made another process group")
+            return
+        self._group = group
+        store = c10d.PrefixStore(_PREFIX, c10d._get_default_store().clone())
+        meeting = (store, c10d.get_rank(), c10d.get_world_size(), f"{zlib.crc32(plan.encode()):08x}")
+        self._thread = threading.Thread(target=self._meet, args=meeting, name="flexmodel-join", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """The process ends: wait for the thread, which may be making a communicator, so that it ends before Python does."""
+        self._ending.set()
+        if self._thread is not None:
+            self._thread.join(_MAKING.total_seconds() + 5)
+
+    def _meet(self, store: Any, rank: int, world: int, plan: str) -> None:
+        try:
+            why = self._absent(store, rank, world, plan)
+            if why is None:
+                # torch's own, as it is for a job's Gloo group; not registered with torch, so the job does not see it.
+                gloo = sys.modules[MODULE].ProcessGroupGloo(store, rank, world, _MAKING)
+                gloo.set_timeout(_OPERATION)
+                self._bridge.joined(gloo, rank, world)
+            elif why:
+                self._bridge.apart(why)
+        except Exception as e:
+            self._bridge.apart(f"the ranks have no communicator: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+
+    def _absent(self, store: Any, rank: int, world: int, plan: str) -> str | None:
+        """Why there can be no communicator: None if there can, nothing if this process ends."""
+        store.set(f"plan/{rank}", plan)
+        keys = [f"plan/{other}" for other in range(world)]
+        deadline = time.monotonic() + _PATIENCE
+        while not store.check(keys):
+            if self._ending.wait(_LOOK):
+                return ""
+            if time.monotonic() > deadline:
+                absent = [other for other in range(world) if not store.check([keys[other]])]
+                return f"{_ranks(absent)} did not come within {_PATIENCE:.0f} s (has every rank these hooks?)"
+        others = [other for other in range(world) if store.get(keys[other]).decode() != plan]
+        return f"{_ranks(others)} and rank {rank} have different hooks" if others else None
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}"
