@@ -20,7 +20,8 @@ _PATIENCE = 30.0
 # The longest that one operation may take, and making the communicator: another rank may have stopped.
 _OPERATION = timedelta(seconds=60)
 _MAKING = timedelta(seconds=10)
-_LOOK = 0.05
+# First and longest pause between two looks.
+_LOOK = (0.005, 0.1)
 _PREFIX = "flexmodel"
 
 
@@ -64,22 +65,22 @@ class Communicators:
                 gloo = sys.modules[MODULE].ProcessGroupGloo(store, rank, world, _MAKING)
                 gloo.set_timeout(_OPERATION)
                 self._bridge.joined(gloo, rank, world)
-            elif why:
+            else:
                 self._bridge.apart(why)
         except Exception as e:
             self._bridge.apart(f"the ranks have no communicator: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
 
     def _absent(self, store: Any, rank: int, world: int, plan: str) -> str | None:
-        """Why there can be no communicator: None if there can, nothing if this process ends."""
+        """Why there can be no communicator: None if there can, nothing if it was too late for one."""
         store.set(f"plan/{rank}", plan)
         keys = [f"plan/{other}" for other in range(world)]
         deadline = time.monotonic() + _PATIENCE
+        pause = _LOOK[0]
         while not store.check(keys):
-            if self._ending.wait(_LOOK):
-                return ""
-            if time.monotonic() > deadline:
+            if self._ending.wait(pause) or time.monotonic() > deadline:
                 absent = [other for other in range(world) if not store.check([keys[other]])]
-                return f"{_ranks(absent)} did not come within {_PATIENCE:.0f} s (has every rank these hooks?)"
+                return f"{_ranks(absent)} did not come in time (does every rank have these hooks?)" if absent else ""
+            pause = min(2 * pause, _LOOK[1])
         others = [other for other in range(world) if store.get(keys[other]).decode() != plan]
         return f"{_ranks(others)} and rank {rank} have different hooks" if others else None
 

@@ -167,7 +167,7 @@ pub fn joined(comm: Communicator, size: usize) {
     }
 }
 
-/// There is no communicator, for the reason given: everything goes to the agents.
+/// There is no communicator, for the reason given, if there is one to tell: everything goes to the agents.
 pub fn apart(why: &str) {
     let mut gather = lock();
     gather.stop = true;
@@ -175,7 +175,7 @@ pub fn apart(why: &str) {
     let left = if gather.comm.is_none() { std::mem::take(&mut gather.queue) } else { VecDeque::new() };
     drop(gather);
     left.into_iter().for_each(Outgoing::ship);
-    if !known {
+    if !known && !why.is_empty() {
         shipping::notice(format!("assemble=collective: {why}; from now on the agents assemble"));
     }
 }
@@ -230,16 +230,13 @@ impl Meeting {
             else {
                 break "a rank is gone or stands still";
             };
-            let others = round.iter().position(|told| told.leaving);
+            let others = round.iter().any(|told| told.leaving);
             let verdicts = self.agreement.take(round);
             if !self.carry_out(verdicts) {
                 break "a transfer failed";
             }
-            if leaving || self.agreement.is_over() {
+            if leaving || others || self.agreement.is_over() {
                 break "";
-            }
-            if others.is_some() {
-                break "a rank has ended";
             }
         };
         // What the others do with these does not depend on us any more.
@@ -270,8 +267,7 @@ impl Meeting {
         let step = engine::step();
         let mut gather = lock();
         let queue = std::mem::take(&mut gather.queue);
-        let closing = gather.closing;
-        let leaving = gather.stop || !state::is_on() || closing.is_some_and(|since| since.elapsed() > PATIENCE);
+        let (closing, stop) = (gather.closing, gather.stop);
         drop(gather);
         let mut offers = Vec::with_capacity(queue.len());
         for outgoing in queue {
@@ -279,6 +275,8 @@ impl Meeting {
             self.mine.insert(self.offered, outgoing);
             self.offered += 1;
         }
+        let waited = closing.is_some_and(|since| self.mine.is_empty() || since.elapsed() > PATIENCE);
+        let leaving = stop || waited || !state::is_on();
         let stale = self.mine.iter().filter(|(_, mine)| mine.since.elapsed() > STALE);
         Told { step, closing: closing.is_some(), leaving, offers, withdrawn: stale.map(|(&n, _)| n).collect() }
     }

@@ -1,0 +1,114 @@
+"""`assemble=collective` brings all parts of a tensor to one rank's agent, byte for byte what the agents of all would have, and
+takes no harm from ranks that do not do alike."""
+
+import os
+import pathlib
+import signal
+
+import flexmodel
+import pytest
+
+import captures
+import harness
+
+KINDS = "forward,forward_pre,backward,backward_pre"
+
+
+def hooks(collective: bool, kinds: str = KINDS) -> str:
+    """All modules, and parameters of some."""
+    how = "@assemble=collective" if collective else ""
+    return f"**:{kinds}{how};lm_head:param,grad{how};layers.*.mlp:param,grad{how}"
+
+
+JOBS = {
+    "fsdp2": ("fsdp2.py",),
+    "zero3": ("zero.py", "3"),
+    "tensor parallel": ("tensor_parallel.py", "local", "dtensor"),
+}
+
+
+def two_nodes(folder: pathlib.Path, program: str, *args: str, clauses: str) -> list[harness.Outcome]:
+    """Rank 0 on node `left`, rank 1 on node `right`, each with an agent of its own."""
+    port = str(harness.free_port())
+    started = []
+    for number, node in enumerate(("left", "right")):
+        torchrun = ["torchrun", "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
+        torchrun += ["--master-addr", "127.0.0.1", "--master-port", port, str(harness.PROGRAMS / program), *args]
+        command = [harness.FLEXMODEL, "run", "--hooks", clauses, "--out", str(folder / node), "--", *torchrun]
+        started.append(harness.Job(command, harness.environment(FLEXMODEL_NODE=node)))
+    with started[0] as left, started[1] as right:
+        return [left.wait(), right.wait()]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_one_nodes_agent_gets_what_the_agents_of_all_would(name, run_once, untapped_once, tmp_path):
+    argv = harness.torchrun(*JOBS[name])
+    left, right = two_nodes(tmp_path, *JOBS[name], clauses=hooks(collective=True))
+    assert left.expect(0).losses == untapped_once(argv).losses
+    right.expect(0)
+    run = captures.expect_sound(tmp_path / "left")
+    assert all(record.complete for record in run.records) and not run.info.notices
+    # What lies on rank 1 alone has no parts to be brought together.
+    assert all(record.ranks == (1,) for record in flexmodel.open(tmp_path / "right").records)
+    one_node = run_once(argv, hooks(collective=False)).expect(0).run
+    captures.expect_equal(captures.read(tmp_path / "left"), captures.read(one_node))
+
+
+CLAUSES = "up@assemble=collective;extra@assemble=collective;down:forward,backward@assemble=collective"
+DIVERGE = {
+    "skip": "rank 1 did not give its part of extra forward out at step 1, call 0.0; it is not gathered",
+    "other": "rank 1 and rank 0 have different hooks; from now on the agents assemble",
+    "none": "rank 1 did not come in time (does every rank have these hooks?); from now on the agents assemble",
+}
+
+
+@pytest.mark.parametrize("what", DIVERGE)
+def test_ranks_that_do_otherwise_are_named_and_nothing_is_lost(what, run_once, untapped_once):
+    argv = harness.torchrun("diverging.py", what)
+    outcome = run_once(argv, CLAUSES).expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    run = captures.expect_sound(outcome.run)
+    assert f"assemble=collective: {DIVERGE[what]}" in run.info.notices
+    # Each rank's agent has what it gave, whether or not it was brought together.
+    gave = {(module, step): 2 for module in ("up", "extra", "down") for step in range(4)}
+    if what == "skip":
+        gave["extra", 1] = 1
+    elif what == "other":
+        gave |= {(module, step): 1 for module in ("extra", "down") for step in range(4)}
+    assert {(r.module, r.step): len(r.parts) for r in run.records if r.kind == "forward"} == gave
+
+
+@pytest.mark.parametrize("what", ["raise", "kill", "stop"])
+def test_what_was_gathered_before_a_rank_gave_up_is_there_and_the_job_ends_as_it_would(what, tmp_path, untapped_once):
+    out, go = tmp_path / "x", tmp_path / "go"
+    argv = [harness.FLEXMODEL, "run", "--hooks", CLAUSES, "--out", str(out), "--", *harness.torchrun("diverging.py", what)]
+
+    def steps() -> set[int]:
+        try:
+            return {record.step for record in flexmodel.open(out).records if record.complete}
+        except flexmodel.RunError:
+            return set()
+
+    with harness.Job(argv, harness.environment(GO=str(go))) as job:
+        # The job waits for the file: what is there now was gathered while it ran.
+        harness.wait_until(lambda: steps() == {0, 1}, "two steps of whole tensors", job=job)
+        go.touch()
+        if what == "stop":
+            harness.wait_until(lambda: any(map(_is_stopped, job.pids())), "a stopped rank", job=job)
+            for pid in job.pids():
+                os.kill(pid, signal.SIGCONT)
+        outcome = job.wait()
+    if what == "stop":
+        assert outcome.expect(0).losses == untapped_once(harness.torchrun("diverging.py", "nothing")).losses
+        assert steps() == {0, 1, 2, 3}
+    else:
+        outcome.expect(1)
+        assert ("ValueError: rank 1 gives up" if what == "raise" else "Signal 9") in outcome.err
+    captures.expect_sound(out)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return (pathlib.Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
