@@ -104,6 +104,8 @@ std::unique_ptr<Communicator> over_backend(PyObject* backend) {
   }
 }
 
+bool is_on_device(const at::Tensor& tensor) { return !tensor.device().is_cpu(); }
+
 std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype) {
   const auto type = dtype_of(dtype);
   TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));

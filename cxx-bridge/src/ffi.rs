@@ -95,6 +95,7 @@ pub mod bridge {
     struct Move {
         peer: u32,
         send: bool,
+        on_device: bool,
         tensor: usize,
         dtype: u8,
         sizes: Vec<u64>,
@@ -171,6 +172,9 @@ pub mod bridge {
 
         /// A row-major copy of `tensor` as `dtype`, on its device.
         fn keep(tensor: &Tensor, dtype: u8) -> Result<UniquePtr<Tensor>>;
+
+        /// Whether it is on a device, not the CPU.
+        fn is_on_device(tensor: &Tensor) -> bool;
 
         /// Ranks that can tell each other words and send each other tensors.
         type Communicator;

@@ -63,7 +63,14 @@ fn given(one: &tap_abi::Move) -> Move {
         // SAFETY: so many sizes live through the call (BridgeTable).
         unsafe { std::slice::from_raw_parts(one.sizes, one.ndim as usize).to_vec() }
     };
-    Move { peer: one.peer, send: one.send, tensor: one.tensor as usize, dtype: one.dtype, sizes }
+    Move {
+        peer: one.peer,
+        send: one.send,
+        on_device: one.on_device,
+        tensor: one.tensor as usize,
+        dtype: one.dtype,
+        sizes,
+    }
 }
 
 pub unsafe extern "C" fn cut(comm: *mut c_void) {

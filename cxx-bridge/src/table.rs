@@ -66,11 +66,15 @@ unsafe extern "C" fn copy(handle: *const c_void, dtype: u8, first: u64, count: u
     }
 }
 
-unsafe extern "C" fn keep(handle: *const c_void, dtype: u8) -> *mut c_void {
+unsafe extern "C" fn keep(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void {
     // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc).
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return std::ptr::null_mut() };
     match bridge::keep(tensor, dtype) {
-        Ok(kept) => kept.into_raw().cast(),
+        Ok(kept) => {
+            // SAFETY: the flag is the caller's to be written.
+            unsafe { on_device.write(bridge::is_on_device(&kept)) };
+            kept.into_raw().cast()
+        }
         Err(why) => {
             tell("tensors are not gathered", &why);
             std::ptr::null_mut()

@@ -422,6 +422,8 @@ pub struct Move {
     pub peer: u32,
     /// To it; otherwise from it.
     pub send: bool,
+    /// From device to device; otherwise both have it on the CPU.
+    pub on_device: bool,
     /// A kept tensor: the caller's, or null, and then what was received, for the caller to discard.
     pub tensor: *mut c_void,
     /// Of what is received.
@@ -446,8 +448,8 @@ pub struct BridgeTable {
     /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
     pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
     /// Keeps a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
-    /// be. It may be used from any thread, also where a `handle` is asked for.
-    pub keep: unsafe extern "C" fn(handle: *const c_void, dtype: u8) -> *mut c_void,
+    /// be. It may be used from any thread, also where a `handle` is asked for. Says whether it is on a device, not the CPU.
+    pub keep: unsafe extern "C" fn(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void,
     /// Gives a kept tensor back.
     pub discard: unsafe extern "C" fn(kept: *mut c_void),
     /// Tells all members of a communicator some bytes, and then `hear` what each of them told, in order. False: the

@@ -5,7 +5,7 @@
 //!
 //! A tensor is gathered once as many ranks have offered a part of it as its layout has members. It is left apart, each
 //! part for the rank that has it to bring to its agent, if that cannot happen any more: a rank went on to the next step
-//! without its part, or gave it up, or describes another layout.
+//! without its part, or gave it up, or describes another layout, or has it on the CPU where others have it on a device.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -29,13 +29,25 @@ pub struct Told {
     pub withdrawn: Vec<u64>,
 }
 
+/// Where a part is that a rank offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Held {
+    /// Its agent has it already.
+    Not = 0,
+    /// On the CPU.
+    Host = 1,
+    /// On a device.
+    Device = 2,
+}
+
 /// A part that a rank has.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Offer {
     /// What it is.
     pub meta: RecordMeta,
-    /// The rank keeps it for a transfer; otherwise its agent has it already.
-    pub held: bool,
+    /// Where.
+    pub held: Held,
 }
 
 /// A rank's part.
@@ -45,6 +57,8 @@ pub struct Part {
     pub member: usize,
     /// Which of its offers.
     pub number: u64,
+    /// Where it is.
+    pub held: Held,
     /// What it is.
     pub meta: RecordMeta,
 }
@@ -63,7 +77,7 @@ pub enum Verdict {
 pub enum Why {
     /// Ranks that should have a part went on without one.
     Skipped,
-    /// Parts describe different layouts.
+    /// Parts describe different layouts, or are not all on a device.
     Differs,
     /// A rank gave its part up, which is told by itself.
     Withdrawn,
@@ -149,8 +163,8 @@ impl Agreement {
                 *next += 1;
                 self.keys.insert((member, number), key.clone());
                 let open = self.open.entry(key).or_default();
-                open.given_up |= !offer.held;
-                open.parts.push(Part { member, number, meta: offer.meta });
+                open.given_up |= offer.held == Held::Not;
+                open.parts.push(Part { member, number, held: offer.held, meta: offer.meta });
             }
             for number in told.withdrawn {
                 if let Some(open) = self.keys.get(&(member, number)).and_then(|key| self.open.get_mut(key)) {
@@ -187,7 +201,8 @@ impl Agreement {
             return Some(Some(Why::Withdrawn));
         }
         let wanted = open.parts.iter().map(|part| members(&part.meta));
-        let alike = wanted.clone().min() == wanted.clone().max();
+        let held = open.parts.first().map(|part| part.held);
+        let alike = wanted.clone().min() == wanted.clone().max() && open.parts.iter().all(|p| Some(p.held) == held);
         let there: BTreeSet<_> = open.parts.iter().map(|part| coordinates(&part.meta)).collect();
         if alike && open.parts.len() == there.len() && wanted.max() == Some(there.len() as u64) {
             return Some(None);
@@ -225,7 +240,7 @@ mod tests {
     fn part(module: &str, step: u64, index: u32, size: u32) -> Offer {
         let axes = vec![Axis { name: "dp".into(), index, size, place: Place::Shard { dim: 0, offset: None } }];
         let meta = RecordMeta { step, axes, rank: index, ..RecordMeta::output(module, DType::Float32, vec![2]) };
-        Offer { meta, held: true }
+        Offer { meta, held: Held::Host }
     }
 
     fn says(step: u64, offers: &[Offer]) -> Told {
@@ -276,7 +291,7 @@ mod tests {
     #[test]
     fn what_a_rank_gave_up_no_rank_transfers() {
         let mut agreement = Agreement::new(2);
-        let gone = Offer { held: false, ..part("a", 0, 0, 2) };
+        let gone = Offer { held: Held::Not, ..part("a", 0, 0, 2) };
         assert_eq!(of(&agreement.take(vec![says(0, &[gone]), says(0, &[])])), [("a".into(), Some(Why::Withdrawn))]);
         assert_eq!(agreement.take(vec![says(0, &[part("b", 0, 0, 2)]), says(0, &[])]), []);
         let withdrawn = Told { withdrawn: vec![1], ..Told::default() };
@@ -289,6 +304,14 @@ mod tests {
         let round = vec![says(0, &[part("a", 0, 0, 2)]), says(0, &[part("a", 0, 1, 3)]), says(0, &[])];
         assert_eq!(agreement.take(round), []);
         let verdicts = agreement.take(vec![says(1, &[]), says(1, &[]), says(1, &[])]);
+        assert_eq!(of(&verdicts), [("a".into(), Some(Why::Differs))]);
+    }
+
+    #[test]
+    fn parts_on_a_device_and_on_the_cpu_are_never_gathered() {
+        let mut agreement = Agreement::new(2);
+        let on_device = Offer { held: Held::Device, ..part("a", 0, 1, 2) };
+        let verdicts = agreement.take(vec![says(0, &[part("a", 0, 0, 2)]), says(0, &[on_device])]);
         assert_eq!(of(&verdicts), [("a".into(), Some(Why::Differs))]);
     }
 

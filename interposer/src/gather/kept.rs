@@ -2,12 +2,12 @@
 
 use std::ffi::c_void;
 
-use wire::{
-    record::RecordMeta,
-    tap_abi::{self, BridgeTable},
-};
+use wire::tap_abi;
 
-use super::{forget, lock};
+use super::{
+    agreement::{Held, Part},
+    forget, lock,
+};
 use crate::{
     boot,
     shipping::{self, Cargo},
@@ -16,6 +16,7 @@ use crate::{
 /// A row-major tensor of our own, on the device that it was captured on.
 pub struct Kept {
     tensor: *mut c_void,
+    on_device: bool,
     bytes: u64,
 }
 
@@ -34,16 +35,22 @@ impl Kept {
             }
             gather.bytes += bytes;
         }
+        let mut on_device = false;
         // SAFETY: the handle is the tensor of the tap that is firing.
-        let tensor = unsafe { (bridge.keep)(cargo.handle, cargo.meta.dtype as u8) };
+        let tensor = unsafe { (bridge.keep)(cargo.handle, cargo.meta.dtype as u8, &raw mut on_device) };
         if tensor.is_null() {
             forget(bytes);
             return None;
         }
-        Some(Self { tensor, bytes })
+        Some(Self { tensor, on_device, bytes })
     }
 
-    /// For [`BridgeTable::copy`].
+    /// Where it is.
+    pub fn held(&self) -> Held {
+        if self.on_device { Held::Device } else { Held::Host }
+    }
+
+    /// For [`tap_abi::BridgeTable::copy`].
     pub fn handle(&self) -> *const c_void {
         self.tensor
     }
@@ -67,7 +74,7 @@ pub struct Move<'a> {
 
 enum What<'a> {
     Send(&'a Kept),
-    Receive(&'a RecordMeta),
+    Receive(&'a Part),
 }
 
 impl<'a> Move<'a> {
@@ -76,9 +83,9 @@ impl<'a> Move<'a> {
         Self { peer, what: What::Send(kept) }
     }
 
-    /// From `peer`.
-    pub fn receive(peer: usize, meta: &'a RecordMeta) -> Self {
-        Self { peer, what: What::Receive(meta) }
+    /// From the rank that has it.
+    pub fn receive(part: &'a Part) -> Self {
+        Self { peer: part.member, what: What::Receive(part) }
     }
 }
 
@@ -121,7 +128,7 @@ impl Communicator {
         let mut list: Vec<tap_abi::Move> = moves.iter().map(|one| one.as_abi()).collect();
         // SAFETY: the communicator is not left yet; tensors and sizes live through the call.
         let went_well = unsafe { (bridge.transfer)(self.comm, list.as_mut_ptr(), list.len()) };
-        let received = |(done, one): (&tap_abi::Move, &Move<'_>)| own(bridge, done, one);
+        let received = |(done, one): (&tap_abi::Move, &Move<'_>)| own(done, one);
         let received = list.iter().zip(&moves).filter_map(received).collect();
         went_well.then_some(received)
     }
@@ -145,34 +152,37 @@ impl Communicator {
 
 impl Move<'_> {
     fn as_abi(&self) -> tap_abi::Move {
-        let peer = self.peer as u32;
+        let nothing = tap_abi::Move {
+            peer: self.peer as u32,
+            send: true,
+            on_device: false,
+            tensor: std::ptr::null_mut(),
+            dtype: 0,
+            sizes: std::ptr::null(),
+            ndim: 0,
+        };
         match self.what {
-            What::Send(kept) => {
-                tap_abi::Move { peer, send: true, tensor: kept.tensor, dtype: 0, sizes: std::ptr::null(), ndim: 0 }
-            }
-            What::Receive(meta) => tap_abi::Move {
-                peer,
+            What::Send(kept) => tap_abi::Move { on_device: kept.on_device, tensor: kept.tensor, ..nothing },
+            What::Receive(part) => tap_abi::Move {
                 send: false,
-                tensor: std::ptr::null_mut(),
-                dtype: meta.dtype as u8,
-                sizes: meta.shape.as_ptr(),
-                ndim: meta.shape.len() as u32,
+                on_device: part.held == Held::Device,
+                dtype: part.meta.dtype as u8,
+                sizes: part.meta.shape.as_ptr(),
+                ndim: part.meta.shape.len() as u32,
+                ..nothing
             },
         }
     }
 }
 
 /// What was received.
-fn own(bridge: &BridgeTable, done: &tap_abi::Move, one: &Move<'_>) -> Option<Kept> {
-    let What::Receive(meta) = one.what else { return None };
+fn own(done: &tap_abi::Move, one: &Move<'_>) -> Option<Kept> {
+    let What::Receive(part) = one.what else { return None };
     if done.tensor.is_null() {
         return None;
     }
-    let Some(bytes) = meta.payload_len() else {
-        // SAFETY: the tensor came from the bridge and is given back once.
-        unsafe { (bridge.discard)(done.tensor) };
-        return None;
-    };
+    // A rank that describes more bytes than there can be gets no tensor.
+    let bytes = part.meta.payload_len().unwrap_or_default();
     lock().bytes += bytes;
-    Some(Kept { tensor: done.tensor, bytes })
+    Some(Kept { tensor: done.tensor, on_device: done.on_device, bytes })
 }

@@ -2,7 +2,7 @@
 
 use wire::record::RecordMeta;
 
-use super::agreement::{Offer, Told};
+use super::agreement::{Held, Offer, Told};
 
 const CLOSING: u8 = 1;
 const LEAVING: u8 = 2;
@@ -18,7 +18,7 @@ pub fn encode(told: &Told) -> Vec<u8> {
     for offer in &told.offers {
         meta.clear();
         offer.meta.encode(&mut meta);
-        out.push(u8::from(offer.held));
+        out.push(offer.held as u8);
         out.extend_from_slice(&(meta.len() as u32).to_le_bytes());
         out.extend_from_slice(&meta);
     }
@@ -34,7 +34,8 @@ pub fn decode(mut bytes: &[u8]) -> Option<Told> {
         told.withdrawn.push(u64::from_le_bytes(number(&mut bytes)?));
     }
     while !bytes.is_empty() {
-        let held = number::<1>(&mut bytes)?[0] != 0;
+        let code = number::<1>(&mut bytes)?[0];
+        let held = [Held::Not, Held::Host, Held::Device].into_iter().find(|held| *held as u8 == code)?;
         let len = u32::from_le_bytes(number(&mut bytes)?) as usize;
         let (meta, rest) = bytes.split_at_checked(len)?;
         told.offers.push(Offer { meta: RecordMeta::decode(meta).ok()?, held });
@@ -58,7 +59,7 @@ mod tests {
     #[test]
     fn words_round_trip_and_cut_ones_are_refused() {
         let meta = RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 3]);
-        let offers = vec![Offer { meta: meta.clone(), held: true }, Offer { meta, held: false }];
+        let offers = vec![Offer { meta: meta.clone(), held: Held::Device }, Offer { meta, held: Held::Not }];
         let told = Told { step: 7, closing: true, leaving: false, offers, withdrawn: vec![1, 5] };
         let bytes = encode(&told);
         assert_eq!(decode(&bytes), Some(told));

@@ -33,7 +33,7 @@ use crate::{
     shipping::{self, Cargo},
     state,
 };
-use agreement::{Agreement, Offer, Part, Told, Verdict, Why};
+use agreement::{Agreement, Held, Offer, Part, Told, Verdict, Why};
 pub use kept::Communicator;
 use kept::{Kept, Move};
 
@@ -271,7 +271,8 @@ impl Meeting {
         drop(gather);
         let mut offers = Vec::with_capacity(queue.len());
         for outgoing in queue {
-            offers.push(Offer { meta: outgoing.meta.clone(), held: outgoing.kept.is_some() });
+            let held = outgoing.kept.as_ref().map_or(Held::Not, Kept::held);
+            offers.push(Offer { meta: outgoing.meta.clone(), held });
             self.mine.insert(self.offered, outgoing);
             self.offered += 1;
         }
@@ -317,7 +318,7 @@ impl Meeting {
                     let Some(kept) = kept else { return false };
                     moves.push(Move::send(first.member, kept));
                 } else if first.member == me {
-                    moves.push(Move::receive(part.member, &part.meta));
+                    moves.push(Move::receive(part));
                 }
             }
         }

@@ -37,6 +37,7 @@ class Communicator {
 std::unique_ptr<Communicator> over_backend(PyObject* backend);
 
 // See ffi.rs.
+bool is_on_device(const at::Tensor& tensor);
 std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype);
 
 }  // namespace flexmodel
