@@ -112,3 +112,45 @@ def _is_stopped(pid: int) -> bool:
         return (pathlib.Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
+
+
+STANDIN = harness.ROOT / "target" / "release" / "libnccl.so"
+
+
+def over_nccl(folder: pathlib.Path, faults: str, *argv: str, ranks: int = 2) -> tuple[harness.Outcome, list[str]]:
+    """A job whose tensors go over the stand-in for NCCL, and what that says, a line each."""
+    log = folder / "nccl.log"
+    standin = os.environ.get("FLEXMODEL_STANDIN", str(STANDIN))
+    outcome = harness.tapped(
+        harness.torchrun("with_standin.py", *argv, ranks=ranks), hooks(collective=True), folder / "x",
+        FLEXMODEL_TEST_NCCL=standin, FLEXMODEL_NCCL_STANDIN_LOG=str(log), FLEXMODEL_NCCL_STANDIN=faults,
+    )  # fmt: skip
+    return outcome, log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.parametrize("ranks, argv", [(2, ("fsdp2.py",)), (4, ("fsdp2_tp.py",))])
+def test_the_same_bytes_go_over_nccl_in_the_order_that_both_ends_know(ranks, argv, run_once, untapped_once, tmp_path):
+    outcome, said = over_nccl(tmp_path, "trace", *argv, ranks=ranks)
+    assert outcome.expect(0).losses == untapped_once(harness.torchrun(*argv, ranks=ranks)).losses
+    run = captures.expect_sound(outcome.run)
+    assert not run.info.notices
+    # Every part that lies on another rank than the first one of its tensor was sent and received, and nothing else.
+    moved = sum(len(r.parts) - 1 for r in run.records)
+    assert [line for line in said if "trace: " not in line] == []
+    assert sum(": send of " in line for line in said) == sum(": receive of " in line for line in said) == moved
+    one_node = run_once(harness.torchrun(*argv, ranks=ranks), hooks(collective=False)).expect(0).run
+    captures.expect_equal(captures.read(outcome.run), captures.read(one_node))
+
+
+@pytest.mark.parametrize(
+    "fault", ["fail=ncclCommInitRankConfig:1:5@1", "fail=ncclGroupEnd:3:2@0", "error=2:6@1", "hang=ncclSend:40@1"]
+)
+def test_when_nccl_fails_the_agents_assemble_and_nothing_is_lost(fault, run_once, untapped_once, tmp_path):
+    outcome, said = over_nccl(tmp_path, fault, "fsdp2.py")
+    argv = harness.torchrun("fsdp2.py")
+    assert outcome.expect(0).losses == untapped_once(argv).losses
+    run = captures.expect_sound(outcome.run)
+    assert any("the agents assemble" in notice or "not gathered" in notice for notice in run.info.notices)
+    assert not [line for line in said if "violation" in line]
+    one_node = run_once(argv, hooks(collective=False)).expect(0).run
+    captures.expect_equal(captures.read(outcome.run), captures.read(one_node))

@@ -43,13 +43,12 @@ class Gloo : public Communicator {
     return heard;
   }
 
-  void transfer(rust::Vec<Move>& moves) const override {
+  void transfer(const rust::Vec<Move>& moves) const override {
     const Unseen unseen;
     std::vector<c10::intrusive_ptr<c10d::Work>> under_way;
     std::vector<std::vector<at::Tensor>> tensors;
     tensors.reserve(moves.size());
-    for (Move& move : moves) {
-      if (!move.send) move.tensor = receiver(move);
+    for (const Move& move : moves) {
       const at::Tensor& tensor = *reinterpret_cast<const at::Tensor*>(move.tensor);
       if (tensor.numel() == 0) continue;
       // Gloo knows fewer types than torch.
@@ -83,13 +82,6 @@ class Gloo : public Communicator {
     return length;
   }
 
-  static size_t receiver(const Move& move) {
-    std::vector<int64_t> sizes(move.sizes.begin(), move.sizes.end());
-    const auto type = dtype_of(move.dtype);
-    TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(move.dtype));
-    return reinterpret_cast<size_t>(new at::Tensor(at::empty(sizes, at::TensorOptions().dtype(*type))));
-  }
-
   c10::intrusive_ptr<c10d::Backend> backend_;
 };
 
@@ -102,17 +94,6 @@ std::unique_ptr<Communicator> over_backend(PyObject* backend) {
     PyErr_SetString(PyExc_TypeError, e.what());
     return nullptr;
   }
-}
-
-bool is_on_device(const at::Tensor& tensor) { return !tensor.device().is_cpu(); }
-
-std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype) {
-  const auto type = dtype_of(dtype);
-  TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
-  const Unseen unseen;
-  at::Tensor kept = at::empty(tensor.sizes(), at::TensorOptions().dtype(*type).device(tensor.device()));
-  kept.copy_(tensor);
-  return std::make_unique<at::Tensor>(std::move(kept));
 }
 
 }  // namespace flexmodel

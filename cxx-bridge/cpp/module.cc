@@ -139,14 +139,17 @@ PyObject* py_describe_with(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
-// joined(backend, index, size)
+// joined(backend, index, size, device, -1 for none)
 PyObject* py_joined(PyObject*, PyObject* args) {
   PyObject* backend = nullptr;
   unsigned int index = 0, size = 1;
-  if (PyArg_ParseTuple(args, "OII", &backend, &index, &size) == 0) return nullptr;
+  int device = -1;
+  if (PyArg_ParseTuple(args, "OIIi", &backend, &index, &size, &device) == 0) return nullptr;
   std::unique_ptr<Communicator> comm = over_backend(backend);
   if (comm == nullptr) return nullptr;
-  joined(std::move(comm), index, size);
+  Py_BEGIN_ALLOW_THREADS;
+  joined(std::move(comm), index, size, device);
+  Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
 
@@ -206,7 +209,7 @@ PyMethodDef functions[] = {
     {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
     {"stepped", plain<stepped>, METH_NOARGS, "An optimizer stepped."},
     {"plan", py_plan, METH_NOARGS, "What all ranks must agree on to gather tensors; empty if no hook wants that."},
-    {"joined", py_joined, METH_VARARGS, "The ranks have a communicator of ours: a c10d backend, this member, how many."},
+    {"joined", py_joined, METH_VARARGS, "The ranks have a communicator of ours: a c10d backend, this member, how many, and its device."},
     {"apart", text<apart>, METH_O, "They have none, for this reason."},
     {"notice", text<notice>, METH_O, "One line for the user."},
     {"fault", text<fault>, METH_O, "Turns taps off in this process, with one line."},

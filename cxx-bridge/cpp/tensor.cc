@@ -8,7 +8,6 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <chrono>
@@ -33,18 +32,6 @@ constexpr std::pair<uint8_t, ScalarType> kTypes[] = {
     {22, ScalarType::UInt16},        {23, ScalarType::Byte},           {24, ScalarType::Bool},
     {32, ScalarType::ComplexFloat},  {33, ScalarType::ComplexDouble},  {34, ScalarType::ComplexHalf},
 };
-
-// The stream that copies leave a device on.
-c10::Stream copy_stream(const c10::impl::VirtualGuardImpl& guard, c10::Device device) {
-  static std::mutex mutex;
-  static std::map<c10::DeviceIndex, c10::Stream> streams;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = streams.find(device.index());
-  if (found == streams.end()) {
-    found = streams.emplace(device.index(), guard.getStreamFromGlobalPool(device, false)).first;
-  }
-  return found->second;
-}
 
 // Copies elements `first .. first + flat.numel()` of `source`, in row-major order, into the vector `flat`. A range of
 // rows is a box with a part of a row before and after it, and so on inside these rows: no more than the range is copied.
@@ -77,13 +64,11 @@ std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType ty
                                          uint8_t* destination) {
   const c10::Device device = source.device();
   const c10::impl::VirtualGuardImpl guard(device.type());
-  // A copy inside a CUDA graph would be replayed into a slot that is long somebody else's, and break the capture.
-  TORCH_CHECK(!is_capturing(reinterpret_cast<size_t>(guard.getStream(device).native_handle())),
-              "the stream is being captured into a CUDA graph");
+  expect_no_capture(guard, device);
   at::Tensor snapshot = at::empty({count}, at::TensorOptions().dtype(type).device(device));
   copy_range(source, first, snapshot);
   const c10::Stream job = guard.getStream(device);
-  const c10::Stream side = copy_stream(guard, device);
+  const c10::Stream side = side_stream(device);
   c10::Event taken(device.type());
   taken.record(job);
   taken.block(side);
@@ -98,6 +83,23 @@ std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType ty
 }
 
 }  // namespace
+
+c10::Stream side_stream(c10::Device device) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, c10::Stream> streams;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = streams.find(device.index());
+  if (found == streams.end()) {
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    found = streams.emplace(device.index(), guard.getStreamFromGlobalPool(device, false)).first;
+  }
+  return found->second;
+}
+
+void expect_no_capture(const c10::impl::VirtualGuardImpl& guard, c10::Device device) {
+  TORCH_CHECK(!is_capturing(reinterpret_cast<size_t>(guard.getStream(device).native_handle())),
+              "the stream is being captured into a CUDA graph");
+}
 
 uint8_t dtype_code(ScalarType type) {
   for (const auto& [code, known] : kTypes) {

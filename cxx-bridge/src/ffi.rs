@@ -91,14 +91,11 @@ pub mod bridge {
         bytes: Vec<u8>,
     }
 
-    /// `wire::tap_abi::Move`; tensors by their address.
+    /// A tensor, by its address, on its way to another rank or from it.
     struct Move {
         peer: u32,
         send: bool,
-        on_device: bool,
         tensor: usize,
-        dtype: u8,
-        sizes: Vec<u64>,
     }
 
     extern "Rust" {
@@ -136,7 +133,7 @@ pub mod bridge {
         fn notice(text: &str);
         fn fault(text: &str);
         fn plan() -> String;
-        fn joined(comm: UniquePtr<Communicator>, index: u32, size: u32);
+        fn joined(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32);
         fn apart(why: &str);
         fn finish();
         fn active() -> bool;
@@ -147,6 +144,7 @@ pub mod bridge {
         include!("flexmodel/tensor.h");
         include!("flexmodel/module.h");
         include!("flexmodel/communicator.h");
+        include!("flexmodel/kept.h");
 
         #[namespace = "at"]
         type Tensor;
@@ -170,11 +168,31 @@ pub mod bridge {
         /// Waits until the copy is done.
         fn wait(self: &Ticket) -> Result<()>;
 
+        /// Whether it is.
+        fn has_come(self: &Ticket) -> Result<bool>;
+
         /// A row-major copy of `tensor` as `dtype`, on its device.
         fn keep(tensor: &Tensor, dtype: u8) -> Result<UniquePtr<Tensor>>;
 
         /// Whether it is on a device, not the CPU.
         fn is_on_device(tensor: &Tensor) -> bool;
+
+        /// The address of its first element, and its bytes.
+        fn address_of(tensor: &Tensor) -> usize;
+        fn bytes_of(tensor: &Tensor) -> usize;
+
+        /// Another reference to it.
+        fn share(tensor: &Tensor) -> UniquePtr<Tensor>;
+
+        /// Room for what is received, on a device (on the CPU: -1), used on the side stream.
+        fn receiver(dtype: u8, sizes: &[u64], device: i32) -> Result<UniquePtr<Tensor>>;
+
+        /// Makes the device and its side stream, on which tensors that are kept come and go, those of this thread; the
+        /// stream.
+        fn go_aside(device: i32) -> Result<usize>;
+
+        /// Comes when the side stream has done what it has to do now.
+        fn mark(device: i32) -> Result<UniquePtr<Ticket>>;
 
         /// Ranks that can tell each other words and send each other tensors.
         type Communicator;
@@ -182,8 +200,8 @@ pub mod bridge {
         /// Tells all members `mine`; what each of them told, in order.
         fn exchange(self: &Communicator, mine: &[u8]) -> Result<Vec<Words>>;
 
-        /// Carries out moves; what is received gets an address, also before an error.
-        fn transfer(self: &Communicator, moves: &mut Vec<Move>) -> Result<()>;
+        /// Carries out moves between tensors of the CPU.
+        fn transfer(self: &Communicator, moves: &Vec<Move>) -> Result<()>;
 
         /// Makes what is under way fail.
         fn cut(self: &Communicator) -> Result<()>;

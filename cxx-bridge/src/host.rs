@@ -5,7 +5,10 @@ use std::{ffi::c_void, sync::OnceLock};
 use cxx::UniquePtr;
 use wire::tap_abi::{self, HostTable, LeafPlace, ModelDesc, Rank, Refusal, Role, Str, TensorDesc};
 
-use crate::ffi::bridge::{Call, Communicator, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor};
+use crate::{
+    ffi::bridge::{Call, Communicator, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor},
+    gather::Ranks,
+};
 
 static HOST: OnceLock<&'static HostTable> = OnceLock::new();
 
@@ -216,10 +219,12 @@ pub fn plan() -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-pub fn joined(comm: UniquePtr<Communicator>, index: u32, size: u32) {
+pub fn joined(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32) {
     let Some(host) = host() else { return };
+    let ranks = Ranks::new(words, index, size, device);
+    let devices = ranks.takes_devices();
     // SAFETY: the host leaves the communicator once, through the bridge's table.
-    unsafe { (host.joined)(comm.into_raw().cast(), index, size) };
+    unsafe { (host.joined)(Box::into_raw(Box::new(ranks)).cast(), index, size, devices) };
 }
 
 pub fn apart(why: &str) {

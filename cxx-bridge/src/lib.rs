@@ -9,18 +9,21 @@
 //! | [`ffi`] | the cxx bridge |
 //! | [`host`] | what C++ calls: the interposer's table |
 //! | [`table`] | what the interposer calls: the bridge's table |
-//! | [`gather`] | what the interposer asks of a communicator |
+//! | [`gather`] | a communicator as the interposer sees it |
+//! | [`nccl`] | its way between devices, over NCCL |
 //! | [`pin`] | asks the CUDA driver, where there is one: page-locks the slab, knows graph captures |
 //! | `cpp/tensor.cc` | describes tensors and copies them out |
 //! | `cpp/leaves.cc` | walks tuples, lists, dicts and dataclasses |
 //! | `cpp/gradients.cc` | identity nodes, gradient hooks, edits |
 //! | `cpp/tap.cc` | the Python callable that a hook is |
+//! | `cpp/kept.cc` | tensors of our own, which other ranks get |
 //! | `cpp/communicator.cc` | a communicator of our own, over c10d's Gloo |
 //! | `cpp/module.cc` | the Python module for the shim |
 
 mod ffi;
 mod gather;
 mod host;
+mod nccl;
 mod pin;
 mod table;
 

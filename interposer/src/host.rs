@@ -176,8 +176,8 @@ unsafe extern "C" fn plan(out: *mut u8, cap: usize) -> usize {
     })
 }
 
-unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32) {
-    let comm = gather::Communicator::new(comm, index as usize);
+unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, devices: bool) {
+    let comm = gather::Communicator::new(comm, index as usize, devices);
     if state::is_on() {
         boundary(|| gather::joined(comm, size as usize));
     } else {

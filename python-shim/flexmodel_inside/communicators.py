@@ -20,6 +20,8 @@ _PATIENCE = 30.0
 # The longest that one operation may take, and making the communicator: another rank may have stopped.
 _OPERATION = timedelta(seconds=60)
 _MAKING = timedelta(seconds=10)
+# The longest that a process which ends waits for that, and for NCCL's.
+_FAREWELL = 25.0
 # First and longest pause between two looks.
 _LOOK = (0.005, 0.1)
 _PREFIX = "flexmodel"
@@ -47,7 +49,7 @@ class Communicators:
             return
         self._group = group
         store = c10d.PrefixStore(_PREFIX, c10d._get_default_store().clone())
-        meeting = (store, c10d.get_rank(), c10d.get_world_size(), f"{zlib.crc32(plan.encode()):08x}")
+        meeting = (store, c10d.get_rank(), c10d.get_world_size(), f"{zlib.crc32(plan.encode()):08x}", _device())
         self._thread = threading.Thread(target=self._meet, args=meeting, name="flexmodel-join", daemon=True)
         self._thread.start()
 
@@ -55,16 +57,16 @@ class Communicators:
         """The process ends: wait for the thread, which may be making a communicator, so that it ends before Python does."""
         self._ending.set()
         if self._thread is not None:
-            self._thread.join(_MAKING.total_seconds() + 5)
+            self._thread.join(_FAREWELL)
 
-    def _meet(self, store: Any, rank: int, world: int, plan: str) -> None:
+    def _meet(self, store: Any, rank: int, world: int, plan: str, device: int) -> None:
         try:
             why = self._absent(store, rank, world, plan)
             if why is None:
                 # torch's own, as it is for a job's Gloo group; not registered with torch, so the job does not see it.
                 gloo = sys.modules[MODULE].ProcessGroupGloo(store, rank, world, _MAKING)
                 gloo.set_timeout(_OPERATION)
-                self._bridge.joined(gloo, rank, world)
+                self._bridge.joined(gloo, rank, world, device)
             else:
                 self._bridge.apart(why)
         except Exception as e:
@@ -83,6 +85,12 @@ class Communicators:
             pause = min(2 * pause, _LOOK[1])
         others = [other for other in range(world) if store.get(keys[other]).decode() != plan]
         return f"{_ranks(others)} and rank {rank} have different hooks" if others else None
+
+
+def _device() -> int:
+    """The device of this process, whose first model is about to be called; -1 if it has none."""
+    cuda = sys.modules.get("torch.cuda")
+    return cuda.current_device() if cuda is not None and cuda.is_initialized() else -1
 
 
 def _ranks(ranks: list[int]) -> str:

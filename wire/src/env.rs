@@ -22,6 +22,9 @@ pub const RANK_PROCESS: &str = "FLEXMODEL_RANK_PROCESS";
 /// Name of a fault to inject in tests (`panic-in-tap`, `panic-in-load`, `throw-in-tap`).
 pub const FAULT: &str = "FLEXMODEL_TEST_FAULT";
 
+/// Path of an open library that stands in for NCCL in tests: tensors of the CPU are gathered over it.
+pub const TEST_NCCL: &str = "FLEXMODEL_TEST_NCCL";
+
 /// Slab size when [`SLAB`] is not set.
 pub const DEFAULT_SLAB_BYTES: u64 = 256 << 20;
 /// Smallest slab: it must hold a few frames of metadata and payload.

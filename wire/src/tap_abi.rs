@@ -394,8 +394,9 @@ pub struct HostTable {
     /// What all ranks must agree on to gather tensors by collective, in `out`, of `cap` bytes; its length. 0: no hook wants
     /// it.
     pub plan: unsafe extern "C" fn(out: *mut u8, cap: usize) -> usize,
-    /// The ranks have a communicator of ours, for the host to leave: member `index` of `size`.
-    pub joined: unsafe extern "C" fn(comm: *mut c_void, index: u32, size: u32),
+    /// The ranks have a communicator of ours, for the host to leave: member `index` of `size`. Whether it takes tensors
+    /// that are on devices.
+    pub joined: unsafe extern "C" fn(comm: *mut c_void, index: u32, size: u32, devices: bool),
     /// They have none, or none any more, for this reason.
     pub apart: unsafe extern "C" fn(why: Str<'_>),
     /// The process ends in good order: finish what is under way, within a bound.

@@ -94,15 +94,21 @@ impl<'a> Move<'a> {
 pub struct Communicator {
     comm: *mut c_void,
     index: usize,
+    devices: bool,
 }
 
 // SAFETY: a communicator may be used from any thread, by one at a time, and cut from any (BridgeTable).
 unsafe impl Send for Communicator {}
 
 impl Communicator {
-    /// Of the bridge's making. `index` is this rank among its members.
-    pub fn new(comm: *mut c_void, index: usize) -> Self {
-        Self { comm, index }
+    /// Of the bridge's making. `index` is this rank among its members, `devices` whether it takes what is on devices.
+    pub fn new(comm: *mut c_void, index: usize, devices: bool) -> Self {
+        Self { comm, index, devices }
+    }
+
+    /// Whether it takes a tensor.
+    pub fn takes(&self, kept: &Kept) -> bool {
+        self.devices || !kept.on_device
     }
 
     /// This rank among the members.

@@ -270,7 +270,10 @@ impl Meeting {
         let (closing, stop) = (gather.closing, gather.stop);
         drop(gather);
         let mut offers = Vec::with_capacity(queue.len());
-        for outgoing in queue {
+        for mut outgoing in queue {
+            if let Some(kept) = outgoing.kept.take_if(|kept| !self.comm.takes(kept)) {
+                Outgoing { kept: Some(kept), meta: outgoing.meta.clone(), ..outgoing }.ship();
+            }
             let held = outgoing.kept.as_ref().map_or(Held::Not, Kept::held);
             offers.push(Offer { meta: outgoing.meta.clone(), held });
             self.mine.insert(self.offered, outgoing);

@@ -3,14 +3,10 @@
 
 #include "flexmodel/py.h"
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <memory>
 
 #include "rust/cxx.h"
-
-#include "flexmodel/tensor.h"
 
 namespace flexmodel {
 
@@ -27,17 +23,13 @@ class Communicator {
 
   // Tells all members `mine`; what each of them told, in order.
   virtual rust::Vec<Words> exchange(rust::Slice<const uint8_t> mine) const = 0;
-  // Carries out moves.
-  virtual void transfer(rust::Vec<Move>& moves) const = 0;
+  // Carries out moves between tensors of the CPU.
+  virtual void transfer(const rust::Vec<Move>& moves) const = 0;
   // Makes what is under way fail.
   virtual void cut() const = 0;
 };
 
 // Over a c10d backend for tensors of the CPU, a Python object; null with a Python error set. Needs the GIL.
 std::unique_ptr<Communicator> over_backend(PyObject* backend);
-
-// See ffi.rs.
-bool is_on_device(const at::Tensor& tensor);
-std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype);
 
 }  // namespace flexmodel

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <cstdint>
 #include <memory>
@@ -49,11 +50,20 @@ class Ticket {
   Ticket(at::Tensor source, c10::Event done) : source_(std::move(source)), done_(std::move(done)) {}
   // Blocks until the bytes are there. Does not need the GIL.
   void wait() const;
+  // Whether they are.
+  bool has_come() const { return done_.query(); }
 
  private:
   at::Tensor source_;
   mutable c10::Event done_;
 };
+
+// The stream that copies and transfers leave a device on.
+c10::Stream side_stream(c10::Device device);
+
+// Refuses the stream of a job's that is being captured into a CUDA graph: what is put on it would be replayed into
+// memory that is long somebody else's, and break the capture.
+void expect_no_capture(const c10::impl::VirtualGuardImpl& guard, c10::Device device);
 
 // wire::dtype::DType code of a torch type; 0 for one that has none.
 uint8_t dtype_code(c10::ScalarType type);
