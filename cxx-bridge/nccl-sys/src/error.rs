@@ -96,6 +96,6 @@ impl fmt::Display for Failure {
         if !self.last.is_empty() {
             write!(f, "; NCCL's last warning: {}", self.last.replace(char::is_control, " ").trim())?;
         }
-        write!(f, "); NCCL_DEBUG=INFO says more, and {AGENT}")
+        write!(f, "); {AGENT}")
     }
 }

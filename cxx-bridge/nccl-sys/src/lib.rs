@@ -11,7 +11,7 @@
 //! let nccl = nccl_sys::Nccl::loaded()?;
 //! let id = nccl_sys::UniqueId::from(bytes); // rank 0 made it, by UniqueId::new
 //! let soon = || Instant::now() + Duration::from_secs(10);
-//! let comm = nccl_sys::Comm::join(&nccl, id, 2, 1, soon(), make_device_current)?;
+//! let mut comm = nccl_sys::Comm::join(&nccl, id, 2, 1, soon(), make_device_current)?;
 //! // SAFETY: `piece` is 64 bytes of this device, and stays until the stream has passed the group.
 //! comm.group(soon(), |group| unsafe { group.send(piece, 64, 0, stream) })?;
 //! comm.wait(soon(), || Ok(true /* an event recorded on the stream now has come */))?;
@@ -21,16 +21,17 @@
 //!
 //! # Invariants
 //!
-//! - **NCCL-1** Every call returns, at the latest [`GRACE`] after its deadline, whatever the other ranks do.
+//! - **NCCL-1** Every call of a communicator returns, at the latest [`GRACE`] after its deadline, whatever the other
+//!   ranks and NCCL do.
 //! - **NCCL-2** After the first error a communicator is aborted, and every further call returns that error. No
 //!   transfer is made again: the ranks would not agree which one it is.
-//! - **NCCL-3** NCCL is called on a thread of the communicator's own. NCCL keeps the depth of groups, and what is wrong
-//!   with the open one, per thread. On a thread of the job, a tap inside of the job's group would become part of it
-//!   (and NCCL refuses a group that has blocking communicators, which the job's are, and others, which ours are); and a
-//!   failing NCCL call can leave a group open, which would swallow the job's next.
+//! - **NCCL-3** NCCL is called on a thread of the communicator's own. NCCL keeps the depth of groups, and what is
+//!   wrong with the open one, per thread. On a thread of the job, a tap inside of the job's group would become part of
+//!   it, and NCCL fails a group that has blocking communicators, which the job's are, and others, which ours are; and
+//!   an NCCL call that fails can leave a group open, which would swallow the job's next.
 //!
-//! A group has *returned* when NCCL has put it on the stream, not when its bytes have moved: [`Comm::wait`] for an event
-//! behind it. The first group between two ranks connects them and thus needs both of them to return at all.
+//! A group has *returned* when NCCL has put it on the stream, not when its bytes have moved: [`Comm::wait`] for an
+//! event behind it. The first group between two ranks connects them, and thus needs both of them to return at all.
 
 mod api;
 mod comm;

@@ -125,6 +125,7 @@ pub fn ready(name: &str, handle: usize) -> Result<Arc<Comm>, c_int> {
 
 /// `ncclCommFinalize`.
 pub fn finalize(handle: usize) -> Outcome {
+    group::none_open("ncclCommFinalize")?;
     let comm = ready("ncclCommFinalize", handle)?;
     comm.finalized.store(true, Ordering::Release);
     comm.set(code::IN_PROGRESS);
@@ -134,6 +135,7 @@ pub fn finalize(handle: usize) -> Outcome {
 
 /// `ncclCommDestroy`.
 pub fn destroy(handle: usize) -> Outcome {
+    group::none_open("ncclCommDestroy")?;
     let comm = ready("ncclCommDestroy", handle)?;
     if !comm.finalized.load(Ordering::Acquire) {
         return Err(log::refuse(Some(comm.rank), code::USAGE, "ncclCommDestroy without ncclCommFinalize"));
@@ -144,6 +146,7 @@ pub fn destroy(handle: usize) -> Outcome {
 
 /// `ncclCommAbort`.
 pub fn abort(handle: usize) -> Outcome {
+    group::none_open("ncclCommAbort")?;
     let comm = find("ncclCommAbort", handle)?;
     comm.aborted.store(true, Ordering::Release);
     comm.more.notify_all();

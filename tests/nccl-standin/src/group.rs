@@ -60,8 +60,8 @@ impl Transfer {
             return Ok(false);
         }
         let (offset, at) = (self.moved - HEADER, std::ptr::with_exposed_provenance_mut::<u8>(self.at));
-        // SAFETY: who called ncclSend or ncclRecv vouched for the bytes, until this communicator has aborted; its thread
-        // alone is at this end of the ring.
+        // SAFETY: who called ncclSend or ncclRecv vouched for the bytes, until this communicator has aborted; its
+        // thread alone is at this end of the ring.
         self.moved += unsafe {
             let (at, rest) = (at.add(offset), self.bytes - offset);
             if self.send { ring.put(at, rest) } else { ring.take(at, rest) }
@@ -71,7 +71,8 @@ impl Transfer {
         Ok(before != (self.moved, self.done))
     }
 
-    /// Puts the number of bytes into the ring, which is empty when a send begins, or takes and compares it once it is there.
+    /// Puts the number of bytes into the ring, which is empty when a send begins, or takes and compares it once it is
+    /// there.
     fn header(&mut self, ring: Ring) -> Result<bool, String> {
         let mut header = (self.bytes as u64).to_ne_bytes();
         if self.send {
@@ -159,9 +160,13 @@ thread_local! {
     static OPEN: RefCell<Open> = RefCell::default();
 }
 
-/// Whether this thread has a group open.
-pub fn is_open() -> bool {
+fn is_open() -> bool {
     OPEN.with_borrow(|open| open.depth > 0)
+}
+
+/// Refuses what an open group would put off until its end.
+pub fn none_open(name: &str) -> Result<(), c_int> {
+    if is_open() { Err(log::refuse(None, code::USAGE, &format!("{name} in a group"))) } else { Ok(()) }
 }
 
 /// `ncclGroupStart`.

@@ -1,11 +1,13 @@
 //! A `libnccl.so.2` without a GPU: the calls that FlexModel makes, between processes of one machine.
 //!
-//! Bytes move over POSIX shared memory between host pointers. It is stricter than NCCL: whatever FlexModel does not do, or
-//! must not do, is refused and written to the file that [`LOG`] names, a line each, `rank R: violation: ...`:
+//! Bytes move over POSIX shared memory between host pointers. It is stricter than NCCL: whatever FlexModel does not do,
+//! or must not do, is refused and written to the file that [`LOG`] names, a line each, `rank R: violation: ...`:
 //!
-//! - sizes, or their order, that differ between the two ranks of a transfer; a send that nobody receives, and the reverse;
+//! - sizes, or their order, that differ between the two ranks of a transfer; a send that nobody receives, and the
+//!   reverse;
 //! - a call on a communicator that was aborted or destroyed, or while the call before goes on; a blocking one;
-//! - a group in a group, a transfer in none, an end without a start; another type than bytes, another rank than there is;
+//! - a group in a group, a transfer in none, an end without a start, a communicator begun or ended in one; another type
+//!   than bytes, another rank than there is;
 //! - an end that is not finalize, success, destroy, and none at all.
 //!
 //! What is no fault but worth knowing, such as a transfer that an abort cut off, is a line `rank R: note: ...`.
@@ -16,9 +18,15 @@
 //! given. The transfers of a group progress together. One is done when the other rank has taken or given the last byte:
 //! NCCL may let a send go earlier, into a buffer, so what works here cannot depend on that. A rank that dies or aborts
 //! is not noticed by the others, as within a node; they wait. As a communicator is non-blocking, `ncclGroupEnd`
-//! returns `ncclInProgress`. `ncclCommGetAsyncError` goes on saying that until the group is *done*: there is no event on a
-//! CPU by which to wait for it. With the clause `late` it says success as soon as the group is on its stream, as NCCL does,
-//! and [`ncclStandinPending`] tells what an event would.
+//! returns `ncclInProgress`. `ncclCommGetAsyncError` goes on saying that until the group is *done*: there is no event
+//! on a CPU by which to wait for it. With the clause `late` it says success as soon as the group is on its stream, as
+//! NCCL does, and [`ncclStandinPending`] tells what an event would.
+//!
+//! # Where it is
+//!
+//! `cargo build -p nccl-standin` leaves `target/PROFILE/libnccl.so`, whose SONAME is `libnccl.so.2`: once a process has
+//! opened it by its path, it is found by that name. In a process that has opened the real one before, the path must be
+//! given (`nccl_sys::Nccl::loaded_as`). Do not preload it below a CUDA build of torch, which would then be linked to it.
 //!
 //! # Faults
 //!
@@ -41,6 +49,8 @@ mod group;
 mod log;
 mod ring;
 mod room;
+#[cfg(test)]
+mod tests;
 
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
@@ -142,9 +152,7 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
         if config.blocking != 0 {
             return Err(log::refuse(None, code::ARGUMENT, "the communicator is blocking: no one could abort it"));
         }
-        if group::is_open() {
-            return Err(log::refuse(None, code::USAGE, "ncclCommInitRankConfig in a group"));
-        }
+        group::none_open("ncclCommInitRankConfig")?;
         let handle = comm::begin(size, id, rank)?;
         // SAFETY: the caller's.
         unsafe { *comm = ptr::without_provenance_mut(handle) };

@@ -43,6 +43,12 @@ impl Id {
         if got == 16 { Ok(Self(id)) } else { Err(code::SYSTEM) }
     }
 
+    /// No one's.
+    #[cfg(test)]
+    pub fn zero() -> Self {
+        Self([0; 128])
+    }
+
     fn name(&self) -> Result<CString, String> {
         if !self.0.starts_with(Self::MARK) {
             return Err("the unique id is not one of the stand-in's: its bytes did not come over".into());

@@ -16,6 +16,7 @@ pub struct Job {
     scenario: &'static str,
     size: usize,
     faults: String,
+    findable: bool,
 }
 
 /// Its processes. They are killed when it is dropped.
@@ -33,7 +34,7 @@ pub struct Ended {
 
 impl Job {
     pub fn new(scenario: &'static str, size: usize) -> Self {
-        Self { scenario, size, faults: String::new() }
+        Self { scenario, size, faults: String::new(), findable: false }
     }
 
     pub fn faults(mut self, faults: &str) -> Self {
@@ -41,8 +42,17 @@ impl Job {
         self
     }
 
+    /// The dynamic linker would find the stand-in by its name.
+    pub fn findable(mut self) -> Self {
+        self.findable = true;
+        self
+    }
+
     pub fn start(self) -> Started {
         let folder = tempfile::tempdir().unwrap();
+        if self.findable {
+            std::os::unix::fs::symlink(stand_in(), folder.path().join("libnccl.so.2")).unwrap();
+        }
         let rank = |rank: usize| {
             Command::new(env::current_exe().unwrap())
                 .args(["one_rank", "--exact", "--ignored"])
@@ -52,6 +62,7 @@ impl Job {
                 .env("FOLDER", folder.path())
                 .env("FLEXMODEL_NCCL_STANDIN", &self.faults)
                 .env("FLEXMODEL_NCCL_STANDIN_LOG", folder.path().join("log"))
+                .env("LD_LIBRARY_PATH", folder.path())
                 .env_remove("NCCL_COMM_ID")
                 .stdout(Stdio::null())
                 .spawn()

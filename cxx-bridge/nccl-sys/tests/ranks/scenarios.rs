@@ -43,10 +43,10 @@ pub fn run() {
     write(&rank.folder.join(format!("said-{}", rank.number)), said.unwrap_or_else(|e| e.to_string()).as_bytes());
 }
 
-/// Loads the stand-in, as torch would have loaded NCCL, and keeps it.
-fn load() -> Library {
+/// Loads the stand-in, as torch would have loaded NCCL, for as long as the process lives.
+fn load() -> &'static Library {
     // SAFETY: the stand-in has no initialisers.
-    unsafe { Library::new(stand_in()).unwrap() }
+    Box::leak(Box::new(unsafe { Library::new(stand_in()).unwrap() }))
 }
 
 impl Rank {
@@ -61,7 +61,7 @@ impl Rank {
             }
             "lonely" => self.exchange(&mut self.join_as(self.size, soon())?).and(whole),
             "exchange" => self.exchange(&mut self.join()?).and(whole),
-            "stream" => self.stream(&library).and(whole),
+            "stream" => self.stream(library).and(whole),
             "absent" if self.number == 1 => Ok("nothing".into()),
             "absent" => self.join_as(self.size, soon()).map(|_| "joined".into()),
             "dies" => {
@@ -255,7 +255,7 @@ fn bytes_of(rank: usize, len: usize) -> Vec<u8> {
 
 /// Each refusal, a line.
 fn nonsense(rank: &Rank) -> String {
-    let _library = load();
+    load();
     let nccl = Nccl::loaded().unwrap();
     assert_eq!(nccl.version().to_string(), "2.28.9");
     let id = UniqueId::new(&nccl).unwrap();
