@@ -180,8 +180,11 @@ impl Comm {
         self.break_off(Error::Aborted);
     }
 
-    /// Aborts because of `error`, unless there was one before. Returns the first, or that the abort did not return.
+    /// Aborts because of `error`, unless one before has done so. Returns the first, or that the abort did not return.
     fn break_off(&self, error: Error) -> Error {
+        if let Err(first) = self.shared.sound() {
+            return first;
+        }
         let error = self.shared.poison(error);
         match self.ask(Order::Abort, "ncclCommAbort", Instant::now()) {
             Err(stuck @ Error::Stuck { .. }) => stuck,

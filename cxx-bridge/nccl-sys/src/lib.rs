@@ -23,7 +23,7 @@
 //!
 //! - **NCCL-1** Every call of a communicator returns, at the latest [`GRACE`] after its deadline, whatever the other
 //!   ranks and NCCL do.
-//! - **NCCL-2** After the first error a communicator is aborted, and every further call returns that error. No
+//! - **NCCL-2** After the first error a communicator is aborted, and every further call returns that error at once. No
 //!   transfer is made again: the ranks would not agree which one it is.
 //! - **NCCL-3** NCCL is called on a thread of the communicator's own. NCCL keeps the depth of groups, and what is
 //!   wrong with the open one, per thread. On a thread of the job, a tap inside of the job's group would become part of

@@ -115,8 +115,6 @@ pub fn run(comm: &Comm, room: &Room, number: u32, transfers: &mut [Transfer]) ->
             let left = room.state_of(peer) == LEFT;
             let ring = if transfer.send { room.ring(comm.rank, peer) } else { room.ring(peer, comm.rank) };
             let step = match transfer.progress(ring) {
-                // Who broke up before it left has told why.
-                Ok(false) if left && room.is_broken() => return Err(code::REMOTE),
                 Ok(false) if left => Err(format!("{}, which has ended its communicator", transfer.what())),
                 other => other,
             };
