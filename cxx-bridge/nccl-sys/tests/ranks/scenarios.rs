@@ -258,6 +258,7 @@ fn nonsense(rank: &Rank) -> String {
     load();
     let nccl = Nccl::loaded().unwrap();
     assert_eq!(nccl.version().to_string(), "2.28.9");
+    assert_eq!(Nccl::loaded_as(stand_in().to_str().unwrap()).unwrap().version(), nccl.version());
     let id = UniqueId::new(&nccl).unwrap();
     assert_eq!(UniqueId::try_from(&id.as_bytes()[..]), Ok(id));
     let mut said = vec![
