@@ -4,8 +4,8 @@
 //! cargo run -p nccl-sys --example probe -- SITE_PACKAGES/nvidia/nccl/lib/libnccl.so.2
 //! ```
 //!
-//! Loads it, as torch would; then asks for its version, an id, and a communicator of one rank, which without a GPU is an
-//! error.
+//! Loads it, as torch would; then asks for its version, an id, and a communicator of one rank, which without a GPU is
+//! an error.
 
 use std::time::{Duration, Instant};
 

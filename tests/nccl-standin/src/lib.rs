@@ -26,7 +26,8 @@
 //!
 //! `cargo build -p nccl-standin` leaves `target/PROFILE/libnccl.so`, whose SONAME is `libnccl.so.2`: once a process has
 //! opened it by its path, it is found by that name. In a process that has opened the real one before, the path must be
-//! given (`nccl_sys::Nccl::loaded_as`). Do not preload it below a CUDA build of torch, which would then be linked to it.
+//! given (`nccl_sys::Nccl::loaded_as`). Do not preload it below a CUDA build of torch, which would then be linked to
+//! it.
 //!
 //! # Faults
 //!
