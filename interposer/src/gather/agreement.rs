@@ -174,7 +174,7 @@ impl Agreement {
         }
         let settled: Vec<(Key, Option<Why>)> =
             self.open.iter().filter_map(|(key, open)| Some((key.clone(), self.settled(key, open)?))).collect();
-        settled.into_iter().filter_map(|(key, why)| Some(self.close(&key, why))).collect()
+        settled.into_iter().map(|(key, why)| self.close(&key, why)).collect()
     }
 
     /// All that is open is left apart.
@@ -247,6 +247,12 @@ mod tests {
         Told { step, offers: offers.to_vec(), ..Told::default() }
     }
 
+    fn parts(verdict: &Verdict) -> &[Part] {
+        match verdict {
+            Verdict::Gather(parts) | Verdict::Apart(parts, _) => parts,
+        }
+    }
+
     fn of(verdicts: &[Verdict]) -> Vec<(String, Option<Why>)> {
         let one = |verdict: &Verdict| match verdict {
             Verdict::Gather(parts) => (parts[0].meta.module.clone(), None),
@@ -261,8 +267,7 @@ mod tests {
         assert_eq!(agreement.take(vec![says(0, &[part("a", 0, 0, 2), part("b", 0, 0, 2)]), says(0, &[])]), []);
         let verdicts = agreement.take(vec![says(0, &[]), says(0, &[part("b", 0, 1, 2)])]);
         assert_eq!(of(&verdicts), [("b".into(), None)]);
-        let Verdict::Gather(parts) = &verdicts[0] else { panic!("{verdicts:?}") };
-        assert_eq!(parts.iter().map(|p| (p.member, p.number)).collect::<Vec<_>>(), [(0, 1), (1, 0)]);
+        assert_eq!(parts(&verdicts[0]).iter().map(|p| (p.member, p.number)).collect::<Vec<_>>(), [(0, 1), (1, 0)]);
         assert_eq!(of(&agreement.take(vec![says(0, &[]), says(0, &[part("a", 0, 1, 2)])])), [("a".into(), None)]);
     }
 
@@ -273,8 +278,7 @@ mod tests {
         // Its parts of the step are in this round or before it.
         let verdicts = agreement.take(vec![says(3, &[]), says(4, &[])]);
         assert_eq!(of(&verdicts), [("a".into(), Some(Why::Skipped))]);
-        let Verdict::Apart(parts, _) = &verdicts[0] else { panic!("{verdicts:?}") };
-        assert_eq!(agreement.absent(parts), Some(vec![1]));
+        assert_eq!(agreement.absent(parts(&verdicts[0])), Some(vec![1]));
     }
 
     #[test]
