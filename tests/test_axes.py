@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from flexmodel_inside.mesh import CONTEXT, DATA, OTHER, TENSOR, Meshes
+from flexmodel_inside.mesh import CONTEXT, DATA, OTHER, SUPPOSED, TENSOR, Meshes
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,8 +27,22 @@ def axes(model: nn.Module, *noted: DeviceMesh) -> list[tuple[str, int, int, int]
     return [axis[:4] for axis in meshes.of_model(model, RANK, WORLD, [])]
 
 
-def test_a_model_that_nothing_describes_shares_the_batch():
-    assert axes(nn.Linear(8, 8)) == [("dp", 5, 8, DATA)]
+def test_a_model_that_nothing_describes_is_only_supposed_to_share_the_batch():
+    assert axes(nn.Linear(8, 8)) == [("dp", 5, 8, SUPPOSED)]
+
+
+def test_a_model_that_only_a_mesh_of_the_jobs_own_describes_lies_along_that(monkeypatch):
+    monkeypatch.setattr(DeviceMesh, "__init__", DeviceMesh.__init__)  # put back afterwards
+    meshes = Meshes()
+    meshes.watch()
+
+    def now() -> list[tuple[str, int, int, int]]:
+        return [axis[:4] for axis in meshes.of_model(nn.Linear(8, 8), RANK, WORLD, [])]
+
+    kept = [init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))]
+    assert now() == [("dp", 2, 4, DATA), ("tp", 1, 2, TENSOR)]
+    kept.append(init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp")))
+    assert now() == [("dp", 5, 8, SUPPOSED)], "one of two may be meant"
 
 
 def test_a_wrapper_over_all_ranks_has_the_batch_whatever_the_name():

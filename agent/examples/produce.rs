@@ -165,7 +165,7 @@ impl Rank {
         };
         let axes = match self.args.world() {
             1 => Vec::new(),
-            size => vec![Axis { name: "dp".into(), index: self.rank, size, place }],
+            size => vec![Axis { name: "dp".into(), index: self.rank, size, place, given: None }],
         };
         let meta = RecordMeta {
             class: class.into(),

@@ -200,6 +200,7 @@ PyMethodDef functions[] = {
     {"microbatches", py_microbatches, METH_VARARGS, "A model is a stage of a pipeline."},
     {"loss_scale", py_loss_scale, METH_O, "Gradients are so many times those of the loss that the script computes."},
     {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
+    {"tell_given", plain<tell_given>, METH_NOARGS, "From now on passes are told with a digest of what models were given."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
     {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
     {"parameter", py_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},

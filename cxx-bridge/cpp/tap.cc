@@ -49,6 +49,8 @@ struct Hook {
   vectorcallfunc vectorcall;
   std::shared_ptr<Shared>* shared;
   uint64_t serial, part;
+  // The digest of the model's first input on a device: to look at another would make the job wait.
+  uint32_t given;
 };
 
 PyObject* none() { Py_RETURN_NONE; }
@@ -104,6 +106,7 @@ bool throws() {
 
 // Guarded by the GIL.
 bool paused = false;
+bool tells_given = false;
 
 // Runs a hook's body so that nothing of ours ever reaches the job.
 template <typename Body>
@@ -280,12 +283,26 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
   });
 }
 
+// A digest of what a model is given.
+uint32_t given(Hook& hook, PyObject* args, PyObject* kwargs) {
+  PyObject* first = first_tensor(args);
+  if (first == nullptr) first = first_tensor(kwargs);
+  if (first == nullptr) return 0;
+  const at::Tensor& tensor = THPVariable_Unpack(first);
+  if (refusal_of(tensor, Py_TYPE(first)->tp_name) != Refusal::None) return 0;
+  if (tensor.device().is_cpu()) return digest_of(tensor);
+  if (hook.given == 0) hook.given = digest_of(tensor);
+  return hook.given;
+}
+
 // (module, args, kwargs) -> None
 PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
   if (PyVectorcall_NARGS(nargsf) != 3) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
-    scope(hook.serial, hook.part, true, firing(args[0], args[1], args[2], true));
+    Firing now = firing(args[0], args[1], args[2], true);
+    if (tells_given && !now.replay) now.given = given(hook, args[1], args[2]);
+    scope(hook.serial, hook.part, true, now);
     return Ref();
   });
 }
@@ -339,6 +356,7 @@ Ref make(vectorcallfunc function, std::shared_ptr<Shared> shared, uint64_t seria
   hook->shared = shared ? new std::shared_ptr<Shared>(std::move(shared)) : nullptr;
   hook->serial = serial;
   hook->part = part;
+  hook->given = 0;
   return Ref(reinterpret_cast<PyObject*>(hook));
 }
 
@@ -347,6 +365,8 @@ Ref make(vectorcallfunc function, std::shared_ptr<Shared> shared, uint64_t seria
 bool ready_types() { return PyType_Ready(&hook_type) == 0; }
 
 void pause_taps(bool now) { paused = now; }
+
+void tell_given() { tells_given = true; }
 
 PyObject* make_tap(uint32_t tap, uint32_t kinds) {
   auto shared = std::make_shared<Shared>();

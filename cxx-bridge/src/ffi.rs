@@ -20,6 +20,7 @@ pub mod bridge {
         grad_enabled: bool,
         train: bool,
         first: [i64; 3],
+        given: u32,
     }
 
     /// `wire::tap_abi::Call`.

@@ -23,7 +23,8 @@ fn host() -> Option<&'static HostTable> {
 
 impl From<&Firing> for tap_abi::Firing {
     fn from(f: &Firing) -> Self {
-        Self { pre: f.pre, replay: f.replay, grad_enabled: f.grad_enabled, train: f.train, first: f.first }
+        let &Firing { pre, replay, grad_enabled, train, first, given } = f;
+        Self { pre, replay, grad_enabled, train, first, given }
     }
 }
 

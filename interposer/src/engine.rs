@@ -397,7 +397,7 @@ impl Engine {
             edit &= if placed.is_some() { !0 } else { !GRADIENTS };
         }
         let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
-        let ask = model.mesh.iter().any(|axis| axis.role != Role::Data);
+        let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Supposed));
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
     }
 
@@ -474,6 +474,7 @@ impl Engine {
         let dtype = hook.options.dtype.unwrap_or(own);
         let known = Known {
             batch: model.passes.batch(call.pass),
+            given: model.passes.given(call.pass),
             own: call.first,
             order: tap.order,
             kind,

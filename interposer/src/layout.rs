@@ -18,6 +18,8 @@ const DATA: &str = "dp";
 pub struct Known {
     /// First sizes of the model's first input; -1 where there is none.
     pub batch: [i64; 3],
+    /// A digest of that input; 0 where it was not taken.
+    pub given: u32,
     /// First sizes of the module's own first input.
     pub own: [i64; 3],
     /// What the module says.
@@ -89,14 +91,18 @@ pub unsafe fn told(tensor: &TensorDesc<'_>) -> Vec<Axis> {
                 Place::Flat { shape: std::slice::from_raw_parts(axis.sizes, axis.dim as usize).to_vec() }
             },
         };
-        Axis { name: name.to_owned(), index: axis.index, size: axis.size, place }
+        Axis { name: name.to_owned(), index: axis.index, size: axis.size, place, given: None }
     };
     (0..tensor.axis_count as usize).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
 }
 
 /// Over how many ranks the batch lies.
 pub fn data_size(mesh: &[MeshAxis]) -> u32 {
-    mesh.iter().filter(|axis| axis.role == Role::Data).map(|axis| axis.size).product()
+    mesh.iter().filter(|axis| has_batch(axis)).map(|axis| axis.size).product()
+}
+
+fn has_batch(axis: &MeshAxis) -> bool {
+    matches!(axis.role, Role::Data | Role::Supposed)
 }
 
 /// Axes of a leaf: those of the mesh of which torch says nothing, the batch's as one, and then, inside of these, those of
@@ -105,14 +111,15 @@ pub fn infer(leaf: Leaf<'_>, known: Known, hint: Option<&ShardHint>, mesh: &[Mes
     let mut axes: Vec<Axis> = Vec::with_capacity(mesh.len());
     for axis in mesh.iter().filter(|axis| !told.iter().any(|t| t.name == axis.name)) {
         match axes.iter_mut().find(|a| a.name == DATA) {
-            Some(data) if axis.role == Role::Data => {
+            Some(data) if has_batch(axis) => {
                 data.index = data.index * axis.size + axis.index;
                 data.size *= axis.size;
             }
             _ => {
-                let name = if axis.role == Role::Data { DATA.to_owned() } else { axis.name.clone() };
+                let name = if has_batch(axis) { DATA.to_owned() } else { axis.name.clone() };
                 let place = place_along(axis, leaf, known);
-                axes.push(Axis { name, index: axis.index, size: axis.size, place });
+                let given = (axis.role == Role::Supposed && place != Place::Unknown).then_some(known.given);
+                axes.push(Axis { name, index: axis.index, size: axis.size, place, given });
             }
         }
     }
@@ -121,7 +128,7 @@ pub fn infer(leaf: Leaf<'_>, known: Known, hint: Option<&ShardHint>, mesh: &[Mes
         let place = place(leaf.shape, leaf.path, known);
         // What has no batch, as far as is known, stays a record of each microbatch.
         if place != Place::Unknown {
-            axes.push(Axis { name: MICRO.to_owned(), index, size, place });
+            axes.push(Axis { name: MICRO.to_owned(), index, size, place, given: None });
         }
     }
     axes.extend(told);
@@ -162,12 +169,14 @@ fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
     let Some(axis) = named.or(axes.len().checked_sub(1)).and_then(|i| axes.get_mut(i)) else { return };
     axis.name.clone_from(&hint.axis);
     axis.place = hinted(ndim, hint.dim);
+    axis.given = None;
 }
 
 fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
     match axis.role {
-        Role::Data if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
-        Role::Data => place(leaf.shape, leaf.path, known),
+        Role::Supposed if known.given == 0 => Place::Unknown,
+        Role::Data | Role::Supposed if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
+        Role::Data | Role::Supposed => place(leaf.shape, leaf.path, known),
         Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
         // The pieces of a sequence may be in zig-zag order.
         Role::Context | Role::Other => Place::Unknown,
@@ -296,8 +305,14 @@ fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Place {
 mod tests {
     use super::*;
 
-    const DP: Known =
-        Known { batch: [4, 16, -1], own: [4, 16, 8], order: Order::Unstated, kind: Kind::Forward, micro: (0, 1) };
+    const DP: Known = Known {
+        batch: [4, 16, -1],
+        given: 7,
+        own: [4, 16, 8],
+        order: Order::Unstated,
+        kind: Kind::Forward,
+        micro: (0, 1),
+    };
 
     fn sequence_first(own: [i64; 3]) -> Known {
         Known { batch: own, own, order: Order::SequenceFirst, ..DP }
@@ -417,7 +432,7 @@ mod tests {
     fn what_the_user_says_goes() {
         let hint = ShardHint { dim: -1, axis: "tp".into() };
         let axes = infer(OUT, DP, Some(&hint), &mesh(&[Role::Data]), Vec::new());
-        assert_eq!(axes, [Axis { name: "tp".into(), index: 1, size: 2, place: shard(2) }]);
+        assert_eq!(axes, [Axis { name: "tp".into(), index: 1, size: 2, place: shard(2), given: None }]);
         let axes = infer(OUT, DP, Some(&hint), &mesh(&[Role::Data, Role::Other]), Vec::new());
         assert_eq!(
             axes.iter().map(|a| (&*a.name, &a.place)).collect::<Vec<_>>(),
@@ -428,9 +443,22 @@ mod tests {
     #[test]
     fn the_batch_lies_over_all_data_axes_as_one() {
         let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor, Role::Data]), Vec::new());
-        let dp = Axis { name: "dp".into(), index: 3, size: 4, place: shard(0) };
-        assert_eq!(axes, [dp, Axis { name: "axis1".into(), index: 1, size: 2, place: Place::Unknown }]);
+        let dp = Axis { name: "dp".into(), index: 3, size: 4, place: shard(0), given: None };
+        assert_eq!(axes, [dp, Axis { name: "axis1".into(), index: 1, size: 2, place: Place::Unknown, given: None }]);
         assert_eq!(data_size(&mesh(&[Role::Data, Role::Tensor, Role::Data])), 4);
+    }
+
+    #[test]
+    fn what_is_only_supposed_says_what_the_model_was_given() {
+        let place = |known: Known, hint: Option<&ShardHint>| {
+            let axis = infer(OUT, known, hint, &mesh(&[Role::Supposed]), Vec::new()).remove(0);
+            (axis.name, axis.place, axis.given)
+        };
+        assert_eq!(place(DP, None), ("dp".into(), shard(0), Some(7)));
+        assert_eq!(place(Known { given: 0, ..DP }, None), ("dp".into(), Place::Unknown, None));
+        let hint = ShardHint { dim: 2, axis: "tp".into() };
+        assert_eq!(place(DP, Some(&hint)), ("tp".into(), shard(2), None));
+        assert_eq!(data_size(&mesh(&[Role::Supposed])), 2);
     }
 
     #[test]
@@ -445,7 +473,7 @@ mod tests {
 
     #[test]
     fn what_torch_says_goes_before_what_is_inferred() {
-        let told = vec![Axis { name: "axis1".into(), index: 0, size: 2, place: shard(2) }];
+        let told = vec![Axis { name: "axis1".into(), index: 0, size: 2, place: shard(2), given: None }];
         let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), told);
         assert_eq!(axes.iter().map(|a| &a.place).collect::<Vec<_>>(), [&shard(0), &shard(2)]);
     }
@@ -475,11 +503,11 @@ mod tests {
     fn some_ranks_are_an_axis_of_their_own() {
         let me = Rank { rank: 2, world: 4 };
         let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data]), Vec::new()), me, &[0, 2, 9]);
-        assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0) }]);
+        assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0), given: None }]);
         let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[0, 2]);
-        assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Place::Unknown }]);
+        assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Place::Unknown, given: None }]);
         assert!(of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[2]).is_empty());
-        let told = || vec![Axis { name: "tp".into(), index: 0, size: 2, place: shard(2) }];
+        let told = || vec![Axis { name: "tp".into(), index: 0, size: 2, place: shard(2), given: None }];
         assert_eq!(of_some(OUT, DP, None, (&[], told()), me, &[2]), told());
     }
 

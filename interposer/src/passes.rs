@@ -96,7 +96,8 @@ pub struct Passes {
     scopes: Vec<Scope>,
     grad_enabled: bool,
     called: HashSet<Caller>,
-    batches: VecDeque<(u64, [i64; 3])>,
+    /// First sizes and digest of what the last passes were given.
+    batches: VecDeque<(u64, [i64; 3], u32)>,
 }
 
 impl Passes {
@@ -152,7 +153,7 @@ impl Passes {
             *counter += 1;
             self.number += 1;
             self.grad_enabled = firing.grad_enabled;
-            self.batches.push_back((self.number, firing.first));
+            self.batches.push_back((self.number, firing.first, firing.given));
             if self.batches.len() > REMEMBERED {
                 self.batches.pop_front();
             }
@@ -163,7 +164,12 @@ impl Passes {
 
     /// The first sizes of the pass's first input, as in [`Firing::first`].
     pub fn batch(&self, pass: u64) -> [i64; 3] {
-        self.batches.iter().find(|(n, _)| *n == pass).map_or([-1; 3], |(_, batch)| *batch)
+        self.batches.iter().find(|(n, ..)| *n == pass).map_or([-1; 3], |(_, batch, _)| *batch)
+    }
+
+    /// The digest of that input, as in [`Firing::given`].
+    pub fn given(&self, pass: u64) -> u32 {
+        self.batches.iter().find(|(n, ..)| *n == pass).map_or(0, |(.., given)| *given)
     }
 }
 

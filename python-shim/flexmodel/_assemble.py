@@ -79,6 +79,9 @@ def plan(parts: Sequence[Part]) -> Node:
             raise ApartError(f"rank {first.rank} has {first.dtype} and rank {part.rank} has {part.dtype}")
         if [(a.name, a.size, a.place, a.dim, a.shape) for a in part.axes] != look:
             raise ApartError(f"ranks {first.rank} and {part.rank} describe different layouts")
+    for depth in range(len(first.axes)):
+        if _are_given_the_same(parts, depth):
+            parts = [_placed(p, depth, "unknown") for p in parts]
     return _join(_unique(parts), 0)
 
 
@@ -99,10 +102,26 @@ def _settled(parts: Sequence[Part]) -> Sequence[Part]:
 
 
 def _sharded(part: Part, depth: int, dims: set[int]) -> Part:
+    ambiguous = depth < len(part.axes) and part.axes[depth].place == "replicate_or_shard"
+    return _placed(part, depth, "shard") if ambiguous and part.axes[depth].dim in dims else part
+
+
+def _placed(part: Part, depth: int, place: str) -> Part:
     axes = list(part.axes)
-    if depth < len(axes) and axes[depth].place == "replicate_or_shard" and axes[depth].dim in dims:
-        axes[depth] = dataclasses.replace(axes[depth], place="shard")
+    axes[depth] = dataclasses.replace(axes[depth], place=place)
     return part._replace(axes=tuple(axes))
+
+
+def _are_given_the_same(parts: Sequence[Part], depth: int) -> bool:
+    """Whether two members along an axis were given the same, so that they have no rows of the batch of their own."""
+    axes = (p.axes[depth] for p in parts if depth < len(p.axes))
+    given = {a.index: a.given for a in axes if a.given is not None}
+    return len(set(given.values())) < len(given)
+
+
+def data_size(parts: Sequence[Part]) -> int:
+    """Over how many ranks the batch lies."""
+    return 1 if any(_are_given_the_same(parts, d) for d in range(len(parts[0].axes))) else parts[0].dp_size
 
 
 def _unique(parts: Sequence[Part]) -> list[Part]:

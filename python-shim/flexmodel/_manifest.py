@@ -209,14 +209,21 @@ def _axis(raw: dict[str, Any], ndim: int) -> Axis:
             dim, offset = how["dim"], how.get("offset")
             if not 0 <= dim < ndim:
                 raise ValueError(f"it shards dimension {dim} of a tensor that has {ndim}")
-    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, offset, shape)
+    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, offset, shape, raw.get("given"))
 
 
 @functools.lru_cache(4096)
 def _known_axis(
-    name: str, index: int, size: int, place: str, dim: int, offset: int | None, shape: tuple[int, ...] | None
+    name: str,
+    index: int,
+    size: int,
+    place: str,
+    dim: int,
+    offset: int | None,
+    shape: tuple[int, ...] | None,
+    given: int | None,
 ) -> Axis:
     """Axes are few and parts are many: one object for all that are equal."""
     if not 0 <= index < size:
         raise ValueError(f"it says {name} {index} of {size}")
-    return Axis(name, index, size, place, dim, offset, shape)
+    return Axis(name, index, size, place, dim, offset, shape, given)

@@ -6,6 +6,7 @@ Nothing is imported that the job has not imported.
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 import weakref
@@ -20,7 +21,7 @@ from .wrappers import fsdp2_groups, is_instance
 MODULE = "torch.distributed.device_mesh"
 
 # Codes of wire::tap_abi::Role; members of a pipeline axis have different modules, so it is no axis of a tensor.
-DATA, TENSOR, CONTEXT, OTHER, PIPELINE = range(5)
+DATA, TENSOR, CONTEXT, OTHER, SUPPOSED, PIPELINE = range(6)
 
 # What the names that people give to mesh axes are made of.
 _WORDS = {
@@ -56,6 +57,8 @@ class Meshes:
         self._names: dict[tuple[int, ...], str] = {}
         # Of the job's own, in the order in which it made them.
         self._made: list[weakref.ref[Any]] = []
+        # The axes of those that have names and reach all ranks.
+        self._whole: list[list[Axis]] = []
 
     def watch(self) -> None:
         """Note every mesh that the job makes: the names that it gives to axes say what wrappers that use them do not.
@@ -77,7 +80,9 @@ class Meshes:
         while self._made:
             mesh = self._made.pop(0)()
             if mesh is not None and getattr(mesh, "mesh_dim_names", None):
-                self.axes_of(mesh)
+                axes = self.axes_of(mesh)
+                if math.prod(axis.size for axis in axes) == sys.modules["torch.distributed"].get_world_size():
+                    self._whole.append([axis for axis in axes if axis.size > 1])
 
     def axes_of(self, mesh: Any, role: int = OTHER) -> list[Axis]:
         """The axes of a `DeviceMesh`, outermost first; none if this process is not on it.
@@ -116,7 +121,8 @@ class Meshes:
     def of_model(self, top: nn.Module, rank: int, world: int, stages: list[Axis]) -> list[Axis]:
         """The axes over which the job distributes a model, outermost first, without those of a pipeline's `stages`.
 
-        Where the job says nothing at all, all ranks are taken to share the batch.
+        Where neither wrappers nor parameters say anything, these are those of the job's own mesh that reaches all ranks.
+        Where there is none, or several, all ranks are supposed to share the batch.
         """
         if world == 1:
             return []
@@ -127,8 +133,10 @@ class Meshes:
                 found.setdefault(axis.ranks, axis)
         # An axis that others are folded into says less than these.
         axes = [axis for axis in found.values() if not any(set(other) < set(axis.ranks) for other in found)]
+        if not axes and self._whole and all(mesh == self._whole[0] for mesh in self._whole):
+            axes = self._whole[0]
         if not axes:
-            return [Axis("dp", rank, world, DATA, tuple(range(world)))]
+            return [Axis("dp", rank, world, SUPPOSED, tuple(range(world)))]
         return [axis for axis in [*axes, *_rest(axes, rank, world)] if axis.role != PIPELINE]
 
     def _said(self, top: nn.Module) -> Iterator[Axis]:

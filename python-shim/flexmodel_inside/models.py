@@ -21,7 +21,7 @@ from . import guarded, hooks, imports
 from .communicators import Communicators
 from .family import Family
 from .layouts import Layouts
-from .mesh import Meshes
+from .mesh import SUPPOSED, Meshes
 from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
 from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
 from .pipelines import Pipelines
@@ -145,6 +145,8 @@ class Models:
         if self._bridge.wants(1 << PARAM | 1 << GRAD):
             parameters = Parameters(top, modules, self._meshes, self._layouts, mesh).by_name
         axes = [axis[:4] for axis in mesh]
+        if any(axis.role == SUPPOSED for axis in mesh):
+            self._bridge.tell_given()
         found, of_parameters = self._bridge.select(
             serial, entries, list(parameters), wrapper_name(top), axes, rank, world
         )

@@ -176,6 +176,18 @@ def test_an_ambiguous_batch_of_one_is_a_replica_only_if_bytes_are_equal(run_dir:
     assert flexmodel.open(run_dir.root).get("m").tolist() == ([[7, 7]] if equal else [[0, 0], [1, 1]])
 
 
+def test_ranks_that_were_given_the_same_are_no_pieces_of_a_batch(run_dir: Writer):
+    for rank in range(3):
+        for name, given, value in (("other", rank, rank), ("same", rank // 2, rank), ("equal", 9, 5)):
+            axes = [{**axis(rank, 3, shard(0)), "given": given}]
+            run_dir.part(name, np.full((1,), value, np.float32), rank=rank, axes=axes)
+    run = flexmodel.open(run_dir.root)
+    assert run.get("other").tolist() == [0, 1, 2] and run.get("equal").tolist() == [5]
+    with pytest.raises(flexmodel.NotCapturedError, match="how they lie along dp is not known"):
+        run.get("same")
+    assert [run[name][0].dp_size for name in ("other", "same", "equal")] == [3, 1, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 def test_partial_tensors_are_added(run_dir: Writer, dtype: torch.dtype):
     addends = (torch.randn(3, 50) * 100).to(dtype)

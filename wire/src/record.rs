@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{dtype::DType, hooks::Kind};
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 2;
+pub const RECORD_VERSION: u16 = 3;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -63,6 +63,11 @@ pub struct Axis {
     pub size: u32,
     /// How the tensor lies along the axis.
     pub place: Place,
+    /// Where nothing but the number of ranks says that members have rows of the batch of their own: a digest of what this
+    /// member's model was given in the same pass. If two members were given the same, they have not, and `place` counts
+    /// as [`Place::Unknown`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given: Option<u32>,
 }
 
 /// What one rank's captured tensor is. Its bytes (row-major, `shape`, `dtype`) follow in the slab.
@@ -186,6 +191,7 @@ impl RecordMeta {
             out.push(code);
             out.extend_from_slice(&dim.to_le_bytes());
             out.extend_from_slice(&offset.to_le_bytes());
+            out.extend_from_slice(&axis.given.map_or(u64::MAX, u64::from).to_le_bytes());
             if let Place::Flat { shape } = &axis.place {
                 shape.iter().take(MAX_DIMS).for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
             }
@@ -228,6 +234,10 @@ impl RecordMeta {
                 return Err(RecordError("mesh coordinate outside its axis"));
             }
             let (code, dim, offset) = (r.u8()?, r.u32()?, r.u64()?);
+            let given = match r.u64()? {
+                u64::MAX => None,
+                digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
+            };
             let place = match code {
                 0 => Place::Replicate,
                 1 if (dim as usize) < ndim => Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) },
@@ -240,7 +250,7 @@ impl RecordMeta {
                 }
                 _ => return Err(RecordError("unknown placement")),
             };
-            axes.push(Axis { name, index, size, place });
+            axes.push(Axis { name, index, size, place, given });
         }
         let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];
         if !r.0.is_empty() {
@@ -328,8 +338,14 @@ mod tests {
             call: 3,
             rank: 1,
             axes: vec![
-                Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0, offset: None } },
-                Axis { name: "tp".into(), index: 0, size: 2, place: Place::Flat { shape: vec![3, 4] } },
+                Axis {
+                    name: "dp".into(),
+                    index: 1,
+                    size: 2,
+                    place: Place::Shard { dim: 0, offset: None },
+                    given: Some(7),
+                },
+                Axis { name: "tp".into(), index: 0, size: 2, place: Place::Flat { shape: vec![3, 4] }, given: None },
             ],
             dp_size: 2,
             loss_scale: 1024.0,

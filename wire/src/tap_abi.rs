@@ -85,12 +85,17 @@ pub enum Role {
     /// Not known.
     #[default]
     Other = 3,
+    /// As [`Role::Data`], but nothing says so: the job wraps the model in nothing and names no mesh.
+    Supposed = 4,
 }
 
 impl Role {
     /// The role with this code; [`Role::Other`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
-        [Role::Data, Role::Tensor, Role::Context].into_iter().find(|r| *r as u8 == code).unwrap_or_default()
+        [Role::Data, Role::Tensor, Role::Context, Role::Supposed]
+            .into_iter()
+            .find(|r| *r as u8 == code)
+            .unwrap_or_default()
     }
 }
 
@@ -251,6 +256,8 @@ pub struct Firing {
     pub train: bool,
     /// The first tensor among the module's arguments: its first three sizes, -1 where there is none.
     pub first: [i64; 3],
+    /// A digest of some of its elements, where a model begins whose ranks are only supposed to share the batch. 0: not taken.
+    pub given: u32,
 }
 
 /// What a module says about where the batch is in its tensors.

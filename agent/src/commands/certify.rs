@@ -238,7 +238,7 @@ impl<'a> Certifier<'a> {
     /// data-parallel size times those of one process, and the loss scale times those of the script's own loss.
     /// Parameters' gradients are averaged and unscaled by the job itself.
     fn divisors(&mut self, a: &Record, b: &Record) -> (f64, f64) {
-        let sizes = (a.what().dp_size.max(1), b.what().dp_size.max(1));
+        let sizes = (a.data_size(), b.data_size());
         let scales = (a.what().loss_scale, b.what().loss_scale);
         let (activation, real) = (matches!(b.id.kind, Kind::Backward | Kind::BackwardPre), b.what().dtype);
         if !activation || (sizes.0 == sizes.1 && scales.0 == scales.1) || !(real.is_float() || real.is_complex()) {

@@ -110,7 +110,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
             shape: &shape,
             bytes: whole.as_ref().map(|whole| whole.bytes.len()),
             ranks: ranks(record, args.rank),
-            dp_size: record.what().dp_size,
+            dp_size: record.data_size(),
             stats: measured,
             histogram: picture.map(|(_, histogram, _)| histogram),
             others: found.len() - 1,

@@ -111,7 +111,7 @@ impl Tensors {
             dtype: first.dtype.name(),
             shape: node.shape().to_vec(),
             layout: layout_lines(&parts[0].what.axes),
-            dp_size: first.dp_size,
+            dp_size: layout::data_size(&parts),
             bytes: whole,
             time_ms: first.time_ns as f64 / 1e6,
             parts: parts.iter().map(PartLook::of).collect(),

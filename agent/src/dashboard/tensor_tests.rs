@@ -34,6 +34,7 @@ fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
                 index: *index,
                 size: *size,
                 place: place.clone(),
+                given: None,
             })
             .collect();
         let real = component(dtype);

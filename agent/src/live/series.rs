@@ -88,12 +88,16 @@ impl Role {
     fn of(axes: &[Axis]) -> Self {
         if axes.iter().any(|a| a.place == Place::Replicate && a.index > 0) {
             Role::Copy
-        } else if axes.iter().any(|a| matches!(a.place, Place::ReplicateOrShard { .. }) && a.index > 0) {
+        } else if axes.iter().any(|a| may_repeat(a) && a.index > 0) {
             Role::CopyIfEqual
         } else {
             Role::Piece
         }
     }
+}
+
+fn may_repeat(axis: &Axis) -> bool {
+    matches!(axis.place, Place::ReplicateOrShard { .. }) || axis.given.is_some()
 }
 
 impl Moments {

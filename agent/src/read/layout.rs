@@ -4,7 +4,7 @@
 //! group is planned over the remaining axes, and the axis's [`Place`] says how the groups combine. The result is a tree
 //! that [`super::assemble`] carries out. `python-shim/flexmodel/_assemble.py` says the same in Python.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use wire::{
     dtype::DType,
@@ -113,7 +113,7 @@ pub fn of_one_rank(mut parts: Vec<Part>) -> Vec<Part> {
 /// Plans the whole of a record's parts. Takes hostile parts.
 pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
     let first = parts.first().ok_or_else(|| LayoutError::Conflict("a record without parts".into()))?;
-    let axes = settled(parts, &first.what.axes);
+    let mut axes = settled(parts, &first.what.axes);
     for part in parts {
         let (a, b) = (&first.what, &part.what);
         if a.dtype != b.dtype {
@@ -133,6 +133,9 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
         if !axes.iter().zip(&b.axes).all(|(x, y)| same_place(&x.place, &y.place)) {
             return Err(LayoutError::Apart(differ()));
         }
+    }
+    for (_, axis) in axes.iter_mut().enumerate().filter(|(depth, _)| are_given_the_same(parts, *depth)) {
+        axis.place = Place::Unknown;
     }
     let one_each = unique(parts)?;
     Planner { parts, axes: &axes }.group(&one_each, 0, &mut Vec::new())
@@ -170,6 +173,20 @@ fn settled(parts: &[Part], axes: &[Axis]) -> Vec<Axis> {
         }
     }
     axes
+}
+
+/// Whether two members along an axis were given the same, so that they have no rows of the batch of their own.
+fn are_given_the_same(parts: &[Part], depth: usize) -> bool {
+    let axes = parts.iter().filter_map(|part| part.what.axes.get(depth));
+    let given: BTreeMap<u32, u32> = axes.filter_map(|axis| Some((axis.index, axis.given?))).collect();
+    given.len() > given.values().collect::<BTreeSet<_>>().len()
+}
+
+/// Over how many ranks the batch of a record lies.
+pub fn data_size(parts: &[Part]) -> u32 {
+    let Some(first) = parts.first() else { return 1 };
+    let depths = 0..first.what.axes.len();
+    if depths.into_iter().any(|depth| are_given_the_same(parts, depth)) { 1 } else { first.what.dp_size.max(1) }
 }
 
 /// One part of every set of replicas, in order of their coordinates.

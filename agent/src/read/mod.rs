@@ -79,6 +79,11 @@ impl Record {
         layout::plan(&self.parts).ok().and_then(|node| layout::stats(&node, &self.parts))
     }
 
+    /// Over how many ranks the batch lies: a gradient of a mean loss is so many times that of one process.
+    pub fn data_size(&self) -> u32 {
+        layout::data_size(&self.parts)
+    }
+
     /// Whether only statistics were kept.
     pub fn stats_only(&self) -> bool {
         self.parts.iter().any(|p| p.at.is_none())

@@ -16,7 +16,7 @@ fn only(run: &Run) -> Whole {
 }
 
 fn mesh(dp: (u32, u32, Place), tp: (u32, u32, Place)) -> Vec<Axis> {
-    let axis = |name: &str, (index, size, place)| Axis { name: name.into(), index, size, place };
+    let axis = |name: &str, (index, size, place)| Axis { name: name.into(), index, size, place, given: None };
     vec![axis("dp", dp), axis("tp", tp)]
 }
 
@@ -140,6 +140,26 @@ fn equal_bytes_are_whole_where_the_layout_is_not_known() {
         f.part(id("m", 0), DType::UInt8, &[2], rank, dp(rank, 2, Place::Unknown), &[7, 8]);
     }
     assert_eq!(&*only(&open(&f.finish())).bytes, [7, 8]);
+}
+
+#[test]
+fn ranks_that_were_given_the_same_are_no_pieces_of_a_batch() {
+    let mut f = Fixture::default();
+    let supposed = |rank, given| vec![Axis { given: Some(given), ..dp(rank, 3, shard(0)).remove(0) }];
+    for rank in 0..3u32 {
+        f.part(id("other", 0), DType::UInt8, &[1], rank, supposed(rank, rank), &[rank as u8]);
+        // Two of them were.
+        f.part(id("same", 0), DType::UInt8, &[1], rank, supposed(rank, rank / 2), &[rank as u8]);
+        f.part(id("equal", 0), DType::UInt8, &[1], rank, supposed(rank, 9), &[5]);
+    }
+    let dir = f.finish();
+    let run = open(&dir);
+    let find = |name: &str| run.records.iter().find(|r| r.id.module == name).unwrap();
+    assert_eq!(&*run.whole(find("other")).unwrap().bytes, [0, 1, 2]);
+    assert_eq!(&*run.whole(find("equal")).unwrap().bytes, [5]);
+    let e = run.whole(find("same")).unwrap_err().to_string();
+    assert!(e.contains("along axis dp is not known"), "{e}");
+    assert_eq!(["other", "same", "equal"].map(|name| find(name).data_size()), [3, 1, 1]);
 }
 
 #[test]

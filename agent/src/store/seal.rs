@@ -99,10 +99,14 @@ fn joined<'a>(parts: &[&'a Entry]) -> Option<(&'a Entry, Vec<u64>, u64)> {
     let mut rows = 0u64;
     let mut end = first.offset;
     let mut equal = true;
+    let mut told_apart = HashSet::new();
     for (n, part) in parts.iter().enumerate() {
-        let Lie::Piece { index, size, ambiguous } = part.lie else { return None };
+        let Lie::Piece { index, size, ambiguous, given } = part.lie else { return None };
         let fits = part.dtype == first.dtype && part.shape.get(1..) == first.shape.get(1..);
         if index as usize != n || size as usize != parts.len() || part.offset != end || !fits {
+            return None;
+        }
+        if given.is_some_and(|digest| !told_apart.insert(digest)) {
             return None;
         }
         equal &= ambiguous && part.crc == first.crc && part.shape == first.shape;

@@ -131,6 +131,8 @@ pub enum Lie {
         size: u32,
         /// Or, if all are equal bytes, the whole.
         ambiguous: bool,
+        /// What [`Axis::given`](wire::record::Axis::given) says: where two have the same, they are no pieces.
+        given: Option<u32>,
     },
     /// Anything else.
     Apart,
@@ -143,10 +145,12 @@ impl Lie {
         match (axes.next(), axes.next()) {
             (None, _) => Self::Whole,
             (Some(axis), None) if !what.shape.is_empty() => match &axis.place {
-                Place::Shard { dim: 0, .. } => Self::Piece { index: axis.index, size: axis.size, ambiguous: false },
-                Place::ReplicateOrShard { dim: 0 } => {
-                    Self::Piece { index: axis.index, size: axis.size, ambiguous: true }
-                }
+                Place::Shard { dim: 0, .. } | Place::ReplicateOrShard { dim: 0 } => Self::Piece {
+                    index: axis.index,
+                    size: axis.size,
+                    ambiguous: matches!(axis.place, Place::ReplicateOrShard { .. }),
+                    given: axis.given,
+                },
                 _ => Self::Apart,
             },
             _ => Self::Apart,

@@ -74,7 +74,7 @@ pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Out
             dtype: whole.dtype.name(),
             shape: whole.shape,
             npy,
-            dp_size: what.dp_size,
+            dp_size: record.data_size(),
         });
     }
     let left_out = [outcome.incomplete.as_slice(), &outcome.failed].concat();

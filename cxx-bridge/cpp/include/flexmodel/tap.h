@@ -13,6 +13,9 @@ bool ready_types();
 // While paused, hooks do nothing.
 void pause_taps(bool paused);
 
+// From now on the passes of models are told with a digest of what they were given.
+void tell_given();
+
 // (before, after) hooks of a tap; `before` is None where the tap needs only its output. New reference.
 PyObject* make_tap(uint32_t tap, uint32_t kinds);
 

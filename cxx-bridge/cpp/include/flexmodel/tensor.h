@@ -72,6 +72,10 @@ std::optional<c10::ScalarType> dtype_of(uint8_t code);
 // Why `tensor` cannot be read. `python_type` is the name of its Python class.
 Refusal refusal_of(const at::Tensor& tensor, const char* python_type);
 
+// A digest of the sizes and of some elements of a tensor that can be read, never 0; equal where the bytes are. 0: none can
+// be taken, as while a CUDA graph is captured. For a device it waits until the tensor is there.
+uint32_t digest_of(const at::Tensor& tensor);
+
 // See ffi.rs.
 std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count,
                                  uint8_t* destination);
