@@ -3,6 +3,7 @@
 import flexmodel
 import moe
 import pytest
+import torch
 
 import captures
 import harness
@@ -12,7 +13,8 @@ EXPERTS = {f"layers.1.mlp.experts.{n}" for n in range(moe.EXPERTS)}
 TAPPED = {"embed", "layers.0", "layers.1", "layers.1.mlp", "layers.1.mlp.router", "norm", "lm_head"}
 TAPPED |= EXPERTS | {f"{name}.act" for name in EXPERTS}
 HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
-ARGV = harness.torchrun("moe.py")
+HOOKS += ";layers.1.mlp.experts.*:param,grad"
+ARGV = harness.torchrun("moe.py", "global", "local")
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +31,77 @@ def expected():
         )
 
 
+@pytest.fixture(scope="module")
+def run(run_once):
+    return captures.expect_sound(run_once(ARGV, HOOKS).expect(0).run)
+
+
 def test_losses_are_bitwise_those_of_the_untapped_job(run_once, untapped_once, expected):
     outcome = run_once(ARGV, HOOKS).expect(0)
     assert outcome.losses == untapped_once(ARGV).losses
-    assert captures.close_losses(outcome.losses, expected.losses)
+    assert captures.close_losses(outcome.losses, expected.losses * 2)
 
 
-def test_whole_tensors_are_those_of_one_process_that_has_all_experts(run_once, expected):
-    run = captures.expect_sound(run_once(ARGV, HOOKS).expect(0).run)
-    for key, whole in expected.records.items():
-        record = next(r for r in run[key.module] if (r.kind, r.path, r.step) == (key.kind, key.path, key.step))
-        # Nothing on an expert's rank tells that no other rank has it.
-        found = record.part(record.ranks[0]) if key.module.startswith("layers.1.mlp.experts.") else record.tensor()
-        captures.expect_close({key: found}, {key: whole})
+def test_whole_tensors_are_those_of_one_process_that_has_all_experts(run, expected):
+    found = {
+        captures.Key(r.module, r.kind, r.path, r.step, r.micro, r.call, r.train): r.tensor()
+        for r in run.records
+        if r.model == 0 and r.kind not in ("param", "grad")
+    }
+    captures.expect_close(found, expected.records)
 
 
-def test_an_expert_is_whole_on_its_rank_and_absent_where_it_had_no_token(run_once):
-    records = flexmodel.open(run_once(ARGV, HOOKS).expect(0).run).records
+def test_an_expert_is_whole_on_its_rank_and_absent_where_it_had_no_token(run):
+    records = [r for r in run.records if r.model == 0]
     assert {r.module: r.ranks for r in records if r.module in EXPERTS} == {
         f"layers.1.mlp.experts.{n}": (n // 2,) for n in range(moe.EXPERTS)
     }
     assert {r.step for r in records if r.module == "layers.1.mlp.experts.3"} == {1}
     assert {r.step for r in records if r.module == "layers.1.mlp.experts.2"} == {0, 1}
     assert all(r.ranks == (0, 1) for r in records if r.module == "layers.1.mlp")
+
+
+def test_parameters_of_an_expert_are_those_of_one_process(run, expected):
+    for kind, values in (("param", expected.params), ("grad", expected.grads)):
+        found = {(r.module, r.step): r for r in run.records if r.kind == kind and r.model == 0}
+        assert found.keys() == {key for key in values if ".experts." in key[0]}
+        for key, record in found.items():
+            torch.testing.assert_close(record.tensor(), values[key])
+
+
+def test_the_command_shows_an_expert_and_the_modules_of_every_rank(run):
+    harness.run([harness.FLEXMODEL, "show", str(run.path), "layers.1.mlp.experts.2", "--model", "0"]).expect(0)
+    names = [module.name for module in run.models[0].modules]
+    experts = [name for name in names if name in EXPERTS]
+    assert experts == sorted(EXPERTS), "in the order of the whole model"
+    assert names.index(experts[-1]) < names.index("lm_head")
+
+
+def test_different_experts_of_one_name_are_kept_apart(run, expected):
+    """Whatever the numbers of their tokens, which may be those of a batch."""
+    seen = 0
+    for record in run.records:
+        local = record.module.removeprefix("layers.1.mlp.experts.")
+        if record.model == 0 or local == record.module or record.kind != "forward":
+            continue
+        name, _, rest = local.partition(".")
+        step = record.step - moe.STEPS
+        for rank in record.ranks:
+            module = f"layers.1.mlp.experts.{2 * rank + int(name)}" + (f".{rest}" if rest else "")
+            seen += 1
+            key = next(k for k in expected.records if (k.module, k.kind, k.step) == (module, "forward", step))
+            captures.expect_close({key: record.part(rank)}, {key: expected.records[key]})
+        with pytest.raises(KeyError, match=r"no part of rank 1|is not known"):
+            record.tensor()
+    assert seen == 2 * (2 * moe.EXPERTS - 1)
+
+
+def test_an_expert_is_whole_where_nothing_else_is_captured(run_once, expected):
+    """Its rank alone has tensors, and the other says only that it has no such module."""
+    outcome = run_once(harness.torchrun("moe.py", "global"), "layers.1.mlp.experts.2.act").expect(0)
+    found = {key: value for key, value in expected.records.items() if key.module == "layers.1.mlp.experts.2.act"}
+    run = flexmodel.open(outcome.run)
+    assert run.info.owners[0].ranks != run.info.owners[1].ranks
+    captures.expect_close(
+        captures.read(outcome.run), {key: value for key, value in found.items() if key.kind == "forward"}
+    )

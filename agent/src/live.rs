@@ -28,7 +28,10 @@ use std::{
 use tokio::sync::Notify;
 use wire::control::MAX_MODELS;
 
-use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals, What};
+use crate::store::{
+    format::{Identity, ModelInfo, Part, RunInfo, Totals, What},
+    owners::Scattered,
+};
 
 pub use series::Coord;
 use series::{Series, Slot};
@@ -175,6 +178,12 @@ impl Live {
     /// A model was found, or found to be larger than was known.
     pub fn model(&self, model: &ModelInfo) {
         self.change(|inner| inner.model(model));
+    }
+
+    /// The modules that some ranks lack.
+    pub fn scattered(&self) -> Scattered {
+        let inner = self.lock();
+        Scattered::new(&inner.info.owners, inner.info.world)
     }
 
     /// A rank connected. A run that was over goes on.

@@ -186,6 +186,11 @@ impl Engine {
         }
         self.seen.extend(names.into_iter().map(|name| (name, String::new())));
         if out.is_empty() {
+            // Other ranks may have modules that this one lacks: whoever reads the run has to know which.
+            if rank.world > 1 && modules.len() > 1 && self.hooks.iter().any(|h| h.options.ranks.is_none()) {
+                shipping::describe(rank, &self.torch, &self.python, "");
+                shipping::other_model(modules.iter().map(|m| m.name.clone()).collect());
+            }
             self.seen.extend(modules.into_iter().map(|m| (m.name, m.class)));
             return out;
         }

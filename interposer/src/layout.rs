@@ -212,9 +212,13 @@ fn hinted(ndim: usize, dim: i32) -> Place {
     }
 }
 
-/// What no size tells: modules inside a parametrization compute weights, and pieces of packed sequences are a rank's own.
+/// What no size tells: modules inside a parametrization compute weights, pieces of packed sequences are a rank's own, and
+/// one of several experts has the rows that were sent to it, however many.
 fn has_no_batch(module: &str, path: &str) -> bool {
-    module.split('.').any(|segment| segment == "parametrizations") || PACKED.iter().any(|end| path.ends_with(end))
+    let mut inside = module.split('.').zip(module.split('.').skip(1));
+    module.split('.').any(|segment| segment == "parametrizations")
+        || inside.any(|(outer, inner)| outer.ends_with("experts") && inner.starts_with(|c: char| c.is_ascii_digit()))
+        || PACKED.iter().any(|end| path.ends_with(end))
 }
 
 fn place(shape: &[u64], path: &str, known: Known) -> Place {
@@ -346,6 +350,8 @@ mod tests {
         };
         assert_eq!(place("stem.parametrizations.weight.0", "out"), Place::Unknown);
         assert_eq!(place("stem", "out"), shard(0));
+        assert_eq!(place("mlp.experts.0.act", "out"), Place::Unknown);
+        assert_eq!(place("mlp.experts", "out"), shard(0));
         for path in ["in[0].data", "out[0].batch_sizes", "in[0].sorted_indices", "in[0].unsorted_indices"] {
             assert_eq!(place("rnn", path), Place::Unknown, "{path}");
         }

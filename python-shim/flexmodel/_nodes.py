@@ -70,6 +70,7 @@ def joined(infos: Sequence[RunInfo]) -> RunInfo:
         exit_code=next((c for c in codes if c), codes[0] if codes else None),
         node=", ".join(dict.fromkeys(i.node for i in infos)),
         models=tuple(models.values()),
+        owners=tuple(o for i in infos for o in i.owners),
         notices=tuple(dict.fromkeys(n for i in infos for n in i.notices)),
         totals=Totals(**{f: sum(getattr(i.totals, f) for i in infos) for f in fields}),
     )

@@ -14,6 +14,7 @@ from ._assemble import Coordinates
 from ._errors import RunError, RunNotFoundError
 from ._manifest import Manifest, uncollected
 from ._nodes import MANIFEST_FILE, RUN_FILE, Manifests
+from ._owners import Scattered
 from ._record import Record, Source
 from ._shards import Shards
 from ._types import KINDS, Divergence, Dropped, Identity, ModelInfo, Part, Refusal, RunInfo
@@ -64,7 +65,7 @@ class Run:
                 tail = f"the last {manifest.tail} bytes are half a line and are skipped"
                 self._problems.append(f"{manifest.path}: {tail}")
         self._problems += self._manifest.check_shards(self._shards.problem)
-        for cached in ("records", "modules", "_by_module", "_seat_table"):
+        for cached in ("records", "modules", "_by_module", "_seat_table", "_scattered"):
             self.__dict__.pop(cached, None)
         now = self._manifest.part_count
         return now - before if now >= before else now
@@ -190,7 +191,12 @@ class Run:
         return module, self._by_module[module]
 
     def _record(self, identity: Identity) -> Record:
-        return _record.make(identity, self._manifest.parts[identity], self._source)
+        parts = self._scattered.settled(identity, self._manifest.parts[identity])
+        return _record.make(identity, parts, self._source)
+
+    @cached_property
+    def _scattered(self) -> Scattered:
+        return Scattered(self.info.owners, self.info.world)
 
     def _seats(self) -> dict[Coordinates, int]:
         return self._seat_table

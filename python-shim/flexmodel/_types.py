@@ -174,6 +174,15 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class Owners:
+    """Ranks that have the same `modules` of a model; `model` None: of all models of which they capture nothing."""
+
+    model: int | None
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Totals:
     """Counters over all ranks; final once the run is finished."""
 
@@ -189,7 +198,8 @@ class Totals:
 class RunInfo:
     """`run.json`: what was run, by what, and how it ended.
 
-    `finished_ns` and `exit_code` are None while the run goes on, or if its agent died.
+    `finished_ns` and `exit_code` are None while the run goes on, or if its agent died. `owners` is of those ranks that
+    have said which modules they have.
     """
 
     format: int = 1
@@ -205,6 +215,7 @@ class RunInfo:
     python: str = ""
     wrapper: str = ""
     models: tuple[ModelInfo, ...] = ()
+    owners: tuple[Owners, ...] = ()
     notices: tuple[str, ...] = ()
     totals: Totals = Totals()
 
@@ -215,6 +226,9 @@ class RunInfo:
         known["command"] = tuple(known.get("command") or ())
         known["notices"] = tuple(known.get("notices") or ())
         known["models"] = tuple(_model(m) for m in known.get("models") or ())
+        known["owners"] = tuple(
+            Owners(o["model"], tuple(o["ranks"]), tuple(o["modules"])) for o in known.get("owners") or ()
+        )
         totals = known.get("totals") or {}
         known["totals"] = Totals(**{k: int(v) for k, v in totals.items() if k in Totals.__dataclass_fields__})
         return cls(**known)

@@ -13,10 +13,10 @@ if ODD and WHAT == "other":
 if ODD and WHAT == "none":
     os.environ["FLEXMODEL_HOOKS"] = "up;extra;down"
 
-import parallel  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
+import parallel
+import torch
+import torch.distributed as dist
+from torch import nn
 
 ROWS, WIDTH, STEPS = 2, 8, 4
 

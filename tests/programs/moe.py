@@ -1,7 +1,10 @@
-"""Mixture of experts, two of four on each of two ranks, tokens sent to them by all_to_all; data parallel otherwise.
+"""Mixture of experts, two of four on each of two ranks, tokens sent to them by all_to_all; data parallel otherwise:
+`moe.py NAMES...`, one by one. A rank's experts are named by their numbers in the whole (`global`) or here (`local`).
 
 In step 0 the last expert gets no token from anywhere, and is not called.
 """
+
+import sys
 
 import parallel
 import tiny
@@ -44,7 +47,7 @@ class Moe(nn.Module):
         """The experts of this rank on what came, in the order it came in; `counts` are by rank and expert."""
         expert = torch.arange(len(self.experts)).repeat(len(counts)).repeat_interleave(counts.flatten())
         result = torch.zeros_like(tokens)
-        for index, module in enumerate(self.experts.values()):
+        for index, module in enumerate(self.experts.children()):
             rows = (expert == index).nonzero().flatten()
             if len(rows):
                 result = result.index_copy(0, rows, module(tokens[rows]))
@@ -67,9 +70,11 @@ def steer(model: tiny.Net, step: int) -> None:
     model.layers[1].mlp.bias[-1] = -1.0 if step == 0 else 0.2
 
 
-def main() -> None:
+def train(names: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = build(rank, world)
+    if names == "local":
+        model.layers[1].mlp.experts = nn.ModuleList(model.layers[1].mlp.experts.values())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         steer(model, step)
@@ -86,5 +91,10 @@ def main() -> None:
         parallel.report(step, loss, world)
 
 
+def main(*names: str) -> None:
+    for each in names:
+        train(each)
+
+
 if __name__ == "__main__":
-    parallel.launch(main)
+    parallel.launch(main, *sys.argv[1:])

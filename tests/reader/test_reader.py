@@ -529,3 +529,24 @@ else:
     raise AssertionError("bfloat16 without torch and ml_dtypes")
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(PACKAGE)})
+
+
+def test_a_module_that_one_rank_alone_has_is_whole_there_once_all_ranks_have_spoken(run_dir: Writer):
+    for rank, name in ((0, "experts.0"), (1, "experts.1"), (0, "both"), (1, "both")):
+        run_dir.part(f"{name}.weight", np.full((2,), rank, np.float32), rank=rank, axes=[axis(rank, 2, "unknown")])
+    first = {"model": 0, "ranks": [0], "modules": ["both", "experts.0"]}
+    other = {"model": 0, "ranks": [1], "modules": ["both", "experts.1"]}
+    run_dir.info(world=2, owners=[first])
+    run = flexmodel.open(run_dir.root)
+    with pytest.raises(flexmodel.NotCapturedError, match="no part of rank 1"):
+        run.get("experts.0.weight")
+    run_dir.info(world=2, owners=[first, other])
+    run.refresh()
+    assert run.get("experts.0.weight").tolist() == [0, 0] and run.get("experts.1.weight").tolist() == [1, 1]
+    with pytest.raises(flexmodel.NotCapturedError, match="how they lie along dp is not known"):
+        run.get("both.weight")
+    # A rank may have the module in a model that has no number there.
+    run_dir.info(world=2, owners=[first, other, {"model": None, "ranks": [1], "modules": ["experts.0"]}])
+    run.refresh()
+    with pytest.raises(flexmodel.NotCapturedError, match="no part of rank 1"):
+        run.get("experts.0.weight")

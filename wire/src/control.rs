@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::env::OnFull;
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 2;
+pub const CONTROL_VERSION: u32 = 3;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most notices that a rank keeps and a run takes.
@@ -73,6 +73,11 @@ pub enum ToAgent {
     Notice(String),
     /// The rank leaves in good order; the counters in its slab are final.
     Bye,
+    /// A model of which this rank captures nothing: the names of its modules.
+    Others {
+        /// In `named_modules` order.
+        modules: Vec<String>,
+    },
 }
 
 /// From the agent to a rank.

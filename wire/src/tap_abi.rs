@@ -11,7 +11,7 @@
 use std::{ffi::c_void, marker::PhantomData};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 4;
+pub const TAP_ABI: u32 = 5;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.

@@ -80,10 +80,11 @@ impl Tensors {
 
     /// Looks at a record as a whole, or at what one rank captured of it. The error is a whole sentence.
     pub fn look(&self, live: &Live, id: &Identity, rank: Option<u32>) -> Result<Look, String> {
-        let parts = match live.pick(id) {
+        let mut parts = match live.pick(id) {
             Some(picked) => last_of_each_rank(picked.parts),
             None => self.older(id)?,
         };
+        live.scattered().settle(&mut parts);
         let shown = match rank {
             None => parts.clone(),
             Some(rank) => parts.iter().filter(|p| p.what.rank == rank).map(alone).collect(),

@@ -29,6 +29,7 @@ pub use shards::{ReadError, Shards};
 use crate::store::{
     format::{FORMAT, Identity, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo, Stats, What},
     manifest::{self, LineError},
+    owners::Scattered,
 };
 
 /// Something that is wrong with a run directory, and where.
@@ -225,7 +226,16 @@ impl Run {
         if let Some(journal) = journal {
             run.take_journal(journal).map_err(|source| io_error(&path.join(MANIFEST_FILE), source))?;
         }
+        run.settle();
         Ok(run)
+    }
+
+    /// Makes parts of modules that some ranks lack lie among those that have them.
+    fn settle(&mut self) {
+        let scattered = Scattered::new(&self.info.owners, self.info.world);
+        if !scattered.is_empty() {
+            self.records.iter_mut().for_each(|record| scattered.settle(&mut record.parts));
+        }
     }
 
     fn take_journal(&mut self, journal: File) -> io::Result<()> {

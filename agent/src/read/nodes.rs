@@ -66,6 +66,7 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
         all.take_node(name, run, &mut by_id);
     }
     all.info = joined(infos, all.records.len() as u64);
+    all.settle();
     all.compare_replicas();
     Ok(all)
 }
@@ -121,6 +122,7 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
         finished.push(info.finished_ns);
         nodes.push(info.node);
         info.models.into_iter().for_each(|model| add_model(&mut all.models, model));
+        all.owners.extend(info.owners);
         for notice in info.notices {
             if !all.notices.contains(&notice) {
                 all.notices.push(notice);
@@ -147,13 +149,7 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
 fn add_model(models: &mut Vec<ModelInfo>, model: ModelInfo) {
     match models.iter_mut().find(|known| known.model == model.model) {
         None => models.push(model),
-        Some(known) => {
-            for module in model.modules {
-                if !known.modules.iter().any(|m| m.name == module.name) {
-                    known.modules.push(module);
-                }
-            }
-        }
+        Some(known) => known.add(model.modules),
     }
 }
 

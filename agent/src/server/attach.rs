@@ -78,7 +78,8 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
                 return line.say(FromAgent::Refused("its shared memory is damaged".into())).await;
             }
             message = line.next() => match message {
-                Ok(Some(ToAgent::Model { model, modules })) => server.board.model(model, modules),
+                Ok(Some(ToAgent::Model { model, modules })) => server.board.model(session.rank, model, modules),
+                Ok(Some(ToAgent::Others { modules })) => server.board.has(session.rank, None, modules),
                 Ok(Some(ToAgent::Notice(text))) => server.board.notice(&text),
                 Ok(Some(ToAgent::Bye)) => in_good_order = true,
                 Ok(Some(ToAgent::Hello(hello))) if hello.rank == session.rank => server.board.attached(&hello),

@@ -16,6 +16,7 @@ use crate::{
     store::{
         Store,
         format::{FORMAT, ModelInfo, RunInfo},
+        owners,
     },
 };
 
@@ -116,20 +117,37 @@ impl Board {
         self.live.left(rank);
     }
 
-    /// A model was found; every rank says so.
-    pub fn model(&self, model: u32, modules: Vec<ModuleInfo>) {
-        let found = ModelInfo { model, modules };
+    /// A model was found on a rank. Others may have other modules of it.
+    pub fn model(&self, rank: u32, model: u32, modules: Vec<ModuleInfo>) {
+        self.has(rank, Some(model), modules.iter().map(|m| m.name.clone()).collect());
         let mut guard = self.info();
         let info = &mut *guard;
-        match info.models.iter().position(|m| m.model == model) {
-            Some(at) if info.models[at] == found => return,
-            Some(at) => info.models[at].clone_from(&found),
+        let known = match info.models.iter().position(|m| m.model == model) {
+            Some(at) => &mut info.models[at],
             None if info.models.len() >= MAX_MODELS => return,
-            None => info.models.push(found.clone()),
-        }
+            None => {
+                info.models.push(ModelInfo { model, modules: Vec::new() });
+                let Some(new) = info.models.last_mut() else { return };
+                new
+            }
+        };
+        let before = known.clone();
+        known.add(modules);
+        let (found, same) = (known.clone(), *known == before && !before.modules.is_empty());
         drop(guard);
-        self.live.model(&found);
-        self.change();
+        if !same {
+            self.live.model(&found);
+            self.change();
+        }
+    }
+
+    /// Modules of a model that a rank has; of one without number, it captures nothing.
+    pub fn has(&self, rank: u32, model: Option<u32>, modules: Vec<String>) {
+        let mut guard = self.info();
+        if owners::add(&mut guard.owners, rank, model, modules) {
+            drop(guard);
+            self.change();
+        }
     }
 
     /// Writes `run.json` if anything changed.

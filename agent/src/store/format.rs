@@ -72,6 +72,8 @@ pub struct RunInfo {
     pub wrapper: String,
     /// The module tree of every model, by model number.
     pub models: Vec<ModelInfo>,
+    /// Which modules the ranks have that said so. They differ where a pipeline or experts are distributed over them.
+    pub owners: Vec<Owners>,
     /// What the user should read once.
     pub notices: Vec<String>,
     /// Counters over all ranks; final once `finished_ns` is set.
@@ -85,6 +87,17 @@ pub struct ModelInfo {
     pub model: u32,
     /// Its modules.
     pub modules: Vec<ModuleInfo>,
+}
+
+/// Ranks that have the same modules of a model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owners {
+    /// Its number; `None`: of all models of which these ranks capture nothing.
+    pub model: Option<u32>,
+    /// Global ranks, in order.
+    pub ranks: Vec<u32>,
+    /// Names of the modules, in order.
+    pub modules: Vec<String>,
 }
 
 /// Counters.

@@ -10,6 +10,7 @@
 //! | [`journal`] | the manifest as it grows, on a disk that may fill up |
 //! | [`seal`] | turning a written shard into a safetensors file |
 //! | [`recover`] | what an agent that died left behind |
+//! | [`owners`] | which ranks have which modules |
 //! | [`stats`] | statistics of tensors |
 //!
 //! # Invariants
@@ -30,6 +31,7 @@ pub mod dir;
 pub mod format;
 mod journal;
 pub mod manifest;
+pub mod owners;
 mod part;
 mod place;
 mod recent;

@@ -93,6 +93,11 @@ impl Link {
         }
     }
 
+    /// Whether other ranks' tensors cannot be told without knowing which modules this one has.
+    pub fn tells_others(&self) -> bool {
+        self.hello.world > 1 && self.outbox.tells_modules()
+    }
+
     /// This process's rank.
     pub fn rank(&self) -> u32 {
         self.hello.rank

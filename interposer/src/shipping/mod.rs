@@ -139,6 +139,11 @@ pub fn model(model: u32, modules: Vec<ModuleInfo>) {
     with(|s| s.link.say(ToAgent::Model { model, modules }));
 }
 
+/// Tells the agent the modules of a model of which nothing is captured here.
+pub fn other_model(modules: Vec<String>) {
+    with(|s| s.link.say(ToAgent::Others { modules }));
+}
+
 /// One line for the user: on stderr now, and in the run.
 pub fn notice(text: String) {
     log::line(&text);
@@ -276,6 +281,11 @@ impl Shipper {
 pub fn finish() {
     pending::drain(FAREWELL);
     with(|s| {
+        if s.writer.is_none() && s.link.tells_others() {
+            // A slab is how a rank attaches.
+            s.slab_bytes = env::MIN_SLAB_BYTES;
+            let _ = s.make_slab();
+        }
         if let Some(writer) = &s.writer {
             s.link.farewell(writer.mapping(), WORD);
         }

@@ -36,14 +36,20 @@ impl Outbox {
                 }
                 old
             }
+            ToAgent::Others { .. } if count(|m| matches!(m, ToAgent::Others { .. })) >= MAX_MODELS => return,
             ToAgent::Notice(_) if count(|m| matches!(m, ToAgent::Notice(_))) >= MAX_NOTICES => return,
-            ToAgent::Notice(_) | ToAgent::Bye => None,
+            ToAgent::Notice(_) | ToAgent::Bye | ToAgent::Others { .. } => None,
         };
         if let Some(old) = old {
             self.kept.remove(old);
             self.told -= usize::from(old < self.told);
         }
         self.kept.push(message);
+    }
+
+    /// Whether it says which modules this rank has.
+    pub fn tells_modules(&self) -> bool {
+        self.kept.iter().any(|m| matches!(m, ToAgent::Model { .. } | ToAgent::Others { .. }))
     }
 
     /// There is a new agent: it gets the rest of a message that was begun outside of here, then everything.
