@@ -104,7 +104,8 @@ pub fn check(run: &Run) -> Result<(), Problem> {
              AND shard IS ?12 AND offset IS ?13 AND len IS ?14 AND crc IS ?15 AND microbatch = ?16",
         )?;
         for part in run.records.iter().flat_map(|r| &r.parts) {
-            let (id, at) = (&part.what.id, part.at.as_ref());
+            // What another rank lends is not in the manifest.
+            let (id, at) = (&part.what.id, part.at.as_ref().filter(|_| part.same.is_none()));
             let found: i64 = find.query_row(
                 params![
                     id.module,
@@ -121,7 +122,7 @@ pub fn check(run: &Run) -> Result<(), Problem> {
                     at.map(|a| &a.shard),
                     at.map(|a| signed(a.offset)),
                     at.map(|a| signed(a.len)),
-                    at.map(|a| a.crc),
+                    part.crc(),
                     part.what.seat().1,
                 ],
                 |row| row.get(0),
@@ -198,7 +199,7 @@ fn add(insert: &mut rusqlite::Statement<'_>, part: &Part) -> anyhow::Result<()> 
         at.map(|a| &a.shard),
         at.map(|a| signed(a.offset)),
         at.map(|a| signed(a.len)),
-        at.map(|a| a.crc),
+        part.crc(),
         stats.map(|s| signed(s.count)),
         stats.and_then(|s| s.mean),
         stats.and_then(|s| s.std),

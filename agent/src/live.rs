@@ -339,6 +339,10 @@ impl Inner {
             r.bytes = r.bytes.saturating_add(bytes);
             r.step = id.step;
         }
+        if part.at.is_none() && part.same.is_some() {
+            // A checksum is nothing to look at.
+            return;
+        }
         let Some(index) = self.series_of(what) else {
             self.totals.records += u64::from(what.axes.iter().all(|a| a.index == 0));
             return;

@@ -13,10 +13,14 @@ use crate::{
     },
 };
 
+/// Divergences that are named.
+const NAMED: usize = 5;
+
 /// What was captured, what was not, where it is, and how to look at it.
 pub fn text(run: &Path, t: &Totals) -> String {
     let shown = relative(run);
     let mut out = format!("flexmodel: {} in {shown}\n", counts(t));
+    out += &divergences(run, t.divergences);
     if let Some(module) = some_module(run) {
         let show = format!("flexmodel show {} {}", quoted(&shown), quoted(&module));
         out += &format!("flexmodel: look at it with: {show}, or in Python: flexmodel.open({shown:?})\n");
@@ -34,6 +38,30 @@ pub fn counts(t: &Totals) -> String {
         t.refused,
         count(t.divergences, "divergence")
     )
+}
+
+/// Replicas that differ, the first of them by name.
+fn divergences(run: &Path, count: u64) -> String {
+    if count == 0 {
+        return String::new();
+    }
+    let Ok(manifest) = File::open(run.join(MANIFEST_FILE)) else { return String::new() };
+    let mut out = String::new();
+    let found = Reader::new(BufReader::new(manifest)).flatten().filter_map(|entry| match entry.line {
+        Ok(Line::Divergence { what, against }) => Some((what, against)),
+        _ => None,
+    });
+    for (what, against) in found.take(NAMED) {
+        let (module, kind) = (display_module(&what.id.module), what.id.kind.name());
+        out += &format!(
+            "flexmodel: rank {}'s {module} {kind} {} at step {} should be rank {against}'s and differs\n",
+            what.rank, what.id.path, what.id.step
+        );
+    }
+    if count > NAMED as u64 {
+        out += &format!("flexmodel: and {} more, all in the run and on the dashboard\n", count - NAMED as u64);
+    }
+    out
 }
 
 /// The module of the first part in a run.

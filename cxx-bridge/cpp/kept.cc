@@ -47,6 +47,8 @@ std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype) {
 
 bool is_on_device(const at::Tensor& tensor) { return !tensor.device().is_cpu(); }
 
+size_t elements_of(const at::Tensor& tensor) { return static_cast<size_t>(tensor.numel()); }
+
 size_t address_of(const at::Tensor& tensor) { return reinterpret_cast<size_t>(tensor.const_data_ptr()); }
 
 size_t bytes_of(const at::Tensor& tensor) { return tensor.nbytes(); }

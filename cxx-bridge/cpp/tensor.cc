@@ -172,13 +172,17 @@ uint32_t digest_of(const at::Tensor& tensor) {
   return std::max<uint32_t>(1, static_cast<uint32_t>(digest));
 }
 
+bool is_plain(const at::Tensor& tensor, uint8_t dtype) {
+  return tensor.device().is_cpu() && dtype_code(tensor.scalar_type()) == dtype && tensor.is_contiguous() &&
+         !tensor.is_conj() && !tensor.is_neg();
+}
+
 std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count,
                                  uint8_t* destination) {
   const auto type = dtype_of(dtype);
   TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
   Unseen unseen;
-  const bool plain = tensor.scalar_type() == *type && !tensor.is_conj() && !tensor.is_neg();
-  if (tensor.device().is_cpu() && plain && tensor.is_contiguous()) {
+  if (is_plain(tensor, dtype)) {
     const size_t item = tensor.element_size();
     const auto* bytes = static_cast<const uint8_t*>(tensor.const_data_ptr());
     std::memcpy(destination, bytes + first * item, count * item);

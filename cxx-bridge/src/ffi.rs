@@ -178,6 +178,10 @@ pub mod bridge {
         /// Whether it is on a device, not the CPU.
         fn is_on_device(tensor: &Tensor) -> bool;
 
+        /// Whether its bytes lie in memory as they are wanted: on the CPU, row-major, as `dtype`.
+        fn is_plain(tensor: &Tensor, dtype: u8) -> bool;
+        fn elements_of(tensor: &Tensor) -> usize;
+
         /// The address of its first element, and its bytes.
         fn address_of(tensor: &Tensor) -> usize;
         fn bytes_of(tensor: &Tensor) -> usize;

@@ -6,7 +6,10 @@ use std::{
 };
 
 use cxx::UniquePtr;
-use wire::tap_abi::{BridgeTable, Copied, HostTable, TAP_ABI};
+use wire::{
+    dtype::DType,
+    tap_abi::{BridgeTable, Copied, HostTable, TAP_ABI},
+};
 
 use crate::{
     ffi::bridge::{self, Tensor, Ticket},
@@ -22,6 +25,7 @@ static TABLE: BridgeTable = BridgeTable {
     python_module,
     copy,
     wait,
+    checksum,
     keep,
     discard,
     exchange: gather::exchange,
@@ -64,6 +68,37 @@ unsafe extern "C" fn copy(handle: *const c_void, dtype: u8, first: u64, count: u
             failed
         }
     }
+}
+
+/// Elements that are converted at a time.
+const CHUNK: usize = 1 << 15;
+
+unsafe extern "C" fn checksum(handle: *const c_void, dtype: u8, out: *mut u32) -> bool {
+    // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc).
+    let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return false };
+    let Some(item) = DType::from_code(dtype).map(DType::size).filter(|_| !bridge::is_on_device(tensor)) else {
+        return false;
+    };
+    let count = bridge::elements_of(tensor);
+    let mut crc = 0;
+    if bridge::is_plain(tensor, dtype) {
+        // SAFETY: a contiguous tensor of this type has so many bytes there, and lives through the call.
+        let bytes = unsafe { std::slice::from_raw_parts(bridge::address_of(tensor) as *const u8, count * item) };
+        crc = crc32c::crc32c(if count == 0 { &[] } else { bytes });
+    } else {
+        let mut chunk = vec![0; count.min(CHUNK) * item];
+        for first in (0..count).step_by(CHUNK) {
+            let some = (count - first).min(CHUNK);
+            // SAFETY: the chunk takes so many elements, and a copy from the CPU is done when this returns.
+            if unsafe { bridge::copy_out(tensor, dtype, first as u64, some as u64, chunk.as_mut_ptr()) }.is_err() {
+                return false;
+            }
+            crc = crc32c::crc32c_append(crc, chunk.get(..some * item).unwrap_or_default());
+        }
+    }
+    // SAFETY: `out` is the caller's to be written.
+    unsafe { out.write(crc) };
+    true
 }
 
 unsafe extern "C" fn keep(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void {

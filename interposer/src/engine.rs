@@ -97,7 +97,9 @@ pub fn configure() -> Result<(), String> {
     if let Some((hook, why)) = hooks.iter().find_map(|h| h.unsupported().map(|why| (h, why))) {
         return Err(format!("{}: '{}': {why}", env::HOOKS, hook.text));
     }
-    shipping::configure(&text)?;
+    // Where some ranks alone capture, the one that would send a replica may not be among them.
+    let by_all = hooks.iter().all(|hook| hook.options.ranks.is_none());
+    shipping::configure(&text, by_all)?;
     *lock() = Some(Engine {
         matched: vec![false; hooks.len()],
         nowhere: vec![false; hooks.len()],
@@ -518,6 +520,7 @@ impl Engine {
             axes,
             dp_size: layout::data_size(&model.mesh),
             loss_scale: if kind.bit() & GRADIENTS != 0 { self.loss_scale } else { 1.0 },
+            same: None,
             time_ns: shipping::now_ns(),
             refused: refusal.reason().to_owned(),
         };

@@ -141,7 +141,22 @@ def alike(a: Part, b: Part) -> bool:
     """Whether two parts hold the same bytes, by their checksums (by their statistics where bytes were not kept)."""
     if a.shape != b.shape:
         return False
-    return a.at.crc == b.at.crc if a.at and b.at else a.raw_stats == b.raw_stats
+    return a.raw_stats == b.raw_stats if a.crc is None or b.crc is None else a.crc == b.crc
+
+
+def lent(parts: list[Part]) -> list[Part]:
+    """`parts`, those of which another rank sent the bytes, and this one their checksum, with the place of these bytes."""
+    if all(part.at or part.same is None for part in parts):
+        return parts
+    lenders = [part for part in parts if part.at]
+
+    def lend(part: Part) -> Part:
+        if part.at or part.same is None:
+            return part
+        found = next((p for p in lenders if p.dtype == part.dtype and alike(p, part)), part)
+        return part._replace(at=found.at, raw_stats=found.raw_stats)
+
+    return [lend(part) for part in parts]
 
 
 def _join(parts: list[Part], depth: int) -> Node:
@@ -241,6 +256,8 @@ def _one_piece(node: Node, dtype: str) -> tuple[str, int, int] | None:
 
 def _location(part: Part, dtype: str) -> tuple[str, int, int]:
     if part.at is None:
+        if part.same is not None:
+            raise ApartError(f"rank {part.rank} sent a checksum, and no rank bytes that have it")
         raise ApartError("only statistics were kept (reduce=stats)")
     if part.at.nbytes != math.prod(part.shape) * SIZES[dtype]:
         raise RunError(

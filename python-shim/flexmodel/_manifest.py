@@ -152,7 +152,7 @@ class Manifest:
         part = Part(
             raw["rank"], raw["dtype"], shape, axes, at,
             raw["class"], raw["group"], raw["dp_size"], raw.get("loss_scale", 1.0), raw["time_ns"],
-            None if stats is None else _STATS(stats),
+            None if stats is None else _STATS(stats), raw.get("same"),
         )  # fmt: skip
         identity = _identity(raw)
         before = self.parts.get(identity)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import _nodes, _record, _select
+from . import _assemble, _nodes, _record, _select
 from ._assemble import Coordinates
 from ._errors import RunError, RunNotFoundError
 from ._manifest import Manifest, uncollected
@@ -191,7 +191,7 @@ class Run:
         return module, self._by_module[module]
 
     def _record(self, identity: Identity) -> Record:
-        parts = self._scattered.settled(identity, self._manifest.parts[identity])
+        parts = self._scattered.settled(identity, _assemble.lent(self._manifest.parts[identity]))
         return _record.make(identity, parts, self._source)
 
     @cached_property

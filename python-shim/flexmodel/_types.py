@@ -57,7 +57,8 @@ class Location(NamedTuple):
 class Part(NamedTuple):
     """What one rank captured of one tensor: its own `shape`, `dtype` (torch's name) and place in the whole.
 
-    `at` is None where only statistics were kept.
+    `at` is None where only statistics were kept, or this rank sent nothing but `same`, the crc32c of bytes that are those
+    of a replica that another rank sent, if all is well.
     """
 
     rank: int
@@ -71,11 +72,17 @@ class Part(NamedTuple):
     loss_scale: float
     time_ns: int
     raw_stats: tuple[Any, ...] | None  # in the order of the fields of Stats
+    same: int | None = None
 
     @property
     def seat(self) -> tuple[int, int]:
         """The rank and which microbatch of a pipeline's step: no two parts of a record have the same."""
         return self.rank, next((axis.index for axis in self.axes if axis.name == "micro"), 0)
+
+    @property
+    def crc(self) -> int | None:
+        """crc32c of its bytes, if any rank sent them."""
+        return self.at.crc if self.at else self.same
 
     @property
     def nbytes(self) -> int:

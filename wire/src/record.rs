@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{dtype::DType, hooks::Kind};
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 3;
+pub const RECORD_VERSION: u16 = 4;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -112,6 +112,8 @@ pub struct RecordMeta {
     /// For gradients of activations: how many times the gradient of the loss that the script computed it is, where a
     /// GradScaler or DeepSpeed scaled that loss; otherwise 1.
     pub loss_scale: f64,
+    /// crc32c of the bytes, which do not follow: a replica that another rank sends.
+    pub same: Option<u32>,
     /// Nanoseconds since the Unix epoch when the tap fired.
     pub time_ns: u64,
     /// Not empty: the tensor was refused for this reason and no bytes follow.
@@ -147,14 +149,16 @@ impl RecordMeta {
             axes: Vec::new(),
             dp_size: 1,
             loss_scale: 1.0,
+            same: None,
             time_ns: 0,
             refused: String::new(),
         }
     }
 
-    /// Bytes of payload: the product of `shape` times the element size, 0 if refused; `None` on overflow.
+    /// Bytes of payload: the product of `shape` times the element size, 0 if refused or sent by another rank; `None` on
+    /// overflow.
     pub fn payload_len(&self) -> Option<u64> {
-        if !self.refused.is_empty() {
+        if !self.refused.is_empty() || self.same.is_some() {
             return Some(0);
         }
         self.shape.iter().try_fold(self.dtype.size() as u64, |n, &d| n.checked_mul(d))
@@ -163,7 +167,9 @@ impl RecordMeta {
     /// Appends the encoding to `out`. Names longer than [`MAX_NAME`] are cut at a character boundary.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&RECORD_VERSION.to_le_bytes());
-        let flags = u8::from(self.train) | u8::from(self.recompute) << 1 | u8::from(self.stats_only) << 2;
+        let [train, recompute, stats_only, same] =
+            [self.train, self.recompute, self.stats_only, self.same.is_some()].map(u8::from);
+        let flags = train | recompute << 1 | stats_only << 2 | same << 3;
         out.extend_from_slice(&[self.kind as u8, self.dtype as u8, flags]);
         for n in [self.model, self.micro, self.call, self.repeat, self.rank, self.dp_size] {
             out.extend_from_slice(&n.to_le_bytes());
@@ -171,6 +177,7 @@ impl RecordMeta {
         out.extend_from_slice(&self.step.to_le_bytes());
         out.extend_from_slice(&self.time_ns.to_le_bytes());
         out.extend_from_slice(&self.loss_scale.to_le_bytes());
+        out.extend_from_slice(&self.same.unwrap_or_default().to_le_bytes());
         out.push(self.shape.len().min(MAX_DIMS) as u8);
         for d in self.shape.iter().take(MAX_DIMS) {
             out.extend_from_slice(&d.to_le_bytes());
@@ -210,13 +217,14 @@ impl RecordMeta {
         let kind = Kind::from_code(r.u8()?).ok_or(RecordError("unknown kind"))?;
         let dtype = DType::from_code(r.u8()?).ok_or(RecordError("unknown dtype"))?;
         let flags = r.u8()?;
-        if flags > 7 {
+        if flags > 15 {
             return Err(RecordError("unknown flags"));
         }
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
         let step = r.u64()?;
         let time_ns = r.u64()?;
         let loss_scale = f64::from_bits(r.u64()?);
+        let same = Some(r.u32()?).filter(|_| flags & 8 != 0);
         let ndim = usize::from(r.u8()?);
         if ndim > MAX_DIMS {
             return Err(RecordError("too many dimensions"));
@@ -276,6 +284,7 @@ impl RecordMeta {
             axes,
             dp_size,
             loss_scale,
+            same,
             time_ns,
             refused,
         })
@@ -349,6 +358,7 @@ mod tests {
             ],
             dp_size: 2,
             loss_scale: 1024.0,
+            same: Some(7),
             time_ns: 99,
             ..RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 0, 5])
         }
@@ -372,7 +382,7 @@ mod tests {
 
     #[test]
     fn payload_overflow_is_none() {
-        let meta = RecordMeta { shape: vec![u64::MAX, 2], ..example() };
+        let meta = RecordMeta { shape: vec![u64::MAX, 2], same: None, ..example() };
         assert_eq!(meta.payload_len(), None);
     }
 

@@ -455,6 +455,9 @@ pub struct BridgeTable {
     pub copy: unsafe extern "C" fn(handle: *const c_void, dtype: u8, first: u64, count: u64, dst: *mut u8) -> Copied,
     /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
     pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
+    /// crc32c of a tensor's elements, row-major and converted to `dtype`, in `out`; false where they are on a device, or
+    /// cannot be read.
+    pub checksum: unsafe extern "C" fn(handle: *const c_void, dtype: u8, out: *mut u32) -> bool,
     /// Keeps a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
     /// be. It may be used from any thread, also where a `handle` is asked for. Says whether it is on a device, not the CPU.
     pub keep: unsafe extern "C" fn(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void,

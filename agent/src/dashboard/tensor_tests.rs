@@ -41,7 +41,7 @@ fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
         let numbers = shape.iter().product::<u64>() as usize * dtype.size() / real.size();
         let bytes = (0..numbers).flat_map(|i| ((100 * rank + i) as f32).to_le_bytes()).collect::<Vec<u8>>();
         let at = Location { shard: "s".into(), offset: 0, len: bytes.len() as u64, crc: rank as u32 };
-        out.parts.push(Part { what, at: Some(at), stats: None });
+        out.parts.push(Part { what, at: Some(at), stats: None, same: None });
         out.bytes.push(bytes);
     }
     out
@@ -109,7 +109,7 @@ fn where_a_rank_captured_a_record_again_its_last_part_is_shown() {
         let bytes = [value; 4].map(f32::to_le_bytes).concat();
         let at = Location { shard: "shard-00000".into(), offset: shard.len() as u64, len: 16, crc: 0 };
         shard.extend_from_slice(&bytes);
-        Part { what: What::from_meta(testing::meta("m", step, 1)), at: Some(at), stats: None }
+        Part { what: What::from_meta(testing::meta("m", step, 1)), at: Some(at), stats: None, same: None }
     };
     let parts = [part(0, 1.0), part(1, 3.0), part(0, 2.0)];
     std::fs::write(dir.path().join("shard-00000.open"), &shard).unwrap();

@@ -125,7 +125,7 @@ impl Site {
             file.extend_from_slice(&bytes);
             let stats = stats::compute(what.dtype, &bytes);
             fs::write(self.dir.path().join(format!("shard-{step:05}.open")), &file).unwrap();
-            self.live.part(&Part { what, at: Some(at), stats });
+            self.live.part(&Part { what, at: Some(at), stats, same: None });
         }
     }
 }

@@ -162,6 +162,7 @@ impl Recent {
                 crc: *crc,
             }),
             stats: kept.stats,
+            same: None,
         };
         self.parts.iter().map(part).collect()
     }

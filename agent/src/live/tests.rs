@@ -18,7 +18,7 @@ fn stats(values: &[f32]) -> Stats {
 fn part(step: u64, rank: u32, world: u32, place: Place, values: &[f32]) -> Part {
     let what = What::from_meta(testing::on_rank(testing::meta("layers.0.mlp", step, 1), rank, world, place));
     let at = Location { shard: "shard-00000".into(), offset: 1 << 20, len: 4 * values.len() as u64, crc: 1 };
-    Part { what, at: Some(at), stats: Some(stats(values)) }
+    Part { what, at: Some(at), stats: Some(stats(values)), same: None }
 }
 
 fn query() -> SeriesQuery {

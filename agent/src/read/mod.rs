@@ -87,7 +87,7 @@ impl Record {
 
     /// Whether only statistics were kept.
     pub fn stats_only(&self) -> bool {
-        self.parts.iter().any(|p| p.at.is_none())
+        self.parts.iter().any(|p| p.at.is_none() && p.same.is_none())
     }
 
     /// Tensor bytes that its parts take in the store.
@@ -230,8 +230,10 @@ impl Run {
         Ok(run)
     }
 
-    /// Makes parts of modules that some ranks lack lie among those that have them.
+    /// Gives parts their bytes that another rank sent, and makes those of modules that some ranks lack lie among those that
+    /// have them.
     fn settle(&mut self) {
+        self.records.iter_mut().for_each(|record| layout::lend(&mut record.parts));
         let scattered = Scattered::new(&self.info.owners, self.info.world);
         if !scattered.is_empty() {
             self.records.iter_mut().for_each(|record| scattered.settle(&mut record.parts));

@@ -148,10 +148,8 @@ impl Shards {
     /// The same, where the place is said by who asks.
     pub fn check(&self, part: &Part) -> Result<Bytes, ReadError> {
         let what = &part.what;
-        let at = part
-            .at
-            .as_ref()
-            .ok_or_else(|| ReadError::Layout(format!("rank {} kept statistics only (reduce=stats)", what.rank)))?;
+        let at =
+            part.at.as_ref().ok_or_else(|| ReadError::Layout(format!("rank {} {}", what.rank, without_bytes(part))))?;
         if byte_len(what.dtype, &what.shape) != Some(at.len) {
             return Err(ReadError::Damage(format!(
                 "{} bytes are not a {} of shape {:?}",
@@ -171,5 +169,12 @@ impl Shards {
             )));
         }
         Ok(bytes)
+    }
+}
+/// Why a part has no bytes.
+fn without_bytes(part: &Part) -> &'static str {
+    match part.same {
+        Some(_) => "sent a checksum, and no rank bytes that have it",
+        None => "kept statistics only (reduce=stats)",
     }
 }

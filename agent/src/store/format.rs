@@ -164,10 +164,20 @@ pub struct Part {
     /// What it is.
     #[serde(flatten)]
     pub what: What,
-    /// Where its bytes are; `None` for statistics only.
+    /// Where its bytes are; `None` for statistics only, and where another rank sent them.
     pub at: Option<Location>,
     /// Statistics of this part; `None` for dtypes without (bool, integers have them).
     pub stats: Option<Stats>,
+    /// crc32c of the bytes where this rank sent no more: those of a replica that another rank sent, if all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub same: Option<u32>,
+}
+
+impl Part {
+    /// crc32c of its bytes, if any rank sent them.
+    pub fn crc(&self) -> Option<u32> {
+        self.at.as_ref().map(|at| at.crc).or(self.same)
+    }
 }
 
 /// Where bytes are.

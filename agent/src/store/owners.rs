@@ -202,7 +202,10 @@ mod tests {
     fn parts(ranks: &[u32], size: u32) -> Vec<Part> {
         let place = || Place::Shard { dim: 0, offset: None };
         let meta = |rank| testing::on_rank(testing::meta("b", 0, 4), rank, size, place());
-        ranks.iter().map(|&rank| Part { what: What::from_meta(meta(rank)), at: None, stats: None }).collect()
+        ranks
+            .iter()
+            .map(|&rank| Part { what: What::from_meta(meta(rank)), at: None, stats: None, same: None })
+            .collect()
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub struct PartWriter {
     name: Arc<str>,
     len: u64,
     stats_only: bool,
+    same: Option<u32>,
     repeated: bool,
     replicas: Option<ReplicaKey>,
     /// The replica on disk that this part turned out to be equal to.
@@ -53,7 +54,7 @@ pub struct PartWriter {
 
 impl PartWriter {
     pub(super) fn new(store: Arc<Store>, meta: RecordMeta, repeated: bool) -> Self {
-        let (len, stats_only) = (meta.payload_len(), meta.stats_only);
+        let (len, stats_only, same) = (meta.payload_len(), meta.stats_only, meta.same);
         let what = What::from_meta(meta);
         Self {
             name: what.id.to_string().into(),
@@ -64,11 +65,12 @@ impl PartWriter {
             store,
             what,
             stats_only,
+            same,
             repeated,
             same_as: None,
             slot: None,
             received: 0,
-            crc: 0,
+            crc: same.unwrap_or(0),
         }
     }
 
@@ -129,7 +131,7 @@ impl PartWriter {
 
     /// Whether bytes are to be written.
     fn place(&mut self) -> bool {
-        if self.stats_only {
+        if self.stats_only || self.same.is_some() {
             return false;
         }
         if self.slot.is_none() {
@@ -152,7 +154,7 @@ impl PartWriter {
     }
 
     fn equal_replica(&self) -> Option<Replica> {
-        let key = self.replicas.as_ref()?;
+        let key = self.replicas.as_ref().filter(|_| self.same.is_none())?;
         let alloc = self.store.alloc();
         let first = alloc.replica(key)?;
         let equal = first.crc == self.crc && first.shape == self.what.shape && first.rank != self.what.rank;
@@ -185,7 +187,8 @@ impl PartWriter {
         });
         let shared = self.same_as.take();
         let at = shared.as_ref().map_or(own, |first| first.at.clone());
-        let part = Box::new(Part { what: self.what.clone(), at, stats: Some(self.stats.stats()) });
+        let stats = self.same.is_none().then(|| self.stats.stats());
+        let part = Box::new(Part { what: self.what.clone(), at, stats, same: self.same });
         if let Err(e) = self.store.journal().append(&Line::Part((*part).clone())) {
             self.store.trouble(&e);
             return self.lose(&reason_of(&e));
@@ -202,8 +205,10 @@ impl PartWriter {
         let key = self.replicas.take()?;
         let rank = part.what.rank;
         let mut alloc = self.store.alloc();
-        let first = alloc.replica(&key).filter(|first| first.rank != rank);
-        let Some(first) = first else {
+        let first = alloc.replica(&key).filter(|first| first.rank != rank).cloned();
+        // Bytes take the place of an equal checksum: later parts may share them.
+        let bytes = |first: &Replica| first.at.is_none() && part.at.is_some() && first.crc == self.crc;
+        let Some(first) = first.filter(|first| !bytes(first)) else {
             let (at, shape) = (part.at.clone(), part.what.shape.clone());
             alloc.set_replica(key, Replica { at, crc: self.crc, shape, rank });
             return None;

@@ -89,7 +89,7 @@ pub type ReplicaKey = (Identity, Vec<(String, u32)>);
 /// The first of several equal parts.
 #[derive(Clone, Debug)]
 pub struct Replica {
-    /// Its bytes; `None` for statistics only.
+    /// Its bytes; `None` for statistics only, and where it sent a checksum.
     pub at: Option<Location>,
     /// Of its bytes.
     pub crc: u32,

@@ -30,5 +30,5 @@ pub fn part(module: &str, step: u64, rows: u64) -> Part {
     let what = What::from_meta(meta(module, step, rows));
     let at = Location { shard: "shard-00000".into(), offset: 1 << 20, len: rows * 16, crc: 5 };
     let stats = Stats { count: rows * 4, mean: Some(0.5), std: None, ..Stats::default() };
-    Part { what, at: Some(at), stats: Some(stats) }
+    Part { what, at: Some(at), stats: Some(stats), same: None }
 }

@@ -35,7 +35,7 @@ use std::{
 use wire::{
     control::{ModuleInfo, ToAgent},
     env::{self, OnFull},
-    record::RecordMeta,
+    record::{Axis, Place, RecordMeta},
     slab::{Mapping, Reservation, SlabWriter},
     tap_abi::Rank,
 };
@@ -69,6 +69,7 @@ pub struct Cargo {
 struct Shipper {
     link: Link,
     slab_bytes: u64,
+    replicas_once: bool,
     on_full: OnFull,
     writer: Option<SlabWriter>,
     pinning: Pinning,
@@ -91,8 +92,9 @@ pub fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
-/// Reads the environment: where the agent is, the slab's size, what to do when it is full.
-pub fn configure(hooks: &str) -> Result<(), String> {
+/// Reads the environment: where the agent is, the slab's size, what to do when it is full. `replicas_once`: of replicas one
+/// rank sends the bytes, the others a checksum.
+pub fn configure(hooks: &str, replicas_once: bool) -> Result<(), String> {
     let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
     let agent = set(env::AGENT).ok_or_else(|| {
         format!(
@@ -110,6 +112,7 @@ pub fn configure(hooks: &str) -> Result<(), String> {
     *lock() = Some(Shipper {
         link: Link::new(socket, hooks, on_full),
         slab_bytes: slab_bytes.max(env::MIN_SLAB_BYTES),
+        replicas_once,
         on_full,
         writer: None,
         pinning: Pinning::NotYet,
@@ -180,7 +183,10 @@ pub fn last_words(text: &str) {
 }
 
 /// Carries a tensor into the slab, in pieces where it is larger than a quarter of it.
-pub fn ship(cargo: Cargo) {
+pub fn ship(mut cargo: Cargo) {
+    if is_replica(&cargo.meta) && with(|s| s.replicas_once) {
+        cargo.meta.same = checksum(&cargo);
+    }
     let Some(total) = cargo.meta.payload_len() else { return };
     let item = cargo.meta.dtype.size() as u64;
     let mut meta = Vec::with_capacity(256);
@@ -200,6 +206,19 @@ pub fn ship(cargo: Cargo) {
             return;
         }
     }
+}
+
+/// Whether the first of its members holds the same tensor, as torch says.
+fn is_replica(meta: &RecordMeta) -> bool {
+    let sends = |axis: &Axis| axis.place != Place::Replicate || axis.index == 0;
+    !meta.axes.iter().all(sends) && !meta.stats_only && meta.refused.is_empty()
+}
+
+fn checksum(cargo: &Cargo) -> Option<u32> {
+    let mut crc = 0;
+    // SAFETY: the handle is the tensor of the tap that is firing, or one that is kept.
+    let known = unsafe { (boot::bridge()?.checksum)(cargo.handle, cargo.meta.dtype as u8, &raw mut crc) };
+    known.then_some(crc)
 }
 
 /// Copies elements into a reserved frame and commits it. A copy from a device is finished by another thread.

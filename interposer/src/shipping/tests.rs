@@ -177,6 +177,7 @@ fn shipper(link: Link, slab: SlabWriter) -> Shipper {
     Shipper {
         link,
         slab_bytes: 1 << 20,
+        replicas_once: true,
         on_full: OnFull::Wait,
         writer: Some(slab),
         pinning: Pinning::NotYet,

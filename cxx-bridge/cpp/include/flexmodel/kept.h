@@ -14,6 +14,7 @@ namespace flexmodel {
 
 std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype);
 bool is_on_device(const at::Tensor& tensor);
+size_t elements_of(const at::Tensor& tensor);
 size_t address_of(const at::Tensor& tensor);
 size_t bytes_of(const at::Tensor& tensor);
 std::unique_ptr<at::Tensor> share(const at::Tensor& tensor);

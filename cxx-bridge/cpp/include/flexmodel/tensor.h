@@ -77,6 +77,7 @@ Refusal refusal_of(const at::Tensor& tensor, const char* python_type);
 uint32_t digest_of(const at::Tensor& tensor);
 
 // See ffi.rs.
+bool is_plain(const at::Tensor& tensor, uint8_t dtype);
 std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count,
                                  uint8_t* destination);
 
