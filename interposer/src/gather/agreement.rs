@@ -25,7 +25,7 @@ pub struct Told {
     pub leaving: bool,
     /// What it has, in order; over all rounds a rank's offers are numbered from 0.
     pub offers: Vec<Offer>,
-    /// Numbers of its offers that it gives up.
+    /// Numbers of its offers for which it waits no longer.
     pub withdrawn: Vec<u64>,
 }
 
@@ -75,11 +75,11 @@ pub enum Verdict {
 /// Why a tensor is not gathered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
-    /// Ranks that should have a part went on without one.
+    /// Ranks that should have a part went on without one, or are late with it.
     Skipped,
     /// Parts describe different layouts, or are not all on a device.
     Differs,
-    /// A rank gave its part up, which is told by itself.
+    /// A rank has brought its part to its agent, which is told by itself.
     Withdrawn,
 }
 
@@ -136,7 +136,10 @@ pub struct Agreement {
 #[derive(Debug, Default)]
 struct Open {
     parts: Vec<Part>,
+    /// A rank brought its part to its agent.
     given_up: bool,
+    /// A rank has waited too long for the others' parts.
+    stale: bool,
 }
 
 impl Agreement {
@@ -168,7 +171,7 @@ impl Agreement {
             }
             for number in told.withdrawn {
                 if let Some(open) = self.keys.get(&(member, number)).and_then(|key| self.open.get_mut(key)) {
-                    open.given_up = true;
+                    open.stale = true;
                 }
             }
         }
@@ -212,7 +215,7 @@ impl Agreement {
                 || self.closed.get(member).copied().unwrap_or(true)
                 || self.steps.get(member).is_none_or(|&step| step > key.step)
         };
-        let skipped = (0..self.steps.len()).all(over);
+        let skipped = open.stale || (0..self.steps.len()).all(over);
         skipped.then_some(Some(if alike { Why::Skipped } else { Why::Differs }))
     }
 
@@ -298,9 +301,18 @@ mod tests {
         let mut agreement = Agreement::new(2);
         let gone = Offer { held: Held::Not, ..part("a", 0, 0, 2) };
         assert_eq!(of(&agreement.take(vec![says(0, &[gone]), says(0, &[])])), [("a".into(), Some(Why::Withdrawn))]);
-        assert_eq!(agreement.take(vec![says(0, &[part("b", 0, 0, 2)]), says(0, &[])]), []);
-        let withdrawn = Told { withdrawn: vec![1], ..Told::default() };
-        assert_eq!(of(&agreement.take(vec![withdrawn, says(0, &[])])), [("b".into(), Some(Why::Withdrawn))]);
+    }
+
+    #[test]
+    fn a_rank_that_is_late_is_waited_for_no_longer() {
+        let mut agreement = Agreement::new(2);
+        assert_eq!(agreement.take(vec![says(0, &[part("a", 0, 0, 2)]), says(0, &[])]), []);
+        let withdrawn = Told { withdrawn: vec![0], ..Told::default() };
+        assert_eq!(of(&agreement.take(vec![withdrawn, says(0, &[])])), [("a".into(), Some(Why::Skipped))]);
+        // It comes after all, and stays where it is.
+        assert_eq!(agreement.take(vec![says(0, &[]), says(0, &[part("a", 0, 1, 2)])]), []);
+        let verdicts = agreement.take(vec![says(1, &[]), says(1, &[])]);
+        assert_eq!(of(&verdicts), [("a".into(), Some(Why::Skipped))]);
     }
 
     #[test]

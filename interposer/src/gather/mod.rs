@@ -37,8 +37,9 @@ use agreement::{Agreement, Held, Offer, Part, Told, Verdict, Why};
 pub use kept::Communicator;
 use kept::{Kept, Move};
 
-/// How long a rank that has nothing to say lets the others wait.
-const TICK: Duration = Duration::from_millis(20);
+/// How long a rank that has nothing to say lets the others wait, and how long where none has had for a while.
+const TICK: Duration = Duration::from_millis(10);
+const IDLE: Duration = Duration::from_millis(200);
 /// How long a part is kept for the other ranks' parts.
 const STALE: Duration = Duration::from_secs(30);
 /// How long a rank that ends waits for the others.
@@ -213,11 +214,13 @@ struct Meeting {
     offered: u64,
     /// Divergences so far.
     told: u32,
+    /// How long to wait for something to say.
+    tick: Duration,
 }
 
 impl Meeting {
     fn new(comm: Communicator, size: usize) -> Self {
-        Self { comm, agreement: Agreement::new(size), mine: BTreeMap::new(), offered: 0, told: 0 }
+        Self { comm, agreement: Agreement::new(size), mine: BTreeMap::new(), offered: 0, told: 0, tick: TICK }
     }
 
     fn run(&mut self) {
@@ -231,6 +234,8 @@ impl Meeting {
                 break "a rank is gone or stands still";
             };
             let others = round.iter().any(|told| told.leaving);
+            let busy = round.iter().any(|told| !told.offers.is_empty() || told.closing);
+            self.tick = if busy { TICK } else { (2 * self.tick).min(IDLE) };
             let verdicts = self.agreement.take(round);
             if !self.carry_out(verdicts) {
                 break "a transfer failed";
@@ -262,7 +267,7 @@ impl Meeting {
     fn news(&mut self) -> Told {
         let gather = lock();
         let quiet = |gather: &mut Gather| gather.queue.is_empty() && gather.closing.is_none() && !gather.stop;
-        drop(NEWS.wait_timeout_while(gather, TICK, quiet));
+        drop(NEWS.wait_timeout_while(gather, self.tick, quiet));
         // Before the queue: what is offered of earlier steps is in it.
         let step = engine::step();
         let mut gather = lock();
