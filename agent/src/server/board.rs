@@ -49,6 +49,11 @@ impl Board {
         &self.live
     }
 
+    /// Ranks of the job, as far as those say that attached.
+    pub fn world(&self) -> u32 {
+        self.info().world
+    }
+
     /// Something went wrong in the agent: one line on stderr and in the run.
     pub fn trouble(&self, text: &str) {
         eprintln!("flexmodel: {text}");

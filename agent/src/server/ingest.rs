@@ -124,6 +124,10 @@ impl Ingest {
         self.newest = self.newest.max(frame.record);
         if !frame.meta.is_empty() {
             match RecordMeta::decode(&frame.meta) {
+                // Other ranks' parts come with its own where they are gathered.
+                Ok(meta) if meta.rank != self.session.rank && meta.rank >= self.server.board.world() => {
+                    return self.lose(1, "it names a rank that the job does not have");
+                }
                 Ok(meta) if !meta.refused.is_empty() => {
                     let (what, reason) = self.server.store.refused(meta);
                     return self.server.board.live().refused(&what, &reason);
