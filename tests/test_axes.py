@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from flexmodel_inside.layouts import SHARD, Cut
 from flexmodel_inside.mesh import CONTEXT, DATA, OTHER, SUPPOSED, TENSOR, Meshes
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -69,6 +70,43 @@ def _inner(mesh: DeviceMesh) -> DeviceMesh:
     """The last axis of a mesh without names, as a mesh."""
     row = next(row for row in mesh.mesh.tolist() if RANK in row)
     return DeviceMesh("cpu", torch.tensor(row))
+
+
+def test_an_axis_over_which_torch_cuts_sequences_carries_no_batch_whatever_its_name():
+    unnamed = init_device_mesh("cpu", (8,))
+    meshes = Meshes()
+    before = fully_shard(nn.Linear(8, 8), mesh=unnamed)
+    assert [axis.role for axis in meshes.of_model(before, RANK, WORLD, [])] == [DATA]
+    axis, news = meshes.context_of(unnamed)
+    assert (axis.index, axis.size, axis.role, news) == (5, 8, CONTEXT, True)
+    assert meshes.context_of(unnamed)[1] is False
+    for model in (before, nn.Linear(8, 8)):
+        assert [axis.role for axis in meshes.of_model(model, RANK, WORLD, [])] == [CONTEXT]
+    named = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "cp"))
+    meshes = Meshes()
+    meshes.context_of(named["cp"])
+    found = [axis[:4] for axis in meshes.of_model(nn.Linear(8, 8), RANK, WORLD, [])]
+    assert sorted(found) == [("cp", 1, 2, CONTEXT), ("dp", 2, 4, DATA)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "found"),
+    [
+        ((4, 6, 32), {1}, 1),
+        ((4, 6), {1, 0}, 1),
+        ((6, 32), {1, 0}, 0),
+        ((6, 32), {1}, None),  # nothing that is cut has no batch
+        ((5, 6, 32), {1}, None),  # another batch
+        ((4, 12, 32), {1}, None),  # the whole sequence
+        ((4, 6, 6, 8), {1}, None),  # as many heads as places
+        ((24, 32), {1}, None),
+        ((6, 6), {1, 0}, None),
+        ((), {1}, None),
+    ],
+)
+def test_a_piece_of_sequences_is_told_by_its_shape_where_only_one_dimension_may_be_cut(shape, dims, found):
+    cut = Cut("cp", 1, 2, SHARD, 6, frozenset({4}), frozenset(dims))
+    assert cut.of(torch.Size(shape)) == (None if found is None else ("cp", 1, 2, SHARD, found))
 
 
 def test_an_axis_that_others_are_folded_into_gives_way_to_them():

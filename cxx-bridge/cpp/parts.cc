@@ -97,7 +97,7 @@ Part part_of_gradient(const at::Tensor& gradient, const Axes& forward) {
   // Where the tensor is in pieces, so is its gradient. Where all have the same tensor, each may have its own addend.
   for (const LeafAxis& axis : forward) {
     LeafAxis own = axis;
-    if (own.place != kShard) own.place = kUnknown;
+    if (own.place != kShard && own.place != kHeadTail) own.place = kUnknown;
     part.axes.push_back(std::move(own));
   }
   return part;

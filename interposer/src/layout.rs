@@ -85,6 +85,7 @@ pub unsafe fn told(tensor: &TensorDesc<'_>) -> Vec<Axis> {
             LeafPlace::Replicate => Place::Replicate,
             LeafPlace::Shard => shard(axis.dim),
             LeafPlace::Partial => Place::Partial,
+            LeafPlace::HeadTail => Place::HeadTail { dim: axis.dim },
             LeafPlace::Unknown => Place::Unknown,
             // SAFETY: so many sizes, which live as long as the description.
             LeafPlace::Flat => unsafe {
@@ -148,7 +149,7 @@ pub fn of_some(
     me: Rank,
     ranks: &[u32],
 ) -> Vec<Axis> {
-    if told.iter().any(|axis| matches!(axis.place, Place::Shard { .. } | Place::Partial)) {
+    if told.iter().any(|axis| matches!(axis.place, Place::Shard { .. } | Place::HeadTail { .. } | Place::Partial)) {
         return infer(leaf, known, hint, mesh, told);
     }
     let there = || ranks.iter().filter(|&&r| r < me.world);
@@ -178,7 +179,7 @@ fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
         Role::Data | Role::Supposed if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
         Role::Data | Role::Supposed => place(leaf.shape, leaf.path, known),
         Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
-        // The pieces of a sequence may be in zig-zag order.
+        // The pieces of a sequence may be in any order.
         Role::Context | Role::Other => Place::Unknown,
     }
 }

@@ -37,6 +37,14 @@ class Concat(NamedTuple):
     shape: tuple[int, ...]
 
 
+class HeadTail(NamedTuple):
+    """First halves of the children on `dim` in order, then their second halves in the opposite order."""
+
+    dim: int
+    children: tuple[Node, ...]
+    shape: tuple[int, ...]
+
+
 class Flat(NamedTuple):
     """The elements of a vector in another shape."""
 
@@ -51,7 +59,7 @@ class Sum(NamedTuple):
     shape: tuple[int, ...]
 
 
-Node: TypeAlias = Leaf | Concat | Flat | Sum
+Node: TypeAlias = Leaf | Concat | HeadTail | Flat | Sum
 
 
 class IncompleteError(Exception):
@@ -188,6 +196,8 @@ def _join(parts: list[Part], depth: int) -> Node:
         return children[0]
     if axis.place == "shard":
         return _concat(axis.dim, children, axis.name)
+    if axis.place == "head_tail":
+        return _head_tail(axis.dim, children, axis.name)
     if axis.place == "replicate_or_shard":
         return children[0] if all(alike(p, parts[0]) for p in parts) else _concat(axis.dim, children, axis.name)
     if axis.place == "partial":
@@ -207,6 +217,14 @@ def _flat(children: list[Node], axis: Axis) -> Node:
     if len(vector.shape) != 1 or math.prod(vector.shape) != math.prod(shape):
         raise ApartError(f"runs of {vector.shape} elements along {axis.name} do not make {shape}")
     return Flat(vector, shape)
+
+
+def _head_tail(dim: int, children: list[Node], axis: str) -> Node:
+    whole = _concat(dim, children, axis)
+    shape = children[0].shape
+    if shape[dim] % 2 or any(child.shape != shape for child in children):
+        raise ApartError(f"pieces of {shape} along {axis} have no halves of one length")
+    return HeadTail(dim, tuple(children), whole.shape)
 
 
 def _concat(dim: int, children: list[Node], axis: str) -> Node:
@@ -237,7 +255,7 @@ def _one_piece(node: Node, dtype: str) -> tuple[str, int, int] | None:
     """(shard, offset, bytes) of a node whose bytes lie side by side in one shard."""
     if isinstance(node, Leaf):
         return _location(node.part, dtype)
-    if isinstance(node, Sum):
+    if isinstance(node, Sum | HeadTail):
         return None
     if isinstance(node, Flat):
         return _one_piece(node.child, dtype)
@@ -278,6 +296,13 @@ def _fill(node: Node, dtype: str, shards: Shards, out: Bytes) -> None:
             end = start + child.shape[node.dim]
             _fill(child, dtype, shards, out[(slice(None),) * node.dim + (slice(start, end),)])
             start = end
+    elif isinstance(node, HeadTail):
+        ahead, half = (slice(None),) * node.dim, node.children[0].shape[node.dim] // 2
+        for i, child in enumerate(node.children):
+            piece = read(child, dtype, shards).reshape(*child.shape, out.shape[-1])
+            out[(*ahead, slice(i * half, (i + 1) * half))] = piece[(*ahead, slice(half))]
+            end = node.shape[node.dim] - i * half
+            out[(*ahead, slice(end - half, end))] = piece[(*ahead, slice(half, None))]
     elif isinstance(node, Flat):
         out[...] = read(node.child, dtype, shards).reshape(out.shape)
     else:

@@ -9,6 +9,7 @@
 | `wrappers.py` | how the job wraps a model |
 | `mesh.py` | the axes along which it distributes a model |
 | `layouts.py` | how a tensor lies along them, where torch knows |
+| `contexts.py` | how torch's context parallelism cuts sequences |
 | `pipelines.py` | the stages of pipelines, and their microbatches |
 | `parameters.py` | the pieces of parameters and gradients that this process holds |
 | `models.py` | finds models when they are first called, and taps them |
@@ -35,7 +36,7 @@ def start(bridge: Any) -> None:
     """
 
     def watch() -> None:
-        from . import layouts, mesh, pipelines
+        from . import contexts, layouts, mesh, pipelines
         from .models import Models
         from .ranks import JOINING
 
@@ -44,6 +45,7 @@ def start(bridge: Any) -> None:
         imports.when_imported(["torch._dynamo"], guarded(bridge, models.dynamo_is_here))
         imports.when_imported([mesh.MODULE], guarded(bridge, models.meshes_are_here))
         imports.when_imported([layouts.MODULE], guarded(bridge, models.dtensor_is_here))
+        imports.when_imported([contexts.MODULE], guarded(bridge, models.contexts_are_here))
         imports.when_imported([pipelines.MODULE], guarded(bridge, models.pipelining_is_here))
         imports.when_imported(JOINING, guarded(bridge, models.distributed_is_here))
 

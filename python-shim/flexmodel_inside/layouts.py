@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,12 +15,37 @@ from .naming import stored
 from .wrappers import is_instance, is_megatron
 
 # Codes of wire::tap_abi::LeafPlace.
-REPLICATE, SHARD, PARTIAL, UNKNOWN, FLAT = range(5)
+REPLICATE, SHARD, PARTIAL, UNKNOWN, FLAT, HEAD_TAIL = range(6)
+
+# Places of a piece of one dimension.
+_PIECES = (SHARD, HEAD_TAIL)
 
 # An axis's name, this process's index and the size of the axis; the place and, of a shard, the dimension.
 Leaf = tuple[str, int, int, int, int]
 
 MODULE = "torch.distributed.tensor"
+
+
+class Cut(NamedTuple):
+    """A piece of every sequence, as this process has it while context parallelism is on."""
+
+    # The axis, this process's index on it, and its size.
+    axis: str
+    index: int
+    size: int
+    place: int
+    # Of the piece.
+    length: int
+    # Sizes of the batch, where what is cut has one, and the dimensions in which the job cuts its tensors.
+    batches: frozenset[int]
+    dims: frozenset[int]
+
+    def of(self, shape: torch.Size) -> Leaf | None:
+        """How a tensor of this shape lies, if no two of its dimensions may be the one that is cut."""
+        dims = [dim for dim, n in enumerate(shape) if n == self.length and (dim or 0 in self.dims)]
+        if len(dims) != 1 or dims[0] not in self.dims or (dims[0] and shape[0] not in self.batches):
+            return None
+        return self.axis, self.index, self.size, self.place, dims[0]
 
 
 class Layouts:
@@ -30,6 +55,8 @@ class Layouts:
         self._meshes = meshes
         # Local tensors, for as long as they live. A hook of a tensor-parallel style turns a module's output into one.
         self._local: Any = WeakTensorKeyDictionary()
+        # How context parallelism cuts sequences now.
+        self.cut: Cut | None = None
 
     def watch(self) -> None:
         """Note what DTensors are turned into. Their class must be imported."""
@@ -43,12 +70,13 @@ class Layouts:
             if not torch.compiler.is_compiling():
                 axes = layouts.of_spec(self._spec)
                 if axes is not None:
-                    layouts._note(local, axes)
+                    layouts.note(local, axes)
             return local
 
         cls.to_local = to_local
 
-    def _note(self, local: torch.Tensor, axes: list[Leaf]) -> None:
+    def note(self, local: torch.Tensor, axes: list[Leaf]) -> None:
+        """How a tensor lies, for as long as it lives."""
         self._local[local] = axes
         # Other views will be of the same base.
         base = local._base
@@ -66,7 +94,7 @@ class Layouts:
         """
         if is_instance(tensor, MODULE, "DTensor"):
             axes = self.of_spec(tensor._spec)
-            return None if axes is None else (_there(tensor._local_tensor), axes)
+            return None if axes is None else (_there(tensor._local_tensor), self._with_cut(tensor.shape, axes))
         part = _there(tensor)
         known = self._known(tensor)
         if known is None and module is not None:
@@ -76,9 +104,12 @@ class Layouts:
                 known = self._pieces_like(part, like)
             if known is not None:
                 self._local[tensor] = known
-        if known is None:
-            return None if part is tensor else (part, [])
-        return part, known
+        axes = self._with_cut(part.shape, known or [])
+        return None if not axes and part is tensor else (part, axes)
+
+    def _with_cut(self, shape: torch.Size, axes: list[Leaf]) -> list[Leaf]:
+        cut = self.cut and self.cut.of(shape)
+        return axes if cut is None or any(axis[0] == cut[0] for axis in axes) else [cut, *axes]
 
     def _by_module(self, tensor: torch.Tensor, module: nn.Module, given: bool) -> list[Leaf] | None:
         """Where a module says that it is given, or gives, pieces."""
@@ -113,7 +144,7 @@ class Layouts:
         if described is None or described[0].shape != tensor.shape:
             return None
         axes = described[1]
-        return axes if axes and all(axis[3] in (SHARD, UNKNOWN) for axis in axes) else None
+        return axes if axes and all(axis[3] in (*_PIECES, UNKNOWN) for axis in axes) else None
 
     def of_spec(self, spec: Any) -> list[Leaf] | None:
         """The layout that a `DTensorSpec` says; None if this process is not on its mesh, or cannot tell where."""
@@ -177,7 +208,7 @@ def _in_view(view: torch.Tensor, base: torch.Tensor, axes: list[Leaf]) -> list[L
         return None
     out = []
     for name, index, size, place, dim in axes:
-        if place == SHARD:
+        if place in _PIECES:
             extent = base.stride(dim) * base.size(dim)
             # More than one where a dimension of size 1 stands for heads, say, of which a rank has one.
             inside = [d for d in range(view.dim()) if view.stride(d) * view.size(d) == extent]

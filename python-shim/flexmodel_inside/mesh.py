@@ -59,6 +59,8 @@ class Meshes:
         self._made: list[weakref.ref[Any]] = []
         # The axes of those that have names and reach all ranks.
         self._whole: list[list[Axis]] = []
+        # Those whose members have pieces of sequences, whatever their names, and the meshes that they are of.
+        self._contexts: dict[tuple[int, ...], Any] = {}
 
     def watch(self) -> None:
         """Note every mesh that the job makes: the names that it gives to axes say what wrappers that use them do not.
@@ -107,6 +109,17 @@ class Meshes:
         ranks = group_ranks(group)
         return self._axis(name, ranks, ranks.index(sys.modules["torch.distributed"].get_rank()), role)
 
+    def context_of(self, mesh: Any) -> tuple[Axis | None, bool]:
+        """The axis of a mesh over which the job cuts sequences, if it is one, and whether that is news."""
+        axes = self.axes_of(mesh, CONTEXT)
+        if len(axes) != 1:
+            return None, False
+        news = axes[0].size > 1 and axes[0].ranks not in self._contexts
+        if news:
+            self._contexts[axes[0].ranks] = mesh
+            self._axes.clear()
+        return self.axes_of(mesh, CONTEXT)[0], news
+
     def _axis(self, name: str | None, ranks: tuple[int, ...], index: int, role: int) -> Axis:
         known = self._names.get(ranks)
         if known is None or len(ranks) == 1:
@@ -114,21 +127,21 @@ class Meshes:
             while len(ranks) > 1 and known in self._names.values():
                 known += "'"
             self._names[ranks] = known
-        said = role_of(known, role)
+        said = CONTEXT if ranks in self._contexts else role_of(known, role)
         # Who averages gradients over an axis has the batch on it, or pieces of its sequences, whatever its name.
         return Axis(known, index, len(ranks), role if role == DATA and said != CONTEXT else said, ranks)
 
     def of_model(self, top: nn.Module, rank: int, world: int, stages: list[Axis]) -> list[Axis]:
         """The axes over which the job distributes a model, outermost first, without those of a pipeline's `stages`.
 
-        Where neither wrappers nor parameters say anything, these are those of the job's own mesh that reaches all ranks.
+        Where neither wrappers nor parameters say anything, they are those of the job's own mesh that reaches all ranks.
         Where there is none, or several, all ranks are supposed to share the batch.
         """
         if world == 1:
             return []
         self._meet()
         found: dict[tuple[int, ...], Axis] = {}
-        for axis in [*stages, *self._said(top)]:
+        for axis in [*stages, *self._said(top), *self._cut()]:
             if axis.size > 1:
                 found.setdefault(axis.ranks, axis)
         # An axis that others are folded into says less than these.
@@ -170,6 +183,14 @@ class Meshes:
                 yield from self.axes_of(root)
         if megatron:
             yield from self._megatron()
+
+    def _cut(self) -> Iterator[Axis]:
+        """The axes over which the job cuts sequences, and those of the mesh that these are of."""
+        for mesh in self._contexts.values():
+            yield from self.axes_of(mesh, CONTEXT)
+            root = getattr(mesh, "_get_root_mesh", lambda mesh=mesh: mesh)()
+            if root.mesh_dim_names:
+                yield from self.axes_of(root)
 
     def _megatron(self) -> Iterator[Axis]:
         state = sys.modules["megatron.core.parallel_state"]

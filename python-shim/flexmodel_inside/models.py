@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from . import guarded, hooks, imports
 from .communicators import Communicators
+from .contexts import Contexts
 from .family import Family
 from .layouts import Layouts
 from .mesh import SUPPOSED, Meshes
@@ -275,6 +276,10 @@ class Models:
         """While paused, models that are called are not the job's own work."""
         self._paused = paused
         self._bridge.pause(paused)
+
+    def contexts_are_here(self) -> None:
+        """Follow how context parallelism cuts sequences."""
+        Contexts(self._meshes, self._layouts, self._family.changed).watch(functools.partial(guarded, self._bridge))
 
     def pipelining_is_here(self) -> None:
         """Follow the stages of pipelines."""

@@ -1,6 +1,8 @@
 """Context parallel on two ranks, with ring attention: `context_parallel.py ORDER...`, one by one.
 
 zigzag      torch's context_parallel shards the batch: a rank has a piece from the sequence's head and one from its tail
+plain       the same without that balance: a rank has one piece
+sharded     torch gives the pieces of `zigzag` as other tensors
 contiguous  the script takes its piece of the sequence itself
 
 torch's own ring attention has no CPU kernel, so that the model brings one.
@@ -17,6 +19,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._attention import (
+    _context_parallel_shard,
+    _cp_options,
+    _HeadTailLoadBalancer,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS = 2
@@ -94,9 +101,12 @@ def build() -> Net:
 @contextlib.contextmanager
 def shared(mesh: DeviceMesh, order: str, tokens, targets, positions):
     """This rank's part of the sequence."""
-    if order == "zigzag":
-        buffers = [tokens, targets, positions]
-        with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1, 1, 0]):
+    buffers, dims = [tokens, targets, positions], [1, 1, 0]
+    if order == "sharded":
+        yield _context_parallel_shard(mesh, buffers, dims, _HeadTailLoadBalancer(tiny.SEQ, mesh.size(), "cpu"))
+    elif order != "contiguous":
+        _cp_options.enable_load_balance = order == "zigzag"
+        with context_parallel(mesh, buffers=buffers, buffer_seq_dims=dims):
             yield buffers
     else:
         rank, world = mesh.get_local_rank(), mesh.size()
@@ -104,7 +114,8 @@ def shared(mesh: DeviceMesh, order: str, tokens, targets, positions):
 
 
 def train(order: str) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    names = ("cp",) if order == "contiguous" else None
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=names)
     model = DistributedDataParallel(build())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):

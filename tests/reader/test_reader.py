@@ -176,6 +176,19 @@ def test_an_ambiguous_batch_of_one_is_a_replica_only_if_bytes_are_equal(run_dir:
     assert flexmodel.open(run_dir.root).get("m").tolist() == ([[7, 7]] if equal else [[0, 0], [1, 1]])
 
 
+def test_pieces_from_head_and_tail_come_out_in_the_order_of_the_whole(run_dir: Writer):
+    parts = {"rows": [[[0, 0], [3, 3]], [[1, 1], [2, 2]]], "columns": [[[0, 3]] * 2, [[1, 2]] * 2], "odd": [[[1]]] * 2}
+    for name, values in parts.items():
+        for rank, value in enumerate(values):
+            axes = [axis(rank, 2, {"head_tail": {"dim": int(name == "columns")}}, "cp")]
+            run_dir.part(name, np.array(value, np.float32), rank=rank, axes=axes)
+    run = flexmodel.open(run_dir.root)
+    assert run.get("rows").tolist() == [[n, n] for n in range(4)]
+    assert run.get("columns").tolist() == [[0, 1, 2, 3]] * 2
+    with pytest.raises(flexmodel.NotCapturedError, match="have no halves of one length"):
+        run.get("odd")
+
+
 def test_ranks_that_were_given_the_same_are_no_pieces_of_a_batch(run_dir: Writer):
     for rank in range(3):
         for name, given, value in (("other", rank, rank), ("same", rank // 2, rank), ("equal", 9, 5)):

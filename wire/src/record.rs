@@ -46,6 +46,13 @@ pub enum Place {
         /// Of the tensor.
         shape: Vec<u64>,
     },
+    /// Members hold two consecutive pieces of dimension `dim` each, all of one length: the `index`-th from the head of the
+    /// whole, then the `index`-th from its tail, whose order among themselves is that of the whole. Context parallelism
+    /// balances the work of causal attention so.
+    HeadTail {
+        /// The dimension.
+        dim: u32,
+    },
     /// Members hold addends of the whole.
     Partial,
     /// It is sharded or differs, and how is not known: parts are kept apart, unless they turn out to be equal bytes.
@@ -194,6 +201,7 @@ impl RecordMeta {
                 Place::Partial => (3, 0, u64::MAX),
                 Place::Unknown => (4, 0, u64::MAX),
                 Place::Flat { shape } => (5, shape.len().min(MAX_DIMS) as u32, u64::MAX),
+                Place::HeadTail { dim } => (6, *dim, u64::MAX),
             };
             out.push(code);
             out.extend_from_slice(&dim.to_le_bytes());
@@ -256,6 +264,7 @@ impl RecordMeta {
                 5 if dim as usize <= MAX_DIMS => {
                     Place::Flat { shape: (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()? }
                 }
+                6 if (dim as usize) < ndim => Place::HeadTail { dim },
                 _ => return Err(RecordError("unknown placement")),
             };
             axes.push(Axis { name, index, size, place, given });

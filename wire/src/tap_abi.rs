@@ -125,7 +125,7 @@ pub struct LeafAxis<'a> {
     pub size: u32,
     /// How.
     pub place: LeafPlace,
-    /// For [`LeafPlace::Shard`]: the dimension. For [`LeafPlace::Flat`]: how many sizes there are.
+    /// For [`LeafPlace::Shard`] and [`LeafPlace::HeadTail`]: the dimension. For [`LeafPlace::Flat`]: how many sizes there are.
     pub dim: u32,
     /// For [`LeafPlace::Flat`]: sizes of the tensor, `dim` of them.
     pub sizes: *const u64,
@@ -146,13 +146,16 @@ pub enum LeafPlace {
     Unknown = 3,
     /// Runs of the elements of a tensor, in order of the members.
     Flat = 4,
+    /// As [`crate::record::Place::HeadTail`].
+    HeadTail = 5,
 }
 
 impl LeafPlace {
     /// The place with this code; [`LeafPlace::Unknown`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
-        let all = [LeafPlace::Replicate, LeafPlace::Shard, LeafPlace::Partial, LeafPlace::Flat];
-        all.into_iter().find(|p| *p as u8 == code).unwrap_or_default()
+        const ALL: [LeafPlace; 5] =
+            [LeafPlace::Replicate, LeafPlace::Shard, LeafPlace::Partial, LeafPlace::Flat, LeafPlace::HeadTail];
+        ALL.into_iter().find(|p| *p as u8 == code).unwrap_or_default()
     }
 }
 

@@ -23,7 +23,7 @@ use crate::{
     read::{
         Shards,
         assemble::Bytes,
-        layout::{self, Node},
+        layout::{self, Node, Piece},
         number::component,
     },
     store::{
@@ -183,6 +183,7 @@ pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
             Place::Shard { dim, .. } => format!("shard of dim {dim}"),
             Place::ReplicateOrShard { dim } => format!("shard of dim {dim}, or replicated where equal"),
             Place::Flat { shape } => format!("run of the elements of {shape:?}"),
+            Place::HeadTail { dim } => format!("two pieces of dim {dim}, from its head and its tail"),
             Place::Partial => "addends".to_owned(),
             Place::Unknown => "not known".to_owned(),
         };
@@ -200,7 +201,7 @@ fn walk(node: &Node, leaves: &mut Vec<usize>) -> bool {
             false
         }
         Node::Flat { child, .. } => walk(child, leaves),
-        Node::Concat { children, .. } => {
+        Node::Concat { children, .. } | Node::HeadTail { children, .. } => {
             let sums = children.iter().filter(|child| walk(child, leaves)).count();
             sums > 0
         }
@@ -235,32 +236,9 @@ impl Source<'_> {
     fn fill(&self, node: &Node, row: &mut [u64], start: u64, half: usize, out: &mut [f64]) {
         match node {
             Node::Leaf { part, shape } => self.leaf(*part, shape, row, start, half, out),
-            Node::Concat { dim, children, .. } if *dim == row.len() => {
-                // Along the row: each child fills what it has of it.
-                let (mut begin, end) = (0u64, start + out.len() as u64);
-                for child in children {
-                    let child_end = begin + child.shape().get(*dim).copied().unwrap_or(1);
-                    let (from, to) = (start.max(begin), end.min(child_end));
-                    if from < to {
-                        let piece = &mut out[(from - start) as usize..(to - start) as usize];
-                        self.fill(child, row, from - begin, half, piece);
-                    }
-                    begin = child_end;
-                }
-            }
-            Node::Concat { dim, children, .. } => {
-                let at = row[*dim];
-                let mut begin = 0;
-                for child in children {
-                    let len = child.shape()[*dim];
-                    if at < begin + len {
-                        row[*dim] = at - begin;
-                        self.fill(child, row, start, half, out);
-                        break;
-                    }
-                    begin += len;
-                }
-                row[*dim] = at;
+            Node::Concat { dim, children, .. } | Node::HeadTail { dim, children, .. } => {
+                let pieces = layout::pieces(children, *dim, matches!(node, Node::HeadTail { .. }));
+                self.fill_from(&pieces, *dim, row, start, half, out);
             }
             Node::Flat { child, shape } => self.fill(child, &mut [], element(shape, row, start), half, out),
             Node::Sum { children, .. } => {
@@ -272,6 +250,35 @@ impl Source<'_> {
                 }
             }
         }
+    }
+
+    /// Of pieces that follow each other on `dim`.
+    fn fill_from(&self, pieces: &[Piece<'_>], dim: usize, row: &mut [u64], start: u64, half: usize, out: &mut [f64]) {
+        let mut begin = 0u64;
+        if dim == row.len() {
+            // Along the row: each fills what it has of it.
+            let last = start + out.len() as u64;
+            for piece in pieces {
+                let end = begin + piece.len;
+                let (from, to) = (start.max(begin), last.min(end));
+                if from < to {
+                    let out = &mut out[(from - start) as usize..(to - start) as usize];
+                    self.fill(piece.node, row, piece.start + from - begin, half, out);
+                }
+                begin = end;
+            }
+            return;
+        }
+        let at = row[dim];
+        for piece in pieces {
+            if at < begin + piece.len {
+                row[dim] = piece.start + at - begin;
+                self.fill(piece.node, row, start, half, out);
+                break;
+            }
+            begin += piece.len;
+        }
+        row[dim] = at;
     }
 
     fn leaf(&self, part: usize, shape: &[u64], row: &[u64], start: u64, half: usize, out: &mut [f64]) {

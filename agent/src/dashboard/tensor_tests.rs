@@ -93,6 +93,15 @@ fn two_mesh_axes_read_as_the_whole() {
 }
 
 #[test]
+fn pieces_from_head_and_tail_read_as_the_whole() {
+    for dim in 0..2 {
+        let axes = |i| [("cp", i, 3, Place::HeadTail { dim })];
+        let place = [axes(0), axes(1), axes(2)];
+        check(case(DType::Float32, &[(&[4, 2], &place[0]), (&[4, 2], &place[1]), (&[4, 2], &place[2])]));
+    }
+}
+
+#[test]
 fn addends_and_complex_elements_read_as_the_whole() {
     let axes = |i| [("tp", i, 2, Place::Partial)];
     check(case(DType::Float32, &[(&[2, 3], &axes(0)), (&[2, 3], &axes(1))]));

@@ -79,6 +79,11 @@ pub fn assemble<E: From<String>>(
             let total = total(dtype, shape)?;
             concat(&pieces, shape.iter().take(*dim).product::<u64>() as usize, total)
         }
+        Node::HeadTail { dim, children, shape } => {
+            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
+            let total = total(dtype, shape)?;
+            head_tail(&pieces, shape.iter().take(*dim).product::<u64>() as usize, total)
+        }
         Node::Flat { child, .. } => assemble(child, dtype, leaf),
         Node::Sum { children, shape } => {
             let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
@@ -92,6 +97,22 @@ fn total<E: From<String>>(dtype: DType, shape: &[u64]) -> Result<usize, E> {
     byte_len(dtype, shape)
         .and_then(|n| usize::try_from(n).ok())
         .ok_or_else(|| E::from(format!("a tensor of shape {shape:?} does not fit into memory")))
+}
+
+/// As [`concat`], with the first half of every piece's row in order, and then the second halves from last to first.
+fn head_tail<E: From<String>>(pieces: &[Bytes], rows: usize, total: usize) -> Result<Bytes, E> {
+    let mut out = Vec::new();
+    out.try_reserve_exact(total).map_err(|_| E::from(format!("no memory for a tensor of {total} bytes")))?;
+    for row in 0..rows {
+        // All are of one length, which rows and halves divide.
+        let half = |piece: &Bytes, second: usize| {
+            let width = piece.len() / rows / 2;
+            (2 * row + second) * width..(2 * row + second + 1) * width
+        };
+        pieces.iter().for_each(|piece| out.extend_from_slice(&piece[half(piece, 0)]));
+        pieces.iter().rev().for_each(|piece| out.extend_from_slice(&piece[half(piece, 1)]));
+    }
+    Ok(Bytes::Owned(out))
 }
 
 /// Interleaves pieces: row `r` of the result is row `r` of every piece in order.

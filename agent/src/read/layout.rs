@@ -35,6 +35,15 @@ pub enum Node {
         /// Of the result.
         shape: Vec<u64>,
     },
+    /// The first halves of the children on `dim` in order, then their second halves in the opposite order.
+    HeadTail {
+        /// The dimension.
+        dim: usize,
+        /// Of one shape.
+        children: Vec<Node>,
+        /// Of the result.
+        shape: Vec<u64>,
+    },
     /// The elements of a vector in another shape.
     Flat {
         /// The vector.
@@ -57,10 +66,33 @@ impl Node {
         match self {
             Node::Leaf { shape, .. }
             | Node::Concat { shape, .. }
+            | Node::HeadTail { shape, .. }
             | Node::Flat { shape, .. }
             | Node::Sum { shape, .. } => shape,
         }
     }
+}
+
+/// `len` of `node` from `start` on, along one dimension.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// Of what.
+    pub node: &'a Node,
+    /// From where.
+    pub start: u64,
+    /// How much.
+    pub len: u64,
+}
+
+/// The pieces on `dim` of a [`Node::Concat`], or of a [`Node::HeadTail`], in the order of the whole.
+pub fn pieces(children: &[Node], dim: usize, halves: bool) -> Vec<Piece<'_>> {
+    let len = |node: &Node| node.shape().get(dim).copied().unwrap_or(1);
+    if !halves {
+        return children.iter().map(|node| Piece { node, start: 0, len: len(node) }).collect();
+    }
+    let heads = children.iter().map(|node| Piece { node, start: 0, len: len(node) / 2 });
+    let tails = children.iter().rev().map(|node| Piece { node, start: len(node) / 2, len: len(node) / 2 });
+    heads.chain(tails).collect()
 }
 
 /// Why parts do not make a whole.
@@ -145,7 +177,7 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
 pub fn stats(node: &Node, parts: &[Part]) -> Option<Stats> {
     match node {
         Node::Leaf { part, .. } => parts.get(*part)?.stats,
-        Node::Concat { children, .. } => {
+        Node::Concat { children, .. } | Node::HeadTail { children, .. } => {
             children.iter().map(|c| stats(c, parts)).reduce(|a, b| Some(a?.merge(&b?))).flatten()
         }
         Node::Flat { child, .. } => stats(child, parts),
@@ -303,6 +335,7 @@ impl Planner<'_> {
         if let Place::Flat { shape } = &axis.place {
             return flat(nodes, shape, axis);
         }
+        // A lone member has its head and its tail side by side.
         if nodes.len() == 1 {
             return Ok(nodes.remove(0));
         }
@@ -310,6 +343,7 @@ impl Planner<'_> {
             Place::Shard { dim, .. } => concat(dim as usize, nodes, axis),
             Place::ReplicateOrShard { .. } if self.all_alike(members) => Ok(nodes.swap_remove(0)),
             Place::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
+            Place::HeadTail { dim } => head_tail(dim as usize, nodes, axis),
             Place::Partial => {
                 let shape = nodes[0].shape().to_vec();
                 if nodes.iter().any(|n| n.shape() != shape) {
@@ -349,6 +383,17 @@ fn flat(nodes: Vec<Node>, shape: &[u64], axis: &Axis) -> Result<Node, LayoutErro
         return Err(LayoutError::Apart(format!("runs of {runs:?} elements along {name} do not make {shape:?}")));
     }
     Ok(Node::Flat { child: Box::new(vector), shape: shape.to_vec() })
+}
+
+fn head_tail(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError> {
+    let one = nodes.first().map(|n| n.shape().to_vec()).unwrap_or_default();
+    let whole = concat(dim, nodes, axis)?;
+    let Node::Concat { dim, children, shape } = whole else { return Ok(whole) };
+    if one[dim] % 2 != 0 || children.iter().any(|child| child.shape() != one) {
+        let name = &axis.name;
+        return Err(LayoutError::Apart(format!("pieces of {one:?} along {name} have no halves of one length")));
+    }
+    Ok(Node::HeadTail { dim, children, shape })
 }
 
 fn concat(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError> {

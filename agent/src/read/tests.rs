@@ -86,6 +86,24 @@ fn replicas_stand_in_for_each_other_on_every_axis() {
 }
 
 #[test]
+fn pieces_from_head_and_tail_come_out_in_the_order_of_the_whole() {
+    let mut f = Fixture::default();
+    let cp = |rank, dim| dp(rank, 2, Place::HeadTail { dim });
+    for (rank, rows, columns) in [(0, [0, 1, 6, 7], [0, 3, 10, 13]), (1, [2, 3, 4, 5], [1, 2, 11, 12])] {
+        f.part(id("rows", 0), DType::UInt8, &[2, 2], rank, cp(rank, 0), &rows);
+        f.part(id("columns", 0), DType::UInt8, &[2, 2], rank, cp(rank, 1), &columns);
+        f.part(id("odd", 0), DType::UInt8, &[1, 2], rank, cp(rank, 0), &[1, 2]);
+    }
+    let dir = f.finish();
+    let run = open(&dir);
+    let whole = |name: &str| run.whole(run.records.iter().find(|r| r.id.module == name).unwrap());
+    assert_eq!(&*whole("rows").unwrap().bytes, [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(&*whole("columns").unwrap().bytes, [0, 1, 2, 3, 10, 11, 12, 13]);
+    let e = whole("odd").unwrap_err().to_string();
+    assert!(e.contains("have no halves of one length"), "{e}");
+}
+
+#[test]
 fn ambiguous_parts_are_one_if_equal_and_laid_together_if_not() {
     let mut f = Fixture::default();
     for rank in 0..2 {

@@ -13,7 +13,7 @@ namespace flexmodel {
 using Axes = rust::Vec<LeafAxis>;
 
 // wire::tap_abi::LeafPlace.
-enum Place : uint8_t { kReplicate = 0, kShard = 1, kPartial = 2, kUnknown = 3, kFlat = 4 };
+enum Place : uint8_t { kReplicate = 0, kShard = 1, kPartial = 2, kUnknown = 3, kFlat = 4, kHeadTail = 5 };
 
 // A tensor that this process can read, and what torch says about how it lies over the others.
 struct Part {
