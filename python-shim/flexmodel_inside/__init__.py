@@ -39,6 +39,7 @@ def start(bridge: Any) -> None:
         from . import contexts, layouts, mesh, pipelines
         from .models import Models
         from .ranks import JOINING
+        from .scaling import DEEPSPEED
 
         models = Models(bridge)
         models.watch()
@@ -47,6 +48,7 @@ def start(bridge: Any) -> None:
         imports.when_imported([layouts.MODULE], guarded(bridge, models.dtensor_is_here))
         imports.when_imported([contexts.MODULE], guarded(bridge, models.contexts_are_here))
         imports.when_imported([pipelines.MODULE], guarded(bridge, models.pipelining_is_here))
+        imports.when_imported([DEEPSPEED], guarded(bridge, models.deepspeed_is_here))
         imports.when_imported(JOINING, guarded(bridge, models.distributed_is_here))
 
     imports.when_imported(["torch.nn.modules.module", "torch.optim.optimizer"], guarded(bridge, watch))

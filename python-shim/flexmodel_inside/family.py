@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -85,6 +86,18 @@ class Family:
         """More than single modules that came: from now on `tops` tells all again."""
         self._fresh = None
         self._on_change()
+
+    def follow(self, cls: Any) -> None:
+        """Know every module of a class that puts children into itself without a word, from construction on."""
+        original, family = cls.__init__, self
+
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            family.member(self)
+            family.changed()
+
+        cls.__init__ = __init__
 
     def called(self, module: nn.Module) -> None:
         """`module` is known from now on, if nobody told of it before."""

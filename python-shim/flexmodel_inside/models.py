@@ -302,6 +302,10 @@ class Models:
             ):
                 imports.when_imported([name], guarded(self._bridge, watch))
 
+    def deepspeed_is_here(self) -> None:
+        """Know engines before they are called: others may be first."""
+        self._family.follow(sys.modules[DEEPSPEED].DeepSpeedEngine)  # type: ignore[attr-defined]
+
     def meshes_are_here(self) -> None:
         """Follow the meshes that the job makes."""
         self._meshes.watch()
