@@ -166,13 +166,6 @@ def test_a_forked_child_is_off_and_the_parent_goes_on(run_once):
     }
 
 
-def test_torch_compile_computes_the_same(run_once, untapped_once):
-    argv = harness.python("compiled.py", "aot_eager")
-    outcome = run_once(argv, "layers.*.mlp:forward,backward;lm_head").expect(0)
-    assert outcome.losses == untapped_once(argv).losses
-    assert {key.step for key in captures.read(outcome.run) if key.module == "lm_head"} == {0, 1, 2}
-
-
 @pytest.mark.parametrize("how", ["first", "reversed", "replaced"])
 def test_the_jobs_own_importers_are_asked_as_ever(how, run_once, untapped_once):
     outcome = run_once(harness.python("importers.py", how), "layers.*.mlp").expect(0)

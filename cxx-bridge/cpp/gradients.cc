@@ -20,6 +20,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "flexmodel/compiled.h"
+
 namespace flexmodel {
 namespace {
 
@@ -47,7 +49,7 @@ at::Tensor zeroed(const at::Tensor& tensor) {
 // The gradient of one tensor that is wanted. It comes to the node that computed the tensor; where the tensor is a view
 // and is changed in place later, autograd sends it past that node, as part of the gradient of the view's base.
 struct Wanted {
-  Call call;
+  Site site;
   Kind kind;
   std::string path;
   Axes axes;
@@ -56,8 +58,8 @@ struct Wanted {
   c10::VariableVersion version;
   uint32_t before;
   // The view in its base.
-  std::vector<int64_t> sizes, strides;
-  int64_t offset;
+  std::vector<c10::SymInt> sizes, strides;
+  c10::SymInt offset;
   const Node* node;
   std::atomic<uint32_t> repeat = 0;
 
@@ -65,11 +67,11 @@ struct Wanted {
 
   // Records `gradient` and returns what takes its place; undefined: the same.
   at::Tensor take(const at::Tensor& gradient, bool told) {
-    if ((call.capture & bit(kind)) != 0) {
-      const Part part = part_of_gradient(gradient, axes);
-      capture(call, kind, path, repeat++, part, told ? Refusal::None : Refusal::SharedInput);
+    if ((site.capture & bit(kind)) != 0) {
+      const Part part = gradient_at(site, gradient, axes);
+      capture(site, kind, path, repeat++, part, told ? Refusal::None : Refusal::SharedInput);
     }
-    return edited(call, kind, path, gradient);
+    return edited(site, kind, path, gradient);
   }
 };
 
@@ -127,13 +129,13 @@ class OnBase final : public Receiver {
  private:
   at::Tensor received(const at::Tensor& gradient) override {
     if (!wanted_->changed()) return {};
-    if (refusal_of(gradient, nullptr) != Refusal::None) return wanted_->take(gradient, false);
+    if (!wanted_->site.traced.defined() && refusal_of(gradient, nullptr) != Refusal::None) return wanted_->take(gradient, false);
     at::Tensor whole = gradient.contiguous();
-    const at::Tensor part = at::as_strided(whole, wanted_->sizes, wanted_->strides, wanted_->offset);
+    const at::Tensor part = at::as_strided_symint(whole, wanted_->sizes, wanted_->strides, wanted_->offset);
     const at::Tensor now = wanted_->take(part, is_all());
     if (!now.defined()) return {};
     whole = whole.clone();
-    at::as_strided(whole, wanted_->sizes, wanted_->strides, wanted_->offset).copy_(now);
+    at::as_strided_symint(whole, wanted_->sizes, wanted_->strides, wanted_->offset).copy_(now);
     return whole;
   }
 
@@ -156,37 +158,48 @@ bool is_piece(const at::Tensor& tensor, const at::TensorBase& base) {
 
 }  // namespace
 
-void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const Part& part, Refusal because) {
+Part gradient_at(const Site& site, const at::Tensor& gradient, const Axes& axes) {
+  if (!site.traced.defined()) return part_of_gradient(gradient, axes);
+  Part part = part_in_graph(gradient);
+  lies_as(part, axes);
+  return part;
+}
+
+void capture(const Site& site, Kind kind, const std::string& path, uint32_t repeat, const Part& part, Refusal because) {
+  if (site.traced.defined()) {
+    return capture_in_graph(site, kind, path, part, part.refusal == Refusal::None ? because : part.refusal);
+  }
   const at::Tensor& tensor = part.local;
   const bool readable = part.refusal == Refusal::None || part.refusal == because;
   const c10::IntArrayRef sizes = readable || part.refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
   Leaf leaf{};
   leaf.dtype = dtype_code(tensor.scalar_type());
   leaf.refusal = static_cast<uint8_t>(part.refusal == Refusal::None ? because : part.refusal);
-  capture(call, static_cast<uint32_t>(kind), view(path), repeat, leaf,
+  capture(site.call, static_cast<uint32_t>(kind), view(path), repeat, leaf,
           rust::Slice<const int64_t>(sizes.data(), sizes.size()), part.axes, tensor);
 }
 
-at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor) {
-  if ((call.edit & bit(kind)) == 0) return {};
-  const LeafEdit edit = flexmodel::edit(call, static_cast<uint32_t>(kind), view(path));
+at::Tensor edited(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor) {
+  if (site.traced.defined()) return edited_in_graph(site, kind, path, tensor);
+  if ((site.edit & bit(kind)) == 0) return {};
+  const LeafEdit edit = flexmodel::edit(site.call, static_cast<uint32_t>(kind), view(path));
   if (edit.op == 1 && scales(tensor)) return at::mul(tensor, edit.factor);
   return edit.op == 2 ? zeroed(tensor) : at::Tensor();
 }
 
 at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }
 
-void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
+void watch_gradient(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
                     bool alone) {
   const auto& node = tensor.grad_fn();
   const bool has_base = tensor.is_view() && is_piece(tensor, tensor._base());
   const auto& version = torch::autograd::impl::version_counter(tensor);
-  const std::shared_ptr<Wanted> wanted(new Wanted{call, kind, path, axes, alone, version, version.current_version(),
-                                                  tensor.sizes().vec(), tensor.strides().vec(), 0, node.get()});
+  const std::shared_ptr<Wanted> wanted(new Wanted{site, kind, path, axes, alone, version, version.current_version(),
+                                                  tensor.sym_sizes().vec(), tensor.sym_strides().vec(), 0, node.get()});
   node->add_tensor_pre_hook(std::make_unique<OnTensor>(wanted, tensor.output_nr(), has_base));
   if (!has_base) return;
   const auto& base = tensor._base();
-  wanted->offset = tensor.storage_offset() - base.storage_offset();
+  wanted->offset = tensor.sym_storage_offset() - base.sym_storage_offset();
   base.grad_fn()->add_tensor_pre_hook(std::make_unique<OnBase>(wanted, base.output_nr(), base.grad_fn().get()));
 }
 

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "flexmodel/communicator.h"
+#include "flexmodel/compiled.h"
 #include "flexmodel/ffi.h"
 #include "flexmodel/gradients.h"
 #include "flexmodel/parts.h"
@@ -19,19 +20,6 @@ extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bri
 
 namespace flexmodel {
 namespace {
-
-// Runs `make` so that what it throws becomes a Python exception.
-template <typename Make>
-PyObject* into_python(Make make) {
-  try {
-    return make();
-  } catch (const PyError&) {
-    return nullptr;
-  } catch (const std::exception& e) {
-    PyErr_SetString(PyExc_RuntimeError, e.what());
-    return nullptr;
-  }
-}
 
 // select(serial, [(name, class, qualified class, order)], [parameter], wrapper, [(mesh axis, index, size, role)], rank,
 // world) -> [(index, (before, after))], [(index of the parameter, tap)]
@@ -74,7 +62,7 @@ PyObject* py_select(PyObject*, PyObject* args) {
       if (!pair || PyList_Append(of_parameters.get(), pair.get()) != 0) return nullptr;
       continue;
     }
-    PyObject* tap = into_python([&] { return make_tap(selected.tap, selected.kinds); });
+    PyObject* tap = into_python([&] { return make_tap(selected.tap, selected.kinds, selected.edits); });
     if (tap == nullptr) return nullptr;
     Ref pair(Py_BuildValue("(IN)", selected.index, tap));
     if (!pair || PyList_Append(out.get(), pair.get()) != 0) return nullptr;
@@ -136,6 +124,11 @@ PyObject* py_parameter(PyObject*, PyObject* args) {
 
 PyObject* py_describe_with(PyObject*, PyObject* function) {
   set_describer(function);
+  Py_RETURN_NONE;
+}
+
+PyObject* py_take_with(PyObject*, PyObject* function) {
+  take_with(function);
   Py_RETURN_NONE;
 }
 
@@ -205,6 +198,7 @@ PyMethodDef functions[] = {
     {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
     {"parameter", py_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},
     {"describe_with", py_describe_with, METH_O, "Keeps the function that tells how a tensor lies over the ranks."},
+    {"take_with", py_take_with, METH_O, "Keeps the function that captures what is due of a model's parameters."},
     {"scope", py_scope, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
     {"forget", py_forget, METH_O, "A model is no more."},
     {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
@@ -226,7 +220,9 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "flexmodel_inside._bridge", "Fl
 
 size_t python_module() {
   if (!ready_types()) return 0;
-  return reinterpret_cast<size_t>(PyModule_Create(&definition));
+  Ref module(PyModule_Create(&definition));
+  if (!module || !add_compiled(module.get())) return 0;
+  return reinterpret_cast<size_t>(module.release());
 }
 
 }  // namespace flexmodel

@@ -4,23 +4,14 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <sstream>
+#include <string_view>
 #include <utility>
 
 namespace flexmodel {
 namespace {
 
 PyObject* describer = nullptr;
-
-class Gil {
- public:
-  Gil() : state_(PyGILState_Ensure()) {}
-  ~Gil() { PyGILState_Release(state_); }
-  Gil(const Gil&) = delete;
-  Gil& operator=(const Gil&) = delete;
-
- private:
-  PyGILState_STATE state_;
-};
 
 // What the shim says of `tensor`, or nothing.
 Ref described(const at::Tensor& tensor, Where where) {
@@ -93,14 +84,48 @@ Part part_of(const at::Tensor& tensor, bool ask, const char* python_type, Where 
 
 Part part_of_gradient(const at::Tensor& gradient, const Axes& forward) {
   Part part = part_of(gradient, false);
-  if (!part.axes.empty() || part.refusal != Refusal::None) return part;
+  lies_as(part, forward);
+  return part;
+}
+
+void lies_as(Part& part, const Axes& forward) {
+  if (!part.axes.empty() || part.refusal != Refusal::None) return;
   // Where the tensor is in pieces, so is its gradient. Where all have the same tensor, each may have its own addend.
   for (const LeafAxis& axis : forward) {
     LeafAxis own = axis;
     if (own.place != kShard && own.place != kHeadTail) own.place = kUnknown;
     part.axes.push_back(std::move(own));
   }
-  return part;
+}
+
+std::string text_of(const Axes& axes) {
+  std::ostringstream out;
+  for (const LeafAxis& axis : axes) {
+    out << axis.index << ' ' << axis.size << ' ' << static_cast<unsigned int>(axis.place) << ' ' << axis.dim << ' '
+        << axis.shape.size() << ' ';
+    for (const uint64_t size : axis.shape) out << size << ' ';
+    out << axis.name.size() << ' ' << std::string_view(axis.name.data(), axis.name.size());
+  }
+  return out.str();
+}
+
+Axes axes_of(const std::string& text) {
+  Axes axes;
+  std::istringstream in(text);
+  LeafAxis axis{};
+  unsigned int place = 0;
+  for (size_t sizes = 0; in >> axis.index >> axis.size >> place >> axis.dim >> sizes; axis = LeafAxis{}) {
+    uint64_t size = 0;
+    for (; sizes > 0 && in >> size; --sizes) axis.shape.push_back(size);
+    size_t length = 0;
+    in >> length;
+    std::string name(std::min(length, text.size()), '\0');
+    if (!in.ignore(1) || !in.read(name.data(), static_cast<std::streamsize>(name.size()))) break;
+    axis.name = rust::String::lossy(name);
+    axis.place = static_cast<uint8_t>(place);
+    axes.push_back(std::move(axis));
+  }
+  return axes;
 }
 
 bool same(const Axes& a, const Axes& b) {

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -16,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "flexmodel/compiled.h"
 #include "flexmodel/ffi.h"
 #include "flexmodel/gradients.h"
 #include "flexmodel/leaves.h"
@@ -38,7 +40,7 @@ struct Open {
 
 // What the two hooks of a tap share. Guarded by the GIL.
 struct Shared {
-  uint32_t tap;
+  uint32_t tap, kinds, edits;
   // The model's forward pass that the calls under way belong to.
   uint64_t pass;
   std::vector<Open> open;
@@ -104,9 +106,9 @@ bool throws() {
   return fault != nullptr && std::strcmp(fault, "throw-in-tap") == 0;
 }
 
-// Guarded by the GIL.
-bool paused = false;
-bool tells_given = false;
+// Written with the GIL.
+std::atomic<bool> paused = false, tells_given = false;
+PyObject* taker = nullptr;
 
 // Runs a hook's body so that nothing of ours ever reaches the job.
 template <typename Body>
@@ -283,26 +285,17 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
   });
 }
 
-// A digest of what a model is given.
-uint32_t given(Hook& hook, PyObject* args, PyObject* kwargs) {
-  PyObject* first = first_tensor(args);
-  if (first == nullptr) first = first_tensor(kwargs);
-  if (first == nullptr) return 0;
-  const at::Tensor& tensor = THPVariable_Unpack(first);
-  if (refusal_of(tensor, Py_TYPE(first)->tp_name) != Refusal::None) return 0;
-  if (tensor.device().is_cpu()) return digest_of(tensor);
-  if (hook.given == 0) hook.given = digest_of(tensor);
-  return hook.given;
-}
-
 // (module, args, kwargs) -> None
 PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
   if (PyVectorcall_NARGS(nargsf) != 3) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
     Firing now = firing(args[0], args[1], args[2], true);
-    if (tells_given && !now.replay) now.given = given(hook, args[1], args[2]);
+    PyObject* first = first_tensor(args[1]);
+    if (first == nullptr) first = first_tensor(args[2]);
+    if (first != nullptr) now.given = digest_of_given(THPVariable_Unpack(first), Py_TYPE(first)->tp_name, now, hook.given);
     scope(hook.serial, hook.part, true, now);
+    take_parameters(hook.serial);
     return Ref();
   });
 }
@@ -333,7 +326,20 @@ PyObject* reduce(PyObject*, PyObject*) {
   return Py_BuildValue("(O(Os))", partial.get(), audit, "flexmodel.copied");
 }
 
-PyMethodDef methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+// What it is in a graph of torch.compile's.
+PyObject* traced(PyObject* self, PyObject*) {
+  const auto& hook = *reinterpret_cast<Hook*>(self);
+  if (hook.shared == nullptr) {
+    return traced_form(hook.vectorcall == enter ? "enter" : "leave", static_cast<int64_t>(hook.serial),
+                       static_cast<int64_t>(hook.part), 0, 0);
+  }
+  const Shared& shared = **hook.shared;
+  return traced_form(hook.vectorcall == before ? "before" : "after", shared.tap, 0, shared.kinds, shared.edits);
+}
+
+PyMethodDef methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr},
+                         {"traced", traced, METH_NOARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
 
 PyTypeObject hook_type = [] {
   PyTypeObject type{};
@@ -368,9 +374,33 @@ void pause_taps(bool now) { paused = now; }
 
 void tell_given() { tells_given = true; }
 
-PyObject* make_tap(uint32_t tap, uint32_t kinds) {
+uint32_t digest_of_given(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& kept) {
+  if (!tells_given || now.replay || refusal_of(first, python_type) != Refusal::None) return 0;
+  if (first.device().is_cpu()) return digest_of(first);
+  if (kept == 0) kept = digest_of(first);
+  return kept;
+}
+
+bool are_taps_paused() { return paused; }
+
+void take_with(PyObject* take) {
+  Py_XINCREF(take);
+  Py_XDECREF(std::exchange(taker, take));
+}
+
+void take_parameters(uint64_t serial) {
+  if (!wants(bit(kParam))) return;
+  const Gil gil;
+  if (taker == nullptr) return;
+  const Ref answer(PyObject_CallFunction(taker, "K", static_cast<unsigned long long>(serial)));
+  if (!answer) PyErr_Clear();
+}
+
+PyObject* make_tap(uint32_t tap, uint32_t kinds, uint32_t edits) {
   auto shared = std::make_shared<Shared>();
   shared->tap = tap;
+  shared->kinds = kinds;
+  shared->edits = edits;
   shared->pass = 0;
   Ref first = (kinds & kBefore) != 0 ? make(before, shared) : Ref::borrow(Py_None);
   Ref second = make(after, shared);

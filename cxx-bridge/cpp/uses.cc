@@ -36,7 +36,12 @@ using torch::autograd::variable_list;
 // Adds up what several nodes send, on whatever streams of a device.
 class Sum {
  public:
-  void add(const at::Tensor& part) {
+  // `traced`: puts the sum into a graph.
+  void add(const at::Tensor& part, bool traced) {
+    if (traced) {
+      value_ = value_.defined() ? value_ + part : part;
+      return;
+    }
     const Unseen unseen;
     if (part.is_cpu()) {
       accumulate(part);
@@ -72,9 +77,9 @@ class Sum {
 // The gradient of one input through one call: collects what its nodes send, in every backward pass.
 class Gathering : public std::enable_shared_from_this<Gathering> {
  public:
-  Gathering(const Call& call, std::string path, Axes axes, const Node* target, uint32_t number, uint64_t first,
+  Gathering(const Site& site, std::string path, Axes axes, const Node* target, uint32_t number, uint64_t first,
             uint32_t edges)
-      : call_(call),
+      : site_(site),
         path_(std::move(path)),
         axes_(std::move(axes)),
         target_(target),
@@ -88,11 +93,12 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
   at::Tensor sent(at::Tensor gradient) {
     Part part;
     if (gradient.defined()) {
-      if (!gradient.unsafeGetTensorImpl()->is_python_dispatch()) gradient = as_received(std::move(gradient));
-      part = part_of_gradient(gradient, axes_);
+      const bool traced = site_.traced.defined();
+      if (traced || !gradient.unsafeGetTensorImpl()->is_python_dispatch()) gradient = as_received(std::move(gradient));
+      part = gradient_at(site_, gradient, axes_);
     }
-    if ((call_.capture & bit(kBackward)) != 0) collect(part);
-    return gradient.defined() ? edited(call_, kBackward, path_, gradient) : at::Tensor();
+    if ((site_.capture & bit(kBackward)) != 0) collect(part);
+    return gradient.defined() ? edited(site_, kBackward, path_, gradient) : at::Tensor();
   }
 
  private:
@@ -105,11 +111,11 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     // How what is summed lies; described in its place if it cannot be summed.
     Part any{};
 
-    void add(const Part& part) {
+    void add(const Part& part, bool traced) {
       if (because == Refusal::None && any.local.defined() && !same(any.axes, part.axes)) because = Refusal::SharedInput;
       if (part.refusal != Refusal::None) because = part.refusal;
       any = part;
-      if (because == Refusal::None) sum.add(part.local);
+      if (because == Refusal::None) sum.add(part.local, traced);
     }
   };
 
@@ -139,7 +145,7 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
         // Some of the nodes may not be part of this backward pass.
         torch::autograd::Engine::get_default_engine().queue_callback([self = shared_from_this(), task] { self->end(task); });
       }
-      if (part.local.defined()) pass->add(part);
+      if (part.local.defined()) pass->add(part, site_.traced.defined());
       if (++pass->seen == edges_) done = take(pass);
     }
     if (done) deliver(*done);
@@ -164,7 +170,7 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
   }
 
   void deliver(const Part& part, Refusal because) {
-    if (part.local.defined()) capture(call_, kBackward, path_, repeat_++, part, because);
+    if (part.local.defined()) capture(site_, kBackward, path_, repeat_++, part, because);
   }
 
   // Whether the call made no other node that uses the input: for something it keeps, say, and does not return.
@@ -187,7 +193,7 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     return taken;
   }
 
-  const Call call_;
+  const Site site_;
   const std::string path_;
   // Of the input.
   const Axes axes_;
@@ -226,16 +232,16 @@ class Sender final : public torch::autograd::FunctionPostHook {
 
 }  // namespace
 
-void Uses::add(const Call& call, const std::string& path, const at::Tensor& input, const Axes& axes) {
+void Uses::add(const Site& site, const std::string& path, const at::Tensor& input, const Axes& axes) {
   const auto& node = input.grad_fn();
   const auto device = input.device().type();
   if (node.get() == nullptr && at::autocast::is_autocast_enabled(device) && at::autocast::is_autocast_cache_enabled()) {
     // Its cast belongs to the call that needs it first, and others use it too.
-    if ((call.capture & bit(kBackward)) != 0) capture(call, kBackward, path, 0, part_of(input, false), Refusal::SharedInput);
+    if ((site.capture & bit(kBackward)) != 0) capture(site, kBackward, path, 0, gradient_at(site, input, {}), Refusal::SharedInput);
     return;
   }
   if (inputs_.empty()) first_ = at::sequence_number::peek();
-  inputs_.push_back({call, path, axes, decltype(Input::tensor)(input.getIntrusivePtr()), node.get(),
+  inputs_.push_back({site, path, axes, decltype(Input::tensor)(input.getIntrusivePtr()), node.get(),
                      static_cast<uint32_t>(input.output_nr()), input._version(), false});
 }
 
@@ -246,13 +252,13 @@ at::Tensor Uses::returned(const at::Tensor& output) {
   };
   const auto input = std::find_if(inputs_.begin(), inputs_.end(), is_it);
   if (input == inputs_.end() || !output.requires_grad()) return {};
-  if ((input->call.edit & bit(kBackward)) != 0) return identity(output);
+  if ((input->site.edit & bit(kBackward)) != 0) return identity(output);
   if (input->done) return {};
   input->done = true;
   if (output.is_leaf()) {
-    capture(input->call, kBackward, input->path, 0, part_of(output, false), Refusal::Returned);
+    capture(input->site, kBackward, input->path, 0, gradient_at(input->site, output, {}), Refusal::Returned);
   } else {
-    watch_gradient(input->call, kBackward, input->path, output, input->axes, /*alone=*/true);
+    watch_gradient(input->site, kBackward, input->path, output, input->axes, /*alone=*/true);
   }
   return {};
 }
@@ -305,14 +311,15 @@ void Uses::hook(const std::vector<at::Tensor>& outputs) const {
     if (input.done) continue;
     const at::Tensor tensor(input.tensor.lock());
     if (tensor.defined() && tensor.is_view() && tensor._version() != input.version) {
-      if ((input.call.capture & bit(kBackward)) != 0) {
-        capture(input.call, kBackward, input.path, 0, part_of(tensor, false), Refusal::SharedInput);
+      if ((input.site.capture & bit(kBackward)) != 0) {
+        capture(input.site, kBackward, input.path, 0, gradient_at(input.site, tensor, {}), Refusal::SharedInput);
       }
       continue;
     }
     uint32_t edges = 0;
     for (const auto& [node, numbers] : users[i]) edges += numbers.size();
-    const auto gathering = std::make_shared<Gathering>(input.call, input.path, input.axes, targets[i], input.number, first_, edges);
+    const auto gathering =
+        std::make_shared<Gathering>(input.site, input.path, input.axes, targets[i], input.number, first_, edges);
     for (auto& [node, numbers] : users[i]) node->add_post_hook(std::make_unique<Sender>(gathering, std::move(numbers)));
   }
 }

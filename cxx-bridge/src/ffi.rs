@@ -19,6 +19,7 @@ pub mod bridge {
         replay: bool,
         grad_enabled: bool,
         train: bool,
+        recomputes: bool,
         first: [i64; 3],
         given: u32,
     }
@@ -53,6 +54,7 @@ pub mod bridge {
         index: u32,
         tap: u32,
         kinds: u32,
+        edits: u32,
     }
 
     /// `wire::tap_abi::LeafEdit`.

@@ -23,8 +23,8 @@ fn host() -> Option<&'static HostTable> {
 
 impl From<&Firing> for tap_abi::Firing {
     fn from(f: &Firing) -> Self {
-        let &Firing { pre, replay, grad_enabled, train, first, given } = f;
-        Self { pre, replay, grad_enabled, train, first, given }
+        let &Firing { pre, replay, grad_enabled, train, recomputes, first, given } = f;
+        Self { pre, replay, grad_enabled, train, recomputes, first, given }
     }
 }
 
@@ -86,11 +86,11 @@ pub fn select(
         mesh: mesh.as_ptr(),
         axis_count: mesh.len(),
     };
-    let blank = tap_abi::Selected { index: 0, tap: 0, kinds: 0 };
+    let blank = tap_abi::Selected { index: 0, tap: 0, kinds: 0, edits: 0 };
     let mut out = vec![blank; modules.len() + parameters.len()];
     // SAFETY: every array has `count` entries and lives through the call; `out` takes as many.
     let found = unsafe { (host.select)(&desc, Rank { rank, world }, out.as_mut_ptr(), out.len()) };
-    out.iter().take(found).map(|s| Selected { index: s.index, tap: s.tap, kinds: s.kinds }).collect()
+    out.iter().take(found).map(|s| Selected { index: s.index, tap: s.tap, kinds: s.kinds, edits: s.edits }).collect()
 }
 
 pub fn wants(kinds: u32) -> bool {

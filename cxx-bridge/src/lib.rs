@@ -15,6 +15,7 @@
 //! | `cpp/tensor.cc` | describes tensors and copies them out |
 //! | `cpp/leaves.cc` | walks tuples, lists, dicts and dataclasses |
 //! | `cpp/gradients.cc` | identity nodes, gradient hooks, edits |
+//! | `cpp/compiled.cc` | what taps are in graphs of torch.compile |
 //! | `cpp/tap.cc` | the Python callable that a hook is |
 //! | `cpp/kept.cc` | tensors of our own, which other ranks get |
 //! | `cpp/communicator.cc` | a communicator of our own, over c10d's Gloo |

@@ -165,6 +165,8 @@ impl Engine {
             };
             let hooks = self.matching(name, class, qualified, !0);
             let kinds = self.kinds(&hooks) & !OF_PARAMETERS;
+            let edited = hooks.iter().filter_map(|&h| self.hooks.get(h)).filter(|h| h.edit.is_some());
+            let edits = edited.fold(0, |mask, h| mask | h.kind_mask());
             selected.insert(name, hooks.clone());
             modules.push(ModuleInfo { name: name.to_owned(), class: class.to_owned(), kinds });
             if kinds == 0 {
@@ -172,7 +174,7 @@ impl Engine {
             }
             self.tell_disagreement(&hooks, name);
             let tap = self.tap(desc, name, class, hooks, kinds, order);
-            out.push(Selected { index: i as u32, tap, kinds });
+            out.push(Selected { index: i as u32, tap, kinds, edits });
         }
         for i in 0..desc.parameter_count {
             // SAFETY: i < parameter_count; the string lives through the call (caller).
@@ -182,7 +184,7 @@ impl Engine {
             if kinds != 0 {
                 self.tell_disagreement(&hooks, name);
                 let tap = self.tap(desc, name, "Parameter", hooks, kinds, Order::Unstated);
-                out.push(Selected { index: (desc.count + i) as u32, tap, kinds });
+                out.push(Selected { index: (desc.count + i) as u32, tap, kinds, edits: 0 });
             }
             names.push(name.to_owned());
         }

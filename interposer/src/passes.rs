@@ -249,7 +249,8 @@ impl Calls {
 
     /// Reentrant checkpointing: without gradients now, though the model's forward has them.
     fn await_replay(&mut self, passes: &Passes, wants_gradients: bool, firing: &Firing, call: Call) {
-        if wants_gradients && !firing.replay && !firing.grad_enabled && passes.grad_enabled {
+        let replays = firing.recomputes || !firing.grad_enabled;
+        if wants_gradients && !firing.replay && replays && passes.grad_enabled {
             if self.awaiting.front().is_some_and(|c| c.step != call.step) || self.awaiting.len() >= MAX_AWAITING {
                 self.awaiting.clear();
             }

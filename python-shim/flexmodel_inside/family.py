@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,8 @@ class Member:
         # The serials of models in which it is a scope, and the model and the name that its tap is for.
         self.scoped: set[int] = set()
         self.tapped: tuple[int, str] | None = None
-        # Hooks of ours: the attribute of the module, the key, and whether it is a tap's.
-        self.hooks: list[tuple[str, int, bool]] = []
+        # Hooks of ours: the attribute of the module, and the key.
+        self.hooks: list[tuple[str, int]] = []
 
 
 class Family:
@@ -41,6 +42,8 @@ class Family:
         self._serials = itertools.count()
         # Those met since `tops` told all, while nothing else has changed; None if something has.
         self._fresh: dict[int, Member] | None = None
+        # The thread whose modules are not the job's.
+        self.deaf: int | None = None
         self._on_change = on_change
         # Told the serial of a model that is no more.
         self._on_gone = on_gone
@@ -64,21 +67,26 @@ class Family:
         nn.Module.__setstate__ = __setstate__  # type: ignore[method-assign]
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if isinstance(child, nn.Module) and not torch.compiler.is_compiling():
+        if isinstance(child, nn.Module) and not self._is_deaf():
             self.member(parent)
             self.member(child)
             self.changed()
 
     def _has(self, module: nn.Module, name: str, value: Any) -> None:
         # Also called when one is assigned anew, which some modules do in every forward.
-        if not torch.compiler.is_compiling() and id(module) not in self._members:
+        if not self._is_deaf() and id(module) not in self._members:
             self._meet(module)
             self._on_change()
+
+    def _is_deaf(self) -> bool:
+        return torch.compiler.is_compiling() or (self.deaf is not None and self.deaf == threading.get_ident())
 
     def _restored(self, module: nn.Module) -> None:
         # What it holds is there already, and need not have been restored by torch.
         for each in (module, *(child for _, child in held_by(module))):
             hooks.drop_copied(each)
+        if self._is_deaf():
+            return
         self.member(module)
         self.changed()
 

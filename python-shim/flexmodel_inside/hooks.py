@@ -19,9 +19,9 @@ _KINDS = {
 
 
 class Traceable:
-    """A hook for torch.compile's eyes: nothing while it traces, so that it neither breaks the graph nor refuses it."""
+    """A hook where torch.compile cannot have it in its graphs: nothing while it traces."""
 
-    def __init__(self, hook: Any) -> None:
+    def __init__(self, hook: Any, module: nn.Module | None = None) -> None:
         self._hook = hook
 
     def __call__(self, *args: Any) -> Any:
@@ -49,6 +49,20 @@ def drop_copied(module: nn.Module) -> None:
         hooks = own(module, name, {})
         for key in [key for key, hook in hooks.items() if _is_copied(hook)]:
             drop(module, name, key)
+
+
+def put(module: nn.Module, name: str, key: int, hook: Any, always_call: bool = False) -> None:
+    """Has `hook` called last of those in the attribute `name`, under a key of ours (`compiled.py` says why)."""
+    if own(module, name, {}).get(key) is None:
+        register = module.register_forward_hook if name == "_forward_hooks" else module.register_forward_pre_hook
+        number = register(hook, with_kwargs=True).id
+        for kind in (name, _KINDS[name][0]):
+            there = own(module, kind, {})
+            there[key] = there.pop(number)
+    else:
+        own(module, name, {})[key] = hook
+    if always_call:
+        own(module, _KINDS[name][1], {})[key] = True
 
 
 def drop(module: nn.Module, name: str, key: int) -> None:

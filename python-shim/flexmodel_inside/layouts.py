@@ -67,7 +67,7 @@ class Layouts:
         @functools.wraps(original)
         def to_local(self: Any, *args: Any, **kwargs: Any) -> Any:
             local = original(self, *args, **kwargs)
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 axes = layouts.of_spec(self._spec)
                 if axes is not None:
                     layouts.note(local, axes)
@@ -90,15 +90,16 @@ class Layouts:
         """The part of `tensor` that this process holds, and how it lies along each axis of which that is known,
         outermost first; None if nothing is known.
 
-        `module` is given the tensor or, where `like` is what it was given first, gives it.
+        `module` is given the tensor or, where `like` is what it was given first, gives it. In a graph that is traced,
+        the module is not known, and `like` only where it has no parameters.
         """
         if is_instance(tensor, MODULE, "DTensor"):
             axes = self.of_spec(tensor._spec)
             return None if axes is None else (_there(tensor._local_tensor), self._with_cut(tensor.shape, axes))
         part = _there(tensor)
         known = self._known(tensor)
-        if known is None and module is not None:
-            known = self._by_module(part, module, like is None)
+        if known is None:
+            known = self._by_module(part, module, like is None) if module is not None else None
             # What a module makes of a piece is such a piece too, if it is of the same shape.
             if known is None and like is not None:
                 known = self._pieces_like(part, like)
@@ -141,10 +142,10 @@ class Layouts:
 
     def _pieces_like(self, tensor: torch.Tensor, like: torch.Tensor) -> list[Leaf] | None:
         described = self.describe(like)
-        if described is None or described[0].shape != tensor.shape:
+        axes = described[1] if described is not None else []
+        if described is None or not axes or any(axis[3] not in (*_PIECES, UNKNOWN) for axis in axes):
             return None
-        axes = described[1]
-        return axes if axes and all(axis[3] in (*_PIECES, UNKNOWN) for axis in axes) else None
+        return axes if described[0].shape == tensor.shape else None
 
     def of_spec(self, spec: Any) -> list[Leaf] | None:
         """The layout that a `DTensorSpec` says; None if this process is not on its mesh, or cannot tell where."""
@@ -204,7 +205,9 @@ def _there(tensor: torch.Tensor) -> torch.Tensor:
 def _in_view(view: torch.Tensor, base: torch.Tensor, axes: list[Leaf]) -> list[Leaf] | None:
     """How a view of all of `base` lies, if `base` lies so: the dimension that is cut is the outermost of those into
     which a dimension of the base went, told by its stride."""
-    if view.numel() != base.numel() or view.numel() == 0:
+    sizes = (*view.shape, *view.stride(), *base.shape, *base.stride())
+    # Whoever compares a size that torch.compile does not know fixes it in the graph.
+    if any(isinstance(n, torch.SymInt) for n in sizes) or view.numel() != base.numel() or view.numel() == 0:
         return None
     out = []
     for name, index, size, place, dim in axes:

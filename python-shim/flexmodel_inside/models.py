@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
-import sys
+import threading
 from collections.abc import Set
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import guarded, hooks, imports
+from . import alike, compiled, compiler, guarded, hooks, imports
 from .communicators import Communicators
 from .contexts import Contexts
 from .family import Family
@@ -46,10 +46,12 @@ class Models:
         self._paused = False
         # By the model's serial, and the tap's number.
         self._parameters: dict[int, dict[int, Parameter]] = {}
+        self._look_at = guarded(bridge, self._look)
         self._armed = False
         self._looking = False
-        self._traceable = "torch._dynamo" in sys.modules
-        self._said_compiled = False
+        # What makes a hook traceable, once torch.compile may trace it.
+        self._traceable: Any = None
+        self._uneven = False
         self._said_scripted = False
         self._said_started = False
 
@@ -63,6 +65,7 @@ class Models:
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
         atexit.register(self._finish)
         self.follow_scaling()
+        self._bridge.take_with(guarded(self._bridge, lambda serial: self._take(serial, PARAM)))
         self._bridge.describe_with(guarded(self._bridge, self._layouts.describe))
         self._arm()
 
@@ -73,12 +76,11 @@ class Models:
     def _replacement(self) -> Any:
         """What stands in for `nn.Module.__call__` while we are armed. One function for good: torch.compile keeps it."""
         models, original = self, nn.Module.__call__
-        look = guarded(self._bridge, self._look)
 
         def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and models._armed and not models._paused:
                 models._disarm(original)
-                look(self)
+                models._look_at(self)
             return original(self, *args, **kwargs)
 
         return __call__
@@ -95,7 +97,7 @@ class Models:
             nn.Module.__call__ = original  # type: ignore[method-assign]
         self._armed = False
 
-    def _look(self, called: nn.Module) -> None:
+    def _look(self, called: nn.Module | None) -> None:
         if self._looking or not self._bridge.active():
             return
         rank = rank_and_world()
@@ -111,7 +113,8 @@ class Models:
         try:
             imports.look()
             member = self._family.member
-            self._family.called(called)
+            if called is not None:
+                self._family.called(called)
             tops = {member(authored(top)).serial: top for top in self._family.tops()}
             # A stage of a pipeline may be made of parts of a model that is still there: they are the stage's.
             stages = {serial for serial, top in tops.items() if self._pipelines.stage_of(authored(top)) is not None}
@@ -122,8 +125,9 @@ class Models:
         finally:
             self._looking = False
 
-    def _tap(self, top: nn.Module, models: Set[int], called: nn.Module, rank: int, world: int) -> None:
-        """Taps what is selected of a model; `models` are the serials of all. `called` is what the job calls now."""
+    def _tap(self, top: nn.Module, models: Set[int], called: nn.Module | None, rank: int, world: int) -> None:
+        """Taps what is selected of a model; `models` are the serials of all. `called` is what the job calls now, if
+        that is known."""
         if is_scripted(top):
             self._tell_scripted("a model")
             return
@@ -162,7 +166,7 @@ class Models:
         tapped = [modules[index][1] for index, _ in found]
         scopes = [model]
         inside = [module for _, module in modules]
-        if is_called_in_parts(inside, called):
+        if is_called_in_parts(inside, model if called is None else called):
             scopes += holders(inside, tapped)
         # A scope begins before its module's own taps fire, and ends after them.
         ends = []
@@ -171,11 +175,9 @@ class Models:
             if serial not in known.scoped:
                 known.scoped.add(serial)
                 begin, end = self._bridge.scope(serial, 0 if module is model else known.serial + 1)
-                self._before(module, begin)
-                if of_parameters:
-                    take = guarded(self._bridge, functools.partial(self._take, serial, PARAM))
-                    self._before(module, lambda module, args, kwargs, take=take: take())
-                ends.append((module, end))
+                key = compiled.SCOPE_KEY - len(known.scoped)
+                self._hook(module, "_forward_pre_hooks", key, begin)
+                ends.append((module, key, end))
         for index, (before, after) in found:
             name, module = modules[index]
             known = self._family.member(module)
@@ -187,11 +189,11 @@ class Models:
                 self._untap(module)
             known.tapped = (serial, name)
             if before is not None:
-                self._before(module, before, tap=True)
-            self._after(module, after, tap=True)
-        for module, end in ends:
-            self._after(module, end, always_call=not self._traceable)
-        self._tell_compiled(top, tapped)
+                self._hook(module, "_forward_pre_hooks", compiled.TAP_KEY, before)
+            self._hook(module, "_forward_hooks", compiled.TAP_KEY, after)
+        for module, key, end in ends:
+            self._hook(module, "_forward_hooks", key, end, always_call=self._traceable is None)
+        self._uneven = True
 
     def _take(self, serial: int, kind: int, held: Set[int] | None = None) -> None:
         """Captures what is due of a model's parameters; if given, of those alone with these ids."""
@@ -204,7 +206,7 @@ class Models:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this
         computes, when it is called first. Parameters still are what the forward used, which torch.compile may have run
-        without us."""
+        without us where it knows no effects."""
         given = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if given is None:
             self._take_of(optimizer)
@@ -235,38 +237,74 @@ class Models:
         self._parameters.pop(serial, None)
         self._bridge.forget(serial)
 
-    def _before(self, module: nn.Module, hook: Any, tap: bool = False) -> None:
+    def _hook(self, module: nn.Module, kind: str, key: int, hook: Any, always_call: bool = False) -> None:
         hooks.drop_copied(module)  # of a class with a `__setstate__` of its own
-        handle = module.register_forward_pre_hook(self._dressed(hook), with_kwargs=True)
-        self._family.member(module).hooks.append(("_forward_pre_hooks", handle.id, tap))
+        hooks.put(module, kind, key, self._dressed(hook, module), always_call)
+        self._family.member(module).hooks.append((kind, key))
 
-    def _after(self, module: nn.Module, hook: Any, tap: bool = False, always_call: bool = False) -> None:
-        hooks.drop_copied(module)
-        handle = module.register_forward_hook(self._dressed(hook), with_kwargs=True, always_call=always_call)
-        self._family.member(module).hooks.append(("_forward_hooks", handle.id, tap))
+    def _dressed(self, hook: Any, module: nn.Module) -> Any:
+        return hook if self._traceable is None else self._traceable(hook, module)
 
     def _untap(self, module: nn.Module) -> None:
         known = self._family.member(module)
-        for kind, number, tap in known.hooks:
-            if tap:
-                hooks.drop(module, kind, number)
-        known.hooks = [hook for hook in known.hooks if not hook[2]]
-
-    def _dressed(self, hook: Any) -> Any:
-        return hooks.Traceable(hook) if self._traceable else hook
+        for kind, key in known.hooks:
+            if key == compiled.TAP_KEY:
+                hooks.drop(module, kind, key)
+        known.hooks = [hook for hook in known.hooks if hook[1] != compiled.TAP_KEY]
 
     def dynamo_is_here(self) -> None:
         """torch.compile is in use: every hook has to be something that it can trace."""
-        if self._traceable:
+        if self._traceable is not None:
             return
-        self._traceable = True
+        try:
+            compiler.ready(self._bridge)
+            self._traceable = compiled.traced
+        except Exception as e:
+            self._traceable = hooks.Traceable
+            why = f"{type(e).__name__}: {e}"
+            self._bridge.notice(f"modules inside torch.compile are not captured with this torch: {why}")
         for member in self._family.members():
             module = member.module()
-            for kind, number, _ in member.hooks if module is not None else ():
-                hook = getattr(module, kind).get(number)
+            for kind, key in member.hooks if module is not None else ():
+                hook = getattr(module, kind).get(key)
                 if hook is not None:
-                    getattr(module, kind)[number] = hooks.Traceable(hook)
-                    module._forward_hooks_always_called.pop(number, None)
+                    getattr(module, kind)[key] = self._dressed(hook, module)
+                    module._forward_hooks_always_called.pop(key, None)
+        if self._traceable is compiled.traced:
+            self._follow_compiler()
+
+    def _follow_compiler(self) -> None:
+        """Have our hooks in place before torch.compile traces anything, also a function that calls models."""
+        # What we do when a module is called is not the job's to be compiled.
+        self._look_at = torch._dynamo.disable(self._look_at)
+        handler = torch._dynamo.callback.callback_handler
+        begins, ends = guarded(self._bridge, self._compiling), guarded(self._bridge, self._compiled)
+        original = handler.clear
+
+        def register() -> None:
+            handler.register_start_callback(begins)
+            handler.register_end_callback(ends)
+
+        def clear() -> None:
+            original()
+            register()
+
+        handler.clear = clear  # type: ignore[method-assign]
+        register()
+
+    def _compiling(self, *_args: Any) -> None:
+        if self._armed:
+            self._disarm(self._original)
+            self._look(None)
+        if self._uneven:
+            self._uneven = False
+            alike.even_out([module for member in self._family.members() if (module := member.module()) is not None])
+
+        # The compiler makes modules of its own.
+        self._family.deaf = threading.get_ident()
+
+    def _compiled(self, *_args: Any) -> None:
+        self._family.deaf = None
 
     def distributed_is_here(self) -> None:
         """Look again whenever this process has become a rank, or another one."""
@@ -313,19 +351,6 @@ class Models:
     def dtensor_is_here(self) -> None:
         """Follow what becomes of DTensors."""
         self._layouts.watch()
-
-    def _tell_compiled(self, top: nn.Module, tapped: list[nn.Module]) -> None:
-        compiled: set[int] = set()
-        for module in all_in(top):
-            if "_orig_mod" in own(module, "_modules", {}) or own(module, "_compiled_call_impl", None) is not None:
-                compiled.update(map(id, all_in(module)))
-        count = sum(id(m) in compiled for m in tapped)
-        if count and not self._said_compiled:
-            self._said_compiled = True
-            self._bridge.notice(
-                f"{count} selected modules are inside torch.compile, which this version does not capture; "
-                "tap modules around the compiled ones, or run without torch.compile"
-            )
 
     def _tell_scripted(self, what: str) -> None:
         if not self._said_scripted:

@@ -176,12 +176,13 @@ pub enum Refusal {
     Device = 9,
     SharedInput = 10,
     Returned = 11,
+    Split = 12,
 }
 
 impl Refusal {
     /// The refusal with this code; [`Refusal::Subclass`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
-        const ALL: [Refusal; 12] = [
+        const ALL: [Refusal; 13] = [
             Refusal::None,
             Refusal::Sparse,
             Refusal::Meta,
@@ -194,6 +195,7 @@ impl Refusal {
             Refusal::Device,
             Refusal::SharedInput,
             Refusal::Returned,
+            Refusal::Split,
         ];
         ALL.into_iter().find(|r| *r as u8 == code).unwrap_or(Refusal::Subclass)
     }
@@ -213,6 +215,10 @@ impl Refusal {
             Self::Device => "a device that is neither CPU nor CUDA",
             Self::SharedInput => "an input whose gradient through this module alone cannot be told",
             Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
+            Self::Split => {
+                "an input of a module that torch.compile put into several graphs, as it does for DDP unless \
+                 torch._dynamo.config.optimize_ddp is False"
+            }
         }
     }
 }
@@ -257,6 +263,9 @@ pub struct Firing {
     pub grad_enabled: bool,
     /// `module.training`.
     pub train: bool,
+    /// In a compiled graph: what it saves for its backward is packed by somebody, such as activation checkpointing, which
+    /// then computes it anew in a replay.
+    pub recomputes: bool,
     /// The first tensor among the module's arguments: its first three sizes, -1 where there is none.
     pub first: [i64; 3],
     /// A digest of some of its elements, where a model begins whose ranks are only supposed to share the batch. 0: not taken.
@@ -321,6 +330,8 @@ pub struct Selected {
     pub tap: u32,
     /// Mask of the kinds tapped.
     pub kinds: u32,
+    /// Mask of those with an edit, in whatever step.
+    pub edits: u32,
 }
 
 /// A model as the shim found it.

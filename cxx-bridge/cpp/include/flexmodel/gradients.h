@@ -11,6 +11,7 @@
 
 #include "flexmodel/ffi.h"
 #include "flexmodel/parts.h"
+#include "flexmodel/site.h"
 
 namespace flexmodel {
 
@@ -18,12 +19,15 @@ namespace flexmodel {
 enum Kind : uint32_t { kForward = 0, kForwardPre = 1, kBackward = 2, kBackwardPre = 3, kParam = 4, kGrad = 5 };
 inline constexpr uint32_t bit(Kind kind) { return 1u << kind; }
 
-// Hands a leaf to the interposer; refused if it cannot be read, or for the reason given.
-void capture(const Call& call, Kind kind, const std::string& path, uint32_t repeat, const Part& part,
+// Hands a leaf to the interposer, or into the graph that is traced; refused if it cannot be read, or for the reason given.
+void capture(const Site& site, Kind kind, const std::string& path, uint32_t repeat, const Part& part,
              Refusal because = Refusal::None);
 
+// The part of a gradient that came to `site`, whose tensor lay as `axes` say.
+Part gradient_at(const Site& site, const at::Tensor& gradient, const Axes& axes);
+
 // `tensor` with its edit applied, differentiably; undefined if there is none.
-at::Tensor edited(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor);
+at::Tensor edited(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor);
 
 // A node of its own in the graph, with the same storage. It changes the order in which the job sums gradients, so only
 // edits may ask for it.
@@ -31,7 +35,7 @@ at::Tensor identity(const at::Tensor& tensor);
 
 // Captures, then edits, the gradient of `tensor`, which is no leaf and lies as `axes` say, whenever a backward pass
 // computes it. `alone`: only if the tensor has one use in all of the graph.
-void watch_gradient(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
+void watch_gradient(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
                     bool alone = false);
 
 // A node that has another as an edge.

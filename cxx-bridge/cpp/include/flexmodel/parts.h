@@ -5,6 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
+
 #include "flexmodel/ffi.h"
 #include "flexmodel/tensor.h"
 
@@ -43,6 +45,13 @@ Part part_of(const at::Tensor& tensor, bool ask, const char* python_type = nullp
 
 // The part of a gradient, whose tensor lay as `forward` says. Takes the GIL if it needs it.
 Part part_of_gradient(const at::Tensor& gradient, const Axes& forward);
+
+// Has the part of a gradient lie as its tensor did, if nothing else is known and that says it of a gradient, too.
+void lies_as(Part& part, const Axes& forward);
+
+// Axes as a text that a graph can have in it, and back.
+std::string text_of(const Axes& axes);
+Axes axes_of(const std::string& text);
 
 // Whether both lie in the same way.
 bool same(const Axes& a, const Axes& b);

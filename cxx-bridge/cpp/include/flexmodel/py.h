@@ -4,6 +4,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <exception>
 #include <utility>
 
 namespace flexmodel {
@@ -34,6 +35,18 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Holds the GIL, on whatever thread.
+class Gil {
+ public:
+  Gil() : state_(PyGILState_Ensure()) {}
+  ~Gil() { PyGILState_Release(state_); }
+  Gil(const Gil&) = delete;
+  Gil& operator=(const Gil&) = delete;
+
+ private:
+  PyGILState_STATE state_;
+};
+
 // Python raised; its exception is set.
 struct PyError {};
 
@@ -45,6 +58,19 @@ inline Ref checked(PyObject* object) {
 
 inline void checked(int status) {
   if (status < 0) throw PyError{};
+}
+
+// Runs `make` so that what it throws becomes a Python exception.
+template <typename Make>
+PyObject* into_python(Make make) {
+  try {
+    return make();
+  } catch (const PyError&) {
+    return nullptr;
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
 }
 
 }  // namespace flexmodel

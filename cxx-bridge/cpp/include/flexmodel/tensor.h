@@ -32,6 +32,7 @@ enum class Refusal : uint8_t {
   Device = 9,
   SharedInput = 10,
   Returned = 11,
+  Split = 12,
 };
 
 // Our own operations are nobody's business: no autograd, no autocast, no dispatch mode of the job sees them.

@@ -16,6 +16,7 @@
 
 #include "flexmodel/ffi.h"
 #include "flexmodel/parts.h"
+#include "flexmodel/site.h"
 
 namespace flexmodel {
 
@@ -23,7 +24,7 @@ namespace flexmodel {
 class Uses {
  public:
   // Before the module's forward. `input` requires gradients, and lies as `axes` say.
-  void add(const Call& call, const std::string& path, const at::Tensor& input, const Axes& axes);
+  void add(const Site& site, const std::string& path, const at::Tensor& input, const Axes& axes);
   bool empty() const { return inputs_.empty(); }
   // The module returned `output`. If that is an input as it was given, its uses cannot be told from the input's others;
   // then its gradient is taken if it has one use in all, or counted as refused. Returns what the module has to return
@@ -35,7 +36,7 @@ class Uses {
 
  private:
   struct Input {
-    Call call;
+    Site site;
     std::string path;
     Axes axes;
     // A call that raises must not keep the job's tensors, nor its graph.

@@ -1,0 +1,247 @@
+// Taps inside of torch.compile: what is put into a graph while it is traced.
+#include "flexmodel/compiled.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <iterator>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "flexmodel/tap.h"
+#include "flexmodel/uses.h"
+
+namespace flexmodel {
+namespace {
+
+using Gradient = void(const at::Tensor&, const at::Tensor&, int64_t, int64_t, c10::string_view, c10::string_view, int64_t);
+using Factors = at::Tensor(const at::Tensor&, int64_t, c10::string_view);
+
+// The shim's `edited(tensor, factors)`.
+PyObject* editor = nullptr;
+
+c10::OperatorHandle operation(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+
+// Stands for the graph that is being traced; null where nothing is (a backend that runs what it is given).
+using Graph = std::shared_ptr<void>;
+
+Graph graph_under_way() {
+  using c10::impl::TorchDispatchModeTLS;
+  const auto mode = TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::FUNCTIONAL);
+  return mode ? Graph(*mode) : Graph();
+}
+
+// A module whose forward is being traced.
+struct Open {
+  // Held, so that no other graph gets its place in memory.
+  Graph graph;
+  Uses uses;
+};
+
+// Innermost last. Those of graphs whose tracing failed stay for a while.
+constexpr size_t kMaxOpen = 64;
+thread_local std::vector<Open> open;
+
+// The inputs of the module that now returns; nothing if it was called in another graph.
+std::optional<Uses> close() {
+  const Graph graph = graph_under_way();
+  const auto of_graph = [&](const Open& o) { return o.graph == graph; };
+  const auto last = std::find_if(open.rbegin(), open.rend(), of_graph);
+  if (last == open.rend()) return {};
+  Uses uses = std::move(last->uses);
+  open.erase(std::next(last).base(), open.end());
+  return uses;
+}
+
+struct Leaves {
+  at::Tensor call;
+  uint32_t kinds = 0, edits = 0;
+  std::vector<std::string> paths;
+  std::vector<at::Tensor> tensors;
+
+  Site site(size_t i) const { return Site(call, kinds, edits, static_cast<int64_t>(i)); }
+  bool watches(size_t i, Kind kind) const { return ((kinds | edits) & bit(kind)) != 0 && tensors[i].requires_grad(); }
+};
+
+bool read(PyObject* sequence, std::vector<std::string>& texts) {
+  const Ref list(PySequence_List(sequence));
+  for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(list.get()); ++i) {
+    const char* text = PyUnicode_AsUTF8(PyList_GET_ITEM(list.get(), i));
+    if (text == nullptr) return false;
+    texts.emplace_back(text);
+  }
+  return static_cast<bool>(list);
+}
+
+// (call, kinds, edits, paths, leaves, paths of what the module was given and wants a gradient)
+bool read(PyObject* args, Leaves& out, std::vector<std::string>& given) {
+  PyObject *call = nullptr, *paths = nullptr, *tensors = nullptr, *before = nullptr;
+  if (PyArg_ParseTuple(args, "OIIOOO", &call, &out.kinds, &out.edits, &paths, &tensors, &before) == 0) return false;
+  const Ref list(PySequence_List(tensors));
+  if (!list || !read(paths, out.paths) || !read(before, given)) return false;
+  out.call = THPVariable_Unpack(call);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.get()); ++i) {
+    out.tensors.push_back(THPVariable_Unpack(PyList_GET_ITEM(list.get(), i)));
+  }
+  return out.paths.size() == out.tensors.size();
+}
+
+// Whether a tensor is made of others, as a DTensor is, that graphs of the compiler have instead.
+bool is_made_of_others(PyObject* tensor) { return PyObject_HasAttrString(tensor, "__tensor_flatten__") != 0; }
+
+// Runs a step of tracing; what it cannot do, the graph is without.
+template <typename Body>
+PyObject* traced(Body body) {
+  Ref result;
+  guarded_operation([&] { result = body(); });
+  if (PyErr_Occurred() != nullptr) PyErr_Clear();
+  return result ? result.release() : Ref::borrow(Py_None).release();
+}
+
+PyObject* py_watch_inputs(PyObject*, PyObject* args) {
+  Leaves leaves;
+  std::vector<std::string> none;
+  if (!read(args, leaves, none)) return nullptr;
+  return traced([&] {
+    Uses uses;
+    for (size_t i = 0; i < leaves.tensors.size(); ++i) {
+      if (!leaves.watches(i, kBackward)) continue;
+      const auto is_it = [&](const at::Tensor& earlier) { return earlier.is_same(leaves.tensors[i]); };
+      if (std::any_of(leaves.tensors.begin(), leaves.tensors.begin() + static_cast<std::ptrdiff_t>(i), is_it)) {
+        capture(leaves.site(i), kBackward, leaves.paths[i], 0, part_in_graph(leaves.tensors[i]), Refusal::SharedInput);
+      } else {
+        uses.add(leaves.site(i), leaves.paths[i], leaves.tensors[i], part_in_graph(leaves.tensors[i]).axes);
+      }
+    }
+    if (open.size() >= kMaxOpen) open.erase(open.begin());
+    open.push_back({graph_under_way(), std::move(uses)});
+    return Ref();
+  });
+}
+
+// What the module has to return instead: a tuple with a tensor for each, or None.
+PyObject* py_watch_outputs(PyObject*, PyObject* args) {
+  Leaves leaves;
+  std::vector<std::string> given;
+  if (!read(args, leaves, given)) return nullptr;
+  return traced([&]() -> Ref {
+    Uses uses;
+    if ((leaves.kinds & bit(kBackward)) != 0) {
+      if (std::optional<Uses> own = close()) {
+        uses = std::move(*own);
+      } else {
+        Part nothing;
+        nothing.local = at::empty({0});
+        for (const std::string& path : given) capture(leaves.site(0), kBackward, path, 0, nothing, Refusal::Split);
+      }
+    }
+    bool changed = false;
+    for (size_t i = 0; i < leaves.tensors.size(); ++i) {
+      at::Tensor& tensor = leaves.tensors[i];
+      at::Tensor now = uses.returned(tensor);
+      const Site site = leaves.site(i);
+      if (leaves.watches(i, kBackwardPre)) {
+        if ((leaves.edits & bit(kBackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
+        const at::Tensor& out = now.defined() ? now : tensor;
+        if (out.is_leaf()) {
+          capture(site, kBackwardPre, leaves.paths[i], 0, part_in_graph(out), Refusal::Returned);
+        } else {
+          watch_gradient(site, kBackwardPre, leaves.paths[i], out, part_in_graph(out).axes);
+        }
+      }
+      changed = changed || now.defined();
+      if (now.defined()) tensor = std::move(now);
+    }
+    uses.hook(leaves.tensors);
+    if (!changed) return Ref();
+    Ref out(PyTuple_New(static_cast<Py_ssize_t>(leaves.tensors.size())));
+    for (size_t i = 0; out && i < leaves.tensors.size(); ++i) {
+      PyTuple_SET_ITEM(out.get(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(leaves.tensors[i]));
+    }
+    return out;
+  });
+}
+
+// part(tensor, like): (what a graph can have of a tensor, how it lies, why that cannot be had). `like` is what a module
+// was given first that gives the tensor and has no parameters; or None.
+PyObject* py_part(PyObject*, PyObject* args) {
+  PyObject *tensor = nullptr, *like = nullptr;
+  if (PyArg_ParseTuple(args, "OO", &tensor, &like) == 0) return nullptr;
+  if (!THPVariable_Check(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
+  return into_python([&] {
+    const Part part = part_in_graph(THPVariable_Unpack(tensor), like == Py_None ? nullptr : like);
+    const std::string layout = text_of(part.axes);
+    return Py_BuildValue("(NsI)", THPVariable_Wrap(part.local), layout.c_str(), static_cast<unsigned int>(part.refusal));
+  });
+}
+
+PyObject* py_edit_with(PyObject*, PyObject* edit) {
+  Py_XINCREF(edit);
+  Py_XDECREF(std::exchange(editor, edit));
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {
+    {"part", py_part, METH_VARARGS, "While tracing: what a graph can have of a tensor."},
+    {"edit_with", py_edit_with, METH_O, "Keeps the function that puts an edit of a tensor into the graph."},
+    {"watch_inputs", py_watch_inputs, METH_VARARGS, "While tracing: gradients of a module's inputs are wanted."},
+    {"watch_outputs", py_watch_outputs, METH_VARARGS, "While tracing: the module returned."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+PyObject* traced_form(const char* role, int64_t first, int64_t second, uint32_t kinds, uint32_t edits) {
+  const Unseen unseen;
+  const c10::InferenceMode ordinary(false);
+  at::Tensor number = at::zeros({3}, at::TensorOptions().dtype(at::kLong).device(at::kCPU));
+  number.mutable_data_ptr<int64_t>()[0] = first;
+  number.mutable_data_ptr<int64_t>()[1] = second;
+  return Py_BuildValue("(sNII)", role, THPVariable_Wrap(std::move(number)), kinds, edits);
+}
+
+Part part_in_graph(const at::Tensor& tensor, PyObject* like) {
+  const Gil gil;
+  Part part = part_of(tensor, true, nullptr, {nullptr, like});
+  // What else it says is of stand-ins that the compiler traces with.
+  part.refusal = Refusal::None;
+  const Ref object(THPVariable_Wrap(part.local));
+  TORCH_CHECK(object, "Python has no object for a tensor");
+  if (!is_made_of_others(object.get())) return part;
+  const Refusal why = refusal_of(part.local, Py_TYPE(object.get())->tp_name);
+  part.refusal = why == Refusal::None ? Refusal::Subclass : why;
+  part.local = at::empty({0});
+  part.axes.clear();
+  return part;
+}
+
+void capture_in_graph(const Site& site, Kind kind, const std::string& path, const Part& part, Refusal because) {
+  static const auto handle = operation("flexmodel::gradient").typed<Gradient>();
+  handle.call(part.local, site.traced, site.slot, kind, path, text_of(part.axes), static_cast<int64_t>(because));
+}
+
+at::Tensor edited_in_graph(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor) {
+  if ((site.edit & bit(kind)) == 0) return {};
+  static const auto handle = operation("flexmodel::factors").typed<Factors>();
+  const at::Tensor by = handle.call(site.traced, kind, path);
+  const Gil gil;
+  if (editor == nullptr) return {};
+  const Ref given(THPVariable_Wrap(tensor)), factors(THPVariable_Wrap(by));
+  const Ref edited(given && factors ? PyObject_CallFunctionObjArgs(editor, given.get(), factors.get(), nullptr) : nullptr);
+  if (!edited) PyErr_Clear();
+  TORCH_CHECK(edited && THPVariable_Check(edited.get()), "an edit could not be put into a graph");
+  return THPVariable_Unpack(edited.get());
+}
+
+bool add_compiled(PyObject* module) {
+  return PyModule_AddFunctions(module, functions) == 0 && PyModule_AddIntConstant(module, "call_words", kCallWords) == 0;
+}
+
+}  // namespace flexmodel

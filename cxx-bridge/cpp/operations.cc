@@ -1,0 +1,156 @@
+// The operations that taps are in graphs of torch.compile, as they run.
+#include "flexmodel/py.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "flexmodel/compiled.h"
+#include "flexmodel/gradients.h"
+#include "flexmodel/tap.h"
+
+namespace flexmodel {
+namespace {
+
+// A call as a tensor: its bytes in words, and then for every leaf how many of its gradients came.
+constexpr size_t kWords = kCallWords;
+static_assert(std::is_trivially_copyable_v<Call>);
+
+// Flags of `tap` and `scope`, as in compiled.py.
+enum Flag : int64_t { kPre = 1, kGradients = 2, kTraining = 4 };
+
+at::Tensor packed(const Call& call, size_t leaves) {
+  const Unseen unseen;
+  at::Tensor words = at::zeros({static_cast<int64_t>(kWords + leaves)}, at::TensorOptions().dtype(at::kLong));
+  std::memcpy(words.mutable_data_ptr<int64_t>(), &call, sizeof(Call));
+  return words;
+}
+
+Call unpacked(const at::Tensor& words) {
+  Call call{};
+  TORCH_CHECK(words.is_cpu() && words.numel() >= static_cast<int64_t>(kWords), "a call that is none");
+  std::memcpy(static_cast<void*>(&call), words.const_data_ptr<int64_t>(), sizeof(Call));
+  return call;
+}
+
+Firing firing(const std::optional<at::Tensor>& first, int64_t flags) {
+  Firing f{};
+  f.pre = (flags & kPre) != 0;
+  f.replay = torch::autograd::get_current_graph_task_id() != -1;
+  f.grad_enabled = (flags & kGradients) != 0;
+  f.train = (flags & kTraining) != 0;
+  f.recomputes = f.grad_enabled && at::SavedTensorDefaultHooks::is_enabled() &&
+                 at::SavedTensorDefaultHooks::get_hooks().has_value();
+  f.first = {-1, -1, -1};
+  if (first && refusal_of(*first, nullptr) == Refusal::None) {
+    for (int64_t dim = 0; dim < std::min<int64_t>(first->dim(), 3); ++dim) f.first[dim] = first->size(dim);
+  }
+  return f;
+}
+
+at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std::string> paths,
+                  c10::List<std::string> layouts, at::IntArrayRef refusals, const std::optional<at::Tensor>& first,
+                  int64_t flags) {
+  Call call{};
+  guarded_operation([&] {
+    const int64_t tap = number.const_data_ptr<int64_t>()[0];
+    if (tap < 0 || !fire(static_cast<uint32_t>(tap), firing(first, flags), call)) {
+      call = Call{};
+      return;
+    }
+    const Kind kind = (flags & kPre) != 0 ? kForwardPre : kForward;
+    if ((call.capture & bit(kind)) == 0) return;
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      Part part = part_of(leaves[i], false);
+      part.axes = axes_of(layouts.get(i));
+      capture(Site(call), kind, paths.get(i), 0, part, static_cast<Refusal>(refusals[i]));
+    }
+  });
+  return packed(call, leaves.size());
+}
+
+void gradient_op(const at::Tensor& gradient, const at::Tensor& words, int64_t slot, int64_t kind, c10::string_view path,
+                 c10::string_view layout, int64_t refusal) {
+  guarded_operation([&] {
+    const Call call = unpacked(words);
+    if ((call.capture & bit(static_cast<Kind>(kind))) == 0) return;
+    // Nobody else looks at what is behind the words.
+    int64_t& came = words.mutable_data_ptr<int64_t>()[kWords + slot];
+    Part part = part_of(gradient, false);
+    part.axes = axes_of(std::string(layout));
+    capture(Site(call), static_cast<Kind>(kind), std::string(path), static_cast<uint32_t>(came++), part,
+            static_cast<Refusal>(refusal));
+  });
+}
+
+// What to multiply a leaf with, and then whether to zero it.
+at::Tensor factors_op(const at::Tensor& words, int64_t kind, c10::string_view path) {
+  double factor = 1.0;
+  bool zero = false;
+  guarded_operation([&] {
+    const Call call = unpacked(words);
+    if ((call.edit & bit(static_cast<Kind>(kind))) == 0) return;
+    const LeafEdit edit = flexmodel::edit(call, static_cast<uint32_t>(kind), rust::Str(path.data(), path.size()));
+    if (edit.op == 1) factor = edit.factor;
+    zero = edit.op == 2;
+  });
+  const Unseen unseen;
+  at::Tensor out = at::empty({2}, at::TensorOptions().dtype(at::kDouble));
+  out.mutable_data_ptr<double>()[0] = factor;
+  out.mutable_data_ptr<double>()[1] = zero ? 1.0 : 0.0;
+  return out;
+}
+
+void scope_op(const at::Tensor& number, const std::optional<at::Tensor>& first, int64_t flags) {
+  guarded_operation([&] {
+    // The model, the part, and what is kept of what it was given; nobody else looks at what is behind the tensor.
+    int64_t* numbers = number.mutable_data_ptr<int64_t>();
+    if (numbers[0] < 0) return;
+    const bool pre = (flags & kPre) != 0;
+    Firing now = firing(first, flags);
+    if (pre && first) {
+      auto kept = static_cast<uint32_t>(numbers[2]);
+      now.given = digest_of_given(*first, nullptr, now, kept);
+      numbers[2] = kept;
+    }
+    flexmodel::scope(static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), pre, now);
+    if (pre) take_parameters(static_cast<uint64_t>(numbers[0]));
+  });
+}
+
+TORCH_LIBRARY(flexmodel, library) {
+  // A replayed CUDA graph would not call them.
+  const std::vector<at::Tag> tags = {at::Tag::cudagraph_unsafe};
+  library.def("tap(Tensor number, Tensor[] leaves, str[] paths, str[] layouts, int[] refusals, Tensor? first, int flags) "
+              "-> Tensor", tags);
+  library.def("gradient(Tensor gradient, Tensor call, int slot, int kind, str path, str layout, int refusal) -> ()", tags);
+  library.def("factors(Tensor call, int kind, str path) -> Tensor", tags);
+  library.def("scope(Tensor number, Tensor? first, int flags) -> ()", tags);
+}
+
+TORCH_LIBRARY_IMPL(flexmodel, CompositeExplicitAutograd, library) {
+  library.impl("tap", tap_op);
+  library.impl("gradient", gradient_op);
+  library.impl("factors", factors_op);
+  library.impl("scope", scope_op);
+}
+
+TORCH_LIBRARY_IMPL(flexmodel, Autograd, library) {
+  for (const char* name : {"tap", "gradient", "factors", "scope"}) {
+    library.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
+
+}  // namespace
+
+}  // namespace flexmodel
