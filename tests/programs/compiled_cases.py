@@ -1,10 +1,15 @@
-"""What modules do inside of torch.compile: `compiled_cases.py BACKEND CASE...`; the backend `none` does not compile."""
+"""torch.compile of one model after another: `compiled_cases.py compiled|plain CASE...`; `plain` compiles nothing.
 
+What modules do, in the middle of a small model: `Uneven`; `some_` before that gives its modules other names.
+`tiny` compiled in one of several ways: `tiny/blocks`. `@inductor` after a case has it compiled by inductor.
+Prints what the compiler did, too.
+"""
+
+import collections
 import dataclasses
 import gc
 import sys
 
-import compiled
 import tiny
 import torch
 from torch import nn
@@ -137,39 +142,93 @@ CASES = {cls.__name__: cls for cls in (InPlace, Structured, Repeated, Checkpoint
 
 def compile_case(model, case: str, **options):
     """What is called for `model`, with what the case says compiled."""
+    inner = model[1]
     if case == "Outside":
-        model[1].inside.compile(**options)
+        inner.inside.compile(**options)
     elif case == "Uneven":
-        for part in model[1].parts:
+        for part in inner.parts:
             part.compile(**options)
     elif case == "Function":
         return torch.compile(lambda x: model(x).square(), **options)
     else:
-        model[1].compile(**options)
+        inner.compile(**options)
     return lambda x: model(x).square()
 
 
-def main(backend: str, *cases: str) -> None:
-    torch.set_num_threads(1)
-    for case in cases:
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), CASES[case](), nn.Linear(WIDTH, 1))
-        call = lambda x, model=model: model(x).square()  # noqa: E731
-        if backend != "none":
-            call = compile_case(model, case, backend=backend, fullgraph=case != "Broken")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for step, rows in enumerate((4, 6, 5)):
-            x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step))
+def train_case(case: str, prefix: str, backend: str | None, batches: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    parts = {"first": nn.Linear(WIDTH, WIDTH), "case": CASES[case](), "last": nn.Linear(WIDTH, 1)}
+    model = nn.Sequential(collections.OrderedDict((prefix + name, part) for name, part in parts.items()))
+    call = lambda x: model(x).square()  # noqa: E731
+    if backend is not None:
+        call = compile_case(model, case, backend=backend, fullgraph=case != "Broken")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, rows in enumerate(batches):
+        x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss = call(x).mean()
+        loss.backward()
+        optimizer.step()
+        tiny.report(0, step, loss)
+
+
+def backward(loss) -> None:
+    loss.backward()
+
+
+def train_tiny(how: str, backend: str | None) -> None:
+    model, call, back = tiny.build(), None, backward
+    # No optimizer has it.
+    model.embed.requires_grad_(False)
+    if backend is None:
+        pass
+    elif how == "blocks":
+        for index, layer in enumerate(model.layers):
+            model.layers[index] = torch.compile(layer, backend=backend, fullgraph=True)
+    elif how == "model":
+        model.compile(backend=backend)
+    elif how == "backward":
+        call = torch.compile(model, backend=backend, fullgraph=True)
+        # What is compiled as a backward goes through compiled autograd.
+        back = torch.compile(backward, backend=backend)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with torch._dynamo.config.patch(compiled_autograd=how == "backward"):
+        for step in range(3):
+            tokens, targets = tiny.batch(step, [4], 0)
+            loss = tiny.loss_of((call or model)(tokens), targets)
             optimizer.zero_grad()
-            loss = call(x).mean()
-            loss.backward()
+            back(loss)
             optimizer.step()
             tiny.report(0, step, loss)
-        if backend != "none":
-            compiled.report_compiler()
-        del model, call, optimizer
-        gc.collect()
+
+
+def report_compiler() -> None:
+    """Graphs, how often torch.compile compiled, and graph breaks, since the last report."""
+    counters, times = torch._dynamo.utils.counters, torch._dynamo.utils.compilation_time_metrics
+    compiled = len(times["_compile.compile_inner"])
+    breaks = sum(counters["graph_break"].values())
+    print(f"graphs {counters['stats']['unique_graphs']} compiled {compiled} breaks {breaks}", flush=True)
+    counters.clear()
+    times.clear()
+
+
+def main(how: str, *specs: str) -> None:
+    torch.set_num_threads(1)
+    # So that inductor tries out no compiler options, and no processes of its own.
+    torch._inductor.config.cpp.vec_isa_ok = False
+    torch._inductor.config.compile_threads = 1
+    for spec in specs:
+        torch._dynamo.reset()
+        case, _, other = spec.partition("@")
+        backend = (other or "aot_eager") if how == "compiled" else None
+        if case.startswith("tiny/"):
+            train_tiny(case.removeprefix("tiny/"), backend)
+        else:
+            prefix = "some_" if case.startswith("some_") else ""
+            train_case(case.removeprefix(prefix), prefix, backend, (4, 4, 4) if other else (4, 6, 5))
+        if how == "compiled":
+            report_compiler()
+        gc.collect()  # a compiled block holds itself
 
 
 if __name__ == "__main__":

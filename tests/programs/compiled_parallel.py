@@ -1,37 +1,66 @@
-"""torch.compile of a distributed model: `compiled_parallel.py BACKEND ddp|fsdp2...`."""
+"""torch.compile of distributed models, one by one: `compiled_parallel.py compiled|plain HOW...`.
+
+fsdp2        blocks compiled in place, then sharded
+fsdp2-model  the sharded model compiled in place, which breaks the graph where FSDP gathers
+ddp          by DDP's way, a graph for each bucket, which may end inside of a module
+ddp-whole    in one graph
+tp, tp-model tensor parallel with local tensors between modules: its blocks, or the model
+dtensor      tensor parallel with DTensors between modules
+"""
 
 import gc
 import sys
 
-import compiled
+import compiled_cases
 import parallel
+import tensor_parallel
 import tiny
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-
-def build(backend: str, how: str):
-    model = tiny.build()
-    if how == "ddp":
-        return torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.02), backend=backend)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for layer in model.layers:
-        layer.compile(backend=backend, fullgraph=True)
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+BACKEND = "aot_eager"
 
 
-def main(backend: str, *hows: str) -> None:
-    # So that DDP's model has several buckets, which torch.compile makes graphs of their own for, also inside of blocks.
-    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1 << 14
+def compile_blocks(model, compiled: bool) -> None:
+    for layer in model.layers if compiled else ():
+        layer.compile(backend=BACKEND, fullgraph=True)
+
+
+def build(how: str, compiled: bool):
+    name, _, variant = how.partition("-")
+    if name == "ddp":
+        torch._dynamo.config.optimize_ddp = variant != "whole"
+        model = DistributedDataParallel(tiny.build(), bucket_cap_mb=0.02)
+        return torch.compile(model, backend=BACKEND) if compiled else model
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp" if name == "fsdp2" else "tp",))
+    if name == "fsdp2":
+        model = tiny.build()
+        compile_blocks(model, compiled and variant == "")
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        style = "local" if name == "tp" else "dtensor"
+        model = tensor_parallel.parallelize(tensor_parallel.build(style), mesh, style)
+        compile_blocks(model, compiled and variant == "")
+    if compiled and variant == "model":
+        model.compile(backend=BACKEND, fullgraph=name != "fsdp2")
+    return model
+
+
+def main(compiled: str, *hows: str) -> None:
+    # So that DDP's model has several buckets, also inside of blocks.
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1 << 14
     for how in hows:
         torch._dynamo.reset()
-        model = build(backend, how)
-        parallel.train(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        if torch.distributed.get_rank() == 0:
-            compiled.report_compiler()
+        model = build(how, compiled == "compiled")
+        sizes = (4, 4) if how.startswith(("fsdp2", "ddp")) else (4,)
+        parallel.train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=2, sizes=sizes)
+        if compiled == "compiled" and dist.get_rank() == 0:
+            compiled_cases.report_compiler()
         del model
         gc.collect()
 
