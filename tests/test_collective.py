@@ -1,5 +1,7 @@
-"""`assemble=collective` brings all parts of a tensor to one rank's agent, byte for byte what the agents of all would have, and
-takes no harm from ranks that do not do alike."""
+"""`assemble=collective` brings all parts of a tensor to one rank's agent, byte for byte what the agents of all would have.
+
+It takes no harm from ranks that do not do alike.
+"""
 
 import os
 import pathlib
@@ -81,7 +83,8 @@ def test_ranks_that_do_otherwise_are_named_and_nothing_is_lost(what, run_once, u
 @pytest.mark.parametrize("what", ["raise", "kill", "stop"])
 def test_what_was_gathered_before_a_rank_gave_up_is_there_and_the_job_ends_as_it_would(what, tmp_path, untapped_once):
     out, go = tmp_path / "x", tmp_path / "go"
-    argv = [harness.FLEXMODEL, "run", "--hooks", CLAUSES, "--out", str(out), "--", *harness.torchrun("diverging.py", what)]
+    argv = [harness.FLEXMODEL, "run", "--hooks", CLAUSES, "--out", str(out), "--"]
+    argv += harness.torchrun("diverging.py", what)
 
     def steps() -> set[int]:
         try:

@@ -153,7 +153,7 @@ def alike(a: Part, b: Part) -> bool:
 
 
 def lent(parts: list[Part]) -> list[Part]:
-    """`parts`, those of which another rank sent the bytes, and this one their checksum, with the place of these bytes."""
+    """`parts`; those of which another rank sent the bytes, and their own a checksum, have the place of these bytes."""
     if all(part.at or part.same is None for part in parts):
         return parts
     lenders = [part for part in parts if part.at]

@@ -1,7 +1,7 @@
 """A communicator of our own among the ranks of a job, for `assemble=collective`.
 
-It shares nothing with the job's: the ranks meet under a prefix of ours in the store that `init_process_group` made, over
-a connection of our own to it. A thread waits there until all of them have come, and with the same hooks: whoever is not
+It shares nothing with the job's: the ranks meet under a prefix of ours in the store that `init_process_group` made, over a
+connection of our own to it. A thread waits there until all of them have come, and with the same hooks: whoever is not
 there, or has other hooks, is named, and there is no communicator. Only then is one made, which no rank waits for long.
 """
 
@@ -54,7 +54,7 @@ class Communicators:
         self._thread.start()
 
     def finish(self) -> None:
-        """The process ends: wait for the thread, which may be making a communicator, so that it ends before Python does."""
+        """The process ends: wait for the thread, which may be making a communicator, so that it ends before Python."""
         self._ending.set()
         if self._thread is not None:
             self._thread.join(_FAREWELL)
@@ -70,7 +70,8 @@ class Communicators:
             else:
                 self._bridge.apart(why)
         except Exception as e:
-            self._bridge.apart(f"the ranks have no communicator: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+            why = str(e).partition("\n")[0] or type(e).__name__
+            self._bridge.apart(f"the ranks have no communicator: {why}")
 
     def _absent(self, store: Any, rank: int, world: int, plan: str) -> str | None:
         """Why there can be no communicator: None if there can, nothing if it was too late for one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import sys
 import threading
 from collections.abc import Set
 from typing import Any
@@ -23,7 +24,7 @@ from .contexts import Contexts
 from .family import Family
 from .layouts import Layouts
 from .mesh import SUPPOSED, Meshes
-from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, own
+from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named
 from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
 from .pipelines import Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined

@@ -1,5 +1,8 @@
-"""A job whose ranks do not all do the same. What rank 1 does otherwise: `skip`s a module at step 1; `raise`s at step 2, or ends
-by `kill -9`, or `stop`s (SIGSTOP, for ever), when the file named by GO is there; has `other` hooks than rank 0, or `none`."""
+"""A job whose ranks do not all do the same: `diverging.py WHAT`, which rank 1 does otherwise.
+
+It `skip`s a module at step 1; it `raise`s at step 2, or ends by `kill -9`, or `stop`s (SIGSTOP), once the file that GO names
+is there; it has `other` hooks than rank 0, or `none`.
+"""
 
 import os
 import signal
@@ -49,7 +52,8 @@ def main() -> None:
     for step in range(STEPS):
         if ODD and step == 2 and "GO" in os.environ:
             give_up()
-        loss = model(torch.randn(ROWS, WIDTH, generator=generator), ODD and WHAT == "skip" and step == 1).square().mean()
+        skip = ODD and WHAT == "skip" and step == 1
+        loss = model(torch.randn(ROWS, WIDTH, generator=generator), skip).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

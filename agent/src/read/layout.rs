@@ -389,7 +389,7 @@ fn head_tail(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutEr
     let one = nodes.first().map(|n| n.shape().to_vec()).unwrap_or_default();
     let whole = concat(dim, nodes, axis)?;
     let Node::Concat { dim, children, shape } = whole else { return Ok(whole) };
-    if one[dim] % 2 != 0 || children.iter().any(|child| child.shape() != one) {
+    if !one[dim].is_multiple_of(2) || children.iter().any(|child| child.shape() != one) {
         let name = &axis.name;
         return Err(LayoutError::Apart(format!("pieces of {one:?} along {name} have no halves of one length")));
     }
