@@ -1,4 +1,4 @@
-"""`assemble=collective` brings all parts of a tensor to one rank's agent, byte for byte what the agents of all would have.
+"""`assemble=collective` brings all parts of a tensor to one rank's agent, byte for byte what all agents would have.
 
 It takes no harm from ranks that do not do alike.
 """

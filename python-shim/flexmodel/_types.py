@@ -58,8 +58,8 @@ class Location(NamedTuple):
 class Part(NamedTuple):
     """What one rank captured of one tensor: its own `shape`, `dtype` (torch's name) and place in the whole.
 
-    `at` is None where only statistics were kept, and where this rank sent nothing but `same`: the crc32c of bytes that are
-    those of a replica that another rank sent, if all is well.
+    `at` is None where only statistics were kept, and where this rank sent nothing but `same`: the crc32c of bytes that
+    are those of a replica that another rank sent, if all is well.
     """
 
     rank: int

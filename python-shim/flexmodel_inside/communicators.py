@@ -1,7 +1,7 @@
 """A communicator of our own among the ranks of a job, for `assemble=collective`.
 
-It shares nothing with the job's: the ranks meet under a prefix of ours in the store that `init_process_group` made, over a
-connection of our own to it. A thread waits there until all of them have come, and with the same hooks: whoever is not
+It shares nothing with the job's: the ranks meet under a prefix of ours in the store of `init_process_group`, over
+a connection of our own to it. A thread waits there until all of them have come, and with the same hooks: whoever is not
 there, or has other hooks, is named, and there is no communicator. Only then is one made, which no rank waits for long.
 """
 

@@ -1,7 +1,7 @@
 """A job whose ranks do not all do the same: `diverging.py WHAT`, which rank 1 does otherwise.
 
-It `skip`s a module at step 1; it `raise`s at step 2, or ends by `kill -9`, or `stop`s (SIGSTOP), once the file that GO names
-is there; it has `other` hooks than rank 0, or `none`.
+It `skip`s a module at step 1; it `raise`s at step 2, or ends by `kill -9`, or `stop`s (SIGSTOP), once the file that GO
+names is there; it has `other` hooks than rank 0, or `none`.
 """
 
 import os

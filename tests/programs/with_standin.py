@@ -1,4 +1,4 @@
-"""Opens the stand-in for NCCL, beside the NCCL that torch has opened, and runs a program: `with_standin.py PROGRAM ...`."""
+"""Opens the stand-in for NCCL beside the NCCL that torch has opened, and runs: `with_standin.py PROGRAM ARGS...`."""
 
 import ctypes
 import os
