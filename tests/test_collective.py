@@ -80,6 +80,24 @@ def test_ranks_that_do_otherwise_are_named_and_nothing_is_lost(what, run_once, u
     assert {(r.module, r.step): len(r.parts) for r in run.records if r.kind == "forward"} == gave
 
 
+def test_a_group_that_the_job_destroys_is_held_by_nothing_of_ours_and_the_next_one_is_named(run_once, untapped_once):
+    argv = harness.torchrun("groups.py")
+    outcome = run_once(argv, "**@assemble=collective").expect(0)
+    assert "group 0 is gone\n" in outcome.out and outcome.out == untapped_once(argv).out
+    run = captures.expect_sound(outcome.run)
+    assert "assemble=collective: the job made another process group; from now on the agents assemble" in run.info.notices
+    assert {record.step for record in run.records if record.complete and len(record.parts) == 2} == {0, 1, 2, 3}
+
+
+def test_without_a_connection_of_our_own_to_the_store_the_agents_assemble(run_once, untapped_once):
+    argv = harness.python("fake_ranks.py")
+    outcome = run_once(argv, "lm_head@assemble=collective").expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    run = captures.expect_sound(outcome.run)
+    assert any("the ranks have no communicator" in notice for notice in run.info.notices)
+    assert [record.step for record in run.records] == [0, 1]
+
+
 @pytest.mark.parametrize("what", ["raise", "kill", "stop"])
 def test_what_was_gathered_before_a_rank_gave_up_is_there_and_the_job_ends_as_it_would(what, tmp_path, untapped_once):
     out, go = tmp_path / "x", tmp_path / "go"

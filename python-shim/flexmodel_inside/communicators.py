@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 import zlib
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,8 @@ _FAREWELL = 25.0
 # First and longest pause between two looks.
 _LOOK = (0.005, 0.1)
 _PREFIX = "flexmodel"
+# The plan of a rank that waits no longer.
+_GONE = "gone"
 
 
 class Communicators:
@@ -33,7 +36,8 @@ class Communicators:
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
         self._thread: threading.Thread | None = None
-        self._group: Any = None
+        # Weak: while anything holds a group that the job destroyed, its threads and sockets live on.
+        self._group: weakref.ref[Any] | None = None
         self._ending = threading.Event()
 
     def join(self) -> None:
@@ -43,20 +47,25 @@ class Communicators:
         if not plan or c10d is None or not c10d.is_initialized() or c10d.get_world_size() < 2:
             return
         group = c10d._get_default_group()
-        if self._thread is not None:
-            if group is not self._group:
+        if self._group is not None:
+            if group is not self._group():
                 self._bridge.apart("the job made another process group")
             return
-        self._group = group
-        store = c10d.PrefixStore(_PREFIX, c10d._get_default_store().clone())
+        self._group = weakref.ref(group)
+        try:
+            store = c10d.PrefixStore(_PREFIX, c10d._get_default_store().clone())
+        except Exception as e:
+            self._bridge.apart(_failed(e))
+            return
         meeting = (store, c10d.get_rank(), c10d.get_world_size(), f"{zlib.crc32(plan.encode()):08x}", _device())
         self._thread = threading.Thread(target=self._meet, args=meeting, name="flexmodel-join", daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
         """The process ends: wait for the thread, which may be making a communicator, so that it ends before Python."""
-        self._ending.set()
-        if self._thread is not None:
+        # A fork of the process has no such thread, and it may have been using the event.
+        if self._thread is not None and self._thread.is_alive():
+            self._ending.set()
             self._thread.join(_FAREWELL)
 
     def _meet(self, store: Any, rank: int, world: int, plan: str, device: int) -> None:
@@ -70,8 +79,7 @@ class Communicators:
             else:
                 self._bridge.apart(why)
         except Exception as e:
-            why = str(e).partition("\n")[0] or type(e).__name__
-            self._bridge.apart(f"the ranks have no communicator: {why}")
+            self._bridge.apart(_failed(e))
 
     def _absent(self, store: Any, rank: int, world: int, plan: str) -> str | None:
         """Why there can be no communicator: None if there can, nothing if it was too late for one."""
@@ -81,10 +89,16 @@ class Communicators:
         pause = _LOOK[0]
         while not store.check(keys):
             if self._ending.wait(pause) or time.monotonic() > deadline:
+                # Whoever comes later need not wait for this rank.
+                store.set(keys[rank], _GONE)
                 absent = [other for other in range(world) if not store.check([keys[other]])]
                 return f"{_ranks(absent)} did not come in time (does every rank have these hooks?)" if absent else ""
             pause = min(2 * pause, _LOOK[1])
-        others = [other for other in range(world) if store.get(keys[other]).decode() != plan]
+        plans = [store.get(key).decode() for key in keys]
+        gone = [other for other in range(world) if plans[other] == _GONE]
+        others = [other for other in range(world) if plans[other] != plan]
+        if gone:
+            return f"{_ranks(gone)} did not wait for rank {rank}"
         return f"{_ranks(others)} and rank {rank} have different hooks" if others else None
 
 
@@ -92,6 +106,10 @@ def _device() -> int:
     """The device of this process, whose first model is about to be called; -1 if it has none."""
     cuda = sys.modules.get("torch.cuda")
     return cuda.current_device() if cuda is not None and cuda.is_initialized() else -1
+
+
+def _failed(e: Exception) -> str:
+    return f"the ranks have no communicator: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
 
 
 def _ranks(ranks: list[int]) -> str:
