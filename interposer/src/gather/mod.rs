@@ -46,7 +46,7 @@ const STALE: Duration = Duration::from_secs(30);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long it waits for its thread, which may be in a transfer.
 const FAREWELL: Duration = Duration::from_secs(10);
-/// Most bytes that a rank receives at once.
+/// Most bytes that a rank receives at once, unless a single part has more.
 const BATCH: u64 = 64 << 20;
 /// Divergences that are named one by one.
 const NAMED: u32 = 8;
@@ -59,6 +59,7 @@ static GATHER: Mutex<Gather> = Mutex::new(Gather {
     stop: false,
     crowded: false,
     comm: None,
+    meeting: false,
 });
 static NEWS: Condvar = Condvar::new();
 
@@ -85,7 +86,10 @@ struct Gather {
     stop: bool,
     /// It was told that more came than can be kept.
     crowded: bool,
+    /// While it may be cut.
     comm: Option<Communicator>,
+    /// The thread is there: until it has left the communicator, the process must not end.
+    meeting: bool,
 }
 
 struct Outgoing {
@@ -98,7 +102,7 @@ struct Outgoing {
 impl Outgoing {
     fn ship(self) {
         if let Some(kept) = self.kept {
-            shipping::ship(Cargo { meta: self.meta, handle: kept.handle(), collective: false });
+            shipping::ship(kept.cargo(self.meta));
         }
     }
 }
@@ -146,24 +150,27 @@ pub fn take(cargo: Cargo) {
 /// The ranks have a communicator.
 pub fn joined(comm: Communicator, size: usize) {
     let mut gather = lock();
-    if gather.comm.is_some() || gather.closing.is_some() {
+    if gather.meeting || gather.closing.is_some() || gather.way == Way::Apart {
         drop(gather);
         return comm.leave();
     }
-    (gather.way, gather.stop, gather.comm) = (Way::Together, false, Some(comm));
+    (gather.way, gather.comm, gather.meeting) = (Way::Together, Some(comm), true);
     drop(gather);
     let meet = move || {
         if catch_unwind(AssertUnwindSafe(|| Meeting::new(comm, size).run())).is_err() {
             state::off("a panic while tensors were gathered");
         }
+        // First: who cuts it does so under the lock.
+        lock().comm = None;
         comm.leave();
-        let mut gather = lock();
-        gather.comm = None;
-        drop(gather);
+        lock().meeting = false;
         NEWS.notify_all();
     };
     if thread::Builder::new().name("flexmodel-gather".into()).spawn(meet).is_err() {
-        lock().comm = None;
+        let mut gather = lock();
+        (gather.comm, gather.meeting) = (None, false);
+        drop(gather);
+        comm.leave();
         apart("no thread could be made");
     }
 }
@@ -173,7 +180,7 @@ pub fn apart(why: &str) {
     let mut gather = lock();
     gather.stop = true;
     let known = std::mem::replace(&mut gather.way, Way::Apart) == Way::Apart;
-    let left = if gather.comm.is_none() { std::mem::take(&mut gather.queue) } else { VecDeque::new() };
+    let left = if !gather.meeting { std::mem::take(&mut gather.queue) } else { VecDeque::new() };
     drop(gather);
     left.into_iter().for_each(Outgoing::ship);
     if !known && !why.is_empty() {
@@ -186,15 +193,14 @@ pub fn finish() {
     let mut gather = lock();
     gather.closing = Some(Instant::now());
     NEWS.notify_all();
-    let (mut gather, late) = NEWS
-        .wait_timeout_while(gather, FAREWELL, |gather| gather.comm.is_some())
-        .unwrap_or_else(PoisonError::into_inner);
+    let (mut gather, late) =
+        NEWS.wait_timeout_while(gather, FAREWELL, |gather| gather.meeting).unwrap_or_else(PoisonError::into_inner);
     if late.timed_out()
         && let Some(comm) = gather.comm
     {
         comm.cut();
         gather = NEWS
-            .wait_timeout_while(gather, PATIENCE, |gather| gather.comm.is_some())
+            .wait_timeout_while(gather, PATIENCE, |gather| gather.meeting)
             .unwrap_or_else(PoisonError::into_inner)
             .0;
     }
@@ -202,6 +208,12 @@ pub fn finish() {
     let left = std::mem::take(&mut gather.queue);
     drop(gather);
     left.into_iter().for_each(Outgoing::ship);
+}
+
+/// A part, and the member that its tensor goes to: the first that has a part of it.
+struct Bound {
+    to: usize,
+    part: Part,
 }
 
 /// The thread that meets those of the other ranks.
@@ -292,21 +304,23 @@ impl Meeting {
 
     /// Whether all transfers went well. What they were of is kept where not.
     fn carry_out(&mut self, verdicts: Vec<Verdict>) -> bool {
-        let mut batch: Vec<Vec<Part>> = Vec::new();
+        let mut batch: Vec<Bound> = Vec::new();
         let mut bytes = 0;
         for verdict in verdicts {
             match verdict {
-                Verdict::Gather(mut parts) => {
-                    parts.sort_by_key(|part| part.member);
-                    let size: u64 = parts.iter().filter_map(|part| part.meta.payload_len()).sum();
-                    if bytes + size > BATCH && !batch.is_empty() {
-                        if !self.transfer(&std::mem::take(&mut batch)) {
-                            return false;
+                Verdict::Gather(parts) => {
+                    let Some(to) = parts.iter().map(|part| part.member).min() else { continue };
+                    for part in parts {
+                        let size = part.meta.payload_len().filter(|_| part.member != to).unwrap_or_default();
+                        if bytes + size > BATCH && !batch.is_empty() {
+                            if !self.transfer(&std::mem::take(&mut batch)) {
+                                return false;
+                            }
+                            bytes = 0;
                         }
-                        bytes = 0;
+                        bytes += size;
+                        batch.push(Bound { to, part });
                     }
-                    bytes += size;
-                    batch.push(parts);
                 }
                 Verdict::Apart(parts, why) => self.leave_apart(&parts, why),
             }
@@ -314,35 +328,30 @@ impl Meeting {
         batch.is_empty() || self.transfer(&batch)
     }
 
-    /// Brings the parts of tensors to the first rank that has one, and from there on their way.
-    fn transfer(&mut self, batch: &[Vec<Part>]) -> bool {
+    /// Brings parts where they are bound, and from there on their way.
+    fn transfer(&mut self, batch: &[Bound]) -> bool {
         let me = self.comm.index();
         let mut moves = Vec::new();
-        for parts in batch {
-            let Some((first, others)) = parts.split_first() else { continue };
-            for part in others {
-                let kept = self.mine.get(&part.number).and_then(|mine| mine.kept.as_ref());
-                if part.member == me {
-                    let Some(kept) = kept else { return false };
-                    moves.push(Move::send(first.member, kept));
-                } else if first.member == me {
-                    moves.push(Move::receive(part));
-                }
+        for Bound { to, part } in batch.iter().filter(|bound| bound.part.member != bound.to) {
+            if part.member == me {
+                let Some(kept) = self.mine.get(&part.number).and_then(|mine| mine.kept.as_ref()) else { return false };
+                moves.push(Move::send(*to, kept));
+            } else if *to == me {
+                moves.push(Move::receive(part));
             }
         }
         let Some(received) = self.comm.transfer(moves) else { return false };
         let mut received = received.into_iter();
-        for parts in batch {
-            let is_first = parts.first().is_some_and(|first| first.member == me);
-            for part in parts {
-                if part.member == me {
-                    let mine = self.mine.remove(&part.number);
-                    if let Some(mine) = mine.filter(|_| is_first) {
-                        mine.ship();
-                    }
-                } else if is_first && let Some(kept) = received.next() {
-                    shipping::ship(Cargo { meta: part.meta.clone(), handle: kept.handle(), collective: false });
+        for Bound { to, part } in batch {
+            if part.member == me {
+                let mine = self.mine.remove(&part.number);
+                if let Some(mine) = mine.filter(|_| *to == me) {
+                    mine.ship();
                 }
+            } else if *to == me
+                && let Some(kept) = received.next()
+            {
+                shipping::ship(kept.cargo(part.meta.clone()));
             }
         }
         true
@@ -375,7 +384,8 @@ impl Meeting {
             (_, Some(absent)) => format!("{} did not give its part", list(&absent)),
             (_, None) => format!("only {} gave a part", list(&there)),
         };
-        let (module, kind, path) = (&meta.module, meta.kind.name(), &meta.path);
+        let module = if meta.module.is_empty() { "(root)" } else { &meta.module };
+        let (kind, path) = (meta.kind.name(), &meta.path);
         format!(
             "assemble=collective: {what} of {module} {kind} {path} at step {}, call {}.{}; it is not gathered",
             meta.step, meta.micro, meta.call
