@@ -1,6 +1,7 @@
 // Tensors of our own, which other ranks get, or got from them.
 #include "flexmodel/kept.h"
 
+#include "flexmodel/ffi.h"
 #include "flexmodel/tensor.h"
 
 #include <ATen/ops/empty.h>
@@ -57,11 +58,19 @@ std::unique_ptr<at::Tensor> share(const at::Tensor& tensor) { return std::make_u
 
 std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, int32_t device) {
   const Unseen unseen;
-  return std::make_unique<at::Tensor>(room(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype, device_of(device)));
+  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  if (device < 0) return std::make_unique<at::Tensor>(room(shape, dtype, device_of(device)));
+  // Memory belongs to the stream that it was asked for on: another one's may be in use by work of the job's that is still
+  // to come.
+  const c10::StreamGuard on_side(side_stream(device_of(device)));
+  const Uncaptured uncaptured;
+  return std::make_unique<at::Tensor>(room(shape, dtype, device_of(device)));
 }
 
 size_t go_aside(int32_t index) {
   if (index < 0) return 0;
+  // For good: the thread is ours.
+  capture_mode(2);
   const c10::Device device = device_of(index);
   const c10::impl::VirtualGuardImpl guard(device.type());
   guard.setDevice(device);

@@ -58,8 +58,19 @@ void copy_range(const at::Tensor& source, int64_t first, const at::Tensor& flat)
   }
 }
 
-// A snapshot on the job's stream, so that a later in-place operation does not change the record; then a copy on a
-// stream of our own, so that the job does not wait for the bus.
+// A copy of a vector on a stream of our own, so that the job does not wait for the bus. It must be ready there.
+std::unique_ptr<Ticket> copy_aside(at::Tensor flat, uint8_t* destination) {
+  const c10::Stream side = side_stream(flat.device());
+  c10::Event done(flat.device().type());
+  const c10::StreamGuard on_side(side);
+  at::Tensor bytes =
+      at::from_blob(destination, flat.sizes(), at::TensorOptions().dtype(flat.scalar_type()).pinned_memory(false));
+  bytes.copy_(flat, /*non_blocking=*/true);
+  done.record(side);
+  return std::make_unique<Ticket>(std::move(flat), std::move(done));
+}
+
+// A snapshot on the job's stream first, so that a later in-place operation does not change the record.
 std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType type, int64_t first, int64_t count,
                                          uint8_t* destination) {
   const c10::Device device = source.device();
@@ -67,19 +78,10 @@ std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType ty
   expect_no_capture(guard, device);
   at::Tensor snapshot = at::empty({count}, at::TensorOptions().dtype(type).device(device));
   copy_range(source, first, snapshot);
-  const c10::Stream job = guard.getStream(device);
-  const c10::Stream side = side_stream(device);
   c10::Event taken(device.type());
-  taken.record(job);
-  taken.block(side);
-  c10::Event done(device.type());
-  {
-    c10::StreamGuard on_side(side);
-    at::Tensor bytes = at::from_blob(destination, {count}, at::TensorOptions().dtype(type).pinned_memory(false));
-    bytes.copy_(snapshot, /*non_blocking=*/true);
-    done.record(side);
-  }
-  return std::make_unique<Ticket>(std::move(snapshot), std::move(done));
+  taken.record(guard.getStream(device));
+  taken.block(side_stream(device));
+  return copy_aside(std::move(snapshot), destination);
 }
 
 }  // namespace
@@ -177,7 +179,7 @@ bool is_plain(const at::Tensor& tensor, uint8_t dtype) {
          !tensor.is_conj() && !tensor.is_neg();
 }
 
-std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count,
+std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool kept, uint8_t dtype, uint64_t first, uint64_t count,
                                  uint8_t* destination) {
   const auto type = dtype_of(dtype);
   TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
@@ -189,12 +191,19 @@ std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64
     return nullptr;
   }
   const auto from = static_cast<int64_t>(first), length = static_cast<int64_t>(count);
+  // Row-major, as it was asked for. The stream of this thread, which is not the job's, knows nothing of it.
+  if (!tensor.device().is_cpu() && kept) return copy_aside(tensor.view({-1}).narrow(0, from, length), destination);
   if (!tensor.device().is_cpu()) return copy_from_device(tensor, *type, from, length, destination);
   copy_range(tensor, from, at::from_blob(destination, {length}, at::TensorOptions().dtype(*type)));
   return nullptr;
 }
 
+Uncaptured::Uncaptured() : before_(capture_mode(2)) {}
+
+Uncaptured::~Uncaptured() { capture_mode(before_); }
+
 void Ticket::wait() const {
+  const Uncaptured uncaptured;
   // Looked at now and then: waiting for the event itself would keep a core busy.
   while (!done_.query()) std::this_thread::sleep_for(std::chrono::microseconds(50));
 }

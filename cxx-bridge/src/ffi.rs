@@ -7,7 +7,7 @@ use crate::host::{
     active, apart, capture, due, edit, fault, finish, fire, forget, joined, loss_scale, microbatches, notice, plan,
     resolved, scope, select, stepped, taken, wants,
 };
-use crate::pin::is_capturing;
+use crate::pin::{capture_mode, is_capturing};
 
 #[cxx::bridge(namespace = "flexmodel")]
 #[allow(missing_docs)]
@@ -141,6 +141,7 @@ pub mod bridge {
         fn finish();
         fn active() -> bool;
         fn is_capturing(stream: usize) -> bool;
+        fn capture_mode(mode: u32) -> u32;
     }
 
     unsafe extern "C++" {
@@ -156,12 +157,13 @@ pub mod bridge {
         type Ticket;
 
         /// Copies elements `first .. first + count` of `tensor`, row-major and as `dtype`, to `destination`. Null: the
-        /// bytes are there.
+        /// bytes are there. What is `kept` nobody changes, and it is ready on the side stream.
         ///
         /// # Safety
         /// `destination` must take `count` elements of `dtype`, until the ticket was waited for.
         unsafe fn copy_out(
             tensor: &Tensor,
+            kept: bool,
             dtype: u8,
             first: u64,
             count: u64,
@@ -191,7 +193,7 @@ pub mod bridge {
         /// Another reference to it.
         fn share(tensor: &Tensor) -> UniquePtr<Tensor>;
 
-        /// Room for what is received, on a device (on the CPU: -1), used on the side stream.
+        /// Room for what is received, on a device (on the CPU: -1), to be used on its side stream alone.
         fn receiver(dtype: u8, sizes: &[u64], device: i32) -> Result<UniquePtr<Tensor>>;
 
         /// Makes the device and its side stream, on which tensors that are kept come and go, those of this thread; the

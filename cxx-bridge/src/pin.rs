@@ -22,6 +22,21 @@ pub fn is_capturing(stream: usize) -> bool {
     outcome == sys::CUresult::CUDA_SUCCESS && status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
 }
 
+/// Sets how strictly this thread minds graphs that are being captured, one of `CUstreamCaptureMode`; what it was.
+pub fn capture_mode(mode: u32) -> u32 {
+    if !has_driver() {
+        return mode;
+    }
+    let mut mode = match mode {
+        0 => sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL,
+        1 => sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+        _ => sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
+    };
+    // SAFETY: the driver is present; swaps a variable of this thread's.
+    let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) };
+    mode as u32
+}
+
 /// Page-locks the slab so that a device can copy into it while the job goes on: registers `len` bytes at `base` with the
 /// driver, if the process has one *and* uses it. `false` is normal.
 pub fn register(base: *mut u8, len: usize) -> bool {

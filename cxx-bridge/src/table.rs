@@ -55,12 +55,19 @@ unsafe extern "C" fn python_module() -> *mut c_void {
     bridge::python_module() as *mut c_void
 }
 
-unsafe extern "C" fn copy(handle: *const c_void, dtype: u8, first: u64, count: u64, dst: *mut u8) -> Copied {
+unsafe extern "C" fn copy(
+    handle: *const c_void,
+    kept: bool,
+    dtype: u8,
+    first: u64,
+    count: u64,
+    dst: *mut u8,
+) -> Copied {
     let failed = Copied { code: 2, ticket: std::ptr::null_mut() };
-    // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc).
+    // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc), or one that is kept.
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return failed };
     // SAFETY: the interposer reserved room for `count` elements at `dst` and keeps it until `wait`.
-    match unsafe { bridge::copy_out(tensor, dtype, first, count, dst) } {
+    match unsafe { bridge::copy_out(tensor, kept, dtype, first, count, dst) } {
         Ok(ticket) if ticket.is_null() => Copied { code: 0, ticket: std::ptr::null_mut() },
         Ok(ticket) => Copied { code: 1, ticket: ticket.into_raw().cast() },
         Err(why) => {
@@ -90,7 +97,8 @@ unsafe extern "C" fn checksum(handle: *const c_void, dtype: u8, out: *mut u32) -
         for first in (0..count).step_by(CHUNK) {
             let some = (count - first).min(CHUNK);
             // SAFETY: the chunk takes so many elements, and a copy from the CPU is done when this returns.
-            if unsafe { bridge::copy_out(tensor, dtype, first as u64, some as u64, chunk.as_mut_ptr()) }.is_err() {
+            if unsafe { bridge::copy_out(tensor, false, dtype, first as u64, some as u64, chunk.as_mut_ptr()) }.is_err()
+            {
                 return false;
             }
             crc = crc32c::crc32c_append(crc, chunk.get(..some * item).unwrap_or_default());

@@ -526,6 +526,7 @@ impl Engine {
             time_ns: shipping::now_ns(),
             refused: refusal.reason().to_owned(),
         };
-        Some(Cargo { meta, handle: tensor.handle, collective: hook.options.assemble == Assemble::Collective })
+        let collective = hook.options.assemble == Assemble::Collective;
+        Some(Cargo { meta, handle: tensor.handle, kept: false, collective })
     }
 }

@@ -11,7 +11,7 @@
 use std::{ffi::c_void, marker::PhantomData};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 5;
+pub const TAP_ABI: u32 = 6;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -465,8 +465,16 @@ pub struct BridgeTable {
     pub size: u32,
     /// New reference to the Python module with which the shim makes taps; null with a Python error set. Needs the GIL.
     pub python_module: unsafe extern "C" fn() -> *mut c_void,
-    /// Copies elements `first .. first + count`, row-major and converted to `dtype`, to `dst`.
-    pub copy: unsafe extern "C" fn(handle: *const c_void, dtype: u8, first: u64, count: u64, dst: *mut u8) -> Copied,
+    /// Copies elements `first .. first + count`, row-major and converted to `dtype`, to `dst`. `kept`: the handle is what
+    /// `keep` or `transfer` gave, not the job's.
+    pub copy: unsafe extern "C" fn(
+        handle: *const c_void,
+        kept: bool,
+        dtype: u8,
+        first: u64,
+        count: u64,
+        dst: *mut u8,
+    ) -> Copied,
     /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
     pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
     /// crc32c of a tensor's elements, row-major and converted to `dtype`, in `out`; false where they are on a device, or

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use wire::tap_abi;
+use wire::{record::RecordMeta, tap_abi};
 
 use super::{
     agreement::{Held, Part},
@@ -50,9 +50,9 @@ impl Kept {
         if self.on_device { Held::Device } else { Held::Host }
     }
 
-    /// For [`tap_abi::BridgeTable::copy`].
-    pub fn handle(&self) -> *const c_void {
-        self.tensor
+    /// To be shipped; this has to outlive it.
+    pub fn cargo(&self, meta: RecordMeta) -> Cargo {
+        Cargo { meta, handle: self.tensor, kept: true, collective: false }
     }
 }
 

@@ -62,6 +62,8 @@ pub struct Cargo {
     pub meta: RecordMeta,
     /// The bridge's tensor.
     pub handle: *const c_void,
+    /// It is one that the bridge keeps for us, not the job's.
+    pub kept: bool,
     /// It is to be gathered from all ranks first.
     pub collective: bool,
 }
@@ -224,8 +226,9 @@ fn checksum(cargo: &Cargo) -> Option<u32> {
 /// Copies elements into a reserved frame and commits it. A copy from a device is finished by another thread.
 fn fill(slot: Reservation, cargo: &Cargo, first: u64, elements: u64, voyage: &Arc<Voyage>) {
     let Some(bridge) = boot::bridge() else { return voyage.lose() };
-    // SAFETY: the handle is the tensor of the tap that is firing; the slot holds elements * item bytes.
-    let copied = unsafe { (bridge.copy)(cargo.handle, cargo.meta.dtype as u8, first, elements, slot.payload()) };
+    // SAFETY: the handle is the tensor of the tap that is firing, or is kept; the slot holds elements * item bytes.
+    let copied =
+        unsafe { (bridge.copy)(cargo.handle, cargo.kept, cargo.meta.dtype as u8, first, elements, slot.payload()) };
     match copied.code {
         0 => slot.commit(),
         1 => {

@@ -45,6 +45,19 @@ struct Unseen {
       c10::autocast_dispatch_keyset};
 };
 
+// What a thread of ours does is no part of a CUDA graph that a thread of the job is capturing. CUDA would see it as one,
+// in torch's default way of capturing, and fail the capture if it is an allocation or the query of an event.
+class Uncaptured {
+ public:
+  Uncaptured();
+  ~Uncaptured();
+  Uncaptured(const Uncaptured&) = delete;
+  Uncaptured& operator=(const Uncaptured&) = delete;
+
+ private:
+  uint32_t before_;
+};
+
 // A copy from a device that is under way. Owns what the copy reads.
 class Ticket {
  public:
@@ -79,7 +92,7 @@ uint32_t digest_of(const at::Tensor& tensor);
 
 // See ffi.rs.
 bool is_plain(const at::Tensor& tensor, uint8_t dtype);
-std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count,
+std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool kept, uint8_t dtype, uint64_t first, uint64_t count,
                                  uint8_t* destination);
 
 }  // namespace flexmodel
