@@ -1,7 +1,11 @@
-"""`flexmodel certify` on real jobs: two data-parallel ranks against one process that has the same global batches."""
+"""`flexmodel certify` on real jobs: several ranks against one process that has the same global batches."""
 
 import json
 import pathlib
+
+import flexmodel
+import llama
+import pytest
 
 import harness
 
@@ -45,3 +49,27 @@ def test_a_run_with_an_edit_is_not_certified_and_the_worst_record_is_named(run_o
     assert counted["worst"]["record"] in counted["different"]
     # Within what the edit can do, the runs are the same.
     certify(edited, one, "--module", "layers.0.mlp", "--kind", "forward", "--step", "0").expect(0)
+
+
+LLAMA = "**:forward,backward,param,grad;(root):forward,backward"
+
+
+@pytest.mark.parametrize("how", ["fsdp2", "fsdp2_tp"])
+def test_a_llama_on_four_ranks_is_certified_in_every_module_and_parameter(how, run_once):
+    one = run_once(harness.python("llama.py", "one"), LLAMA).expect(0).run
+    ranks = run_once(harness.torchrun("llama.py", how, ranks=4), LLAMA).expect(0).run
+    counted = json.loads(certify(ranks, one, "--json").expect(0).out)
+    assert counted["records"] == counted["equal"] + counted["close"] == len(flexmodel.open(one).records)
+    assert not any(counted[what] for what in ("different", "unlike", "missing", "extra", "not_comparable"))
+    model = llama.build()
+    records = flexmodel.open(ranks).records
+    parameters = {name for name, _ in model.named_parameters()}
+    for kind in ("param", "grad"):
+        assert {r.module for r in records if r.kind == kind} == parameters
+    # Rotations are computed of positions alone, and the model and its head are given what no gradient comes back to.
+    modules = {name for name, m in model.named_modules() if type(m).__name__ != "ModuleList"}
+    assert {r.module for r in records if r.kind == "forward"} == modules
+    missing = modules - {r.module for r in records if r.kind == "backward"}
+    assert missing == {"", "model", "model.embed_tokens", "model.rotary_emb"}
+    dp = 4 if how == "fsdp2" else 2
+    assert [(d["run_dp_size"], d["reference_dp_size"]) for d in counted["divided"]] == [(dp, 1)]
