@@ -1,6 +1,7 @@
-"""Two pipeline stages of torch.distributed.pipelining, four microbatches: `pipeline.py 1F1B|GPipe...`, one by one.
+"""Stages of torch.distributed.pipelining on two ranks, four microbatches: `pipeline.py SCHEDULE...`, one by one.
 
-Every stage is the whole model with the parts deleted that other stages have, so that names are those of the model.
+Every stage is the whole model with the parts deleted that other stages have, so that names are those of the model. With
+`parts-` before the schedule it is made of parts of a model that stays. Schedules that loop have two stages on a rank.
 """
 
 import sys
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 STEPS = 2
 LAYERS = 4
@@ -51,12 +52,29 @@ def stage_of(model: Net, stage: int, stages: int) -> Net:
     return model
 
 
+def made_of_parts(model: Net) -> Net:
+    """A stage with what another model has: another object with the same forward."""
+    other = Net.__new__(Net)
+    nn.Module.__init__(other)
+    other.embed, other.norm, other.lm_head = model.embed, model.norm, model.lm_head
+    other.layers = nn.ModuleDict(dict(model.layers.items()))
+    return other
+
+
 def train(name: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = stage_of(build(), rank, world)
-    stage = PipelineStage(model, rank, world, torch.device("cpu"))
-    schedule = get_schedule_class(name)(stage, n_microbatches=len(SIZES), loss_fn=tiny.loss_of)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, parts, name = name.rpartition("parts-")
+    cls = get_schedule_class(name)
+    loops = issubclass(cls, PipelineScheduleMulti)
+    count = 2 * world if loops else world
+    wholes = [build() for _ in range(rank, count, world)]
+    models = [made_of_parts(whole) for whole in wholes] if parts else wholes
+    stages = [
+        PipelineStage(stage_of(model, number, count), number, count, torch.device("cpu"))
+        for model, number in zip(models, range(rank, count, world), strict=True)
+    ]
+    schedule = cls(stages if loops else stages[0], n_microbatches=len(SIZES), loss_fn=tiny.loss_of)
+    optimizer = torch.optim.SGD([p for stage in stages for p in stage.submod.parameters()], lr=0.1)
     for step in range(STEPS):
         tokens, targets = tiny.batch(step, [sum(SIZES)], 0)
         losses: list[torch.Tensor] = []

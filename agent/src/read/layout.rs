@@ -150,7 +150,7 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
         let (a, b) = (&first.what, &part.what);
         if a.dtype != b.dtype {
             let (x, y) = (a.dtype.name(), b.dtype.name());
-            return Err(LayoutError::Conflict(format!("rank {} says {x}, rank {} says {y}", a.rank, b.rank)));
+            return Err(LayoutError::Apart(format!("rank {} has {x} and rank {} has {y}", a.rank, b.rank)));
         }
         let same = |x: &Axis, y: &Axis| x.name == y.name && x.size == y.size;
         let differ = || format!("ranks {} and {} describe different layouts", a.rank, b.rank);
@@ -230,13 +230,12 @@ fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
         let other = *kept.entry(place).or_insert(i);
         let (a, b) = (&parts[other], part);
         if !alike(a, b) {
-            let replicas = b.what.axes.iter().any(|axis| axis.place == Place::Replicate);
-            let why =
-                if replicas { "hold replicas that differ" } else { "differ, and the layout does not tell them apart" };
-            return Err(LayoutError::Conflict(format!(
-                "ranks {} and {} {why}; read them one by one",
-                a.what.rank, b.what.rank
-            )));
+            let ranks = format!("ranks {} and {}", a.what.rank, b.what.rank);
+            if b.what.axes.iter().any(|axis| axis.place == Place::Replicate) {
+                return Err(LayoutError::Conflict(format!("{ranks} hold replicas that differ; read them one by one")));
+            }
+            // Stages of a pipeline may have modules of one name: each has its own root.
+            return Err(LayoutError::Apart(format!("{ranks} differ, and the layout does not tell them apart")));
         }
     }
     Ok(kept.into_values().collect())
