@@ -13,12 +13,15 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "python-shim"), str(HERE / "programs")]
+
+import flexmodel
+
 PROGRAM = str(HERE / "programs" / "gpu.py")
 HOOKS = "layers.*.mlp:forward,backward,backward_pre;layers.*.turn:forward_pre;head"
 
 
 def job(
-    *arguments: str, hooks: str | None = None, out: str = "", env: dict[str, str] | None = None
+    *arguments: str, hooks: str | None = None, out: str = "", env: dict[str, str] | None = None, ranks: int = 1
 ) -> tuple[str, list[float]]:
     """stdout and step times of the program, tapped if `hooks` are given."""
     command = [
@@ -27,7 +30,7 @@ def job(
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        "1",
+        str(ranks),
         PROGRAM,
         *arguments,
     ]
@@ -74,8 +77,21 @@ def reference(dtype: str) -> dict[tuple[str, str], torch.Tensor]:
     return seen
 
 
+def collective(folder: str) -> None:
+    """Tensors gathered over NCCL are those that the agent puts together."""
+    if torch.cuda.device_count() < 2:
+        print("assemble=collective over NCCL: not tried, it takes two GPUs and this machine has one")
+        return
+    for how in ("agent", "collective"):
+        hooks = ";".join(f"{clause}@assemble={how}" for clause in HOOKS.split(";"))
+        job("bfloat16", hooks=hooks, out=f"{folder}/{how}", ranks=2)
+    command = [os.environ["FLEXMODEL"], "certify", f"{folder}/agent", f"{folder}/collective", "--exact"]
+    print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    notices = flexmodel.open(f"{folder}/collective").notices
+    assert not notices, notices
+
+
 def main() -> None:
-    import flexmodel
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     print(torch.__version__, torch.cuda.get_device_name(0))
@@ -117,6 +133,7 @@ def main() -> None:
                 f"{statistics.median(off) * 1e3:.2f} ms not; ratio median {mid:.3f} (quartiles {low:.3f} .. {high:.3f})"
             )
             assert len(flexmodel.open(f"{folder}/speed{slab}").records) == 8 * 30
+        collective(folder)
 
 
 if __name__ == "__main__":

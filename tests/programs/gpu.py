@@ -1,5 +1,6 @@
-"""Trains on one GPU under FSDP2, with an in-place operation right behind a tapped module."""
+"""Trains on a GPU a rank under FSDP2, with an in-place operation right behind a tapped module."""
 
+import os
 import sys
 import time
 
@@ -46,7 +47,9 @@ def batch(step: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 def main(dtype: str = "float32", width: int = 256, depth: int = 4, rows: int = 8, steps: int = 4) -> None:
     torch.use_deterministic_algorithms(True)
     kind = getattr(torch, dtype)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     model = build(kind, width, depth)
     for layer in model.layers:
         fully_shard(layer)
