@@ -95,7 +95,7 @@ def test_without_a_connection_of_our_own_to_the_store_the_agents_assemble(run_on
     assert outcome.losses == untapped_once(argv).losses
     run = captures.expect_sound(outcome.run)
     assert any("the ranks have no communicator" in notice for notice in run.info.notices)
-    assert [record.step for record in run.records] == [0, 1]
+    assert [record.micro for record in run.records] == [0, 1]
 
 
 @pytest.mark.parametrize("what", ["raise", "kill", "stop"])
