@@ -14,6 +14,9 @@ use wire::{
     record::{MICRO, RecordMeta},
 };
 
+/// Most tensors that were given up which are remembered, as in a job without steps whose ranks do not do alike.
+const REMEMBERED: usize = 4096;
+
 /// What a rank says in a round.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Told {
@@ -131,6 +134,8 @@ pub struct Agreement {
     numbered: Vec<u64>,
     open: BTreeMap<Key, Open>,
     keys: HashMap<(usize, u64), Key>,
+    /// Tensors of which a part was given up, with how many parts were seen: those that still come have not to wait.
+    given_up: BTreeMap<Key, u64>,
 }
 
 #[derive(Debug, Default)]
@@ -151,6 +156,7 @@ impl Agreement {
             numbered: vec![0; size],
             open: BTreeMap::new(),
             keys: HashMap::new(),
+            given_up: BTreeMap::new(),
         }
     }
 
@@ -165,8 +171,9 @@ impl Agreement {
                 let (number, key) = (*next, Key::of(&offer.meta));
                 *next += 1;
                 self.keys.insert((member, number), key.clone());
+                let given_up = offer.held == Held::Not || self.given_up.contains_key(&key);
                 let open = self.open.entry(key).or_default();
-                open.given_up |= offer.held == Held::Not;
+                open.given_up |= given_up;
                 open.parts.push(Part { member, number, held: offer.held, meta: offer.meta });
             }
             for number in told.withdrawn {
@@ -177,7 +184,14 @@ impl Agreement {
         }
         let settled: Vec<(Key, Option<Why>)> =
             self.open.iter().filter_map(|(key, open)| Some((key.clone(), self.settled(key, open)?))).collect();
-        settled.into_iter().map(|(key, why)| self.close(&key, why)).collect()
+        let verdicts = settled.into_iter().map(|(key, why)| self.close(&key, why)).collect();
+        let steps = self.steps.iter().zip(&self.closed).filter(|(_, closed)| !**closed).map(|(step, _)| *step);
+        let first = steps.min().unwrap_or(u64::MAX);
+        self.given_up.retain(|key, _| key.step >= first);
+        while self.given_up.len() > REMEMBERED {
+            self.given_up.pop_first();
+        }
+        verdicts
     }
 
     /// All that is open is left apart.
@@ -220,7 +234,13 @@ impl Agreement {
     }
 
     fn close(&mut self, key: &Key, why: Option<Why>) -> Verdict {
-        let parts = self.open.remove(key).map(|open| open.parts).unwrap_or_default();
+        let Open { parts, given_up } = self.open.remove(key).unwrap_or_default();
+        if given_up {
+            let seen = self.given_up.remove(key).unwrap_or_default() + parts.len() as u64;
+            if parts.first().is_some_and(|part| seen < members(&part.meta)) {
+                self.given_up.insert(key.clone(), seen);
+            }
+        }
         for part in &parts {
             self.keys.remove(&(part.member, part.number));
         }
@@ -313,6 +333,23 @@ mod tests {
         assert_eq!(agreement.take(vec![says(0, &[]), says(0, &[part("a", 0, 1, 2)])]), []);
         let verdicts = agreement.take(vec![says(1, &[]), says(1, &[])]);
         assert_eq!(of(&verdicts), [("a".into(), Some(Why::Skipped))]);
+    }
+
+    #[test]
+    fn what_comes_of_a_tensor_that_was_given_up_has_not_to_wait_and_no_rank_is_blamed() {
+        let mut agreement = Agreement::new(3);
+        let gone = Offer { held: Held::Not, ..part("a", 0, 0, 3) };
+        assert_eq!(of(&agreement.take(vec![says(0, &[gone]), says(0, &[]), says(0, &[])])).len(), 1);
+        for member in [1, 2] {
+            let mut round = vec![says(0, &[]), says(0, &[]), says(0, &[])];
+            round[member] = says(0, &[part("a", 0, member as u32, 3)]);
+            assert_eq!(of(&agreement.take(round)), [("a".into(), Some(Why::Withdrawn))]);
+        }
+        assert!(agreement.given_up.is_empty(), "all of it came");
+        let gone = Offer { held: Held::Not, ..part("a", 0, 0, 3) };
+        agreement.take(vec![says(0, &[gone]), says(0, &[]), says(0, &[])]);
+        agreement.take(vec![says(1, &[]), says(1, &[]), says(1, &[])]);
+        assert!(agreement.given_up.is_empty(), "no more of it can come");
     }
 
     #[test]
