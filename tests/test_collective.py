@@ -85,7 +85,9 @@ def test_a_group_that_the_job_destroys_is_held_by_nothing_of_ours_and_the_next_o
     outcome = run_once(argv, "**@assemble=collective").expect(0)
     assert "group 0 is gone\n" in outcome.out and outcome.out == untapped_once(argv).out
     run = captures.expect_sound(outcome.run)
-    assert "assemble=collective: the job made another process group; from now on the agents assemble" in run.info.notices
+    assert (
+        "assemble=collective: the job made another process group; from now on the agents assemble" in run.info.notices
+    )
     assert {record.step for record in run.records if record.complete and len(record.parts) == 2} == {0, 1, 2, 3}
 
 

@@ -1,4 +1,4 @@
-"""One process that takes itself for the first of two ranks: torch's group without others, over a store that has no clone."""
+"""One process that takes itself for the first of two ranks, in torch's group without others. Its store has no clone."""
 
 import tiny
 import torch

@@ -1,4 +1,4 @@
-"""A job that destroys its process group and makes another. Each time rank 0 prints whether anything still holds the old one."""
+"""A job that destroys its process group and makes another. Rank 0 prints whether anything still holds the old one."""
 
 import gc
 import os

@@ -14,7 +14,7 @@ use wire::{
     record::{MICRO, RecordMeta},
 };
 
-/// Most tensors that were given up which are remembered, as in a job without steps whose ranks do not do alike.
+/// Most tensors of which that is remembered, as in a job without steps whose ranks do not do alike.
 const REMEMBERED: usize = 4096;
 
 /// What a rank says in a round.
@@ -134,7 +134,7 @@ pub struct Agreement {
     numbered: Vec<u64>,
     open: BTreeMap<Key, Open>,
     keys: HashMap<(usize, u64), Key>,
-    /// Tensors of which a part was given up, with how many parts were seen: those that still come have not to wait.
+    /// Tensors whose ranks did not wait for all parts, with how many there were: those that still come have not to wait.
     given_up: BTreeMap<Key, u64>,
 }
 
@@ -234,8 +234,8 @@ impl Agreement {
     }
 
     fn close(&mut self, key: &Key, why: Option<Why>) -> Verdict {
-        let Open { parts, given_up } = self.open.remove(key).unwrap_or_default();
-        if given_up {
+        let Open { parts, given_up, stale } = self.open.remove(key).unwrap_or_default();
+        if given_up || (stale && why.is_some()) {
             let seen = self.given_up.remove(key).unwrap_or_default() + parts.len() as u64;
             if parts.first().is_some_and(|part| seen < members(&part.meta)) {
                 self.given_up.insert(key.clone(), seen);
@@ -329,10 +329,9 @@ mod tests {
         assert_eq!(agreement.take(vec![says(0, &[part("a", 0, 0, 2)]), says(0, &[])]), []);
         let withdrawn = Told { withdrawn: vec![0], ..Told::default() };
         assert_eq!(of(&agreement.take(vec![withdrawn, says(0, &[])])), [("a".into(), Some(Why::Skipped))]);
-        // It comes after all, and stays where it is.
-        assert_eq!(agreement.take(vec![says(0, &[]), says(0, &[part("a", 0, 1, 2)])]), []);
-        let verdicts = agreement.take(vec![says(1, &[]), says(1, &[])]);
-        assert_eq!(of(&verdicts), [("a".into(), Some(Why::Skipped))]);
+        // It comes after all, and stays where it is; that is told already.
+        let verdicts = agreement.take(vec![says(0, &[]), says(0, &[part("a", 0, 1, 2)])]);
+        assert_eq!(of(&verdicts), [("a".into(), Some(Why::Withdrawn))]);
     }
 
     #[test]
