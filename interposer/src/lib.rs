@@ -11,6 +11,7 @@
 //! | [`engine`] | decides: which modules, which step, capture or not |
 //! | [`passes`] | steps, microbatches, calls and replays |
 //! | [`layout`] | infers how a leaf lies over the ranks |
+//! | [`gather`] | brings parts to one rank first, where hooks want that; agrees with the other ranks on it |
 //! | [`shipping`] | slab and socket: carries bytes to the agent, or drops and counts them |
 //! | [`log`] | lines on stderr, and only where the job's stderr still is |
 //!
