@@ -1,0 +1,73 @@
+"""Accelerate's own preparation for FSDP and DeepSpeed: `accelerate_sharded.py fsdp1|fsdp2|zero2|zero3`.
+
+On a CPU Accelerate takes these for plain data parallelism, whatever it is told. So the script gives it its plugin after
+it has made up its mind.
+"""
+
+import gc
+import sys
+
+import parallel
+import tiny
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+
+STEPS = 3
+
+
+def told(how: str) -> Accelerator:
+    """An Accelerator that prepares as it would on GPUs."""
+    accelerator = Accelerator(cpu=True)
+    state = accelerator.state
+    state.device = torch.device("cpu")  # without the number that FSDP1 refuses
+    if how.startswith("fsdp"):
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=int(how[-1]),
+            reshard_after_forward="FULL_SHARD" if how == "fsdp1" else True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            use_orig_params=True if how == "fsdp1" else None,
+            cpu_ram_efficient_loading=False,
+        )
+    else:
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": int(how[-1]), "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+        }
+        state.distributed_type = DistributedType.DEEPSPEED
+        plugin = DeepSpeedPlugin(hf_ds_config=config)
+        plugin.select(_from_accelerator_state=True)
+        state.deepspeed_plugins = {"default": plugin}
+        accelerator.deepspeed_engine_wrapped = None
+    return accelerator
+
+
+def main(how: str) -> None:
+    accelerator = told(how)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    model = tiny.build()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(STEPS):
+        tokens, targets = tiny.batch(step, [4, 4], rank)
+        loss = tiny.loss_of(model(tokens), targets)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        parallel.report(step, loss, world)
+    if how.startswith("zero"):
+        model.destroy()
+    del model, optimizer
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])

@@ -1,0 +1,31 @@
+"""Accelerate's own ways into FSDP: parameters, gradients and activations are whole, as those of one process."""
+
+import accelerate_sharded
+import flexmodel
+import pytest
+import test_parameters
+import tiny
+
+import captures
+import harness
+import reference_parallel
+
+TAPPED = {"embed", "layers.0", "layers.1.attn", "layers.1.mlp", "lm_head"}
+HOOKS = "**:param,grad;" + ";".join(f"{name}:forward" for name in sorted(TAPPED))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    parameters = test_parameters.whole(tiny.build(), steps=accelerate_sharded.STEPS, sizes=(4, 4))
+    run = reference_parallel.sliced(tiny.build(), TAPPED.__contains__, steps=accelerate_sharded.STEPS, sizes=(4, 4))
+    return parameters | {key: value for key, value in run.records.items() if key.kind == "forward"}
+
+
+@pytest.mark.parametrize(("how", "wrapper"), [("fsdp1", "FSDP1"), ("fsdp2", "FSDP2")])
+def test_what_accelerate_wraps_has_the_bytes_of_one_process(how, wrapper, run_once, untapped_once, expected):
+    argv = harness.torchrun("accelerate_sharded.py", how)
+    outcome = run_once(argv, HOOKS).expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    captures.expect_sound(outcome.run)
+    assert flexmodel.open(outcome.run).info.wrapper == wrapper
+    captures.expect_equal(captures.read(outcome.run), expected)
