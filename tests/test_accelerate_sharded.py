@@ -1,4 +1,4 @@
-"""Accelerate's own ways into FSDP: parameters, gradients and activations are whole, as those of one process."""
+"""Accelerate's own ways into FSDP and DeepSpeed: what these shard is whole, as it is in one process."""
 
 import accelerate_sharded
 import flexmodel
@@ -21,7 +21,10 @@ def expected():
     return parameters | {key: value for key, value in run.records.items() if key.kind == "forward"}
 
 
-@pytest.mark.parametrize(("how", "wrapper"), [("fsdp1", "FSDP1"), ("fsdp2", "FSDP2")])
+WRAPPERS = {"fsdp1": "FSDP1", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
+
+
+@pytest.mark.parametrize(("how", "wrapper"), WRAPPERS.items())
 def test_what_accelerate_wraps_has_the_bytes_of_one_process(how, wrapper, run_once, untapped_once, expected):
     argv = harness.torchrun("accelerate_sharded.py", how)
     outcome = run_once(argv, HOOKS).expect(0)

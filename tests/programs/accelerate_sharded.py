@@ -11,7 +11,7 @@ import parallel
 import tiny
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
 STEPS = 3
@@ -21,9 +21,10 @@ def told(how: str) -> Accelerator:
     """An Accelerator that prepares as it would on GPUs."""
     accelerator = Accelerator(cpu=True)
     state = accelerator.state
-    state.device = torch.device("cpu")  # without the number that FSDP1 refuses
+    for each in (state, PartialState()):  # an optimizer's wrapper asks the latter anew
+        each.device = torch.device("cpu")  # without the number that FSDP1 refuses
+        each.distributed_type = DistributedType.FSDP if how.startswith("fsdp") else DistributedType.DEEPSPEED
     if how.startswith("fsdp"):
-        state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=int(how[-1]),
             reshard_after_forward="FULL_SHARD" if how == "fsdp1" else True,
@@ -40,7 +41,6 @@ def told(how: str) -> Accelerator:
             "zero_optimization": {"stage": int(how[-1]), "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
         }
-        state.distributed_type = DistributedType.DEEPSPEED
         plugin = DeepSpeedPlugin(hf_ds_config=config)
         plugin.select(_from_accelerator_state=True)
         state.deepspeed_plugins = {"default": plugin}
