@@ -87,10 +87,12 @@ def run(argv: Sequence[str], env: dict[str, str] | None = None, timeout: float =
         return job.wait(timeout)
 
 
-def tapped(argv: Sequence[str], hooks: str, out: pathlib.Path, *options: str, **env: str) -> Outcome:
+def tapped(
+    argv: Sequence[str], hooks: str, out: pathlib.Path, *options: str, timeout: float = TIMEOUT, **env: str
+) -> Outcome:
     """Runs `argv` under `flexmodel run`, captures into `out`."""
     command = [FLEXMODEL, "run", "--hooks", hooks, "--out", str(out), *options, "--", *argv]
-    outcome = run(command, environment(**env))
+    outcome = run(command, environment(**env), timeout)
     outcome.run = out
     return outcome
 

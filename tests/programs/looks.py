@@ -22,7 +22,7 @@ def watch(home: str) -> None:
     def nothing(*_about) -> None:
         pass
 
-    names = ("forget", "resolved", "stepped", "notice", "finish", "describe_with", "take_with", "wants")
+    names = ("forget", "resolved", "stepped", "notice", "finish", "describe_with", "take_with", "wants", "plan")
     bridge = types.SimpleNamespace(select=select, active=lambda: True, fault=print, **dict.fromkeys(names, nothing))
     Models(bridge).watch()
 
