@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <iterator>
 #include <memory>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -21,7 +20,8 @@
 namespace flexmodel {
 namespace {
 
-using Gradient = void(const at::Tensor&, const at::Tensor&, int64_t, int64_t, c10::string_view, c10::string_view, int64_t);
+using Gradient = void(const at::Tensor&, const at::Tensor&, int64_t, int64_t, c10::string_view, c10::string_view,
+                      int64_t);
 using Factors = at::Tensor(const at::Tensor&, int64_t, c10::string_view);
 
 // The shim's `edited(tensor, factors)`.
@@ -49,11 +49,15 @@ struct Open {
 constexpr size_t kMaxOpen = 64;
 thread_local std::vector<Open> open;
 
-// The inputs of the module that now returns; nothing if it was called in another graph.
-std::optional<Uses> close() {
+// The innermost module of the graph under way.
+std::vector<Open>::reverse_iterator innermost() {
   const Graph graph = graph_under_way();
-  const auto of_graph = [&](const Open& o) { return o.graph == graph; };
-  const auto last = std::find_if(open.rbegin(), open.rend(), of_graph);
+  return std::find_if(open.rbegin(), open.rend(), [&](const Open& o) { return o.graph == graph; });
+}
+
+// The inputs of the module that now returns; none if it was called in another graph.
+Uses close() {
+  const auto last = innermost();
   if (last == open.rend()) return {};
   Uses uses = std::move(last->uses);
   open.erase(std::next(last).base(), open.end());
@@ -80,12 +84,12 @@ bool read(PyObject* sequence, std::vector<std::string>& texts) {
   return static_cast<bool>(list);
 }
 
-// (call, kinds, edits, paths, leaves, paths of what the module was given and wants a gradient)
-bool read(PyObject* args, Leaves& out, std::vector<std::string>& given) {
-  PyObject *call = nullptr, *paths = nullptr, *tensors = nullptr, *before = nullptr;
-  if (PyArg_ParseTuple(args, "OIIOOO", &call, &out.kinds, &out.edits, &paths, &tensors, &before) == 0) return false;
+// (call, kinds, edits, paths, leaves)
+bool read(PyObject* args, Leaves& out) {
+  PyObject *call = nullptr, *paths = nullptr, *tensors = nullptr;
+  if (PyArg_ParseTuple(args, "OIIOO", &call, &out.kinds, &out.edits, &paths, &tensors) == 0) return false;
   const Ref list(PySequence_List(tensors));
-  if (!list || !read(paths, out.paths) || !read(before, given)) return false;
+  if (!list || !read(paths, out.paths)) return false;
   out.call = THPVariable_Unpack(call);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.get()); ++i) {
     out.tensors.push_back(THPVariable_Unpack(PyList_GET_ITEM(list.get(), i)));
@@ -107,8 +111,7 @@ PyObject* traced(Body body) {
 
 PyObject* py_watch_inputs(PyObject*, PyObject* args) {
   Leaves leaves;
-  std::vector<std::string> none;
-  if (!read(args, leaves, none)) return nullptr;
+  if (!read(args, leaves)) return nullptr;
   return traced([&] {
     Uses uses;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
@@ -129,22 +132,14 @@ PyObject* py_watch_inputs(PyObject*, PyObject* args) {
 // What the module has to return instead: a tuple with a tensor for each, or None.
 PyObject* py_watch_outputs(PyObject*, PyObject* args) {
   Leaves leaves;
-  std::vector<std::string> given;
-  if (!read(args, leaves, given)) return nullptr;
+  if (!read(args, leaves)) return nullptr;
   return traced([&]() -> Ref {
     Uses uses;
-    if ((leaves.kinds & bit(kBackward)) != 0) {
-      if (std::optional<Uses> own = close()) {
-        uses = std::move(*own);
-      } else {
-        Part nothing;
-        nothing.local = at::empty({0});
-        for (const std::string& path : given) capture(leaves.site(0), kBackward, path, 0, nothing, Refusal::Split);
-      }
-    }
+    if ((leaves.kinds & bit(kBackward)) != 0) uses = close();
     bool changed = false;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
       at::Tensor& tensor = leaves.tensors[i];
+      const Axes axes = part_in_graph(tensor).axes;
       at::Tensor now = uses.returned(tensor);
       const Site site = leaves.site(i);
       if (leaves.watches(i, kBackwardPre)) {
@@ -153,7 +148,7 @@ PyObject* py_watch_outputs(PyObject*, PyObject* args) {
         if (out.is_leaf()) {
           capture(site, kBackwardPre, leaves.paths[i], 0, part_in_graph(out), Refusal::Returned);
         } else {
-          watch_gradient(site, kBackwardPre, leaves.paths[i], out, part_in_graph(out).axes);
+          watch_gradient(site, kBackwardPre, leaves.paths[i], out, axes);
         }
       }
       changed = changed || now.defined();
@@ -182,6 +177,9 @@ PyObject* py_part(PyObject*, PyObject* args) {
   });
 }
 
+// Whether the module that now returns was called in another graph.
+PyObject* py_is_split(PyObject*, PyObject*) { return PyBool_FromLong(innermost() == open.rend() ? 1 : 0); }
+
 PyObject* py_edit_with(PyObject*, PyObject* edit) {
   Py_XINCREF(edit);
   Py_XDECREF(std::exchange(editor, edit));
@@ -190,6 +188,7 @@ PyObject* py_edit_with(PyObject*, PyObject* edit) {
 
 PyMethodDef functions[] = {
     {"part", py_part, METH_VARARGS, "While tracing: what a graph can have of a tensor."},
+    {"is_split", py_is_split, METH_NOARGS, "While tracing: whether the module that returns was called in another graph."},
     {"edit_with", py_edit_with, METH_O, "Keeps the function that puts an edit of a tensor into the graph."},
     {"watch_inputs", py_watch_inputs, METH_VARARGS, "While tracing: gradients of a module's inputs are wanted."},
     {"watch_outputs", py_watch_outputs, METH_VARARGS, "While tracing: the module returned."},

@@ -60,13 +60,20 @@ Firing firing(const std::optional<at::Tensor>& first, int64_t flags) {
 
 at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std::string> paths,
                   c10::List<std::string> layouts, at::IntArrayRef refusals, const std::optional<at::Tensor>& first,
-                  int64_t flags) {
+                  int64_t flags, c10::List<std::string> split) {
   Call call{};
   guarded_operation([&] {
     const int64_t tap = number.const_data_ptr<int64_t>()[0];
-    if (tap < 0 || !fire(static_cast<uint32_t>(tap), firing(first, flags), call)) {
+    Firing now = firing(first, flags);
+    now.split = !split.empty();
+    if (tap < 0 || !fire(static_cast<uint32_t>(tap), now, call)) {
       call = Call{};
       return;
+    }
+    for (const std::string& path : split) {
+      Part lost;
+      lost.local = number;
+      if ((call.capture & bit(kBackward)) != 0) capture(Site(call), kBackward, path, 0, lost, Refusal::Split);
     }
     const Kind kind = (flags & kPre) != 0 ? kForwardPre : kForward;
     if ((call.capture & bit(kind)) == 0) return;
@@ -131,8 +138,8 @@ void scope_op(const at::Tensor& number, const std::optional<at::Tensor>& first, 
 TORCH_LIBRARY(flexmodel, library) {
   // A replayed CUDA graph would not call them.
   const std::vector<at::Tag> tags = {at::Tag::cudagraph_unsafe};
-  library.def("tap(Tensor number, Tensor[] leaves, str[] paths, str[] layouts, int[] refusals, Tensor? first, int flags) "
-              "-> Tensor", tags);
+  library.def("tap(Tensor number, Tensor[] leaves, str[] paths, str[] layouts, int[] refusals, Tensor? first, int flags, "
+              "str[] split) -> Tensor", tags);
   library.def("gradient(Tensor gradient, Tensor call, int slot, int kind, str path, str layout, int refusal) -> ()", tags);
   library.def("factors(Tensor call, int kind, str path) -> Tensor", tags);
   library.def("scope(Tensor number, Tensor? first, int flags) -> ()", tags);

@@ -20,6 +20,7 @@ pub mod bridge {
         grad_enabled: bool,
         train: bool,
         recomputes: bool,
+        split: bool,
         first: [i64; 3],
         given: u32,
     }

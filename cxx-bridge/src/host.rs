@@ -23,8 +23,8 @@ fn host() -> Option<&'static HostTable> {
 
 impl From<&Firing> for tap_abi::Firing {
     fn from(f: &Firing) -> Self {
-        let &Firing { pre, replay, grad_enabled, train, recomputes, first, given } = f;
-        Self { pre, replay, grad_enabled, train, recomputes, first, given }
+        let &Firing { pre, replay, grad_enabled, train, recomputes, split, first, given } = f;
+        Self { pre, replay, grad_enabled, train, recomputes, split, first, given }
     }
 }
 

@@ -387,6 +387,8 @@ impl Engine {
         let wants_gradients = tap.kinds & GRADIENTS != 0;
         let placed = tap.calls.place(&mut model.passes, &mut self.clock, number, paired, wants_gradients, firing);
         let phase = if firing.pre { BEFORE } else { !BEFORE };
+        // What was begun elsewhere is told to be missing.
+        let phase = if firing.split { phase | Kind::Backward.bit() } else { phase };
         let hooks = tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
         // A replay nobody waits for repeats the edits of its forward, which ran in this step.
         let step = placed.map_or(self.clock.now(), |c| c.step);

@@ -85,7 +85,7 @@ class _Before(Traced):
         found.walk(args, "in", 0)
         found.walk(kwargs, "in", 0)
         flags = _PRE | _flags(module)
-        call = _tap(self.number, found.leaves, found.paths, found.first(), flags)
+        call = _tap(self.number, found.leaves, found.paths, found.first(), flags, [])
         if self.edits & _FORWARD_PRE:
             found.edit(call, 1)
             args, kwargs = found.rebuilt(args, "in", 0), found.rebuilt(kwargs, "in", 0)
@@ -106,13 +106,14 @@ class _After(Traced):
         found = _Found()
         found.walk(output, "out", 0)
         flags = _flags(module)
-        call = _tap(self.number, found.leaves, found.paths, given.first(), flags | self.flags)
+        watched = given.differentiable() if self.kinds & _BACKWARD and flags & _GRADIENTS else []
+        call = _tap(self.number, found.leaves, found.paths, given.first(), flags | self.flags, watched)
         changed = False
         if self.edits & _FORWARD:
             found.edit(call, 0)
             changed = True
         if self.kinds & (_BACKWARD | _BACKWARD_PRE) and flags & _GRADIENTS:
-            now = _watch_outputs(call, self.kinds, self.edits, found.paths, found.leaves, given.differentiable())
+            now = _watch_outputs(call, self.kinds, self.edits, found.paths, found.leaves)
             if now is not None:
                 found.leaves = list(now)
                 changed = True
@@ -159,14 +160,23 @@ def _flags(module: nn.Module) -> int:
 
 # What torch.compile has in its graphs. Nothing of ours may reach the job.
 def _tap(
-    number: torch.Tensor, leaves: list[torch.Tensor], paths: list[str], first: torch.Tensor | None, flags: int
+    number: torch.Tensor,
+    leaves: list[torch.Tensor],
+    paths: list[str],
+    first: torch.Tensor | None,
+    flags: int,
+    watched: list[str],
 ) -> torch.Tensor:
     try:
+        # Paths of inputs whose gradients would have to be watched since the module was called.
+        split = watched if watched and _bridge.is_split() else []
         like = first if flags & _KEEPS else None
         parts = [_bridge.part(leaf, like) for leaf in leaves]
         locals_, layouts, refusals = ([part[n] for part in parts] for n in range(3))
         with _once():
-            return torch.ops.flexmodel.tap(number, locals_, paths, layouts, refusals, _batch(first), flags & ~_KEEPS)
+            return torch.ops.flexmodel.tap(
+                number, locals_, paths, layouts, refusals, _batch(first), flags & ~_KEEPS, split
+            )
     except Exception as e:
         _bridge.fault(f"a tap could not be put into a graph: {type(e).__name__}: {e}")
         return torch.zeros(_bridge.call_words + len(leaves), dtype=torch.int64)
@@ -198,7 +208,9 @@ def _once() -> Iterator[None]:
 
 def _edit(call: torch.Tensor, kind: int, path: str, leaf: torch.Tensor) -> torch.Tensor:
     try:
-        return _Edited.apply(leaf, torch.ops.flexmodel.factors(call, kind, path))
+        edited = _Edited.apply(leaf, torch.ops.flexmodel.factors(call, kind, path))
+        _bridge.part(edited, leaf)  # it lies as the leaf does
+        return edited
     except Exception as e:
         _bridge.fault(f"an edit could not be put into a graph: {type(e).__name__}: {e}")
         return leaf
@@ -229,13 +241,11 @@ def _edited(tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def _watch_inputs(call: torch.Tensor, kinds: int, edits: int, paths: list[str], leaves: list[torch.Tensor]) -> None:
-    return _bridge.watch_inputs(call, kinds, edits, paths, leaves, [])
+    return _bridge.watch_inputs(call, kinds, edits, paths, leaves)
 
 
-def _watch_outputs(
-    call: torch.Tensor, kinds: int, edits: int, paths: list[str], leaves: list[torch.Tensor], given: list[str]
-) -> Any:
-    return _bridge.watch_outputs(call, kinds, edits, paths, leaves, given)
+def _watch_outputs(call: torch.Tensor, kinds: int, edits: int, paths: list[str], leaves: list[torch.Tensor]) -> Any:
+    return _bridge.watch_outputs(call, kinds, edits, paths, leaves)
 
 
 class _Found:

@@ -20,7 +20,7 @@ def ready(bridge: Any) -> None:
     """Make our operations known to torch.compile, which must be imported."""
     from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
-    def tap(number, leaves, paths, layouts, refusals, first, flags):
+    def tap(number, leaves, paths, layouts, refusals, first, flags, split):
         return torch.empty(bridge.call_words + len(leaves), dtype=torch.int64, device="cpu")
 
     fakes = {"tap": tap, "gradient": _nothing, "factors": _factors, "scope": _nothing}

@@ -177,9 +177,10 @@ def backward(loss) -> None:
 
 
 def train_tiny(how: str, backend: str | None) -> None:
-    model, call, back = tiny.build(), None, backward
+    model, back = tiny.build(), backward
     # No optimizer has it.
     model.embed.requires_grad_(False)
+    call = model
     if backend is None:
         pass
     elif how == "blocks":
@@ -195,7 +196,7 @@ def train_tiny(how: str, backend: str | None) -> None:
     with torch._dynamo.config.patch(compiled_autograd=how == "backward"):
         for step in range(3):
             tokens, targets = tiny.batch(step, [4], 0)
-            loss = tiny.loss_of((call or model)(tokens), targets)
+            loss = tiny.loss_of(call(tokens), targets)
             optimizer.zero_grad()
             back(loss)
             optimizer.step()

@@ -266,6 +266,8 @@ pub struct Firing {
     /// In a compiled graph: what it saves for its backward is packed by somebody, such as activation checkpointing, which
     /// then computes it anew in a replay.
     pub recomputes: bool,
+    /// After the forward, in a compiled graph that is not the one in which it began.
+    pub split: bool,
     /// The first tensor among the module's arguments: its first three sizes, -1 where there is none.
     pub first: [i64; 3],
     /// A digest of some of its elements, where a model begins whose ranks are only supposed to share the batch. 0: not taken.
