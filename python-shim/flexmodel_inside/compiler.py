@@ -1,7 +1,7 @@
 """Has torch.compile know our operations, and mends what it does wrong with effects.
 
-What is mended is named where it is: outputs of graphs that DDP splits, dead code in compiled autograd, and what must not
-be compiled of this package.
+What is mended is named where it is: outputs of graphs that DDP splits, dead code in compiled autograd, and what must
+not be compiled of this package.
 """
 
 from __future__ import annotations
