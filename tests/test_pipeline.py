@@ -54,6 +54,8 @@ def test_whole_batches_have_the_bytes_of_one_process(schedule, run, expected):
         if r.module
     }
     whole = {key: value for key, value in expected[schedule].records.items() if key.module}
+    # Of a mean over a microbatch, a gradient is as many times that of a mean over the batch as there are microbatches.
+    assert {r.dp_size for r in records(run, schedule) if r.module} == {len(pipeline.SIZES)}
     # It goes backward through the microbatches from last to first, and so sums parameters' gradients in that order.
     same = captures.close if SCHEDULES[schedule] == "LoopedBFS" else captures.same_bytes
     captures.expect_equal(found, whole, same)

@@ -128,8 +128,9 @@ def _are_given_the_same(parts: Sequence[Part], depth: int) -> bool:
 
 
 def data_size(parts: Sequence[Part]) -> int:
-    """Over how many ranks the batch lies."""
-    return 1 if any(_are_given_the_same(parts, d) for d in range(len(parts[0].axes))) else parts[0].dp_size
+    """Over how many ranks the batch lies, times the microbatches that a pipeline cuts a rank's rows into."""
+    micro = next((axis.size for axis in parts[0].axes if axis.name == "micro"), 1)
+    return micro * (1 if any(_are_given_the_same(parts, d) for d in range(len(parts[0].axes))) else parts[0].dp_size)
 
 
 def _unique(parts: Sequence[Part]) -> list[Part]:

@@ -39,8 +39,8 @@ class Record:
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
     `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
     part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
-    over equal shards `dp_size` times that of one process, and `loss_scale` times that of the loss that the script
-    computed, where a GradScaler or DeepSpeed scaled it.
+    over equal shards, or a pipeline's equal microbatches, `dp_size` times that of one process, and `loss_scale` times
+    that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it.
     """
 
     module: str

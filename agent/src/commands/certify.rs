@@ -235,7 +235,7 @@ impl<'a> Certifier<'a> {
     }
 
     /// What each side is divided by: of a loss that is a mean over a rank's batch, gradients in the job are the
-    /// data-parallel size times those of one process, and the loss scale times those of the script's own loss.
+    /// data-parallel size times those of one process (and a pipeline's microbatches times), and the loss scale times those of the script's own loss.
     /// Parameters' gradients are averaged and unscaled by the job itself.
     fn divisors(&mut self, a: &Record, b: &Record) -> (f64, f64) {
         let sizes = (a.data_size(), b.data_size());

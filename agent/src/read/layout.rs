@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use wire::{
     dtype::DType,
-    record::{Axis, Place},
+    record::{Axis, MICRO, Place},
 };
 
 use crate::store::format::{Part, Stats};
@@ -214,11 +214,12 @@ fn are_given_the_same(parts: &[Part], depth: usize) -> bool {
     given.len() > given.values().collect::<BTreeSet<_>>().len()
 }
 
-/// Over how many ranks the batch of a record lies.
+/// Over how many ranks the batch of a record lies, times the microbatches that a pipeline cuts a rank's rows into.
 pub fn data_size(parts: &[Part]) -> u32 {
-    let Some(first) = parts.first() else { return 1 };
-    let depths = 0..first.what.axes.len();
-    if depths.into_iter().any(|depth| are_given_the_same(parts, depth)) { 1 } else { first.what.dp_size.max(1) }
+    let Some(Part { what, .. }) = parts.first() else { return 1 };
+    let micro = what.axes.iter().find(|axis| axis.name == MICRO).map_or(1, |axis| axis.size);
+    let given_the_same = (0..what.axes.len()).any(|depth| are_given_the_same(parts, depth));
+    micro.saturating_mul(if given_the_same { 1 } else { what.dp_size.max(1) })
 }
 
 /// One part of every set of replicas, in order of their coordinates.
