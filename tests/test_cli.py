@@ -21,7 +21,7 @@ BAD_HOOKS = {
     "bad regular expression": ("/layers[/", ["layers["]),
     "empty selector": (":forward", ["forward"]),
     "second clause": ("lm_head;layers.*.mlp:backwards", ["backwards", "backward"]),
-    "not available yet": ("layers.0.mlp@assemble=collective", ["collective", "not available"]),
+    "not available yet": ("layers.0.mlp|edits.py:double", ["edits.py", "not available"]),
     "no such file": ("hooks/none.toml", ["hooks/none.toml"]),
 }
 

@@ -124,10 +124,14 @@ def test_what_was_gathered_before_a_rank_gave_up_is_there_and_the_job_ends_as_it
     if what == "stop":
         assert outcome.expect(0).losses == untapped_once(harness.torchrun("diverging.py", "nothing")).losses
         assert steps() == {0, 1, 2, 3}
-    else:
-        outcome.expect(1)
-        assert ("ValueError: rank 1 gives up" if what == "raise" else "Signal 9") in outcome.err
-    captures.expect_sound(out)
+        captures.expect_sound(out)
+        return
+    outcome.expect(1)
+    assert ("ValueError: rank 1 gives up" if what == "raise" else "Signal 9") in outcome.err
+    # The launcher ends the other rank wherever it is: what that was at is counted, and nothing else is lost.
+    assert steps() >= {0, 1}
+    assert flexmodel.open(out).info.totals.dropped <= 1
+    harness.run([harness.FLEXMODEL, "verify", str(out)]).expect(0)
 
 
 def _is_stopped(pid: int) -> bool:
@@ -166,7 +170,7 @@ def test_the_same_bytes_go_over_nccl_in_the_order_that_both_ends_know(ranks, arg
 
 
 @pytest.mark.parametrize(
-    "fault", ["fail=ncclCommInitRankConfig:1:5@1", "fail=ncclGroupEnd:3:2@0", "error=2:6@1", "hang=ncclSend:40@1"]
+    "fault", ["fail=ncclCommInitRankConfig:1:5@1", "fail=ncclGroupEnd:1:2@0", "error=1:6@1", "hang=ncclSend:40@1"]
 )
 def test_when_nccl_fails_the_agents_assemble_and_nothing_is_lost(fault, run_once, untapped_once, tmp_path):
     outcome, said = over_nccl(tmp_path, fault, "fsdp2.py")
