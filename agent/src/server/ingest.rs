@@ -169,10 +169,10 @@ impl Ingest {
     fn finish(&mut self, part: PartWriter) {
         let live = self.server.board.live();
         match part.finish() {
-            Outcome::Stored { part, against } => {
+            Outcome::Stored { part, apart } => {
                 live.part(&part);
-                if let Some(against) = against {
-                    live.diverged(&part.what, against);
+                if let Some(apart) = apart {
+                    live.diverged(&apart.0, apart.1);
                 }
             }
             Outcome::Repeated => {}

@@ -22,8 +22,8 @@ pub enum Outcome {
     Stored {
         /// As journalled.
         part: Box<Part>,
-        /// Rank of the replica that it should be equal to and is not.
-        against: Option<u32>,
+        /// A part that should be equal to the one on a rank, and is not: this one, or one that was a checksum.
+        apart: Option<Box<(What, u32)>>,
     },
     /// It was journalled before, by the agent that died.
     Repeated,
@@ -194,41 +194,43 @@ impl PartWriter {
             return self.lose(&reason_of(&e));
         }
         self.store.works();
-        let against = self.compare(&part);
-        self.count(&part, shared.is_some(), against);
+        let apart = self.compare(&part);
+        self.count(&part, shared.is_some(), apart.is_some());
         self.settle(&part, shared.is_some());
-        Outcome::Stored { part, against }
+        Outcome::Stored { part, apart: apart.map(Box::new) }
     }
 
-    /// The rank whose replica this one differs from. The first of its kind becomes what others are compared with.
-    fn compare(&mut self, part: &Part) -> Option<u32> {
+    /// Compares it with the first of its replicas that had bytes, or else the first. One of two that differ is apart from
+    /// the other: the later one, or the one that was a checksum.
+    fn compare(&mut self, part: &Part) -> Option<(What, u32)> {
         let key = self.replicas.take()?;
         let rank = part.what.rank;
         let mut alloc = self.store.alloc();
         let first = alloc.replica(&key).filter(|first| first.rank != rank).cloned();
-        // Bytes take the place of an equal checksum: later parts may share them.
-        let bytes = |first: &Replica| first.at.is_none() && part.at.is_some() && first.crc == self.crc;
-        let Some(first) = first.filter(|first| !bytes(first)) else {
+        // Later parts may share bytes; a checksum has none.
+        let keep = first.as_ref().is_none_or(|first| first.at.is_none() && part.at.is_some());
+        if keep {
             let (at, shape) = (part.at.clone(), part.what.shape.clone());
             alloc.set_replica(key, Replica { at, crc: self.crc, shape, rank });
-            return None;
-        };
-        let against = (first.crc != self.crc || first.shape != part.what.shape).then_some(first.rank)?;
+        }
+        let first = first.filter(|first| first.crc != self.crc || first.shape != part.what.shape)?;
         drop(alloc);
+        let what = part.what.clone();
+        let (what, against) = if keep { (What { rank: first.rank, ..what }, rank) } else { (what, first.rank) };
         // The part is journalled; without this line verify still finds that it differs.
-        if let Err(e) = self.store.journal().append(&Line::Divergence { what: part.what.clone(), against }) {
+        if let Err(e) = self.store.journal().append(&Line::Divergence { what: what.clone(), against }) {
             self.store.trouble(&e);
         }
-        Some(against)
+        Some((what, against))
     }
 
-    fn count(&self, part: &Part, shared: bool, against: Option<u32>) {
+    fn count(&self, part: &Part, shared: bool, apart: bool) {
         let new = self.store.alloc().seen.is_new(&part.what.id);
         self.store.count(|totals| {
             totals.records += u64::from(new);
             totals.parts += 1;
             totals.bytes += if shared || part.at.is_none() { 0 } else { self.len };
-            totals.divergences += u64::from(against.is_some());
+            totals.divergences += u64::from(apart);
         });
     }
 

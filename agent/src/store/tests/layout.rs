@@ -183,7 +183,7 @@ fn an_equal_replica_that_came_in_pieces_gives_back_its_own_bytes_and_nobody_else
                     part.write(0, head);
                     put(store, &meta(&format!("other{rank}"), step, 512), &vec![rank as u8 + 1; 8192]);
                     part.write(1000, tail);
-                    assert!(matches!(part.finish(), Outcome::Stored { against: None, .. }));
+                    assert!(matches!(part.finish(), Outcome::Stored { apart: None, .. }));
                 }
             });
         }
@@ -195,6 +195,28 @@ fn an_equal_replica_that_came_in_pieces_gives_back_its_own_bytes_and_nobody_else
     assert!(kept < needed * 3 / 2, "{kept} bytes on disk for {needed}");
     store.finish();
     assert_sound(dir.path());
+}
+
+#[test]
+fn of_a_checksum_and_bytes_that_differ_it_is_the_checksum_that_is_apart() {
+    for checksum_first in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        let bytes = on_rank(meta("w", 0, 8), 0, 2, Place::Replicate);
+        let mut checksum = on_rank(meta("w", 0, 8), 1, 2, Place::Replicate);
+        checksum.same = Some(7);
+        let mut all = [(&bytes, bytes_of(&bytes, 0)), (&checksum, Vec::new())];
+        if checksum_first {
+            all.reverse();
+        }
+        all.iter().for_each(|(record, bytes)| drop(put(&store, record, bytes)));
+        store.finish();
+        let divergences: Vec<_> = lines(dir.path())
+            .into_iter()
+            .filter_map(|l| if let Line::Divergence { what, against } = l { Some((what.rank, against)) } else { None })
+            .collect();
+        assert_eq!(divergences, [(1, 0)], "checksum first: {checksum_first}");
+    }
 }
 
 #[test]

@@ -44,7 +44,7 @@ fn put(store: &Arc<Store>, meta: &RecordMeta, bytes: &[u8]) -> (Part, Option<u32
     let mut part = store.begin(meta.clone());
     part.write(0, bytes);
     match part.finish() {
-        Outcome::Stored { part, against } => (*part, against),
+        Outcome::Stored { part, apart } => (*part, apart.map(|apart| apart.1)),
         other => panic!("{other:?}"),
     }
 }
