@@ -15,7 +15,8 @@
 //! | `cpp/tensor.cc` | describes tensors and copies them out |
 //! | `cpp/leaves.cc` | walks tuples, lists, dicts and dataclasses |
 //! | `cpp/gradients.cc` | identity nodes, gradient hooks, edits |
-//! | `cpp/compiled.cc` | what taps are in graphs of torch.compile |
+//! | `cpp/compiled.cc` | what is put into a graph while torch.compile traces it |
+//! | `cpp/operations.cc` | the operations in these graphs, as they run |
 //! | `cpp/tap.cc` | the Python callable that a hook is |
 //! | `cpp/kept.cc` | tensors of our own, which other ranks get |
 //! | `cpp/communicator.cc` | a communicator of our own, over c10d's Gloo |
