@@ -149,9 +149,10 @@ fn attach(server: &Arc<Server>, hello: &Hello, fd: OwnedFd) -> Result<(Arc<Sessi
     }
     let reader = SlabReader::attach(fd).map_err(|e| e.to_string())?;
     let session = Arc::new(Session::new(hello.rank, reader.mapping().clone()));
+    // Before anything is read: what is gathered names other ranks of the job.
+    server.board.attached(hello);
     ingest::start(server.clone(), session.clone(), reader).map_err(|e| format!("no thread for it: {e}"))?;
     sessions.insert(key, session.clone());
     server.beat_for(session.clone());
-    server.board.attached(hello);
     Ok((session, 0))
 }
