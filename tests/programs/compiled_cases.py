@@ -159,10 +159,11 @@ def train_case(case: str, prefix: str, backend: str | None, batches: tuple[int, 
     torch.manual_seed(0)
     parts = {"first": nn.Linear(WIDTH, WIDTH), "case": CASES[case](), "last": nn.Linear(WIDTH, 1)}
     model = nn.Sequential(collections.OrderedDict((prefix + name, part) for name, part in parts.items()))
+    model[-1].bias.requires_grad_(False)
     call = lambda x: model(x).square()  # noqa: E731
     if backend is not None:
         call = compile_case(model, case, backend=backend, fullgraph=case != "Broken")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step, rows in enumerate(batches):
         x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -178,7 +179,6 @@ def backward(loss) -> None:
 
 def train_tiny(how: str, backend: str | None) -> None:
     model, back = tiny.build(), backward
-    # No optimizer has it.
     model.embed.requires_grad_(False)
     call = model
     if backend is None:
