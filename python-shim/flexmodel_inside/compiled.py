@@ -298,8 +298,8 @@ class _Found:
             for key, (_, item) in zip(list(value.keys()), items, strict=True):
                 value[key] = item
         elif items:
-            for field, (_, item) in zip(dataclasses.fields(value), items, strict=True):
-                object.__setattr__(value, field.name, item)
+            for key, item in items:
+                object.__setattr__(value, key[1:], item)
         return value
 
 
@@ -313,6 +313,13 @@ def _items(value: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, dict):
         return [("." + key if isinstance(key, str) else f"[{key}]", item) for key, item in value.items()]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [("." + field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
-    return []
+    if value is None or isinstance(value, (int, float, str)):
+        return []
+    names = field_names(type(value))
+    return [("." + name, getattr(value, name, None)) for name in names.split(",")] if names else []
+
+
+def field_names(cls: type) -> str:
+    """The fields of a dataclass, if it is one. torch.compile takes the answer, and does not read this: it knows few of
+    the classes that there are."""
+    return ",".join(field.name for field in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ""

@@ -30,6 +30,7 @@ def ready(bridge: Any) -> None:
             _register_effectful_op(getattr(torch.ops.flexmodel, name).default, _EffectType.ORDERED)
     for function in compiled.ready(bridge):
         torch._dynamo.allow_in_graph(function)
+    torch._dynamo.assume_constant_result(compiled.field_names)
     _hide_from_compiler()
     _mend_split_graphs()
     _mend_compiled_autograd()
