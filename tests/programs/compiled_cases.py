@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import gc
 import sys
+import types
 
 import tiny
 import torch
@@ -42,7 +43,7 @@ class Part(nn.Module):
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x, scale=None, extra=()):
+    def forward(self, x, scale=None, extra=(), mask=None, dtype=None, config=None):
         y = self.linear(x) * scale
         for each in extra:
             y = y + each
@@ -50,14 +51,15 @@ class Part(nn.Module):
 
 
 class Structured(nn.Module):
-    """Keywords, dicts, tuples and dataclasses."""
+    """Keywords, dicts, tuples and dataclasses, and what is none of these."""
 
     def __init__(self):
         super().__init__()
         self.part = Part()
+        self.config = types.SimpleNamespace(width=WIDTH)
 
     def forward(self, x):
-        answer = self.part(x, scale=x.sigmoid(), extra=[x, x * 2])
+        answer = self.part(x, scale=x.sigmoid(), extra=[x, x * 2], mask=None, dtype=x.dtype, config=self.config)
         return answer["out"] + answer["more"][1].hidden + answer["more"][0]
 
 
