@@ -100,19 +100,10 @@ bool read(PyObject* args, Leaves& out) {
 // Whether a tensor is made of others, as a DTensor is, that graphs of the compiler have instead.
 bool is_made_of_others(PyObject* tensor) { return PyObject_HasAttrString(tensor, "__tensor_flatten__") != 0; }
 
-// Runs a step of tracing; what it cannot do, the graph is without.
-template <typename Body>
-PyObject* traced(Body body) {
-  Ref result;
-  guarded_operation([&] { result = body(); });
-  if (PyErr_Occurred() != nullptr) PyErr_Clear();
-  return result ? result.release() : Ref::borrow(Py_None).release();
-}
-
 PyObject* py_watch_inputs(PyObject*, PyObject* args) {
   Leaves leaves;
   if (!read(args, leaves)) return nullptr;
-  return traced([&] {
+  guarded_operation([&] {
     Uses uses;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
       if (!leaves.watches(i, kBackward)) continue;
@@ -125,18 +116,18 @@ PyObject* py_watch_inputs(PyObject*, PyObject* args) {
     }
     if (open.size() >= kMaxOpen) open.erase(open.begin());
     open.push_back({graph_under_way(), std::move(uses)});
-    return Ref();
   });
+  PyErr_Clear();
+  Py_RETURN_NONE;
 }
 
-// What the module has to return instead: a tuple with a tensor for each, or None.
+// A list with what the module has to return instead of each tensor.
 PyObject* py_watch_outputs(PyObject*, PyObject* args) {
   Leaves leaves;
   if (!read(args, leaves)) return nullptr;
-  return traced([&]() -> Ref {
+  guarded_operation([&] {
     Uses uses;
     if ((leaves.kinds & bit(kBackward)) != 0) uses = close();
-    bool changed = false;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
       at::Tensor& tensor = leaves.tensors[i];
       const Axes axes = part_in_graph(tensor).axes;
@@ -151,17 +142,16 @@ PyObject* py_watch_outputs(PyObject*, PyObject* args) {
           watch_gradient(site, kBackwardPre, leaves.paths[i], out, axes);
         }
       }
-      changed = changed || now.defined();
       if (now.defined()) tensor = std::move(now);
     }
     uses.hook(leaves.tensors);
-    if (!changed) return Ref();
-    Ref out(PyTuple_New(static_cast<Py_ssize_t>(leaves.tensors.size())));
-    for (size_t i = 0; out && i < leaves.tensors.size(); ++i) {
-      PyTuple_SET_ITEM(out.get(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(leaves.tensors[i]));
-    }
-    return out;
   });
+  PyErr_Clear();
+  Ref out(PyList_New(static_cast<Py_ssize_t>(leaves.tensors.size())));
+  for (size_t i = 0; out && i < leaves.tensors.size(); ++i) {
+    PyList_SET_ITEM(out.get(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(leaves.tensors[i]));
+  }
+  return out.release();
 }
 
 // part(tensor, like): (what a graph can have of a tensor, how it lies, why that cannot be had). `like` is what a module

@@ -102,9 +102,7 @@ std::string text_of(const Axes& axes) {
   std::ostringstream out;
   for (const LeafAxis& axis : axes) {
     out << axis.index << ' ' << axis.size << ' ' << static_cast<unsigned int>(axis.place) << ' ' << axis.dim << ' '
-        << axis.shape.size() << ' ';
-    for (const uint64_t size : axis.shape) out << size << ' ';
-    out << axis.name.size() << ' ' << std::string_view(axis.name.data(), axis.name.size());
+        << axis.name.size() << ' ' << std::string_view(axis.name.data(), axis.name.size());
   }
   return out.str();
 }
@@ -114,11 +112,7 @@ Axes axes_of(const std::string& text) {
   std::istringstream in(text);
   LeafAxis axis{};
   unsigned int place = 0;
-  for (size_t sizes = 0; in >> axis.index >> axis.size >> place >> axis.dim >> sizes; axis = LeafAxis{}) {
-    uint64_t size = 0;
-    for (; sizes > 0 && in >> size; --sizes) axis.shape.push_back(size);
-    size_t length = 0;
-    in >> length;
+  for (size_t length = 0; in >> axis.index >> axis.size >> place >> axis.dim >> length; axis = LeafAxis{}) {
     std::string name(std::min(length, text.size()), '\0');
     if (!in.ignore(1) || !in.read(name.data(), static_cast<std::streamsize>(name.size()))) break;
     axis.name = rust::String::lossy(name);

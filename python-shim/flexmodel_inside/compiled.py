@@ -114,7 +114,7 @@ class _After(Traced):
             changed = True
         if self.kinds & (_BACKWARD | _BACKWARD_PRE) and flags & _GRADIENTS:
             now = _watch_outputs(call, self.kinds, self.edits, found.paths, found.leaves)
-            if now is not None:
+            if self.edits & (_BACKWARD | _BACKWARD_PRE):
                 found.leaves = list(now)
                 changed = True
         return found.rebuilt(output, "out", 0) if changed else None
@@ -234,18 +234,28 @@ def _edited(tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     communicates nothing, and is right for addends too."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
-        parts = {name: _edited(getattr(tensor, name), factors) for name in names}
+        parts = {name: getattr(tensor, name) for name in names}
+        parts |= {name: _edited(part, factors) for name, part in parts.items() if isinstance(part, torch.Tensor)}
         return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())  # type: ignore[attr-defined]
     now = tensor * factors[0] if tensor.is_floating_point() or tensor.is_complex() else tensor
     return torch.where(factors[1].to(tensor.device) != 0, torch.zeros_like(now), now)
 
 
 def _watch_inputs(call: torch.Tensor, kinds: int, edits: int, paths: list[str], leaves: list[torch.Tensor]) -> None:
-    return _bridge.watch_inputs(call, kinds, edits, paths, leaves)
+    try:
+        _bridge.watch_inputs(call, kinds, edits, paths, leaves)
+    except Exception as e:
+        _bridge.fault(f"gradients could not be watched in a graph: {type(e).__name__}: {e}")
 
 
 def _watch_outputs(call: torch.Tensor, kinds: int, edits: int, paths: list[str], leaves: list[torch.Tensor]) -> Any:
-    return _bridge.watch_outputs(call, kinds, edits, paths, leaves)
+    """What is returned instead of `leaves` where gradients may be edited: the graph relies on getting as many."""
+    now = leaves
+    try:
+        now = _bridge.watch_outputs(call, kinds, edits, paths, leaves)
+    except Exception as e:
+        _bridge.fault(f"gradients could not be watched in a graph: {type(e).__name__}: {e}")
+    return tuple(now) if edits & (_BACKWARD | _BACKWARD_PRE) else None
 
 
 class _Found:

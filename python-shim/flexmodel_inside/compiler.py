@@ -1,19 +1,21 @@
 """Has torch.compile know our operations, and mends what it does wrong with effects.
 
-What is mended is named where it is: outputs of graphs that DDP splits, dead code in compiled autograd, and what must
-not be compiled of this package.
+What is mended is named where it is: outputs of graphs that DDP splits, dead code in compiled autograd, modules that it
+compiles because they have hooks, and what must not be compiled of this package.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import types
 from typing import Any
 
 import torch
+from torch import nn
 
-from . import compiled
+from . import compiled, hooks
 
 
 def ready(bridge: Any) -> None:
@@ -32,6 +34,7 @@ def ready(bridge: Any) -> None:
         torch._dynamo.allow_in_graph(function)
     torch._dynamo.assume_constant_result(compiled.field_names)
     _hide_from_compiler()
+    _mend_hooked_modules()
     _mend_split_graphs()
     _mend_compiled_autograd()
 
@@ -62,6 +65,24 @@ def _hide_from_compiler() -> None:
                 for function in (value, *vars(value).values()) if isinstance(value, type) else (value,):
                     if isinstance(function, types.FunctionType):
                         skip(function.__code__)
+
+
+def _mend_hooked_modules() -> None:
+    """It begins a graph with the forward of a module of torch's where that has hooks, as newer ones do, and not where
+    these are ours."""
+    from torch._dynamo import trace_rules
+
+    original = trace_rules.check
+    if "frame" not in inspect.signature(original).parameters:
+        return
+
+    def check(obj: object, is_inlined_call: bool = False, frame: Any = None) -> bool:
+        module = None if frame is None or is_inlined_call else frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and hooks.are_ours(module):
+            frame = None
+        return original(obj, is_inlined_call, frame)
+
+    trace_rules.check = check
 
 
 def _mend_compiled_autograd() -> None:

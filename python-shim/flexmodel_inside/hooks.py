@@ -43,6 +43,11 @@ def _is_copied(hook: Any) -> bool:
     return type(hook) is functools.partial and hook.func is sys.audit and hook.args == ("flexmodel.copied",)
 
 
+def are_ours(module: nn.Module) -> bool:
+    """Whether all hooks of the module are."""
+    return all(is_ours(hook) for name in _KINDS for hook in own(module, name, {}).values())
+
+
 def drop_copied(module: nn.Module) -> None:
     """Takes out what our hooks become in a copy: they do nothing there, and a copy of a copy would have ever more."""
     for name in _KINDS:

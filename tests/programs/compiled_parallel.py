@@ -4,8 +4,8 @@ fsdp2        blocks compiled in place, then sharded
 fsdp2-model  the sharded model compiled in place, which breaks the graph where FSDP gathers
 ddp          by DDP's way, a graph for each bucket, which may end inside of a module
 ddp-whole    in one graph
-tp, tp-model tensor parallel with local tensors between modules: its blocks, or the model
-dtensor      tensor parallel with DTensors between modules
+tp           tensor parallel with local tensors between modules, the model
+dtensor      tensor parallel with DTensors between modules, the blocks
 """
 
 import gc
@@ -45,9 +45,9 @@ def build(how: str, compiled: bool):
     else:
         style = "local" if name == "tp" else "dtensor"
         model = tensor_parallel.parallelize(tensor_parallel.build(style), mesh, style)
-        compile_blocks(model, compiled and variant == "")
-    if compiled and variant == "model":
-        model.compile(backend=BACKEND, fullgraph=name != "fsdp2")
+        compile_blocks(model, compiled and name == "dtensor")
+    if compiled and (variant == "model" or name == "tp"):
+        model.compile(backend=BACKEND, fullgraph=name == "tp")
     return model
 
 

@@ -49,7 +49,7 @@ Part part_of_gradient(const at::Tensor& gradient, const Axes& forward);
 // Has the part of a gradient lie as its tensor did, if nothing else is known and that says it of a gradient, too.
 void lies_as(Part& part, const Axes& forward);
 
-// Axes as a text that a graph can have in it, and back.
+// Axes, none of them of runs, as a text that a graph can have in it; and back.
 std::string text_of(const Axes& axes);
 Axes axes_of(const std::string& text);
 
