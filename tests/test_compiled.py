@@ -27,7 +27,7 @@ DDP = PARALLEL.index("ddp")
 # In the second step of the model with DTensors.
 EDITED = 2 * PARALLEL.index("dtensor") + 1
 PARALLEL_HOOKS = (
-    f"layers.*.mlp:{ALL};layers.*.mlp.*:{ALL};layers.1:{ALL};lm_head:{ALL},param,grad;"
+    f"layers.*.mlp:{ALL};layers.*.mlp.*:{ALL};layers.0:{ALL};lm_head:{ALL},param,grad;"
     f"layers.1.mlp.up:forward@steps={EDITED}..{EDITED}|scale(0.5);"
     f"layers.0.mlp.down:forward_pre@steps={EDITED}..{EDITED}|scale(3);"
     f"layers.0.mlp.up:backward_pre@steps={EDITED}..{EDITED}|scale(2);"

@@ -33,11 +33,11 @@ def build(how: str, compiled: bool):
     name, _, variant = how.partition("-")
     if name == "ddp":
         torch._dynamo.config.optimize_ddp = variant != "whole"
-        model = DistributedDataParallel(tiny.build(), bucket_cap_mb=0.02)
+        model = DistributedDataParallel(tiny.build(layers=1), bucket_cap_mb=0.02)
         return torch.compile(model, backend=BACKEND) if compiled else model
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp" if name == "fsdp2" else "tp",))
     if name == "fsdp2":
-        model = tiny.build()
+        model = tiny.build(layers=1)
         compile_blocks(model, compiled and variant == "")
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
