@@ -83,7 +83,8 @@ class Recorder:
         self.found[key] = value.detach().clone()
 
     def _watch(self, name: str, kind: str, path: str, call: int, value: torch.Tensor) -> None:
-        if value.requires_grad:
+        # A parameter that a module gives away would keep the hook for the next step.
+        if value.requires_grad and not value.is_leaf:
             key = self._key(name, kind, path, call)
             value.register_hook(lambda grad: self._take(key, grad))
 

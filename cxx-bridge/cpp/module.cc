@@ -70,12 +70,14 @@ PyObject* py_select(PyObject*, PyObject* args) {
   return PyTuple_Pack(2, out.get(), of_parameters.get());
 }
 
-// microbatches(serial, count)
+// microbatches(serial, count, batch, length); negative where not known
 PyObject* py_microbatches(PyObject*, PyObject* args) {
   unsigned long long serial = 0;
   unsigned int count = 0;
-  if (PyArg_ParseTuple(args, "KI", &serial, &count) == 0) return nullptr;
-  microbatches(serial, count);
+  long long batch = -1;
+  long long length = -1;
+  if (PyArg_ParseTuple(args, "KILL", &serial, &count, &batch, &length) == 0) return nullptr;
+  microbatches(serial, count, batch, length);
   Py_RETURN_NONE;
 }
 

@@ -116,7 +116,7 @@ pub mod bridge {
         fn resolved();
         fn scope(serial: u64, part: u64, enter: bool, firing: &Firing);
         fn forget(serial: u64);
-        fn microbatches(serial: u64, count: u32);
+        fn microbatches(serial: u64, count: u32, batch: i64, length: i64);
         fn loss_scale(scale: f64);
         fn stepped();
         fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;

@@ -119,10 +119,10 @@ pub fn forget(serial: u64) {
     }
 }
 
-pub fn microbatches(serial: u64, count: u32) {
+pub fn microbatches(serial: u64, count: u32, batch: i64, length: i64) {
     if let Some(host) = host() {
         // SAFETY: a function of the table, called with numbers.
-        unsafe { (host.microbatches)(serial, count) };
+        unsafe { (host.microbatches)(serial, count, batch, length) };
     }
 }
 

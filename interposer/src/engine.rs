@@ -62,6 +62,8 @@ struct Model {
     mesh: Vec<MeshAxis>,
     /// Into how many microbatches a pipeline cuts the batch of a step; 1 for a model that is no stage.
     microbatches: u32,
+    /// Batch and length of one, as the pipeline says; negative where it does not.
+    microbatch: [i64; 2],
     passes: Passes,
     /// Its taps by module name.
     taps: HashMap<String, u32>,
@@ -233,6 +235,7 @@ impl Engine {
                 number: *models - 1,
                 mesh: Vec::new(),
                 microbatches: 1,
+                microbatch: [-1; 2],
                 passes: Passes::default(),
                 taps: HashMap::new(),
             }
@@ -349,10 +352,11 @@ impl Engine {
         self.loss_scale = scale;
     }
 
-    /// The model is a stage of a pipeline.
-    pub fn microbatches(&mut self, serial: u64, count: u32) {
+    /// The model is a stage of a pipeline. `microbatch` is [batch, length], negative where not known.
+    pub fn microbatches(&mut self, serial: u64, count: u32, microbatch: [i64; 2]) {
         if let Some(model) = self.models.get_mut(&serial) {
             model.microbatches = count.max(1);
+            model.microbatch = microbatch;
         }
     }
 
@@ -484,7 +488,10 @@ impl Engine {
         let own = own.unwrap_or(DType::UInt8);
         let dtype = hook.options.dtype.unwrap_or(own);
         let known = Known {
-            batch: model.passes.batch(call.pass),
+            batch: match model.microbatch {
+                [batch, length] if batch >= 0 => [batch, length, -1],
+                _ => model.passes.batch(call.pass),
+            },
             given: model.passes.given(call.pass),
             own: call.first,
             order: tap.order,

@@ -89,8 +89,8 @@ unsafe extern "C" fn forget(serial: u64) {
     boundary(|| engine::with(|e| e.forget(serial)));
 }
 
-unsafe extern "C" fn microbatches(serial: u64, count: u32) {
-    boundary(|| engine::with(|e| e.microbatches(serial, count)));
+unsafe extern "C" fn microbatches(serial: u64, count: u32, batch: i64, length: i64) {
+    boundary(|| engine::with(|e| e.microbatches(serial, count, [batch, length])));
 }
 
 unsafe extern "C" fn loss_scale(scale: f64) {

@@ -278,10 +278,13 @@ fn sequence_first(shape: &[u64], path: &str, length: Option<u64>, batch: Option<
     }
 }
 
-/// A model that was given `[batch, length]` and works on `[length, batch, ...]`, or on a piece of the length.
+/// A model that was given `[batch, length]` and works on `[length, batch, ...]`, or on a piece of the length. Embeddings
+/// are made before they are turned, and attention's weights are `[batch, heads, length, length]`.
 fn turned(shape: &[u64], [batch, length, _]: [u64; 3]) -> Place {
     match *shape {
         [a, b] if (a, b) == (batch, length) => shard(0),
+        [a, b, _] if (a, b) == (batch, length) && a != b => shard(0),
+        [a, b, c, d] if (a, c, d) == (batch, length, length) && b != batch => shard(0),
         [a, b, _, ..] if b == batch && a > 0 && a <= length && length.is_multiple_of(a) => shard(1),
         _ => Place::Unknown,
     }
@@ -415,6 +418,10 @@ mod tests {
         // A piece of the sequences.
         assert_eq!(place(&[8, 4, 8], "out", known), shard(1));
         assert_eq!(place(&[16, 8], "out", known), Place::Unknown);
+        // An embedding before it is turned, and weights of attention.
+        assert_eq!(place(&[4, 16, 8], "out", known), shard(0));
+        assert_eq!(place(&[4, 2, 16, 16], "out", known), shard(0));
+        assert_eq!(place(&[1, 1, 16, 16], "in[1]", known), Place::Unknown);
         let axes = infer(Leaf { shape: &[8, 4, 8], ..OUT }, known, None, &mesh(&[Role::Tensor]), Vec::new());
         assert_eq!(axes[0].place, Place::ReplicateOrShard { dim: 0 });
     }

@@ -200,16 +200,22 @@ def _join(parts: list[Part], depth: int) -> Node:
     if axis.place == "head_tail":
         return _head_tail(axis.dim, children, axis.name)
     if axis.place == "replicate_or_shard":
-        return children[0] if all(alike(p, parts[0]) for p in parts) else _concat(axis.dim, children, axis.name)
+        return children[0] if _all_alike([*members.values()]) else _concat(axis.dim, children, axis.name)
     if axis.place == "partial":
         if any(c.shape != children[0].shape for c in children):
             raise ApartError(f"the addends along {axis.name} differ in shape")
         return Sum(tuple(children), children[0].shape)
     if axis.place == "unknown":
-        if all(alike(p, parts[0]) for p in parts):
+        if _all_alike([*members.values()]):
             return children[0]
         raise ApartError(f"how they lie along {axis.name} is not known")
     raise ApartError(f"{axis.place!r} along {axis.name} is no layout that this flexmodel knows")
+
+
+def _all_alike(groups: list[list[Part]]) -> bool:
+    """Whether every group has what the first has, part by part, in order of their coordinates on further axes."""
+    first = groups[0]
+    return all(len(group) == len(first) and all(map(alike, group, first)) for group in groups)
 
 
 def _flat(children: list[Node], axis: Axis) -> Node:

@@ -50,7 +50,8 @@ def start(bridge: Any) -> None:
         imports.when_imported([mesh.MODULE], guarded(bridge, models.meshes_are_here))
         imports.when_imported([layouts.MODULE], guarded(bridge, models.dtensor_is_here))
         imports.when_imported([contexts.MODULE], guarded(bridge, models.contexts_are_here))
-        imports.when_imported([pipelines.MODULE], guarded(bridge, models.pipelining_is_here))
+        imports.when_imported([pipelines.TORCH], guarded(bridge, models.pipelining_is_here))
+        imports.when_imported([pipelines.MEGATRON], guarded(bridge, models.megatron_is_here))
         imports.when_imported([DEEPSPEED], guarded(bridge, models.deepspeed_is_here))
         imports.when_imported(JOINING, guarded(bridge, models.distributed_is_here))
 

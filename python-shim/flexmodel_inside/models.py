@@ -26,7 +26,7 @@ from .layouts import Layouts
 from .mesh import SUPPOSED, Meshes
 from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named
 from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
-from .pipelines import Pipelines
+from .pipelines import MEGATRON, Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .scaling import DEEPSPEED, GRAD_SCALER, SHARDED, Scaling
 from .wrappers import orders, wrapper_name
@@ -158,8 +158,8 @@ class Models:
         )
         if not found and not of_parameters:
             return
-        if stage is not None and stage.chunks:
-            self._bridge.microbatches(serial, stage.chunks)
+        if stage is not None:
+            self._tell_microbatches(serial, stage)
         each = list(parameters.values())
         self._parameters[serial] = {tap: each[index] for index, tap in of_parameters}
         sign(world)
@@ -321,14 +321,23 @@ class Models:
         Contexts(self._meshes, self._layouts, self._family.changed).watch(functools.partial(guarded, self._bridge))
 
     def pipelining_is_here(self) -> None:
-        """Follow the stages of pipelines."""
-        self._pipelines.watch(guarded(self._bridge, self._prepared))
+        """Follow the stages of torch's pipelines."""
+        self._pipelines.watch_torch(guarded(self._bridge, self._prepared))
+
+    def megatron_is_here(self) -> None:
+        """Follow the stages of megatron-core's."""
+        self._pipelines.watch_megatron(functools.partial(guarded, self._bridge), self._prepared)
 
     def _prepared(self, model: nn.Module) -> None:
         for module in all_in(model):
             stage = self._pipelines.stage_of(module)
             if stage is not None and self._family.member(module).model:
-                self._bridge.microbatches(self._family.member(module).serial, stage.chunks)
+                self._tell_microbatches(self._family.member(module).serial, stage)
+
+    def _tell_microbatches(self, serial: int, stage: Any) -> None:
+        # Torch's stages learn the first from their schedule, and say nothing of the second.
+        if stage.chunks:
+            self._bridge.microbatches(serial, stage.chunks, *getattr(stage, "microbatch", (-1, -1)))
 
     def follow_scaling(self) -> None:
         """Follow what scales losses, as it is imported, if gradients are wanted at all."""
@@ -338,6 +347,7 @@ class Models:
                 (GRAD_SCALER, scaling.watch_scaler),
                 (SHARDED, scaling.watch_sharded_scaler),
                 (DEEPSPEED, scaling.watch_deepspeed),
+                (MEGATRON, functools.partial(scaling.watch_megatron, functools.partial(guarded, self._bridge))),
             ):
                 imports.when_imported([name], guarded(self._bridge, watch))
 

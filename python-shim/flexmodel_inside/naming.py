@@ -107,7 +107,8 @@ def authored_class(module: nn.Module) -> type:
 def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Canonical name and module for all of a model, parents first; the model itself is ''.
 
-    A module that is there twice has its first name.
+    A module that is there twice has its first name. A layer of megatron-core's has the number that it has in the whole
+    model, of which this may be a stage.
     """
     seen: set[int] = set()
     stack = [("", authored(top))]
@@ -117,8 +118,28 @@ def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield name, module
-        children = [(f"{name}.{key}" if name else key, authored(child)) for key, child in children_of(module)]
+        children = [(f"{name}.{key}" if name else key, authored(child)) for key, child in _numbered(module)]
         stack.extend(reversed(children))
+
+
+def _numbered(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Its children that can be tapped, megatron-core's layers under their numbers, from 0, in the whole model."""
+    children = children_of(module)
+    if type(module) is not nn.ModuleList:
+        return children
+    numbers = [
+        own(authored(child), "layer_number", None) if _is_megatrons(authored(child)) else None for _, child in children
+    ]
+    if not all(type(number) is int and number > 0 for number in numbers) or len(set(numbers)) < len(numbers):
+        return children
+    return [(str(number - 1), child) for number, (_, child) in zip(numbers, children, strict=True)]
+
+
+def _is_megatrons(module: nn.Module) -> bool:
+    return any(
+        (c.__module__, c.__name__) == ("megatron.core.transformer.module", "MegatronModule")
+        for c in type(module).__mro__
+    )
 
 
 def is_called_in_parts(modules: list[nn.Module], called: nn.Module) -> bool:

@@ -1,4 +1,5 @@
-"""Pipelines of `torch.distributed.pipelining`: which modules are stages, and into how many microbatches a step goes."""
+"""Pipelines of `torch.distributed.pipelining` and megatron-core: which modules are stages, and into how many
+microbatches a step goes."""
 
 from __future__ import annotations
 
@@ -13,7 +14,28 @@ from torch import nn
 from .mesh import PIPELINE, Axis, Meshes
 from .naming import all_in
 
-MODULE = "torch.distributed.pipelining.stage"
+TORCH = "torch.distributed.pipelining.stage"
+MEGATRON = "megatron.core.pipeline_parallel.schedules"
+# What megatron-core runs the steps of a pipeline with, and those of a model in one piece.
+MEGATRON_PIPELINES = (
+    "forward_backward_pipelining_without_interleaving",
+    "forward_backward_pipelining_with_interleaving",
+)
+MEGATRON_WHOLE = "forward_backward_no_pipelining"
+
+
+class _Chunk:
+    """A stage of megatron-core's, which has no object for one, with the names that torch's have."""
+
+    def __init__(self, model: nn.Module, group: Any) -> None:
+        self._model = weakref.ref(model)
+        self.group = group
+        self.chunks = 1
+        self.microbatch = (-1, -1)
+
+    @property
+    def submod(self) -> nn.Module | None:
+        return self._model()
 
 
 class Pipelines:
@@ -21,15 +43,16 @@ class Pipelines:
 
     def __init__(self, pause: Callable[[bool], None]) -> None:
         self._stages: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._chunks: list[_Chunk] = []
         self._pause = pause
 
-    def watch(self, on_prepared: Callable[[nn.Module], None]) -> None:
-        """Follow the stages.
+    def watch_torch(self, on_prepared: Callable[[nn.Module], None]) -> None:
+        """Follow torch's stages.
 
         Before its first step a stage runs its module on made-up input, to learn the shapes of what it gives: nothing of
         that is captured. `on_prepared` is told the module afterwards.
         """
-        module = sys.modules[MODULE]
+        module = sys.modules[TORCH]
         base, pause = module._PipelineStageBase, self._pause  # type: ignore[attr-defined]
         original_init, stages = base.__init__, self._stages
 
@@ -43,14 +66,61 @@ class Pipelines:
             if "_prepare_forward_infra" in vars(cls):
                 cls._prepare_forward_infra = _paused(cls._prepare_forward_infra, pause, on_prepared)
 
+    def watch_megatron(self, guard: Callable[[Any], Any], on_begun: Callable[[nn.Module], None]) -> None:
+        """Follow the pipelines of megatron-core. `on_begun` is told a stage's module before each of its steps."""
+
+        @guard
+        def begin(given: dict[str, Any]) -> None:
+            models = given["model"]
+            for model in models if isinstance(models, list) else [models]:
+                stage = next((chunk for chunk in self._chunks if chunk.submod is model), None)
+                if stage is None:
+                    stage = _Chunk(model, _group_of_pipeline(given.get("p2p_communicator")))
+                    self._chunks = [chunk for chunk in self._chunks if chunk.submod is not None] + [stage]
+                stage.chunks = given["num_microbatches"]
+                stage.microbatch = _microbatch_of(model, given)
+                on_begun(model)
+
+        for name in MEGATRON_PIPELINES:
+            before(sys.modules[MEGATRON], name, begin)
+
     def stage_of(self, model: nn.Module) -> Any:
         """The stage that runs a model, which may be wrapped; None if there is none."""
-        return next((stage for stage in list(self._stages) if any(m is model for m in all_in(stage.submod))), None)
+        for stage in [*self._stages, *self._chunks]:
+            top = stage.submod
+            if top is not None and any(module is model for module in all_in(top)):
+                return stage
+        return None
 
     def axes(self, stage: Any, meshes: Meshes) -> list[Axis]:
         """The axis whose members are the stages."""
         group = stage.group or sys.modules["torch.distributed"].group.WORLD  # type: ignore[attr-defined]
         return [meshes.axis_of_group(group, "pp", PIPELINE)]
+
+
+def before(owner: Any, name: str, told: Callable[[dict[str, Any]], None]) -> None:
+    """Have `told` know by what keywords a function is called, before it runs."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        told(kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, function)
+
+
+def _microbatch_of(model: nn.Module, given: dict[str, Any]) -> tuple[int, int]:
+    """Batch and length of a microbatch, which stages in the middle are called without; negative if they vary."""
+    if sys.modules["megatron.core.utils"].get_model_config(model).variable_seq_lengths:  # type: ignore[attr-defined]
+        return -1, -1
+    return given["micro_batch_size"], given["seq_length"]
+
+
+def _group_of_pipeline(communicator: Any) -> Any:
+    if communicator is not None:
+        return communicator.pp_group
+    return sys.modules["megatron.core.parallel_state"].get_pipeline_model_parallel_group()  # type: ignore[attr-defined]
 
 
 def _paused(original: Any, pause: Callable[[bool], None], then: Callable[[nn.Module], None]) -> Any:

@@ -12,6 +12,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from .pipelines import MEGATRON, MEGATRON_PIPELINES, MEGATRON_WHOLE, before
+
 GRAD_SCALER = "torch.amp.grad_scaler"
 SHARDED = "torch.distributed.fsdp.sharded_grad_scaler"
 DEEPSPEED = "deepspeed.runtime.engine"
@@ -69,3 +73,19 @@ class Scaling:
             return original(self, loss, *args, **kwargs)
 
         cls.backward = backward
+
+    def watch_megatron(self, guard: Callable[[Any], Any]) -> None:
+        """Follow the schedules of megatron-core, which divide the loss of a microbatch by how many these are, unless it
+        is a sum over tokens. A scale on top of that is read once in a step, before it computes anything."""
+
+        @guard
+        def begin(given: dict[str, Any]) -> None:
+            models = given["model"]
+            model = models[0] if isinstance(models, list) else models
+            config = sys.modules["megatron.core.utils"].get_model_config(model)  # type: ignore[attr-defined]
+            scale = config.grad_scale_func
+            divisor = 1 if getattr(config, "calculate_per_token_loss", False) else given["num_microbatches"]
+            self._tell((1.0 if scale is None else float(scale(torch.ones(())))) / divisor)
+
+        for name in (*MEGATRON_PIPELINES, MEGATRON_WHOLE):
+            before(sys.modules[MEGATRON], name, begin)

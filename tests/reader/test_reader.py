@@ -238,6 +238,18 @@ def test_parts_that_make_no_whole_are_kept_apart(run_dir: Writer, places, shapes
     assert run.get("m", rank=1).shape == shapes[1]
 
 
+def test_equal_parts_are_whole_also_where_each_rank_has_several(run_dir: Writer):
+    for rank in (0, 1):
+        for micro in (0, 1):
+            axes = [axis(rank, 2, "unknown", "tp"), axis(micro, 2, shard(0), "micro")]
+            for name, value in (("same", micro), ("other", rank * micro)):
+                run_dir.part(name, np.full(1, value, np.int16), rank=rank, axes=axes)
+    run = flexmodel.open(run_dir.root)
+    assert run.get("same").tolist() == [0, 1]
+    with raises("how they lie along tp is not known"):
+        run.get("other")
+
+
 def test_an_incomplete_record_names_the_ranks_that_are_missing(run_dir: Writer):
     for rank in range(3):
         run_dir.part("a", np.zeros(2), rank=rank, axes=[axis(rank, 3, shard(0))])

@@ -393,8 +393,9 @@ pub struct HostTable {
     pub scope: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing),
     /// The model with this serial is no more.
     pub forget: unsafe extern "C" fn(serial: u64),
-    /// The model with this serial is a stage of a pipeline, whose steps go into so many microbatches.
-    pub microbatches: unsafe extern "C" fn(serial: u64, count: u32),
+    /// The model with this serial is a stage of a pipeline, whose steps go into so many microbatches: each `batch` sequences
+    /// of `length`, whatever the stage is called with; negative where that is not known.
+    pub microbatches: unsafe extern "C" fn(serial: u64, count: u32, batch: i64, length: i64),
     /// From now on gradients are so many times those of the loss that the script computes.
     pub loss_scale: unsafe extern "C" fn(scale: f64),
     /// An optimizer stepped.

@@ -316,7 +316,7 @@ impl Planner<'_> {
         if !missing.is_empty() {
             return Err(LayoutError::Missing(missing));
         }
-        self.combine(axis, nodes, members)
+        self.combine(axis, nodes, &groups.into_values().collect::<Vec<_>>())
     }
 
     fn missing(&self, groups: &BTreeMap<u32, Vec<usize>>, axis: &Axis, at: &Coordinates) -> Vec<Coordinates> {
@@ -331,7 +331,8 @@ impl Planner<'_> {
             .collect()
     }
 
-    fn combine(&self, axis: &Axis, mut nodes: Vec<Node>, members: &[usize]) -> Result<Node, LayoutError> {
+    /// `groups` are the parts that each of `nodes` was made of.
+    fn combine(&self, axis: &Axis, mut nodes: Vec<Node>, groups: &[Vec<usize>]) -> Result<Node, LayoutError> {
         if let Place::Flat { shape } = &axis.place {
             return flat(nodes, shape, axis);
         }
@@ -341,7 +342,7 @@ impl Planner<'_> {
         }
         match axis.place {
             Place::Shard { dim, .. } => concat(dim as usize, nodes, axis),
-            Place::ReplicateOrShard { .. } if self.all_alike(members) => Ok(nodes.swap_remove(0)),
+            Place::ReplicateOrShard { .. } if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
             Place::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
             Place::HeadTail { dim } => head_tail(dim as usize, nodes, axis),
             Place::Partial => {
@@ -352,20 +353,24 @@ impl Planner<'_> {
                 Ok(Node::Sum { children: nodes, shape })
             }
             // Equal bytes show that there was nothing to know.
-            Place::Unknown if self.all_alike(members) => Ok(nodes.swap_remove(0)),
-            Place::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(members) }),
+            Place::Unknown if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
+            Place::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(groups) }),
             // Replicas are one part by now, and runs are joined.
             Place::Replicate | Place::Flat { .. } => {
-                Err(LayoutError::Conflict(format!("{} along {}", self.describe(members), axis.name)))
+                Err(LayoutError::Conflict(format!("{} along {}", self.describe(groups), axis.name)))
             }
         }
     }
 
-    fn all_alike(&self, members: &[usize]) -> bool {
-        members.iter().all(|&m| alike(&self.parts[m], &self.parts[members[0]]))
+    /// Whether every group has what the first has, part by part: both are in order of their coordinates on further axes.
+    fn all_alike(&self, groups: &[Vec<usize>]) -> bool {
+        let first = &groups[0];
+        let same = |(&a, &b): (&usize, &usize)| alike(&self.parts[a], &self.parts[b]);
+        groups.iter().all(|group| group.len() == first.len() && group.iter().zip(first).all(same))
     }
 
-    fn describe(&self, members: &[usize]) -> String {
+    fn describe(&self, groups: &[Vec<usize>]) -> String {
+        let members: Vec<usize> = groups.iter().flatten().copied().collect();
         let one = |&m: &usize| format!("rank {} {:?}", self.parts[m].what.rank, self.parts[m].what.shape);
         let mut text = members.iter().take(16).map(one).collect::<Vec<_>>().join(", ");
         if members.len() > 16 {

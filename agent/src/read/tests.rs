@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use wire::{
     dtype::DType,
-    record::{Axis, Place},
+    record::{Axis, MICRO, Place},
 };
 
 use super::{fixture::*, *};
@@ -158,6 +158,24 @@ fn equal_bytes_are_whole_where_the_layout_is_not_known() {
         f.part(id("m", 0), DType::UInt8, &[2], rank, dp(rank, 2, Place::Unknown), &[7, 8]);
     }
     assert_eq!(&*only(&open(&f.finish())).bytes, [7, 8]);
+}
+
+#[test]
+fn equal_bytes_are_whole_also_where_each_rank_has_several_parts() {
+    let mut f = Fixture::default();
+    for rank in 0..2 {
+        for index in 0..2u8 {
+            let micro = Axis { name: MICRO.into(), index: index.into(), size: 2, place: shard(0), given: None };
+            let axes = [dp(rank, 2, Place::Unknown), vec![micro]].concat();
+            f.part(id("same", 0), DType::UInt8, &[1], rank, axes.clone(), &[index]);
+            f.part(id("other", 0), DType::UInt8, &[1], rank, axes, &[index * rank as u8]);
+        }
+    }
+    let dir = f.finish();
+    let run = open(&dir);
+    let whole = |name: &str| run.whole(run.records.iter().find(|r| r.id.module == name).unwrap());
+    assert_eq!(&*whole("same").unwrap().bytes, [0, 1]);
+    assert!(whole("other").is_err());
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! Run directories as a whole: making, locking and refusing them; `run.json`.
 
 use std::{
+    ffi::CString,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::fd::AsRawFd,
+    mem::MaybeUninit,
+    os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
 };
 
@@ -102,6 +104,20 @@ fn reserve(path: &Path, bytes: i64) -> io::Result<()> {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
     }
+}
+
+/// Bytes that are free on the file system of `path`, if it says.
+pub fn free(path: &Path) -> Option<u64> {
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut found = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: a path that ends with a zero, and room for the answer, which is there when 0 is returned.
+    let found = unsafe {
+        if libc::statvfs(path.as_ptr(), found.as_mut_ptr()) != 0 {
+            return None;
+        }
+        found.assume_init()
+    };
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// Directories made for a run. When dropped, those that are still empty are removed.

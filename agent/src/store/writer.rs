@@ -28,6 +28,9 @@ use super::{
 /// Bytes of tensors in a shard before the next one is begun.
 pub const DEFAULT_SHARD_BYTES: u64 = 512 << 20;
 
+/// Bytes that a disk which was full must have again to be said to work: what lost parts give back is soon full once more.
+const ROOM: u64 = 64 << 20;
+
 /// How a store writes.
 pub struct Options {
     /// Bytes of tensors in a shard before the next one is begun.
@@ -46,7 +49,7 @@ pub struct Store {
     last_seen: Mutex<HashMap<u32, What>>,
     /// Losses that ranks counted themselves and a dead agent journalled.
     lost_by_job: Mutex<HashMap<u32, u64>>,
-    /// The last write failed.
+    /// A write failed, and not enough went well since.
     broken: AtomicBool,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
     sealer: Mutex<Option<(mpsc::Sender<Shard>, JoinHandle<()>)>>,
@@ -154,7 +157,8 @@ impl Store {
 
     /// A write succeeded.
     pub(super) fn works(&self) {
-        if self.broken.swap(false, Ordering::Relaxed) {
+        let broken = self.broken.load(Ordering::Relaxed) && dir::free(self.dir.path()).is_none_or(|free| free >= ROOM);
+        if broken && self.broken.swap(false, Ordering::Relaxed) {
             if let Err(e) = self.journal.flush() {
                 return self.trouble(&e);
             }
