@@ -20,10 +20,11 @@ HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in
 WITHOUT_BATCH = ("out[1]", "in.attention_mask")
 WAYS = ["1f1b", "interleaved"]
 JOBS = {
-    "two ranks": harness.torchrun("megatron_gpt.py", *WAYS, "whole"),
+    "two ranks": harness.torchrun("megatron_gpt.py", *WAYS, "ddp"),
     "four ranks": harness.torchrun("megatron_gpt.py", "tp", ranks=4),
 }
 CASES = [("two ranks", 0), ("two ranks", 1), ("four ranks", 0)]
+NAMES = [*WAYS, "tp"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_losses_are_bitwise_those_of_the_untapped_job(run_once, untapped_once, e
         assert captures.close_losses(run_once(JOBS[job], HOOKS).expect(0).losses, expected.losses * ways)
 
 
-@pytest.mark.parametrize(("job", "way"), CASES, ids=[*WAYS, "tp"])
+@pytest.mark.parametrize(("job", "way"), CASES, ids=NAMES)
 def test_activations_are_those_of_the_whole_batch_in_one_process(job, way, run_once, expected):
     steps = range(way * megatron_gpt.STEPS, (way + 1) * megatron_gpt.STEPS)
     run = captures.expect_sound(run_once(JOBS[job], HOOKS).expect(0).run)
@@ -73,7 +74,7 @@ def test_activations_are_those_of_the_whole_batch_in_one_process(job, way, run_o
     assert scales == {(megatron_gpt.MICRO, 1 / megatron_gpt.MICRO)}
 
 
-@pytest.mark.parametrize(("job", "way"), CASES, ids=[*WAYS, "tp"])
+@pytest.mark.parametrize(("job", "way"), [*CASES, ("two ranks", 2)], ids=[*NAMES, "ddp"])
 def test_parameters_and_gradients_are_whole_under_their_names_in_the_whole_model(job, way, run_once, expected):
     steps = range(way * megatron_gpt.STEPS, (way + 1) * megatron_gpt.STEPS)
     records = run_once(JOBS[job], HOOKS).expect(0)
@@ -84,12 +85,17 @@ def test_parameters_and_gradients_are_whole_under_their_names_in_the_whole_model
         assert all(captures.close(of_kind[key], value) for key, value in wanted.items())
 
 
-def test_a_model_in_one_piece_has_a_record_of_each_microbatch_and_the_divisor_of_its_loss(run_once):
+def test_ranks_that_share_the_batch_have_a_record_of_each_microbatch(run_once, expected):
     run = captures.expect_sound(run_once(JOBS["two ranks"], HOOKS).expect(0).run)
-    step = len(WAYS) * megatron_gpt.STEPS
-    found = [
-        r
-        for r in run.records
-        if r.step == step and (r.module, r.kind, r.path) == ("decoder.layers.3.mlp", "backward", "in[0]")
-    ]
-    assert [(r.micro, r.loss_scale) for r in found] == [(i, 1 / megatron_gpt.MICRO) for i in range(megatron_gpt.MICRO)]
+    steps = range(len(WAYS) * megatron_gpt.STEPS, (len(WAYS) + 1) * megatron_gpt.STEPS)
+    micro = megatron_gpt.MICRO // 2
+    found = [r for r in run.records if r.step in steps and r.module == "decoder.layers.3.mlp" and r.path == "in[0]"]
+    assert len(found) == 2 * megatron_gpt.STEPS * micro
+    for r in found:
+        whole = expected.records[captures.Key(r.module, r.kind, r.path, r.step - steps.start)]
+        rows = whole.chunk(micro, 1)[r.micro]
+        if r.kind == "backward":
+            # One process would take the mean over the microbatch, and not divide it.
+            assert (r.dp_size, r.loss_scale) == (2, 1 / micro)
+            rows = rows * micro * r.dp_size * r.loss_scale
+        assert near(r.tensor(), rows)

@@ -3,7 +3,7 @@
 1f1b         a stage on every rank
 interleaved  two stages on every rank, in turn
 tp           a stage on every two ranks, which share its layers by tensor parallelism
-whole        all of the model on every rank, microbatches accumulated
+ddp          all of the model on every rank, in megatron-core's DDP, with its optimizer
 
 As in megatron's training script a stage in the middle is called without tokens. What megatron-core asks of CUDA it gets
 on the CPU.
@@ -19,8 +19,10 @@ import tiny
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch.overrides import TorchFunctionMode
@@ -91,46 +93,67 @@ def call(model: GPTModel, tokens: torch.Tensor, targets: torch.Tensor) -> torch.
     """The loss of each token on the last stage; what the stage gives on the others."""
     mask = torch.ones(1, 1, tiny.SEQ, tiny.SEQ, dtype=torch.bool).triu(1)
     positions = torch.arange(tiny.SEQ).expand(len(tokens), -1)
-    first, last = model.pre_process, model.post_process
+    stage = getattr(model, "module", model)
+    first, last = stage.pre_process, stage.post_process
     return model(
         tokens if first else None, positions if first else None, mask, labels=targets.contiguous() if last else None
     )
 
 
+def with_ddp(model: GPTModel):
+    """The model in megatron-core's DDP, and the optimizer for it."""
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    options = OptimizerConfig(optimizer="sgd", lr=0.1, sgd_momentum=0.0, weight_decay=0.0, clip_grad=0.0)
+    optimizer = get_megatron_optimizer(options, [ddp])
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return ddp, optimizer
+
+
 def train(way: str) -> None:
-    world, tensor = dist.get_world_size(), 2 if way == "tp" else 1
-    stages, chunks = 1 if way == "whole" else world // tensor, 2 if way == "interleaved" else 1
+    rank, world, tensor = dist.get_rank(), dist.get_world_size(), 2 if way == "tp" else 1
+    stages, chunks = 1 if way == "ddp" else world // tensor, 2 if way == "interleaved" else 1
     parallel_state.initialize_model_parallel(tensor, stages, chunks if chunks > 1 else None)
     models = build(tensor, stages, chunks)
-    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
+    if way == "ddp":
+        models[0], optimizer = with_ddp(models[0])
+    else:
+        optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
+    # Where ranks share the batch, every microbatch has rows of all of them.
+    mine = range(rank, MICRO, world) if way == "ddp" else range(MICRO)
     forward_backward = get_forward_backward_func()
 
     def loss_of(out: torch.Tensor):
         return out.mean(), {"loss": out.detach().mean()}
 
-    def forward_step(batches, model: GPTModel):
+    def forward_step(batches, model):
         return call(model, *next(batches)), loss_of
 
     for step in range(STEPS):
-        batches = [iter([tiny.batch(step, [ROWS] * MICRO, micro) for micro in range(MICRO)]) for _ in models]
+        batches = [iter([tiny.batch(step, [ROWS] * MICRO, index) for index in mine]) for _ in models]
+        if way == "ddp":
+            models[0].zero_grad_buffer()
         optimizer.zero_grad()
-        with OnCpu():
-            found = forward_backward(
-                forward_step_func=forward_step, data_iterator=batches if chunks > 1 else batches[0],
-                model=models if chunks > 1 else models[0], num_microbatches=MICRO, seq_length=tiny.SEQ,
-                micro_batch_size=ROWS, forward_only=False,
-            )  # fmt: skip
+        found = forward_backward(
+            forward_step_func=forward_step, data_iterator=batches if chunks > 1 else batches[0],
+            model=models if chunks > 1 else models[0], num_microbatches=len(mine), seq_length=tiny.SEQ,
+            micro_batch_size=ROWS, forward_only=False,
+        )  # fmt: skip
         optimizer.step()
         loss = torch.stack([each["loss"] for each in found]).mean() if found else torch.zeros(())
+        if way == "ddp":
+            dist.all_reduce(loss, dist.ReduceOp.SUM)
+            loss /= world
         dist.broadcast(loss, src=world - 1)
-        tiny.report(dist.get_rank(), step, loss)
+        tiny.report(rank, step, loss)
     parallel_state.destroy_model_parallel()
 
 
 def main(*ways: str) -> None:
     without_cuda()
-    for way in ways:
-        train(way)
+    with OnCpu():
+        for way in ways:
+            train(way)
 
 
 if __name__ == "__main__":
