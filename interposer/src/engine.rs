@@ -337,13 +337,15 @@ impl Engine {
             }
         }
         for (hook, matched) in self.hooks.iter().zip(&mut self.matched) {
-            if std::mem::replace(matched, true) || self.rank.rank != 0 {
+            if std::mem::replace(matched, true) || rank != 0 {
                 continue;
             }
             let names = seen.iter().map(|(name, class)| (name.as_str(), class.as_str()));
             let near = nearest(&hook.selector, names, 3);
             let hint = if near.is_empty() { String::new() } else { format!("; nearest: {}", near.join(", ")) };
-            shipping::notice(format!("'{}' matches no module{hint}", hook.selector));
+            // Others may have it, as stages of a pipeline do.
+            let whose = if world == 1 { "" } else { " of this rank" };
+            shipping::notice(format!("'{}' matches no module{whose}{hint}", hook.selector));
         }
     }
 
