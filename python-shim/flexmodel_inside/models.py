@@ -24,7 +24,7 @@ from .contexts import Contexts
 from .family import Family
 from .layouts import Layouts
 from .mesh import SUPPOSED, Meshes
-from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named
+from .naming import authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named
 from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
 from .pipelines import MEGATRON, Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
@@ -328,11 +328,10 @@ class Models:
         """Follow the stages of megatron-core's."""
         self._pipelines.watch_megatron(functools.partial(guarded, self._bridge), self._prepared)
 
-    def _prepared(self, model: nn.Module) -> None:
-        for module in all_in(model):
-            stage = self._pipelines.stage_of(module)
-            if stage is not None and self._family.member(module).model:
-                self._tell_microbatches(self._family.member(module).serial, stage)
+    def _prepared(self, stage: Any) -> None:
+        known = self._family.member(authored(stage.submod))
+        if known.model:
+            self._tell_microbatches(known.serial, stage)
 
     def _tell_microbatches(self, serial: int, stage: Any) -> None:
         # Torch's stages learn the first from their schedule, and say nothing of the second.

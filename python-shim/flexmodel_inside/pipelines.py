@@ -46,11 +46,11 @@ class Pipelines:
         self._chunks: list[_Chunk] = []
         self._pause = pause
 
-    def watch_torch(self, on_prepared: Callable[[nn.Module], None]) -> None:
+    def watch_torch(self, on_prepared: Callable[[Any], None]) -> None:
         """Follow torch's stages.
 
         Before its first step a stage runs its module on made-up input, to learn the shapes of what it gives: nothing of
-        that is captured. `on_prepared` is told the module afterwards.
+        that is captured. `on_prepared` is told the stage afterwards.
         """
         module = sys.modules[TORCH]
         base, pause = module._PipelineStageBase, self._pause  # type: ignore[attr-defined]
@@ -66,8 +66,8 @@ class Pipelines:
             if "_prepare_forward_infra" in vars(cls):
                 cls._prepare_forward_infra = _paused(cls._prepare_forward_infra, pause, on_prepared)
 
-    def watch_megatron(self, guard: Callable[[Any], Any], on_begun: Callable[[nn.Module], None]) -> None:
-        """Follow the pipelines of megatron-core. `on_begun` is told a stage's module before each of its steps."""
+    def watch_megatron(self, guard: Callable[[Any], Any], on_begun: Callable[[Any], None]) -> None:
+        """Follow the pipelines of megatron-core. `on_begun` is told a stage before each of its steps."""
 
         @guard
         def begin(given: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Pipelines:
                     self._chunks = [chunk for chunk in self._chunks if chunk.submod is not None] + [stage]
                 stage.chunks = given["num_microbatches"]
                 stage.microbatch = _microbatch_of(model, given)
-                on_begun(model)
+                on_begun(stage)
 
         for name in MEGATRON_PIPELINES:
             before(sys.modules[MEGATRON], name, begin)
@@ -123,7 +123,7 @@ def _group_of_pipeline(communicator: Any) -> Any:
     return sys.modules["megatron.core.parallel_state"].get_pipeline_model_parallel_group()  # type: ignore[attr-defined]
 
 
-def _paused(original: Any, pause: Callable[[bool], None], then: Callable[[nn.Module], None]) -> Any:
+def _paused(original: Any, pause: Callable[[bool], None], then: Callable[[Any], None]) -> Any:
     @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         pause(True)
@@ -131,6 +131,6 @@ def _paused(original: Any, pause: Callable[[bool], None], then: Callable[[nn.Mod
             return original(self, *args, **kwargs)
         finally:
             pause(False)
-            then(self.submod)
+            then(self)
 
     return prepare
