@@ -2,6 +2,7 @@
 
 import flexmodel
 import pipeline
+import pipeline_dp
 import pytest
 
 import captures
@@ -11,8 +12,8 @@ import reference_parallel
 BLOCK = ["norm1", "attn", "mlp", "mlp.act"]
 TAPPED = {"embed", "norm", "lm_head"}
 TAPPED |= {f"layers.{i}{name}" for i in range(pipeline.LAYERS) for name in ["", *(f".{part}" for part in BLOCK)]}
-HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
-HOOKS += ";(root):forward,forward_pre"
+HOOKS_OF_PARTS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
+HOOKS = HOOKS_OF_PARTS + ";(root):forward,forward_pre"
 SCHEDULES = ["1F1B", "GPipe", "parts-1F1B", "Interleaved1F1B", "LoopedBFS"]
 ARGV = harness.torchrun("pipeline.py", *SCHEDULES)
 
@@ -84,3 +85,25 @@ def test_stages_are_models_of_one_name_and_each_is_read_by_its_rank(schedule, ru
             if (key.module, key.kind, key.step) == ("", record.kind, record.step)
         )  # fmt: skip
         assert captures.same_bytes(record.part(rank), whole)
+
+
+SHARED = ["ddp", "fsdp2"]
+FOUR = harness.torchrun("pipeline_dp.py", *SHARED, ranks=4)
+
+
+@pytest.mark.parametrize("number", range(len(SHARED)), ids=SHARED)
+def test_stages_whose_ranks_share_the_batch_have_whole_batches_parameters_and_gradients(number, run_once):
+    outcome = run_once(FOUR, HOOKS_OF_PARTS + ";**:param,grad").expect(0)
+    steps = range(number * pipeline_dp.STEPS, (number + 1) * pipeline_dp.STEPS)
+    expected = reference_parallel.sliced(
+        pipeline.build(), TAPPED.__contains__, steps=pipeline_dp.STEPS, sizes=(pipeline_dp.ROWS // 2,) * 4
+    )
+    wanted = {(*key[:3], key.step, key.micro): value for key, value in expected.records.items()}
+    wanted |= {(name, "param", "param", step, 0): value for (name, step), value in expected.params.items()}
+    wanted |= {(name, "grad", "grad", step, 0): value for (name, step), value in expected.grads.items()}
+    found = [r for r in captures.expect_sound(outcome.run).records if r.step in steps]
+    assert len(found) == len(wanted)
+    for r in found:
+        assert captures.close(r.tensor(), wanted[r.module, r.kind, r.path, r.step - steps.start, r.micro]), r
+        assert r.kind in ("param", "grad") or r.dp_size == 4
+    assert captures.close_losses([outcome.losses[step] for step in steps], expected.losses)
