@@ -14,7 +14,7 @@ TAPPED = {"embed", "norm", "lm_head"}
 TAPPED |= {f"layers.{i}{name}" for i in range(pipeline.LAYERS) for name in ["", *(f".{part}" for part in BLOCK)]}
 HOOKS_OF_PARTS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in sorted(TAPPED))
 HOOKS = HOOKS_OF_PARTS + ";(root):forward,forward_pre"
-SCHEDULES = ["1F1B", "GPipe", "parts-1F1B", "Interleaved1F1B", "LoopedBFS"]
+SCHEDULES = ["1F1B", "GPipe", "parts-1F1B", "traced-1F1B", "Interleaved1F1B", "LoopedBFS"]
 ARGV = harness.torchrun("pipeline.py", *SCHEDULES)
 
 

@@ -24,7 +24,7 @@ from .contexts import Contexts
 from .family import Family
 from .layouts import Layouts
 from .mesh import SUPPOSED, Meshes
-from .naming import authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named
+from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, stored
 from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
 from .pipelines import MEGATRON, Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
@@ -42,7 +42,7 @@ class Models:
         self._ours = self._replacement()
         self._meshes = Meshes()
         self._layouts = Layouts(self._meshes)
-        self._pipelines = Pipelines(self._pause)
+        self._pipelines = Pipelines(self._pause, self._family.changed)
         self._communicators = Communicators(bridge)
         self._paused = False
         # By the model's serial, and the tap's number.
@@ -117,18 +117,31 @@ class Models:
             if called is not None:
                 self._family.called(called)
             tops = {member(authored(top)).serial: top for top in self._family.tops()}
-            # A stage of a pipeline may be made of parts of a model that is still there: they are the stage's.
-            stages = {serial for serial, top in tops.items() if self._pipelines.stage_of(authored(top)) is not None}
+            stages = {member(authored(stage)).serial: stage for stage in self._pipelines.modules()}
+            for serial in self._holding(tops, stages):
+                # What has stages in it is no model of the job's: those are.
+                del tops[serial]
+                self._parameters.pop(serial, None)
+            tops = {**stages, **tops}
+            # A stage may be made of parts of a model that is still there: they are the stage's.
+            theirs = {id(p) for stage in stages.values() for module in all_in(stage) for p in stored(module).values()}
             for serial in sorted(tops, key=lambda serial: (serial not in stages, serial)):
-                self._tap(tops[serial], tops.keys(), called, *rank)
+                self._tap(tops[serial], tops.keys(), called, theirs if serial not in stages else set(), *rank)
             self._bridge.resolved()
             self._communicators.join()
         finally:
             self._looking = False
 
-    def _tap(self, top: nn.Module, models: Set[int], called: nn.Module | None, rank: int, world: int) -> None:
+    def _holding(self, tops: dict[int, nn.Module], stages: dict[int, nn.Module]) -> list[int]:
+        """Serials of models that have a stage of a pipeline in them."""
+        within = {id(authored(stage)) for serial, stage in stages.items() if serial not in tops}
+        return [serial for serial, top in tops.items() if within and any(id(m) in within for m in all_in(top))]
+
+    def _tap(
+        self, top: nn.Module, models: Set[int], called: nn.Module | None, theirs: Set[int], rank: int, world: int
+    ) -> None:
         """Taps what is selected of a model; `models` are the serials of all. `called` is what the job calls now, if
-        that is known."""
+        that is known; `theirs` are ids of parameters that other models have."""
         if is_scripted(top):
             self._tell_scripted("a model")
             return
@@ -149,14 +162,16 @@ class Models:
         mesh = self._meshes.of_model(top if stage is None else stage.submod, rank, world, stages)
         parameters: dict[str, Parameter] = {}
         if self._bridge.wants(1 << PARAM | 1 << GRAD):
-            parameters = Parameters(top, modules, self._meshes, self._layouts, mesh).by_name
+            found = Parameters(top, modules, self._meshes, self._layouts, mesh).by_name
+            parameters = {name: parameter for name, parameter in found.items() if not parameter.is_in(theirs)}
         axes = [axis[:4] for axis in mesh]
         if any(axis.role == SUPPOSED for axis in mesh):
             self._bridge.tell_given()
-        found, of_parameters = self._bridge.select(
+        selected, of_parameters = self._bridge.select(
             serial, entries, list(parameters), wrapper_name(top), axes, rank, world
         )
-        if not found and not of_parameters:
+        self._parameters.pop(serial, None)
+        if not selected and not of_parameters:
             return
         if stage is not None:
             self._tell_microbatches(serial, stage)
@@ -164,7 +179,7 @@ class Models:
         self._parameters[serial] = {tap: each[index] for index, tap in of_parameters}
         sign(world)
         known.model = True
-        tapped = [modules[index][1] for index, _ in found]
+        tapped = [modules[index][1] for index, _ in selected]
         scopes = [model]
         inside = [module for _, module in modules]
         if is_called_in_parts(inside, model if called is None else called):
@@ -179,7 +194,7 @@ class Models:
                 key = compiled.SCOPE_KEY - len(known.scoped)
                 self._hook(module, "_forward_pre_hooks", key, begin)
                 ends.append((module, key, end))
-        for index, (before, after) in found:
+        for index, (before, after) in selected:
             name, module = modules[index]
             known = self._family.member(module)
             if known.tapped is not None:

@@ -41,10 +41,12 @@ class _Chunk:
 class Pipelines:
     """Every stage that this process has."""
 
-    def __init__(self, pause: Callable[[bool], None]) -> None:
+    def __init__(self, pause: Callable[[bool], None], on_made: Callable[[], None]) -> None:
         self._stages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._chunks: list[_Chunk] = []
         self._pause = pause
+        # There is one stage more.
+        self._on_made = on_made
 
     def watch_torch(self, on_prepared: Callable[[Any], None]) -> None:
         """Follow torch's stages.
@@ -54,12 +56,13 @@ class Pipelines:
         """
         module = sys.modules[TORCH]
         base, pause = module._PipelineStageBase, self._pause  # type: ignore[attr-defined]
-        original_init, stages = base.__init__, self._stages
+        original_init, stages, on_made = base.__init__, self._stages, self._on_made
 
         @functools.wraps(original_init)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original_init(self, *args, **kwargs)
             stages.add(self)
+            on_made()
 
         base.__init__ = __init__
         for cls in (module._PipelineStage, module.PipelineStage):  # type: ignore[attr-defined]
@@ -77,6 +80,7 @@ class Pipelines:
                 if stage is None:
                     stage = _Chunk(model, _group_of_pipeline(given.get("p2p_communicator")))
                     self._chunks = [chunk for chunk in self._chunks if chunk.submod is not None] + [stage]
+                    self._on_made()
                 stage.chunks = given["num_microbatches"]
                 stage.microbatch = _microbatch_of(model, given)
                 on_begun(stage)
@@ -84,13 +88,14 @@ class Pipelines:
         for name in MEGATRON_PIPELINES:
             before(sys.modules[MEGATRON], name, begin)
 
+    def modules(self) -> list[nn.Module]:
+        """What the stages run, which may be wrapped."""
+        return [stage.submod for stage in [*self._stages, *self._chunks] if stage.submod is not None]
+
     def stage_of(self, model: nn.Module) -> Any:
-        """The stage that runs a model, which may be wrapped; None if there is none."""
-        for stage in [*self._stages, *self._chunks]:
-            top = stage.submod
-            if top is not None and any(module is model for module in all_in(top)):
-                return stage
-        return None
+        """The stage that runs a model; None if there is none."""
+        stages = [stage for stage in [*self._stages, *self._chunks] if stage.submod is not None]
+        return next((stage for stage in stages if any(module is model for module in all_in(stage.submod))), None)
 
     def axes(self, stage: Any, meshes: Meshes) -> list[Axis]:
         """The axis whose members are the stages."""

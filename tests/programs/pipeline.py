@@ -1,7 +1,8 @@
 """Stages of torch.distributed.pipelining on two ranks, four microbatches: `pipeline.py SCHEDULE...`, one by one.
 
 Every stage is the whole model with the parts deleted that other stages have, so that names are those of the model. With
-`parts-` before the schedule it is made of parts of a model that stays. Schedules that loop have two stages on a rank.
+`parts-` before the schedule it is made of parts of a model that stays, with `traced-` torch cuts the model, which stays too.
+Schedules that loop have two stages on a rank.
 """
 
 import sys
@@ -11,7 +12,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, SplitPoint, pipeline
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 STEPS = 2
@@ -61,18 +62,28 @@ def made_of_parts(model: Net) -> Net:
     return other
 
 
+def stages_of(wholes: list[Net], how: str, numbers: range, count: int) -> list[PipelineStage]:
+    """This rank's stages, each of a whole model of its own."""
+    cpu = torch.device("cpu")
+    if how == "traced":
+        splits = {f"layers.{n}": SplitPoint.BEGINNING for n in range(LAYERS // count, LAYERS, LAYERS // count)}
+        tokens, _ = tiny.batch(0, list(SIZES), 0)
+        pipes = [pipeline(whole, mb_args=(tokens,), split_spec=splits) for whole in wholes]
+        return [pipe.build_stage(number, cpu) for pipe, number in zip(pipes, numbers, strict=True)]
+    models = [made_of_parts(whole) if how == "parts" else whole for whole in wholes]
+    pairs = zip(models, numbers, strict=True)
+    return [PipelineStage(stage_of(model, number, count), number, count, cpu) for model, number in pairs]
+
+
 def train(name: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    _, parts, name = name.rpartition("parts-")
+    how, _, name = name.rpartition("-")
     cls = get_schedule_class(name)
     loops = issubclass(cls, PipelineScheduleMulti)
     count = 2 * world if loops else world
-    wholes = [build() for _ in range(rank, count, world)]
-    models = [made_of_parts(whole) for whole in wholes] if parts else wholes
-    stages = [
-        PipelineStage(stage_of(model, number, count), number, count, torch.device("cpu"))
-        for model, number in zip(models, range(rank, count, world), strict=True)
-    ]
+    numbers = range(rank, count, world)
+    wholes = [build() for _ in numbers]
+    stages = stages_of(wholes, how, numbers, count)
     schedule = cls(stages if loops else stages[0], n_microbatches=len(SIZES), loss_fn=tiny.loss_of)
     optimizer = torch.optim.SGD([p for stage in stages for p in stage.submod.parameters()], lr=0.1)
     for step in range(STEPS):
