@@ -80,7 +80,7 @@ pub enum Verdict {
 pub enum Why {
     /// Ranks that should have a part went on without one, or are late with it.
     Skipped,
-    /// Parts describe different layouts, or are not all on a device.
+    /// Parts describe different layouts or are of the same place, or are not all on a device.
     Differs,
     /// A rank has brought its part to its agent, which is told by itself.
     Withdrawn,
@@ -221,7 +221,8 @@ impl Agreement {
         let held = open.parts.first().map(|part| part.held);
         let alike = wanted.clone().min() == wanted.clone().max() && open.parts.iter().all(|p| Some(p.held) == held);
         let there: BTreeSet<_> = open.parts.iter().map(|part| coordinates(&part.meta)).collect();
-        if alike && open.parts.len() == there.len() && wanted.max() == Some(there.len() as u64) {
+        let apart = open.parts.len() == there.len();
+        if alike && apart && wanted.max() == Some(there.len() as u64) {
             return Some(None);
         }
         let over = |member: usize| {
@@ -230,7 +231,7 @@ impl Agreement {
                 || self.steps.get(member).is_none_or(|&step| step > key.step)
         };
         let skipped = open.stale || (0..self.steps.len()).all(over);
-        skipped.then_some(Some(if alike { Why::Skipped } else { Why::Differs }))
+        skipped.then_some(Some(if alike && apart { Why::Skipped } else { Why::Differs }))
     }
 
     fn close(&mut self, key: &Key, why: Option<Why>) -> Verdict {
@@ -358,6 +359,14 @@ mod tests {
         assert_eq!(agreement.take(round), []);
         let verdicts = agreement.take(vec![says(1, &[]), says(1, &[]), says(1, &[])]);
         assert_eq!(of(&verdicts), [("a".into(), Some(Why::Differs))]);
+    }
+
+    #[test]
+    fn stages_of_a_pipeline_that_have_parts_of_one_name_are_never_gathered() {
+        let mut agreement = Agreement::new(2);
+        let first = part("(root)", 0, 0, 1);
+        let verdicts = agreement.take(vec![says(0, &[first.clone()]), says(0, &[first])]);
+        assert_eq!(of(&verdicts), [("(root)".into(), Some(Why::Differs))]);
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! The thread of a rank that meets those of the others: rounds, and the transfers that come of them.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use wire::record::RecordMeta;
 
@@ -190,9 +193,10 @@ impl Meeting {
             let s = if ranks.len() == 1 { "" } else { "s" };
             format!("rank{s} {}", ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", "))
         };
-        let there: Vec<usize> = parts.iter().map(|part| part.member).collect();
+        let there: BTreeSet<usize> = parts.iter().map(|part| part.member).collect();
+        let there: Vec<usize> = there.into_iter().collect();
         let what = match (why, self.agreement.absent(parts)) {
-            (Why::Differs, _) => format!("{} describe different layouts", list(&there)),
+            (Why::Differs, _) => format!("{} have no common layout", list(&there)),
             (_, Some(absent)) => format!("{} did not give its part", list(&absent)),
             (_, None) => format!("only {} gave a part", list(&there)),
         };
