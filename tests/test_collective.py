@@ -91,12 +91,12 @@ def test_a_group_that_the_job_destroys_is_held_by_nothing_of_ours_and_the_next_o
     assert {record.step for record in run.records if record.complete and len(record.parts) == 2} == {0, 1, 2, 3}
 
 
-def test_without_a_connection_of_our_own_to_the_store_the_agents_assemble(run_once, untapped_once):
+def test_without_a_store_in_which_ranks_can_meet_the_agents_assemble(run_once, untapped_once):
     argv = harness.python("fake_ranks.py")
     outcome = run_once(argv, "lm_head@assemble=collective").expect(0)
     assert outcome.losses == untapped_once(argv).losses
     run = captures.expect_sound(outcome.run)
-    assert any("the ranks have no communicator" in notice for notice in run.info.notices)
+    assert any(notice.endswith("from now on the agents assemble") for notice in run.info.notices)
     assert [record.micro for record in run.records] == [0, 1]
 
 

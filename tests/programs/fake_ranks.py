@@ -1,4 +1,6 @@
-"""One process that takes itself for the first of two ranks, in torch's group without others. Its store has no clone."""
+"""One process that takes itself for the first of two ranks, in torch's group without others. Its store knows
+nothing: that of torch 2.11 cannot be cloned, that of 2.15 has the same answer to everything.
+"""
 
 import tiny
 import torch

@@ -1,7 +1,7 @@
 """Stages of torch.distributed.pipelining on two ranks, four microbatches: `pipeline.py SCHEDULE...`, one by one.
 
 Every stage is the whole model with the parts deleted that other stages have, so that names are those of the model. With
-`parts-` before the schedule it is made of parts of a model that stays, with `traced-` torch cuts the model, which stays too.
+`parts-` before the schedule it is made of parts of a model that stays; with `traced-` torch cuts one, which stays too.
 Schedules that loop have two stages on a rank.
 """
 

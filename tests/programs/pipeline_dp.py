@@ -24,7 +24,8 @@ ROWS = 4
 def build(how: str, mesh: DeviceMesh) -> torch.nn.Module:
     model = pipeline.stage_of(pipeline.build(), mesh["pp"].get_local_rank(), 2)
     if how == "ddp":
-        return DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+        # Without that argument torch 2.15 fails in the second step: it counts parameters in every microbatch.
+        return DistributedDataParallel(model, process_group=mesh["dp"].get_group(), find_unused_parameters=True)
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh["dp"])
     return fully_shard(model, mesh=mesh["dp"])
