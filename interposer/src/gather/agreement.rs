@@ -364,8 +364,8 @@ mod tests {
     #[test]
     fn stages_of_a_pipeline_that_have_parts_of_one_name_are_never_gathered() {
         let mut agreement = Agreement::new(2);
-        let first = part("(root)", 0, 0, 1);
-        let verdicts = agreement.take(vec![says(0, &[first.clone()]), says(0, &[first])]);
+        let stage = [part("(root)", 0, 0, 1)];
+        let verdicts = agreement.take(vec![says(0, &stage), says(0, &stage)]);
         assert_eq!(of(&verdicts), [("(root)".into(), Some(Why::Differs))]);
     }
 
