@@ -118,11 +118,7 @@ class Models:
                 self._family.called(called)
             tops = {member(authored(top)).serial: top for top in self._family.tops()}
             stages = {member(authored(stage)).serial: stage for stage in self._pipelines.modules()}
-            for serial in self._holding(tops, stages):
-                # What has stages in it is no model of the job's: those are.
-                del tops[serial]
-                self._parameters.pop(serial, None)
-            tops = {**stages, **tops}
+            self._take_out(stages, tops)
             # A stage may be made of parts of a model that is still there: they are the stage's.
             theirs = {id(p) for stage in stages.values() for module in all_in(stage) for p in stored(module).values()}
             for serial in sorted(tops, key=lambda serial: (serial not in stages, serial)):
@@ -132,10 +128,15 @@ class Models:
         finally:
             self._looking = False
 
-    def _holding(self, tops: dict[int, nn.Module], stages: dict[int, nn.Module]) -> list[int]:
-        """Serials of models that have a stage of a pipeline in them."""
-        within = {id(authored(stage)) for serial, stage in stages.items() if serial not in tops}
-        return [serial for serial, top in tops.items() if within and any(id(m) in within for m in all_in(top))]
+    def _take_out(self, stages: dict[int, nn.Module], tops: dict[int, nn.Module]) -> None:
+        """What has stages of a pipeline in it is no model of the job's: they are, in its place."""
+        inside = {id(authored(stage)): serial for serial, stage in stages.items() if serial not in tops}
+        for serial, top in list(tops.items()) if inside else ():
+            held = [inside[id(module)] for module in all_in(top) if id(module) in inside]
+            if held:
+                del tops[serial]
+                self._parameters.pop(serial, None)
+                tops.update((each, stages[each]) for each in held)
 
     def _tap(
         self, top: nn.Module, models: Set[int], called: nn.Module | None, theirs: Set[int], rank: int, world: int

@@ -21,6 +21,9 @@ _WRAPPERS = {
     ("megatron.core.transformer.module", "Float16Module"),
 }
 
+# Classes whose `layer_number`, from 1, counts the layers of the whole model, of which there may be a stage here.
+_NUMBERED = {("megatron.core.transformer.module", "MegatronModule")}
+
 # What torch puts before a class's name when it swaps in a subclass.
 _SUBCLASS_PREFIXES = ("FSDP", "DDP", "Parametrized")
 
@@ -79,7 +82,7 @@ def unwrapped(module: nn.Module) -> nn.Module | None:
     for name in _PRIVATE:
         if children.get(name) is not None:
             return children[name]
-    if any((c.__module__, c.__name__) in _WRAPPERS for c in type(module).__mro__):
+    if _is_of(module, _WRAPPERS):
         return children.get("module")
     return None
 
@@ -127,19 +130,16 @@ def _numbered(module: nn.Module) -> list[tuple[str, nn.Module]]:
     children = children_of(module)
     if type(module) is not nn.ModuleList:
         return children
-    numbers = [
-        own(authored(child), "layer_number", None) if _is_megatrons(authored(child)) else None for _, child in children
-    ]
+    layers = [authored(child) for _, child in children]
+    numbers = [own(layer, "layer_number", None) if _is_of(layer, _NUMBERED) else None for layer in layers]
     if not all(type(number) is int and number > 0 for number in numbers) or len(set(numbers)) < len(numbers):
         return children
     return [(str(number - 1), child) for number, (_, child) in zip(numbers, children, strict=True)]
 
 
-def _is_megatrons(module: nn.Module) -> bool:
-    return any(
-        (c.__module__, c.__name__) == ("megatron.core.transformer.module", "MegatronModule")
-        for c in type(module).__mro__
-    )
+def _is_of(module: nn.Module, classes: set[tuple[str, str]]) -> bool:
+    """Whether it is of one of `classes`, or of one made from these."""
+    return any((c.__module__, c.__name__) in classes for c in type(module).__mro__)
 
 
 def is_called_in_parts(modules: list[nn.Module], called: nn.Module) -> bool:

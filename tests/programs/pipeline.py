@@ -75,6 +75,18 @@ def stages_of(wholes: list[Net], how: str, numbers: range, count: int) -> list[P
     return [PipelineStage(stage_of(model, number, count), number, count, cpu) for model, number in pairs]
 
 
+def advance(schedule, optimizer, tokens, targets, first: bool) -> torch.Tensor:
+    """A step of a rank that has the `first` stage, or the last. Returns its mean loss; 0 without the last stage."""
+    losses: list[torch.Tensor] = []
+    optimizer.zero_grad()
+    if first:
+        schedule.step(tokens)
+    else:
+        schedule.step(target=targets, losses=losses)
+    optimizer.step()
+    return torch.stack(losses).mean().detach() if losses else torch.zeros(())
+
+
 def train(name: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     how, _, name = name.rpartition("-")
@@ -88,14 +100,7 @@ def train(name: str) -> None:
     optimizer = torch.optim.SGD([p for stage in stages for p in stage.submod.parameters()], lr=0.1)
     for step in range(STEPS):
         tokens, targets = tiny.batch(step, [sum(SIZES)], 0)
-        losses: list[torch.Tensor] = []
-        optimizer.zero_grad()
-        if rank == 0:
-            schedule.step(tokens)
-        else:
-            schedule.step(target=targets, losses=losses)
-        optimizer.step()
-        loss = torch.stack(losses).mean().detach() if losses else torch.zeros(())
+        loss = advance(schedule, optimizer, tokens, targets, rank == 0)
         dist.broadcast(loss, src=world - 1)
         tiny.report(rank, step, loss)
 

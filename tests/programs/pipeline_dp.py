@@ -39,14 +39,7 @@ def train(how: str, mesh: DeviceMesh) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         tokens, targets = tiny.batch(step, [ROWS, ROWS], mesh["dp"].get_local_rank())
-        losses: list[torch.Tensor] = []
-        optimizer.zero_grad()
-        if number == 0:
-            schedule.step(tokens)
-        else:
-            schedule.step(target=targets, losses=losses)
-        optimizer.step()
-        loss = torch.stack(losses).mean().detach() if losses else torch.zeros(())
+        loss = pipeline.advance(schedule, optimizer, tokens, targets, number == 0)
         # Only last stages have one.
         parallel.report(step, loss, 2)
 
