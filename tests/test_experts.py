@@ -63,10 +63,8 @@ def test_an_expert_is_whole_on_its_rank_and_absent_where_it_had_no_token(run):
 
 def test_parameters_of_an_expert_are_those_of_one_process(run, expected):
     for kind, values in (("param", expected.params), ("grad", expected.grads)):
-        found = {(r.module, r.step): r for r in run.records if r.kind == kind and r.model == 0}
-        assert found.keys() == {key for key in values if ".experts." in key[0]}
-        for key, record in found.items():
-            torch.testing.assert_close(record.tensor(), values[key])
+        found = {(r.module, r.step): r.tensor() for r in run.records if r.kind == kind and r.model == 0}
+        captures.expect_close(found, {key: value for key, value in values.items() if ".experts." in key[0]})
 
 
 def test_the_command_shows_an_expert_and_the_modules_of_every_rank(run):
