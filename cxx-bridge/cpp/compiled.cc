@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "flexmodel/leaves.h"
 #include "flexmodel/tap.h"
 #include "flexmodel/uses.h"
 
@@ -100,9 +101,7 @@ bool read(PyObject* args, Leaves& out) {
 // Whether a tensor is made of others, as a DTensor is, that graphs of the compiler have instead.
 bool is_made_of_others(PyObject* tensor) { return PyObject_HasAttrString(tensor, "__tensor_flatten__") != 0; }
 
-PyObject* py_watch_inputs(PyObject*, PyObject* args) {
-  Leaves leaves;
-  if (!read(args, leaves)) return nullptr;
+void watch_inputs(Leaves& leaves) {
   guarded_operation([&] {
     Uses uses;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
@@ -117,14 +116,19 @@ PyObject* py_watch_inputs(PyObject*, PyObject* args) {
     if (open.size() >= kMaxOpen) open.erase(open.begin());
     open.push_back({graph_under_way(), std::move(uses)});
   });
-  PyErr_Clear();
-  Py_RETURN_NONE;
 }
 
-// A list with what the module has to return instead of each tensor.
-PyObject* py_watch_outputs(PyObject*, PyObject* args) {
+PyObject* py_watch_inputs(PyObject*, PyObject* args) {
   Leaves leaves;
   if (!read(args, leaves)) return nullptr;
+  return into_python([&] {
+    watch_inputs(leaves);
+    Py_RETURN_NONE;
+  });
+}
+
+// Puts what the module has to return instead of each tensor in its place.
+void watch_outputs(Leaves& leaves) {
   guarded_operation([&] {
     Uses uses;
     if ((leaves.kinds & bit(kBackward)) != 0) uses = close();
@@ -146,12 +150,20 @@ PyObject* py_watch_outputs(PyObject*, PyObject* args) {
     }
     uses.hook(leaves.tensors);
   });
-  PyErr_Clear();
-  Ref out(PyList_New(static_cast<Py_ssize_t>(leaves.tensors.size())));
-  for (size_t i = 0; out && i < leaves.tensors.size(); ++i) {
-    PyList_SET_ITEM(out.get(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(leaves.tensors[i]));
-  }
-  return out.release();
+}
+
+// A list with what the module has to return instead of each tensor.
+PyObject* py_watch_outputs(PyObject*, PyObject* args) {
+  Leaves leaves;
+  if (!read(args, leaves)) return nullptr;
+  return into_python([&] {
+    watch_outputs(leaves);
+    Ref out(PyList_New(static_cast<Py_ssize_t>(leaves.tensors.size())));
+    for (size_t i = 0; out && i < leaves.tensors.size(); ++i) {
+      PyList_SET_ITEM(out.get(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(leaves.tensors[i]));
+    }
+    return out.release();
+  });
 }
 
 // part(tensor, like): (what a graph can have of a tensor, how it lies, why that cannot be had). `like` is what a module
@@ -159,7 +171,7 @@ PyObject* py_watch_outputs(PyObject*, PyObject* args) {
 PyObject* py_part(PyObject*, PyObject* args) {
   PyObject *tensor = nullptr, *like = nullptr;
   if (PyArg_ParseTuple(args, "OO", &tensor, &like) == 0) return nullptr;
-  if (!THPVariable_Check(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
+  if (!is_tensor(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
   return into_python([&] {
     const Part part = part_in_graph(THPVariable_Unpack(tensor), like == Py_None ? nullptr : like);
     const std::string layout = text_of(part.axes);
@@ -224,8 +236,8 @@ at::Tensor edited_in_graph(const Site& site, Kind kind, const std::string& path,
   if (editor == nullptr) return {};
   const Ref given(THPVariable_Wrap(tensor)), factors(THPVariable_Wrap(by));
   const Ref edited(given && factors ? PyObject_CallFunctionObjArgs(editor, given.get(), factors.get(), nullptr) : nullptr);
-  if (!edited) PyErr_Clear();
-  TORCH_CHECK(edited && THPVariable_Check(edited.get()), "an edit could not be put into a graph");
+  if (!edited) throw PyError{};
+  TORCH_CHECK(is_tensor(edited.get()), "an edit could not be put into a graph");
   return THPVariable_Unpack(edited.get());
 }
 

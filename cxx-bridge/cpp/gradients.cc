@@ -3,6 +3,7 @@
 
 #include <ATen/ops/alias.h>
 #include <ATen/ops/as_strided.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
@@ -159,9 +160,20 @@ bool is_piece(const at::Tensor& tensor, const at::TensorBase& base) {
 }  // namespace
 
 Part gradient_at(const Site& site, const at::Tensor& gradient, const Axes& axes) {
-  if (!site.traced.defined()) return part_of_gradient(gradient, axes);
-  Part part = part_in_graph(gradient);
-  lies_as(part, axes);
+  Part part;
+  const auto look = [&] {
+    if (!site.traced.defined()) {
+      part = part_of_gradient(gradient, axes);
+    } else {
+      part = part_in_graph(gradient);
+      lies_as(part, axes);
+    }
+  };
+  if (!attempt(look, [] { return std::string("a gradient"); })) {
+    part = Part();
+    part.local = site.traced.defined() ? at::empty({0}) : gradient;
+    part.refusal = Refusal::Raised;
+  }
   return part;
 }
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "flexmodel/faults.h"
 #include "flexmodel/ffi.h"
 
 namespace flexmodel {
@@ -46,19 +47,21 @@ std::string key_step(PyObject* key) {
 
 // The attribute's value, or nothing if there is none.
 Ref attribute(PyObject* object, const char* name) {
-  PyObject* value = PyObject_GetAttrString(object, name);
-  if (value == nullptr) PyErr_Clear();
-  return Ref(value);
+  Ref value(PyObject_GetAttrString(object, name));
+  if (value) return value;
+  if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) throw PyError{};
+  PyErr_Clear();
+  return value;
 }
 
 class Walk {
  public:
   // `left` is how many values may be looked at; the visitor may change it.
-  Walk(std::string& path, const Visitor& visit, Undo* undo, size_t& left)
-      : path_(path), visit_(visit), undo_(undo), left_(left) {}
+  Walk(const std::string& name, std::string& path, const Visitor& visit, Undo* undo, size_t& left)
+      : name_(name), path_(path), visit_(visit), undo_(undo), left_(left) {}
 
   Ref value(PyObject* value) {
-    if (THPVariable_Check(value)) return visit_(value, path_);
+    if (is_tensor(value)) return visit_(value, path_);
     if (above_.size() >= kMaxDepth || std::find(above_.begin(), above_.end(), value) != above_.end()) return Ref();
     above_.push_back(value);
     Ref result = container(value);
@@ -82,7 +85,18 @@ class Walk {
 
   // Whether there is anything to find in it: most of what is not is sorted out before its path is spelled.
   static bool holds(PyObject* value) {
-    return THPVariable_Check(value) || PyTuple_Check(value) || PyList_Check(value) || PyDict_Check(value) || has_fields(value);
+    return is_tensor(value) || PyTuple_Check(value) || PyList_Check(value) || PyDict_Check(value) || has_fields(value);
+  }
+
+  // Looks at one value of a container, `step()` away: what raises costs that value.
+  template <typename Way, typename Body>
+  void one(Way step, Body body) {
+    const auto name = [this] { return name_.empty() ? name_ : name_ + " " + path_; };
+    std::string way;
+    if (!attempt([&] { way = step(); }, name)) return;
+    const Step taken(path_, way);
+    const size_t depth = above_.size();
+    if (!attempt(body, name)) above_.resize(depth);
   }
 
   // Counts one value; false if no more may be looked at.
@@ -99,12 +113,16 @@ class Walk {
     Ref items;
     for (Py_ssize_t i = 0; i < size && spend(); ++i) {
       if (!holds(PyTuple_GET_ITEM(value, i))) continue;
-      const bool has_name = named && i < PyTuple_GET_SIZE(fields.get());
-      Step step(path_, has_name ? "." + utf8(PyTuple_GET_ITEM(fields.get(), i)) : index_step(i));
-      Ref item = this->value(PyTuple_GET_ITEM(value, i));
-      if (!item) continue;
-      if (!items) items = checked(PySequence_List(value));
-      checked(PyList_SetItem(items.get(), i, item.release()));
+      const auto step = [&] {
+        const bool has_name = named && i < PyTuple_GET_SIZE(fields.get());
+        return has_name ? "." + utf8(PyTuple_GET_ITEM(fields.get(), i)) : index_step(i);
+      };
+      one(step, [&] {
+        Ref item = this->value(PyTuple_GET_ITEM(value, i));
+        if (!item) return;
+        if (!items) items = checked(list_of(value));
+        checked(PyList_SetItem(items.get(), i, item.release()));
+      });
     }
     if (!items) return Ref();
     if (PyTuple_CheckExact(value)) return checked(PyList_AsTuple(items.get()));
@@ -113,16 +131,26 @@ class Walk {
     return checked(PyObject_CallOneArg(type, items.get()));
   }
 
+  // The items of a tuple, whatever its class has iterating over it do.
+  static PyObject* list_of(PyObject* tuple) {
+    PyObject* list = PyList_New(PyTuple_GET_SIZE(tuple));
+    for (Py_ssize_t i = 0; list != nullptr && i < PyTuple_GET_SIZE(tuple); ++i) {
+      PyList_SET_ITEM(list, i, Ref::borrow(PyTuple_GET_ITEM(tuple, i)).release());
+    }
+    return list;
+  }
+
   Ref list(PyObject* value) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(value) && spend(); ++i) {
       Ref old = Ref::borrow(PyList_GET_ITEM(value, i));
       if (!holds(old.get())) continue;
-      Step step(path_, index_step(i));
-      Ref item = this->value(old.get());
-      if (!item || item.get() == old.get()) continue;
-      Ref key = checked(PyLong_FromSsize_t(i));
-      checked(PyObject_SetItem(value, key.get(), item.get()));
-      if (undo_ != nullptr) undo_->note(value, key.get(), old.get(), item.get(), false);
+      one([&] { return index_step(i); }, [&] {
+        Ref item = this->value(old.get());
+        if (!item || item.get() == old.get()) return;
+        Ref key = checked(PyLong_FromSsize_t(i));
+        checked(PyObject_SetItem(value, key.get(), item.get()));
+        if (undo_ != nullptr) undo_->note(value, key.get(), old.get(), item.get(), false);
+      });
     }
     return Ref();
   }
@@ -134,14 +162,15 @@ class Walk {
     for (Py_ssize_t at = 0; PyDict_Next(value, &at, &next_key, &next_value) != 0 && spend();) {
       if (holds(next_value)) items.emplace_back(Ref::borrow(next_key), Ref::borrow(next_value));
     }
-    for (const auto& [owned, old] : items) {
-      PyObject* key = owned.get();
-      Step step(path_, key_step(key));
-      Ref item = this->value(old.get());
-      if (!item || item.get() == old.get()) continue;
-      // Not PyDict_SetItem: a ModelOutput keeps its attributes in step with its items.
-      checked(PyObject_SetItem(value, key, item.get()));
-      if (undo_ != nullptr) undo_->note(value, key, old.get(), item.get(), false);
+    for (const auto& entry : items) {
+      PyObject *key = entry.first.get(), *old = entry.second.get();
+      one([&] { return key_step(key); }, [&] {
+        Ref item = this->value(old);
+        if (!item || item.get() == old) return;
+        // Not PyDict_SetItem: a ModelOutput keeps its attributes in step with its items.
+        checked(PyObject_SetItem(value, key, item.get()));
+        if (undo_ != nullptr) undo_->note(value, key, old, item.get(), false);
+      });
     }
     return Ref();
   }
@@ -152,22 +181,22 @@ class Walk {
     Ref names = checked(PyDict_Keys(fields.get()));
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names.get()) && spend(); ++i) {
       PyObject* name = PyList_GET_ITEM(names.get(), i);
-      Ref old(PyObject_GetAttr(value, name));
-      if (!old) {
-        PyErr_Clear();
-        continue;
-      }
-      if (!holds(old.get())) continue;
-      Step step(path_, "." + utf8(name));
-      Ref item = this->value(old.get());
-      if (!item || item.get() == old.get()) continue;
-      // Generic, since a frozen dataclass refuses its own __setattr__.
-      checked(PyObject_GenericSetAttr(value, name, item.get()));
-      if (undo_ != nullptr) undo_->note(value, name, old.get(), item.get(), true);
+      one([&] { return "." + utf8(name); }, [&] {
+        Ref old(PyObject_GetAttr(value, name));
+        if (!old && PyErr_ExceptionMatches(PyExc_AttributeError) == 0) throw PyError{};
+        if (!old) return PyErr_Clear();  // it was not set
+        if (!holds(old.get())) return;
+        Ref item = this->value(old.get());
+        if (!item || item.get() == old.get()) return;
+        // Generic, since a frozen dataclass refuses its own __setattr__.
+        checked(PyObject_GenericSetAttr(value, name, item.get()));
+        if (undo_ != nullptr) undo_->note(value, name, old.get(), item.get(), true);
+      });
     }
     return Ref();
   }
 
+  const std::string& name_;
   std::string& path_;
   const Visitor& visit_;
   Undo* undo_;
@@ -203,9 +232,16 @@ void Undo::forget(PyObject* container) {
   entries_.erase(std::remove_if(entries_.begin(), entries_.end(), its), entries_.end());
 }
 
-Ref map_leaves(PyObject* value, std::string& path, const Visitor& visit, Undo* undo) {
+bool is_tensor(PyObject* value) {
+  return THPVariable_CheckExact(value) ||
+         PyType_IsSubtype(Py_TYPE(value), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
+}
+
+Ref map_leaves(const std::string& name, PyObject* value, std::string& path, const Visitor& visit, Undo* undo) {
   size_t left = kMaxValues;
-  Ref result = Walk(path, visit, undo, left).value(value);
+  Ref result;
+  Walk walk(name, path, visit, undo, left);
+  attempt([&] { result = walk.value(value); }, [&] { return name + " " + path; });
   if (left == 0) {
     static std::atomic<bool> told{false};
     if (!told.exchange(true)) {
@@ -218,6 +254,8 @@ Ref map_leaves(PyObject* value, std::string& path, const Visitor& visit, Undo* u
 
 PyObject* first_tensor(PyObject* value) {
   PyObject* found = nullptr;
+  // Whoever looks at all of them tells what raises.
+  const std::string name;
   std::string path;
   size_t left = kMaxFirst;
   const Visitor visit = [&found, &left](PyObject* leaf, const std::string&) {
@@ -227,7 +265,8 @@ PyObject* first_tensor(PyObject* value) {
     }
     return Ref();
   };
-  Walk(path, visit, nullptr, left).value(value);
+  Walk walk(name, path, visit, nullptr, left);
+  attempt([&] { walk.value(value); }, [&] { return name; });
   return found;
 }
 

@@ -3,15 +3,20 @@
 
 #include "flexmodel/py.h"
 
+#include <ATen/ops/empty.h>
+
 #include <exception>
 #include <string>
+#include <utility>
 
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "flexmodel/communicator.h"
 #include "flexmodel/compiled.h"
 #include "flexmodel/ffi.h"
+#include "flexmodel/faults.h"
 #include "flexmodel/gradients.h"
+#include "flexmodel/leaves.h"
 #include "flexmodel/parts.h"
 #include "flexmodel/tap.h"
 
@@ -62,7 +67,8 @@ PyObject* py_select(PyObject*, PyObject* args) {
       if (!pair || PyList_Append(of_parameters.get(), pair.get()) != 0) return nullptr;
       continue;
     }
-    PyObject* tap = into_python([&] { return make_tap(selected.tap, selected.kinds, selected.edits); });
+    std::string name(modules[selected.index].name);
+    PyObject* tap = into_python([&] { return make_tap(selected.tap, std::move(name), selected.kinds, selected.edits); });
     if (tap == nullptr) return nullptr;
     Ref pair(Py_BuildValue("(IN)", selected.index, tap));
     if (!pair || PyList_Append(out.get(), pair.get()) != 0) return nullptr;
@@ -115,12 +121,36 @@ PyObject* py_parameter(PyObject*, PyObject* args) {
   PyObject *tensor = nullptr, *axes = nullptr;
   Part part;
   if (PyArg_ParseTuple(args, "IIOO!", &tap, &kind, &tensor, &PyList_Type, &axes) == 0) return nullptr;
-  if (!THPVariable_Check(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
+  if (!is_tensor(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
   if (!read_axes(axes, part.axes)) return nullptr;
-  part.local = THPVariable_Unpack(tensor);
-  part.refusal = refusal_of(part.local, Py_TYPE(tensor)->tp_name);
-  Call call{};
-  if (taken(tap, kind, call)) capture(call, static_cast<Kind>(kind), kind == kGrad ? "grad" : "param", 0, part);
+  return into_python([&] {
+    part.local = THPVariable_Unpack(tensor);
+    part.refusal = refusal_of(part.local, Py_TYPE(tensor)->tp_name);
+    Call call{};
+    if (taken(tap, kind, call)) capture(call, static_cast<Kind>(kind), kind == kGrad ? "grad" : "param", 0, part);
+    Py_RETURN_NONE;
+  });
+}
+
+// refuse(tap, kind)
+PyObject* py_refuse(PyObject*, PyObject* args) {
+  unsigned int tap = 0, kind = 0;
+  if (PyArg_ParseTuple(args, "II", &tap, &kind) == 0) return nullptr;
+  return into_python([&] {
+    Part part;
+    part.local = at::empty({0});
+    part.refusal = Refusal::Raised;
+    Call call{};
+    if (taken(tap, kind, call)) capture(call, static_cast<Kind>(kind), kind == kGrad ? "grad" : "param", 0, part);
+    Py_RETURN_NONE;
+  });
+}
+
+// faults_with(reason, tell)
+PyObject* py_faults_with(PyObject*, PyObject* args) {
+  PyObject *reason = nullptr, *tell = nullptr;
+  if (PyArg_ParseTuple(args, "OO", &reason, &tell) == 0) return nullptr;
+  set_faults(reason, tell);
   Py_RETURN_NONE;
 }
 
@@ -199,6 +229,8 @@ PyMethodDef functions[] = {
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
     {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
     {"parameter", py_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},
+    {"refuse", py_refuse, METH_VARARGS, "Counts a parameter, or its gradient, that cannot be read."},
+    {"faults_with", py_faults_with, METH_VARARGS, "Keeps the functions that say why something raised, and tell of it."},
     {"describe_with", py_describe_with, METH_O, "Keeps the function that tells how a tensor lies over the ranks."},
     {"take_with", py_take_with, METH_O, "Keeps the function that captures what is due of a model's parameters."},
     {"scope", py_scope, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},

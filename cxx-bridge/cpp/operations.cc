@@ -78,9 +78,12 @@ at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std
     const Kind kind = (flags & kPre) != 0 ? kForwardPre : kForward;
     if ((call.capture & bit(kind)) == 0) return;
     for (size_t i = 0; i < leaves.size(); ++i) {
-      Part part = part_of(leaves[i], false);
-      part.axes = axes_of(layouts.get(i));
-      capture(Site(call), kind, paths.get(i), 0, part, static_cast<Refusal>(refusals[i]));
+      const auto take = [&] {
+        Part part = part_of(leaves[i], false);
+        part.axes = axes_of(layouts.get(i));
+        capture(Site(call), kind, paths.get(i), 0, part, static_cast<Refusal>(refusals[i]));
+      };
+      attempt(take, [&] { return paths.get(i) + " of a compiled module"; });
     }
   });
   return packed(call, leaves.size());

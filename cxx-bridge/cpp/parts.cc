@@ -8,6 +8,8 @@
 #include <string_view>
 #include <utility>
 
+#include "flexmodel/leaves.h"
+
 namespace flexmodel {
 namespace {
 
@@ -22,7 +24,7 @@ Ref described(const at::Tensor& tensor, Where where) {
     return Ref();
   }
   Ref answer(PyObject_CallFunctionObjArgs(describer, object.get(), given(where.module), given(where.like), nullptr));
-  if (!answer) PyErr_Clear();
+  if (!answer) throw PyError{};
   return answer.get() == Py_None ? Ref() : std::move(answer);
 }
 
@@ -36,7 +38,7 @@ bool read(PyObject* sizes, rust::Vec<uint64_t>& shape) {
 
 bool read(PyObject* answer, Part& part) {
   PyObject *local = nullptr, *axes = nullptr;
-  if (PyArg_ParseTuple(answer, "OO!", &local, &PyList_Type, &axes) == 0 || !THPVariable_Check(local)) return false;
+  if (PyArg_ParseTuple(answer, "OO!", &local, &PyList_Type, &axes) == 0 || !is_tensor(local)) return false;
   part.local = THPVariable_Unpack(local);
   return read_axes(axes, part.axes);
 }

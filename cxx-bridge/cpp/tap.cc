@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "flexmodel/compiled.h"
+#include "flexmodel/faults.h"
 #include "flexmodel/ffi.h"
 #include "flexmodel/gradients.h"
 #include "flexmodel/leaves.h"
@@ -41,6 +42,8 @@ struct Open {
 // What the two hooks of a tap share. Guarded by the GIL.
 struct Shared {
   uint32_t tap, kinds, edits;
+  // Of the module, as the user knows it.
+  std::string name;
   // The model's forward pass that the calls under way belong to.
   uint64_t pass;
   std::vector<Open> open;
@@ -49,6 +52,8 @@ struct Shared {
 struct Hook {
   PyObject_HEAD
   vectorcallfunc vectorcall;
+  // A weak reference to the module that the hook is for; null before `bind`.
+  PyObject* module;
   std::shared_ptr<Shared>* shared;
   uint64_t serial, part;
   // The digest of the model's first input on a device: to look at another would make the job wait.
@@ -59,7 +64,8 @@ PyObject* none() { Py_RETURN_NONE; }
 
 bool training(PyObject* module) {
   static PyObject* const name = PyUnicode_InternFromString("training");
-  Ref value(PyObject_GetAttr(module, name));
+  const Ref value(PyObject_GetAttr(module, name));
+  if (!value && PyErr_ExceptionMatches(PyExc_Exception) == 0) throw PyError{};
   if (!value) PyErr_Clear();
   return value.get() == Py_True;
 }
@@ -110,7 +116,28 @@ bool throws() {
 std::atomic<bool> paused = false, tells_given = false;
 PyObject* taker = nullptr;
 
-// Runs a hook's body so that nothing of ours ever reaches the job.
+// Whether a hook is called as it was registered: with `count` arguments, the first of which is its module, or a copy that
+// nn.DataParallel runs. Torch moves hooks to other modules where it fuses and converts them.
+bool is_called_as_registered(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names, Py_ssize_t count) {
+  static PyObject* const replica = PyUnicode_InternFromString("_is_replica");
+  if (PyVectorcall_NARGS(nargsf) != count || (names != nullptr && PyTuple_GET_SIZE(names) != 0)) return false;
+  if (!PyTuple_Check(args[1]) || !PyDict_Check(args[2])) return false;
+  PyObject* const reference = reinterpret_cast<Hook*>(self)->module;
+  if (reference == nullptr) return false;
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* alive = nullptr;
+  PyWeakref_GetRef(reference, &alive);
+  const Ref module(alive);
+#else
+  const Ref module = Ref::borrow(PyWeakref_GetObject(reference));
+#endif
+  if (module.get() == args[0]) return true;
+  const Ref is_replica(PyObject_GenericGetAttr(args[0], replica));
+  if (!is_replica) PyErr_Clear();
+  return is_replica.get() == Py_True;
+}
+
+// Runs a hook's body so that nothing of ours ever reaches the job; exceptions of the job's own do.
 template <typename Body>
 PyObject* guarded(Body body) {
   // A traced graph must be the module's alone.
@@ -119,21 +146,24 @@ PyObject* guarded(Body body) {
     if (throws()) throw std::runtime_error("injected by FLEXMODEL_TEST_FAULT=throw-in-tap");
     Ref result = body();
     return result ? result.release() : none();
-  } catch (const PyError&) {
-    Ref type, value, trace;
-    PyObject *t = nullptr, *v = nullptr, *b = nullptr;
-    PyErr_Fetch(&t, &v, &b);
-    type = Ref(t), value = Ref(v), trace = Ref(b);
-    Ref text(value ? PyObject_Str(value.get()) : nullptr);
-    const char* words = text ? PyUnicode_AsUTF8(text.get()) : nullptr;
-    fault(std::string("a tap failed: ") + (words == nullptr ? "a Python exception" : words));
-  } catch (const std::exception& e) {
-    fault("a tap failed: " + reason(e));
   } catch (...) {
-    fault("a tap failed");
+    return into_python([] {
+      fault("a tap failed: " + why());
+      return none();
+    });
   }
-  PyErr_Clear();
-  return none();
+}
+
+// The part of a leaf that is at `path` of a module. Where looking at it raises, that is why it cannot be read.
+Part part_at(const Shared& shared, const std::string& path, PyObject* leaf, bool ask, Where where) {
+  Part part;
+  const auto look = [&] { part = part_of(THPVariable_Unpack(leaf), ask, Py_TYPE(leaf)->tp_name, where); };
+  if (!attempt(look, [&] { return shared.name + " " + path; })) {
+    part = Part();
+    part.local = THPVariable_Unpack(leaf);
+    part.refusal = Refusal::Raised;
+  }
+  return part;
 }
 
 // Whether the gradient of a leaf is wanted and can be had. One that cannot be read is counted.
@@ -177,14 +207,15 @@ Uses close(Shared& shared) {
 // The inputs: captured, edited, and noted if their gradients through this module are wanted.
 class Inputs {
  public:
-  Inputs(const Call& call, PyObject* module, Uses& uses) : call_(call), module_(module), uses_(uses) {}
+  Inputs(const Shared& shared, const Call& call, PyObject* module, Uses& uses)
+      : shared_(shared), call_(call), module_(module), uses_(uses) {}
 
   Ref operator()(PyObject* leaf, const std::string& path) {
     for (const Seen& seen : seen_) {
       if (seen.original == leaf) return again(seen, path);
     }
     const at::Tensor& tensor = THPVariable_Unpack(leaf);
-    const Part part = part_of(tensor, call_.ask, Py_TYPE(leaf)->tp_name, {module_, nullptr});
+    const Part part = part_at(shared_, path, leaf, call_.ask, {module_, nullptr});
     if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
     at::Tensor now = edited(call_, kForwardPre, path, tensor);
     if (watches(call_, kBackward, path, tensor, part)) uses_.add(call_, path, now.defined() ? now : tensor, part.axes);
@@ -202,7 +233,7 @@ class Inputs {
   // The same tensor given twice (query, key and value): it has one gradient.
   Ref again(const Seen& seen, const std::string& path) {
     const at::Tensor& tensor = THPVariable_Unpack(seen.original);
-    const Part part = part_of(tensor, call_.ask, Py_TYPE(seen.original)->tp_name, {module_, nullptr});
+    const Part part = part_at(shared_, path, seen.original, call_.ask, {module_, nullptr});
     if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
     if ((call_.capture & bit(kBackward)) != 0 && tensor.requires_grad()) {
       capture(call_, kBackward, path, 0, part, Refusal::SharedInput);
@@ -210,6 +241,7 @@ class Inputs {
     return Ref::borrow(seen.replacement.get());
   }
 
+  const Shared& shared_;
   const Call& call_;
   PyObject* const module_;
   Uses& uses_;
@@ -217,8 +249,8 @@ class Inputs {
 };
 
 // (module, args, kwargs) -> None or (args, kwargs)
-PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
-  if (PyVectorcall_NARGS(nargsf) != 3) return none();
+PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+  if (!is_called_as_registered(self, args, nargsf, names, 3)) return none();
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
   return guarded([&]() -> Ref {
     Call call{};
@@ -233,12 +265,12 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
     shared.open.push_back({PyThread_get_thread_ident(), Undo(), Uses()});
     if (!wanted) return Ref();
     Uses uses;
-    Inputs inputs(call, args[0], uses);
+    Inputs inputs(shared, call, args[0], uses);
     const Visitor visit = std::ref(inputs);
     RestoredOnError undo;
     std::string path = "in";
-    Ref new_args = map_leaves(args[1], path, visit, &*undo);
-    map_leaves(args[2], path, visit, &*undo);
+    Ref new_args = map_leaves(shared.name, args[1], path, visit, &*undo);
+    map_leaves(shared.name, args[2], path, visit, &*undo);
     shared.open.back().uses = std::move(uses);
     if (!new_args && undo->empty()) return Ref();
     Ref result = checked(PyTuple_Pack(2, new_args ? new_args.get() : args[1], args[2]));
@@ -250,8 +282,8 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
 }
 
 // (module, args, kwargs, output) -> None or output
-PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
-  if (PyVectorcall_NARGS(nargsf) != 4) return none();
+PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+  if (!is_called_as_registered(self, args, nargsf, names, 4)) return none();
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
   Uses uses = close(shared);
   return guarded([&]() -> Ref {
@@ -261,7 +293,9 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
     const Where where{args[0], call.ask ? first_tensor(args[1]) : nullptr};
     const Visitor visit = [&](PyObject* leaf, const std::string& path) -> Ref {
       const at::Tensor& tensor = THPVariable_Unpack(leaf);
-      const Part part = part_of(tensor, call.ask, Py_TYPE(leaf)->tp_name, where);
+      const size_t number = outputs.size();
+      outputs.push_back(tensor);
+      const Part part = part_at(shared, path, leaf, call.ask, where);
       if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, part);
       at::Tensor now = edited(call, kForward, path, tensor);
       if (!now.defined()) now = uses.returned(tensor);
@@ -275,19 +309,21 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
           watch_gradient(call, kBackwardPre, path, out, part.axes);
         }
       }
-      outputs.push_back(now.defined() ? now : tensor);
-      return now.defined() ? standing_for(leaf, std::move(now)) : Ref();
+      if (!now.defined()) return Ref();
+      Ref replacement = standing_for(leaf, now);
+      outputs[number] = std::move(now);
+      return replacement;
     };
     std::string path = "out";
-    Ref changed = map_leaves(args[3], path, visit, nullptr);
-    uses.hook(outputs);
+    Ref changed = map_leaves(shared.name, args[3], path, visit, nullptr);
+    attempt([&] { uses.hook(outputs); }, [&] { return shared.name + ", gradients of its inputs"; });
     return changed;
   });
 }
 
 // (module, args, kwargs) -> None
-PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
-  if (PyVectorcall_NARGS(nargsf) != 3) return none();
+PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+  if (!is_called_as_registered(self, args, nargsf, names, 3)) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
     Firing now = firing(args[0], args[1], args[2], true);
@@ -301,8 +337,8 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
 }
 
 // (module, args, kwargs, output) -> None
-PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*) {
-  if (PyVectorcall_NARGS(nargsf) != 4) return none();
+PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+  if (!is_called_as_registered(self, args, nargsf, names, 4)) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
     scope(hook.serial, hook.part, false, firing(args[0], nullptr, nullptr, false));
@@ -312,6 +348,7 @@ PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*)
 
 void dealloc(PyObject* self) {
   delete reinterpret_cast<Hook*>(self)->shared;
+  Py_XDECREF(reinterpret_cast<Hook*>(self)->module);
   Py_TYPE(self)->tp_free(self);
 }
 
@@ -337,9 +374,23 @@ PyObject* traced(PyObject* self, PyObject*) {
   return traced_form(hook.vectorcall == before ? "before" : "after", shared.tap, 0, shared.kinds, shared.edits);
 }
 
+// bind(module): the hook is for that module.
+PyObject* bind(PyObject* self, PyObject* module) {
+  PyObject* reference = PyWeakref_NewRef(module, nullptr);
+  if (reference == nullptr) return nullptr;
+  Py_XDECREF(std::exchange(reinterpret_cast<Hook*>(self)->module, reference));
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr},
+                         {"bind", bind, METH_O, nullptr},
                          {"traced", traced, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
+
+// The job may ask for it, as of any function that is a hook.
+PyObject* name_of(PyObject*, void*) { return PyUnicode_FromString("flexmodel"); }
+
+PyGetSetDef attributes[] = {{"__name__", name_of, nullptr, nullptr, nullptr}, {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 PyTypeObject hook_type = [] {
   PyTypeObject type{};
@@ -351,6 +402,7 @@ PyTypeObject hook_type = [] {
   type.tp_call = PyVectorcall_Call;
   type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
   type.tp_methods = methods;
+  type.tp_getset = attributes;
   type.tp_doc = "A tap of FlexModel's on a module.";
   return type;
 }();
@@ -359,6 +411,7 @@ Ref make(vectorcallfunc function, std::shared_ptr<Shared> shared, uint64_t seria
   auto* hook = PyObject_New(Hook, &hook_type);
   if (hook == nullptr) throw PyError{};
   hook->vectorcall = function;
+  hook->module = nullptr;
   hook->shared = shared ? new std::shared_ptr<Shared>(std::move(shared)) : nullptr;
   hook->serial = serial;
   hook->part = part;
@@ -393,12 +446,13 @@ void take_parameters(uint64_t serial) {
   const Gil gil;
   if (taker == nullptr) return;
   const Ref answer(PyObject_CallFunction(taker, "K", static_cast<unsigned long long>(serial)));
-  if (!answer) PyErr_Clear();
+  if (!answer) throw PyError{};
 }
 
-PyObject* make_tap(uint32_t tap, uint32_t kinds, uint32_t edits) {
+PyObject* make_tap(uint32_t tap, std::string name, uint32_t kinds, uint32_t edits) {
   auto shared = std::make_shared<Shared>();
   shared->tap = tap;
+  shared->name = name.empty() ? "the model" : std::move(name);
   shared->kinds = kinds;
   shared->edits = edits;
   shared->pass = 0;

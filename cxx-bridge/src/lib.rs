@@ -13,6 +13,7 @@
 //! | [`nccl`] | its way between devices, over NCCL |
 //! | [`pin`] | asks the CUDA driver, where there is one: page-locks the slab, knows graph captures |
 //! | `cpp/tensor.cc` | describes tensors and copies them out |
+//! | `cpp/faults.cc` | what one leaf, container or gradient costs that raises |
 //! | `cpp/leaves.cc` | walks tuples, lists, dicts and dataclasses |
 //! | `cpp/gradients.cc` | identity nodes, gradient hooks, edits |
 //! | `cpp/compiled.cc` | what is put into a graph while torch.compile traces it |

@@ -3,6 +3,8 @@
 | file | does |
 |---|---|
 | `imports.py` | tells when a module of torch has been imported |
+| `replaced.py` | has functions of torch's followed by ours |
+| `faults.py` | what one parameter, module or tensor costs that raises |
 | `family.py` | knows every module from construction on, and which are in no other |
 | `hooks.py` | our hooks on modules, and who must not see them |
 | `compiler.py` | has torch.compile know our operations, and mends what it does wrong with them |
@@ -15,13 +17,15 @@
 | `contexts.py` | how torch's context parallelism cuts sequences |
 | `pipelines.py` | the stages of pipelines, and their microbatches |
 | `parameters.py` | the pieces of parameters and gradients that this process holds |
+| `steps.py` | what the step of an optimizer is given |
 | `models.py` | finds models when they are first called, and taps them |
 | `communicators.py` | a communicator of our own, to gather tensors |
 | `scaling.py` | by how much the job scales losses |
 | `ranks.py` | who this process is |
 
 It decides nothing that Rust decides too: which modules are tapped, and what a tap does, is asked of the interposer.
-An exception in here turns taps off in this process; the job goes on.
+What one of many raises costs that one (`faults.py`). Any other exception in here turns taps off in this process; the
+job goes on.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import functools
 from typing import Any
 
 from . import imports
+from .faults import reason
 
 
 def start(bridge: Any) -> None:
@@ -65,8 +70,11 @@ def guarded(bridge: Any, function: Any) -> Any:
     def call(*args: Any) -> Any:
         try:
             return function(*args)
-        except Exception as e:
-            bridge.fault(f"{function.__qualname__}: {type(e).__name__}: {e}")
+        except BaseException as e:
+            why = reason(e)
+            if why is None:
+                raise
+            bridge.fault(f"{call.__qualname__}: {why}")
             return None
 
     return call

@@ -33,24 +33,31 @@ _FORWARD, _FORWARD_PRE, _BACKWARD, _BACKWARD_PRE = (1 << n for n in range(4))
 _PRE, _GRADIENTS, _TRAINING = 1, 2, 4
 # For `_tap` alone: what the module is given and gives lies in the same way, if it is of the same shape.
 _KEEPS = 8
-# wire::tap_abi::Refusal::None.
-_READABLE = 0
+# wire::tap_abi::Refusal::None and Raised.
+_READABLE, _RAISED = 0, 13
 
 _MAX_DEPTH = 32
 
 _bridge: Any = None
+# `_bridge.part`, or None where that raises.
+_part_if_any: Any = None
 
 
-def ready(bridge: Any) -> list[Callable]:
+def ready(bridge: Any, guard: Callable[..., Any]) -> list[Callable]:
     """The functions that torch.compile is to have in its graphs as they are."""
-    global _bridge
-    _bridge = bridge
+    global _bridge, _part_if_any
+    _bridge, _part_if_any = bridge, guard(bridge.part)
     bridge.edit_with(_edited)
     return [_tap, _scope, _edit, _watch_inputs, _watch_outputs]
 
 
 class Traced:
     """A hook that torch.compile can trace. Elsewhere it is the C callable, or nothing where that is None."""
+
+    # The job may ask for it, as of any function that is a hook.
+    __name__ = "flexmodel"
+    # How many arguments it is given where it is registered. Called in another way, it does nothing.
+    takes = 3
 
     def __init__(self, hook: Any, number: torch.Tensor, kinds: int, edits: int, flags: int) -> None:
         self.hook = hook
@@ -67,7 +74,17 @@ class Traced:
         """A hook that makes the same graph, and does nothing."""
         return type(self)(None, torch.full_like(self.number, -1), self.kinds, self.edits, self.flags)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != self.takes:
+            return None
+        if not torch.compiler.is_compiling():
+            return self.hook(*args) if self.hook is not None else None
+        if torch.compiler._is_exporting_flag:
+            return None
+        return self.trace(*args)
+
+    def trace(self, *args: Any) -> Any:
+        """What it is in a graph."""
         return None
 
 
@@ -76,11 +93,7 @@ def _nothing() -> Any:
 
 
 class _Before(Traced):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return self.hook(module, args, kwargs) if self.hook is not None else None
-        if torch.compiler._is_exporting_flag:
-            return None
+    def trace(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         found = _Found()
         found.walk(args, "in", 0)
         found.walk(kwargs, "in", 0)
@@ -95,11 +108,9 @@ class _Before(Traced):
 
 
 class _After(Traced):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return self.hook(module, args, kwargs, output) if self.hook is not None else None
-        if torch.compiler._is_exporting_flag:
-            return None
+    takes = 4
+
+    def trace(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = _Found()
         given.walk(args, "in", 0)
         given.walk(kwargs, "in", 0)
@@ -121,11 +132,7 @@ class _After(Traced):
 
 
 class _Enter(Traced):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return self.hook(module, args, kwargs) if self.hook is not None else None
-        if torch.compiler._is_exporting_flag:
-            return None
+    def trace(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         found = _Found()
         found.walk(args, "in", 0)
         found.walk(kwargs, "in", 0)
@@ -134,11 +141,9 @@ class _Enter(Traced):
 
 
 class _Leave(Traced):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return self.hook(module, args, kwargs, output) if self.hook is not None else None
-        if torch.compiler._is_exporting_flag:
-            return None
+    takes = 4
+
+    def trace(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         _scope(self.number, None, _flags(module))
         return None
 
@@ -171,7 +176,7 @@ def _tap(
         # Paths of inputs whose gradients would have to be watched since the module was called.
         split = watched if watched and _bridge.is_split() else []
         like = first if flags & _KEEPS else None
-        parts = [_bridge.part(leaf, like) for leaf in leaves]
+        parts = [_part(leaf, like) for leaf in leaves]
         locals_, layouts, refusals = ([part[n] for part in parts] for n in range(3))
         with _once():
             return torch.ops.flexmodel.tap(
@@ -191,8 +196,13 @@ def _scope(number: torch.Tensor, first: torch.Tensor | None, flags: int) -> None
 
 
 def _batch(first: torch.Tensor | None) -> torch.Tensor | None:
-    part = None if first is None else _bridge.part(first, None)
+    part = None if first is None else _part(first, None)
     return part[0] if part is not None and part[2] == _READABLE else None
+
+
+def _part(leaf: torch.Tensor, like: torch.Tensor | None) -> tuple[torch.Tensor, str, int]:
+    """What a graph can have of a leaf, how that lies, and why it cannot be had."""
+    return _part_if_any(leaf, like) or (torch.empty(0), "", _RAISED)
 
 
 @contextlib.contextmanager

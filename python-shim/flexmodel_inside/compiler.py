@@ -6,20 +6,24 @@ compiles because they have hooks, and what must not be compiled of this package.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import compiled, hooks
+from .naming import is_module
+from .replaced import follow, given
 
 
-def ready(bridge: Any) -> None:
-    """Make our operations known to torch.compile, which must be imported."""
+def ready(bridge: Any, guard: Callable[..., Any]) -> None:
+    """Make our operations known to torch.compile, which must be imported. `guard` makes of a function one that raises
+    nothing."""
     from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
     def tap(number, leaves, paths, layouts, refusals, first, flags, split):
@@ -30,13 +34,13 @@ def ready(bridge: Any) -> None:
         torch.library.register_fake(f"flexmodel::{name}", fake)
         if name != "factors":
             _register_effectful_op(getattr(torch.ops.flexmodel, name).default, _EffectType.ORDERED)
-    for function in compiled.ready(bridge):
+    for function in compiled.ready(bridge, guard):
         torch._dynamo.allow_in_graph(function)
     torch._dynamo.assume_constant_result(compiled.field_names)
     _hide_from_compiler()
     _mend_hooked_modules()
-    _mend_split_graphs()
-    _mend_compiled_autograd()
+    _mend_split_graphs(guard)
+    _mend_compiled_autograd(guard)
 
 
 def _factors(call, kind, path):
@@ -76,47 +80,46 @@ def _mend_hooked_modules() -> None:
     if "frame" not in inspect.signature(original).parameters:
         return
 
+    @functools.wraps(original)
     def check(obj: object, is_inlined_call: bool = False, frame: Any = None) -> bool:
         module = None if frame is None or is_inlined_call else frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and hooks.are_ours(module):
+        if is_module(module) and hooks.are_ours(module):
             frame = None
         return original(obj, is_inlined_call, frame)
 
     trace_rules.check = check
 
 
-def _mend_compiled_autograd() -> None:
+def _mend_compiled_autograd(guard: Callable[..., Any]) -> None:
     """It drops what a graph does for its effect alone, since the wrapping that `with_effects` is has none itself. Our
     operations go in without it."""
     from torch._dynamo.compiled_autograd import AutogradCompilerInstance
 
-    original, wrapping = AutogradCompilerInstance.dce, torch.ops.higher_order.with_effects
+    wrapping = torch.ops.higher_order.with_effects
 
-    def dce(self: Any) -> Any:
-        graph = self.fx_tracer.graph
+    def unwrap(*call: Any) -> None:
+        graph = given(*call, 0, "self").fx_tracer.graph
         for node in [n for n in graph.nodes if n.target is wrapping and n.args[1].namespace == "flexmodel"]:
             with graph.inserting_before(node):
                 graph.call_function(node.args[1], node.args[2:], node.kwargs)
-        return original(self)
 
-    AutogradCompilerInstance.dce = dce
+    follow(AutogradCompilerInstance, "dce", guard, before=unwrap)
 
 
-def _mend_split_graphs() -> None:
+def _mend_split_graphs(guard: Callable[..., Any]) -> None:
     """Where DDP has torch.compile split a graph, it takes the token of the effects in one part for the first result of
     that part, which the next part is given."""
     from torch._functorch._aot_autograd.runtime_wrappers import FakifiedOutWrapper
 
-    original = FakifiedOutWrapper.pre_compile, FakifiedOutWrapper.set_fwd_output_strides
+    def drop_metas(_: Any, args: tuple, kwargs: dict) -> None:
+        wrapper = given(args, kwargs, 0, "self")
+        wrapper.flexmodel_tokens = len(kwargs["fw_metadata"].tokens)
+        wrapper.out_metas = wrapper.out_metas[wrapper.flexmodel_tokens :]
 
-    def pre_compile(self: Any, *args: Any, fw_metadata: Any) -> Any:
-        result = original[0](self, *args, fw_metadata=fw_metadata)
-        self.flexmodel_tokens = len(fw_metadata.tokens)
-        self.out_metas = self.out_metas[self.flexmodel_tokens :]
-        return result
+    def drop_strides(_: Any, *call: Any) -> None:
+        wrapper = given(*call, 0, "self")
+        if wrapper.fwd_output_strides:
+            wrapper.fwd_output_strides = wrapper.fwd_output_strides[getattr(wrapper, "flexmodel_tokens", 0) :]
 
-    def set_fwd_output_strides(self: Any, strides: Any) -> Any:
-        return original[1](self, strides[self.flexmodel_tokens :] if strides else strides)
-
-    FakifiedOutWrapper.pre_compile = pre_compile
-    FakifiedOutWrapper.set_fwd_output_strides = set_fwd_output_strides
+    follow(FakifiedOutWrapper, "pre_compile", guard, after=drop_metas)
+    follow(FakifiedOutWrapper, "set_fwd_output_strides", guard, after=drop_strides)

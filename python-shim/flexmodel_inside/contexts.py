@@ -5,7 +5,6 @@ The job gives torch the tensors to cut. Those, and what the model makes of them,
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from .layouts import HEAD_TAIL, SHARD, UNKNOWN, Cut, Layouts
 from .mesh import Meshes
+from .replaced import follow, given
 
 MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 
@@ -27,7 +27,7 @@ class Contexts:
         # Told that an axis has become known, which models may be distributed over.
         self._on_change = on_change
 
-    def watch(self, guard: Callable[[Any], Any]) -> None:
+    def watch(self, guard: Callable[..., Any]) -> None:
         """Follow the functions that every way into context parallelism goes through, and out of it.
 
         Their module must be imported.
@@ -37,21 +37,14 @@ class Contexts:
         leave = getattr(module, "_disable_context_parallel_dispatcher_impl", None)
         if shard is None or leave is None:
             return  # of another torch: what nobody tells is not known
-        enter, over = guard(self._enter), guard(self._over)
 
-        @functools.wraps(shard)
-        def sharded(mesh: Any, buffers: Any, buffer_seq_dims: Any, load_balancer: Any = None) -> Any:
-            pieces = shard(mesh, buffers, buffer_seq_dims, load_balancer)
-            enter(mesh, list(pieces), list(buffer_seq_dims), load_balancer)
-            return pieces
+        def sharded(pieces: Any, *call: Any) -> None:
+            # (mesh, buffers, buffer_seq_dims, load_balancer=None)
+            mesh, dims = given(*call, 0, "mesh"), given(*call, 2, "buffer_seq_dims")
+            self._enter(mesh, list(pieces), list(dims), given(*call, 3, "load_balancer"))
 
-        @functools.wraps(leave)
-        def left(*args: Any, **kwargs: Any) -> Any:
-            over()
-            return leave(*args, **kwargs)
-
-        module._context_parallel_buffers = sharded
-        module._disable_context_parallel_dispatcher_impl = left
+        follow(module, "_context_parallel_buffers", guard, after=sharded)
+        follow(module, "_disable_context_parallel_dispatcher_impl", guard, before=lambda *_: self._over())
 
     def _enter(self, mesh: Any, pieces: list[Any], dims: list[int], balancer: Any) -> None:
         self._over()

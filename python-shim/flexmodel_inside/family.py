@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import weakref
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 from . import hooks
-from .naming import held_by, own
+from .naming import held_by, is_module, own
+from .replaced import follow, given
 
 
 class Member:
@@ -37,7 +37,11 @@ class Member:
 class Family:
     """Every live module. Keyed by identity: modules may define `__eq__`."""
 
-    def __init__(self, on_change: Callable[[], None], on_gone: Callable[[int], None]) -> None:
+    def __init__(
+        self, guard: Callable[..., Any], on_change: Callable[[], None], on_gone: Callable[[int], None]
+    ) -> None:
+        # Makes of a function one that raises nothing.
+        self._guard = guard
         self._members: dict[int, Member] = {}
         self._serials = itertools.count()
         # Those met since `tops` told all, while nothing else has changed; None if something has.
@@ -53,21 +57,14 @@ class Family:
 
         A module with neither children, parameters nor buffers is met in its parent, or when it is called.
         """
-        registry = nn.modules.module
-        registry.register_module_module_registration_hook(self._registered)
-        registry.register_module_parameter_registration_hook(self._has)
-        registry.register_module_buffer_registration_hook(self._has)
-        original = nn.Module.__setstate__
-        family = self
-
-        def __setstate__(self: nn.Module, state: dict) -> None:
-            original(self, state)
-            family._restored(self)
-
-        nn.Module.__setstate__ = __setstate__  # type: ignore[method-assign]
+        registry, guard = nn.modules.module, self._guard
+        registry.register_module_module_registration_hook(guard(self._registered))
+        registry.register_module_parameter_registration_hook(guard(self._has))
+        registry.register_module_buffer_registration_hook(guard(self._has))
+        follow(nn.Module, "__setstate__", guard, after=lambda _, *call: self._restored(given(*call, 0, "self")))
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if isinstance(child, nn.Module) and not self._is_deaf():
+        if is_module(child) and not self._is_deaf():
             self.member(parent)
             self.member(child)
             self.changed()
@@ -84,7 +81,7 @@ class Family:
     def _restored(self, module: nn.Module) -> None:
         # What it holds is there already, and need not have been restored by torch.
         for each in (module, *(child for _, child in held_by(module))):
-            hooks.drop_copied(each)
+            hooks.drop_strays(each)
         if self._is_deaf():
             return
         self.member(module)
@@ -97,15 +94,12 @@ class Family:
 
     def follow(self, cls: Any) -> None:
         """Know every module of a class that puts children into itself without a word, from construction on."""
-        original, family = cls.__init__, self
 
-        @functools.wraps(original)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            family.member(self)
-            family.changed()
+        def made(_: Any, *call: Any) -> None:
+            self.member(given(*call, 0, "self"))
+            self.changed()
 
-        cls.__init__ = __init__
+        follow(cls, "__init__", self._guard, after=made)
 
     def called(self, module: nn.Module) -> None:
         """`module` is known from now on, if nobody told of it before."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .naming import own
+from .replaced import given
 
 _KINDS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -21,11 +22,13 @@ _KINDS = {
 class Traceable:
     """A hook where torch.compile cannot have it in its graphs: nothing while it traces."""
 
+    __name__ = "flexmodel"
+
     def __init__(self, hook: Any, module: nn.Module | None = None) -> None:
         self._hook = hook
 
-    def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or torch.compiler.is_compiling():
             return None
         return self._hook(*args)
 
@@ -35,7 +38,8 @@ class Traceable:
 
 def is_ours(hook: Any) -> bool:
     """Also what ours became in a copy."""
-    return type(hook).__module__.partition(".")[0] == __package__ or _is_copied(hook)
+    home = type(hook).__module__
+    return (isinstance(home, str) and home.partition(".")[0] == __package__) or _is_copied(hook)
 
 
 def _is_copied(hook: Any) -> bool:
@@ -48,19 +52,26 @@ def are_ours(module: nn.Module) -> bool:
     return all(is_ours(hook) for name in _KINDS for hook in own(module, name, {}).values())
 
 
-def drop_copied(module: nn.Module) -> None:
-    """Takes out what our hooks become in a copy: they do nothing there, and a copy of a copy would have ever more."""
+def drop_strays(module: nn.Module) -> None:
+    """Takes out what our hooks become in a copy, and those of another module that were moved here, as torch does where it
+    fuses or converts modules: they do nothing, and there would be ever more."""
     for name in _KINDS:
         hooks = own(module, name, {})
-        for key in [key for key, hook in hooks.items() if _is_copied(hook)]:
+        for key in [key for key, hook in hooks.items() if _is_copied(hook) or (is_ours(hook) and not _is_our_key(key))]:
             drop(module, name, key)
+
+
+def _is_our_key(key: Any) -> bool:
+    return type(key) is int and key < 0
 
 
 def put(module: nn.Module, name: str, key: int, hook: Any, always_call: bool = False) -> None:
     """Has `hook` called last of those in the attribute `name`, under a key of ours (`compiled.py` says why)."""
     if own(module, name, {}).get(key) is None:
-        register = module.register_forward_hook if name == "_forward_hooks" else module.register_forward_pre_hook
-        number = register(hook, with_kwargs=True).id
+        # Torch's own, whatever the module's class made of it.
+        after = name == "_forward_hooks"
+        register = nn.Module.register_forward_hook if after else nn.Module.register_forward_pre_hook
+        number = register(module, hook, with_kwargs=True).id
         for kind in (name, _KINDS[name][0]):
             there = own(module, kind, {})
             there[key] = there.pop(number)
@@ -76,15 +87,19 @@ def drop(module: nn.Module, name: str, key: int) -> None:
         own(module, kind, {}).pop(key, None)
 
 
-def keep_from_copies(guard: Callable[[Any], Any]) -> None:
+def keep_from_copies(guard: Callable[..., Any]) -> None:
     """What is pickled or copied of a module is without our hooks, and works where there is no FlexModel.
 
-    A class that says by itself how it is copied may take them along: `drop_copied` is for these.
+    A class that says by itself how it is copied may take them along: `drop_strays` is for these.
     """
     clean = guard(_without_ours)
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        reduced = super(nn.Module, self).__reduce_ex__(protocol)
+    @functools.wraps(object.__reduce_ex__)
+    def __reduce_ex__(*args: Any, **kwargs: Any) -> Any:
+        if not args or not issubclass(type(args[0]), nn.Module):
+            return object.__reduce_ex__(*args, **kwargs)
+        # Of the class that is next: `nn.Module` has none of its own.
+        reduced = super(nn.Module, args[0]).__reduce_ex__(*args[1:], **kwargs)
         return clean(reduced) or reduced
 
     nn.Module.__reduce_ex__ = __reduce_ex__  # type: ignore[method-assign]
@@ -116,19 +131,29 @@ def _same(one: object, other: object) -> bool:
     return one is other
 
 
-def hide_from_jit() -> None:
+def hide_from_jit(guard: Callable[..., Any]) -> None:
     """torch.jit.script compiles a module's hooks with it, and would refuse ours."""
     recursive = torch.jit._recursive
     original = recursive.get_hook_stubs
+    hide = guard(_others_only)
 
-    def get_hook_stubs(module: nn.Module) -> Any:
-        kept = {name: getattr(module, name) for name in _KINDS}
-        for name, hooks in kept.items():
-            setattr(module, name, type(hooks)((k, h) for k, h in hooks.items() if not is_ours(h)))
+    @functools.wraps(original)
+    def get_hook_stubs(*args: Any, **kwargs: Any) -> Any:
+        module = given(args, kwargs, 0, "nn_module")
+        hidden = hide(module) or {}
         try:
-            return original(module)
+            return original(*args, **kwargs)
         finally:
-            for name, hooks in kept.items():
-                setattr(module, name, hooks)
+            for name, hooks in hidden.items():
+                object.__setattr__(module, name, hooks)
 
     recursive.get_hook_stubs = get_hook_stubs
+
+
+def _others_only(module: Any) -> dict[str, Any]:
+    """Has a module have hooks of others alone, and returns what it had, by the attribute."""
+    had = {name: hooks for name in _KINDS if (hooks := own(module, name, None))}
+    theirs = {name: type(hooks)((k, h) for k, h in hooks.items() if not is_ours(h)) for name, hooks in had.items()}
+    for name, hooks in theirs.items():
+        object.__setattr__(module, name, hooks)
+    return had

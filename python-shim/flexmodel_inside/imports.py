@@ -37,7 +37,10 @@ def look() -> None:
 
 def _done(name: str) -> bool:
     module = sys.modules.get(name)
-    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
+    try:
+        return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
+    except Exception:  # what the job put there in its place
+        return False
 
 
 class _Watcher:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .mesh import TENSOR, Meshes
+from .mesh import TENSOR, Meshes, megatron_state
 from .naming import stored
+from .replaced import follow, given
 from .wrappers import is_instance, is_megatron
 
 # Codes of wire::tap_abi::LeafPlace.
@@ -58,22 +59,16 @@ class Layouts:
         # How context parallelism cuts sequences now.
         self.cut: Cut | None = None
 
-    def watch(self) -> None:
+    def watch(self, guard: Callable[..., Any]) -> None:
         """Note what DTensors are turned into. Their class must be imported."""
-        cls = sys.modules[MODULE].DTensor  # type: ignore[attr-defined]
-        original = cls.to_local
-        layouts = self
 
-        @functools.wraps(original)
-        def to_local(self: Any, *args: Any, **kwargs: Any) -> Any:
-            local = original(self, *args, **kwargs)
+        def to_local(local: torch.Tensor, *call: Any) -> None:
             if not torch.compiler.is_dynamo_compiling():
-                axes = layouts.of_spec(self._spec)
+                axes = self.of_spec(given(*call, 0, "self")._spec)
                 if axes is not None:
-                    layouts.note(local, axes)
-            return local
+                    self.note(local, axes)
 
-        cls.to_local = to_local
+        follow(sys.modules[MODULE].DTensor, "to_local", guard, after=to_local)  # type: ignore[attr-defined]
 
     def note(self, local: torch.Tensor, axes: list[Leaf]) -> None:
         """How a tensor lies, for as long as it lives."""
@@ -93,6 +88,12 @@ class Layouts:
         `module` is given the tensor or, where `like` is what it was given first, gives it. In a graph that is traced,
         the module is not known, and `like` only where it has no parameters.
         """
+        with torch._C.DisableTorchFunction():  # what the job's classes of tensors do is no matter here
+            return self._described(tensor, module, like)
+
+    def _described(
+        self, tensor: torch.Tensor, module: nn.Module | None, like: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Leaf]] | None:
         if is_instance(tensor, MODULE, "DTensor"):
             axes = self.of_spec(tensor._spec)
             return None if axes is None else (_there(tensor._local_tensor), self._with_cut(tensor.shape, axes))
@@ -118,9 +119,10 @@ class Layouts:
         if is_instance(weight, MODULE, "DTensor") and isinstance(module, (nn.Linear, nn.Embedding)):
             return self._of_features(tensor, weight, 1 if given or isinstance(module, nn.Embedding) else 0)
         dim = _megatron_cuts(tensor, module, given)
-        if dim is None:
+        group = None if dim is None else _megatron_group(module)
+        if group is None:
             return None
-        axis = self._meshes.axis_of_group(_megatron_group(module), "tp", TENSOR)
+        axis = self._meshes.axis_of_group(group, "tp", TENSOR)
         return [(axis.name, axis.index, axis.size, SHARD, dim)]
 
     def _of_features(self, tensor: torch.Tensor, weight: Any, dim: int) -> list[Leaf] | None:
@@ -159,10 +161,12 @@ class Layouts:
 
 
 def _megatron_group(module: nn.Module) -> Any:
-    """The process group of megatron-core's tensor parallelism."""
+    """The process group of megatron-core's tensor parallelism; None if it has none."""
     group = getattr(module, "tp_group", None)
-    state = sys.modules["megatron.core.parallel_state"]
-    return group if group is not None else state.get_tensor_model_parallel_group()  # type: ignore[attr-defined]
+    if group is not None:
+        return group
+    state = megatron_state()
+    return None if state is None else state.get_tensor_model_parallel_group()
 
 
 def _megatron_cuts(tensor: torch.Tensor, module: nn.Module, given: bool) -> int | None:

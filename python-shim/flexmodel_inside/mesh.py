@@ -5,7 +5,6 @@ Nothing is imported that the job has not imported.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import sys
@@ -15,7 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .faults import Faults
 from .naming import all_in, own, stored
+from .replaced import follow, given
 from .wrappers import fsdp2_groups, is_instance
 
 MODULE = "torch.distributed.device_mesh"
@@ -52,7 +53,8 @@ def role_of(name: str, otherwise: int) -> int:
 class Meshes:
     """The axes of every device mesh met so far, each under one name for good."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
         self._axes: dict[Any, list[Axis]] = {}
         self._names: dict[tuple[int, ...], str] = {}
         # Of the job's own, in the order in which it made them.
@@ -67,24 +69,26 @@ class Meshes:
 
         The class must be imported.
         """
-        cls = sys.modules[MODULE].DeviceMesh  # type: ignore[attr-defined]
-        original, made = cls.__init__, self._made
-
-        @functools.wraps(original)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            made.append(weakref.ref(self))
-
-        cls.__init__ = __init__
+        made = self._made
+        follow(
+            sys.modules[MODULE].DeviceMesh,  # type: ignore[attr-defined]
+            "__init__",
+            self._faults.guard,
+            after=lambda _, *call: made.append(weakref.ref(given(*call, 0, "self"))),
+        )
 
     def _meet(self) -> None:
         """Names the axes of meshes that were made since the last time."""
         while self._made:
             mesh = self._made.pop(0)()
-            if mesh is not None and getattr(mesh, "mesh_dim_names", None):
-                axes = self.axes_of(mesh)
-                if math.prod(axis.size for axis in axes) == sys.modules["torch.distributed"].get_world_size():
-                    self._whole.append([axis for axis in axes if axis.size > 1])
+            if mesh is not None:
+                self._faults.of("a device mesh", self._meet_one, mesh)
+
+    def _meet_one(self, mesh: Any) -> None:
+        if getattr(mesh, "mesh_dim_names", None):
+            axes = self.axes_of(mesh)
+            if math.prod(axis.size for axis in axes) == sys.modules["torch.distributed"].get_world_size():
+                self._whole.append([axis for axis in axes if axis.size > 1])
 
     def axes_of(self, mesh: Any, role: int = OTHER) -> list[Axis]:
         """The axes of a `DeviceMesh`, outermost first; none if this process is not on it.
@@ -154,35 +158,47 @@ class Meshes:
 
     def _said(self, top: nn.Module) -> Iterator[Axis]:
         """What the model's wrappers and parameters say."""
-        roots = []
-        for module in all_in(top):
-            for group in fsdp2_groups(module):
-                roots.append(group.mesh_info.mesh)
-                yield from self.axes_of(group.mesh_info.mesh, DATA)
-            if is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
-                between = own(module, "_inter_node_pg", None)
-                if between is not None:
-                    yield self.axis_of_group(between, "dp_replicate", DATA)
-                yield self.axis_of_group(module.process_group, "dp" if between is None else "dp_shard", DATA)
-            if is_instance(module, "torch.nn.parallel", "DistributedDataParallel"):
-                yield self.axis_of_group(module.process_group, "dp", DATA)
-            if is_instance(module, "deepspeed.runtime.engine", "DeepSpeedEngine"):
-                yield self.axis_of_group(module.data_parallel_group, "dp", DATA)
+        roots: list[Any] = []
+        of, modules = self._faults.of, all_in(top)
+        for module in modules:
+            yield from of(f"the mesh of a {type(module).__name__}", self._said_by, module, roots, otherwise=())
         megatron = False
-        for module in all_in(top):
-            for parameter in stored(module).values():
+        for module in modules:
+            for name, parameter in stored(module).items():
                 if is_instance(parameter, "torch.distributed.tensor", "DTensor"):
-                    mesh = parameter.device_mesh
-                    if not any(mesh == root for root in roots):
-                        roots.append(mesh)
-                        yield from self.axes_of(mesh, TENSOR)
-                megatron = megatron or getattr(parameter, "tensor_model_parallel", False)
+                    yield from of(f"the mesh of a parameter {name}", self._cut_by, parameter, roots, otherwise=())
+                elif megatron_state() is not None:
+                    megatron = megatron or of(name, getattr, parameter, "tensor_model_parallel", False)
         for mesh in roots:
             root = getattr(mesh, "_get_root_mesh", lambda mesh=mesh: mesh)()
             if root.mesh_dim_names:
                 yield from self.axes_of(root)
         if megatron:
             yield from self._megatron()
+
+    def _said_by(self, module: nn.Module, roots: list[Any]) -> list[Axis]:
+        """What a wrapper says. `roots` gets its meshes."""
+        axes = []
+        for group in fsdp2_groups(module):
+            roots.append(group.mesh_info.mesh)
+            axes += self.axes_of(group.mesh_info.mesh, DATA)
+        if is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+            between = own(module, "_inter_node_pg", None)
+            if between is not None:
+                axes.append(self.axis_of_group(between, "dp_replicate", DATA))
+            axes.append(self.axis_of_group(module.process_group, "dp" if between is None else "dp_shard", DATA))
+        if is_instance(module, "torch.nn.parallel", "DistributedDataParallel"):
+            axes.append(self.axis_of_group(module.process_group, "dp", DATA))
+        if is_instance(module, "deepspeed.runtime.engine", "DeepSpeedEngine"):
+            axes.append(self.axis_of_group(module.data_parallel_group, "dp", DATA))
+        return axes
+
+    def _cut_by(self, parameter: Any, roots: list[Any]) -> list[Axis]:
+        mesh = parameter.device_mesh
+        if any(mesh == root for root in roots):
+            return []
+        roots.append(mesh)
+        return self.axes_of(mesh, TENSOR)
 
     def _cut(self) -> Iterator[Axis]:
         """The axes over which the job cuts sequences, and those of the mesh that these are of."""
@@ -193,7 +209,7 @@ class Meshes:
                 yield from self.axes_of(root)
 
     def _megatron(self) -> Iterator[Axis]:
-        state = sys.modules["megatron.core.parallel_state"]
+        state = megatron_state()
         for what, name, role in (
             ("pipeline_model", "pp", PIPELINE),
             ("data", "dp", DATA),
@@ -201,6 +217,12 @@ class Meshes:
             ("tensor_model", "tp", TENSOR),
         ):
             yield self.axis_of_group(getattr(state, f"get_{what}_parallel_group")(), name, role)
+
+
+def megatron_state() -> Any:
+    """Where megatron-core has its process groups; None if the job has none of its: others mark parameters as it does."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    return state if state is not None and state.model_parallel_is_initialized() else None
 
 
 def group_ranks(group: Any) -> tuple[int, ...]:

@@ -18,18 +18,32 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import alike, compiled, compiler, guarded, hooks, imports
+from . import alike, compiled, compiler, guarded, hooks, imports, steps
 from .communicators import Communicators
 from .contexts import Contexts
 from .family import Family
+from .faults import Faults
 from .layouts import Layouts
-from .mesh import SUPPOSED, Meshes
-from .naming import all_in, authored, authored_class, held_by, holders, is_called_in_parts, is_scripted, named, stored
+from .mesh import SUPPOSED, Axis, Meshes
+from .naming import (
+    all_in,
+    authored,
+    authored_class,
+    held_by,
+    holders,
+    is_called_in_parts,
+    is_module,
+    is_scripted,
+    named,
+    own,
+    stored,
+)
 from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
 from .pipelines import MEGATRON, Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .scaling import DEEPSPEED, GRAD_SCALER, SHARDED, Scaling
-from .wrappers import orders, wrapper_name
+from .replaced import follow
+from .wrappers import UNSTATED, orders, wrapper_name
 
 
 class Models:
@@ -37,16 +51,18 @@ class Models:
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
-        self._family = Family(on_change=self._arm, on_gone=self._forget)
+        self._faults = Faults(bridge)
+        guard = self._faults.guard
+        self._family = Family(guard, on_change=self._arm, on_gone=self._forget)
         self._original = nn.Module.__call__
         self._ours = self._replacement()
-        self._meshes = Meshes()
+        self._meshes = Meshes(self._faults)
         self._layouts = Layouts(self._meshes)
-        self._pipelines = Pipelines(self._pause, self._family.changed)
+        self._pipelines = Pipelines(guard, self._pause, self._family.changed)
         self._communicators = Communicators(bridge)
         self._paused = False
-        # By the model's serial, and the tap's number.
-        self._parameters: dict[int, dict[int, Parameter]] = {}
+        # With its name, by the model's serial, and the tap's number.
+        self._parameters: dict[int, dict[int, tuple[str, Parameter]]] = {}
         self._look_at = guarded(bridge, self._look)
         self._armed = False
         self._looking = False
@@ -59,15 +75,15 @@ class Models:
     def watch(self) -> None:
         """Start."""
         self._family.watch()
-        stepped = self._bridge.stepped
-        hooks.hide_from_jit()
-        hooks.keep_from_copies(functools.partial(guarded, self._bridge))
-        register_optimizer_step_pre_hook(guarded(self._bridge, self._before_step))
-        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: stepped())
-        atexit.register(self._finish)
+        stepped, guard = self._bridge.stepped, self._faults.guard
+        hooks.hide_from_jit(guard)
+        hooks.keep_from_copies(guard)
+        register_optimizer_step_pre_hook(guard(self._before_step, "what an optimizer steps with"))
+        register_optimizer_step_post_hook(guard(lambda optimizer, args, kwargs: stepped()))
+        atexit.register(guarded(self._bridge, self._finish))
         self.follow_scaling()
         self._bridge.take_with(guarded(self._bridge, lambda serial: self._take(serial, PARAM)))
-        self._bridge.describe_with(guarded(self._bridge, self._layouts.describe))
+        self._bridge.describe_with(guard(self._layouts.describe, "how a tensor lies"))
         self._arm()
 
     def _finish(self) -> None:
@@ -78,11 +94,12 @@ class Models:
         """What stands in for `nn.Module.__call__` while we are armed. One function for good: torch.compile keeps it."""
         models, original = self, nn.Module.__call__
 
-        def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(original)
+        def __call__(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and models._armed and not models._paused:
                 models._disarm(original)
-                models._look_at(self)
-            return original(self, *args, **kwargs)
+                models._look_at(args[0] if args and is_module(args[0]) else None)
+            return original(*args, **kwargs)
 
         return __call__
 
@@ -122,7 +139,9 @@ class Models:
             # A stage may be made of parts of a model that is still there: they are the stage's.
             theirs = {id(p) for stage in stages.values() for module in all_in(stage) for p in stored(module).values()}
             for serial in sorted(tops, key=lambda serial: (serial not in stages, serial)):
-                self._tap(tops[serial], tops.keys(), called, theirs if serial not in stages else set(), *rank)
+                top, others = tops[serial], theirs if serial not in stages else set()
+                what = f"a model of class {type(top).__name__} is not captured"
+                self._faults.of(what, self._tap, top, tops.keys(), called, others, *rank)
             self._bridge.resolved()
             self._communicators.join()
         finally:
@@ -146,25 +165,28 @@ class Models:
         if is_scripted(top):
             self._tell_scripted("a model")
             return
-        modules = list(named(top))
+        of = self._faults.of
+        spelled = [(of(repr(name), _spelled, name, module), (name, module)) for name, module in named(top)]
+        modules = [each for words, each in spelled if words is not None]
         for name, module in modules:
             for key, child in held_by(module):
                 if is_scripted(child):
                     self._tell_scripted(f"{name}.{key}" if name else key)
-        entries = []
-        for (name, module), order in zip(modules, orders(modules), strict=True):
-            cls = authored_class(module)
-            entries.append((name, cls.__name__, f"{cls.__module__}.{cls.__qualname__}", order))
+        told = of("the order of dimensions", orders, modules, otherwise=[UNSTATED] * len(modules))
+        classes = [words for words, _ in spelled if words is not None]
+        entries = [(*words, order) for words, order in zip(classes, told, strict=True)]
         model = authored(top)
         known = self._family.member(model)
         serial = known.serial
         stage = self._pipelines.stage_of(model)
         stages = [] if stage is None else self._pipelines.axes(stage, self._meshes)
-        mesh = self._meshes.of_model(top if stage is None else stage.submod, rank, world, stages)
+        over = top if stage is None else stage.submod
+        unknown = [Axis("dp", rank, world, SUPPOSED, tuple(range(world)))] if world > 1 else []
+        mesh = of("the mesh of a model", self._meshes.of_model, over, rank, world, stages, otherwise=unknown)
         parameters: dict[str, Parameter] = {}
         if self._bridge.wants(1 << PARAM | 1 << GRAD):
-            found = Parameters(top, modules, self._meshes, self._layouts, mesh).by_name
-            parameters = {name: parameter for name, parameter in found.items() if not parameter.is_in(theirs)}
+            found = Parameters(top, modules, self._meshes, self._layouts, mesh, self._faults).by_name
+            parameters = {name: each for name, each in found.items() if not of(name, each.is_in, theirs)}
         axes = [axis[:4] for axis in mesh]
         if any(axis.role == SUPPOSED for axis in mesh):
             self._bridge.tell_given()
@@ -176,7 +198,7 @@ class Models:
             return
         if stage is not None:
             self._tell_microbatches(serial, stage)
-        each = list(parameters.values())
+        each = list(parameters.items())
         self._parameters[serial] = {tap: each[index] for index, tap in of_parameters}
         sign(world)
         known.model = True
@@ -197,50 +219,52 @@ class Models:
                 ends.append((module, key, end))
         for index, (before, after) in selected:
             name, module = modules[index]
-            known = self._family.member(module)
-            if known.tapped is not None:
-                owner, _ = known.tapped
-                # What two models share is tapped in the first. What was a model before it became part of one moves.
-                if known.tapped == (serial, name) or (owner != serial and owner in models):
-                    continue
-                self._untap(module)
-            known.tapped = (serial, name)
-            if before is not None:
-                self._hook(module, "_forward_pre_hooks", compiled.TAP_KEY, before)
-            self._hook(module, "_forward_hooks", compiled.TAP_KEY, after)
+            of(name or "the model", self._tap_module, name, module, before, after, serial, models)
         for module, key, end in ends:
             self._hook(module, "_forward_hooks", key, end, always_call=self._traceable is None)
         self._uneven = True
 
+    def _tap_module(
+        self, name: str, module: nn.Module, before: Any, after: Any, serial: int, models: Set[int]
+    ) -> None:
+        known = self._family.member(module)
+        if known.tapped is not None:
+            owner, _ = known.tapped
+            # What two models share is tapped in the first. What was a model before it became part of one moves.
+            if known.tapped == (serial, name) or (owner != serial and owner in models):
+                return
+            self._untap(module)
+        known.tapped = (serial, name)
+        if before is not None:
+            self._hook(module, "_forward_pre_hooks", compiled.TAP_KEY, before)
+        self._hook(module, "_forward_hooks", compiled.TAP_KEY, after)
+
     def _take(self, serial: int, kind: int, held: Set[int] | None = None) -> None:
         """Captures what is due of a model's parameters; if given, of those alone with these ids."""
-        for tap, parameter in self._parameters.get(serial, {}).items():
-            if self._bridge.due(tap, kind) and (held is None or parameter.is_in(held)):
-                piece = parameter.read(kind)
-                if piece is not None:
-                    self._bridge.parameter(tap, kind, *piece)
+        with torch._C.DisableTorchFunction():  # what the job's classes of tensors do is no matter here
+            for tap, (name, parameter) in self._parameters.get(serial, {}).items():
+                due = self._bridge.due(tap, kind)
+                if due and not self._faults.of(name, self._take_one, tap, kind, parameter, held):
+                    self._bridge.refuse(tap, kind)
+
+    def _take_one(self, tap: int, kind: int, parameter: Parameter, held: Set[int] | None) -> bool:
+        piece = parameter.read(kind) if held is None or parameter.is_in(held) else None
+        if piece is not None:
+            self._bridge.parameter(tap, kind, *piece)
+        return True
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this
         computes, when it is called first. Parameters still are what the forward used, which torch.compile may have run
         without us where it knows no effects."""
-        given = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not self._bridge.wants(1 << PARAM | 1 << GRAD) or steps.has_stand_in(args, kwargs):
+            return None
+        # The model may be called in the closure for the first time.
+        take = functools.partial(self._faults.of, "the gradients of an optimizer", self._take_of, optimizer)
+        given = steps.with_stand_in(type(optimizer).step, args, kwargs, take)
         if given is None:
-            self._take_of(optimizer)
-            return None
-        # The model may be called there for the first time.
-        if not self._bridge.wants(1 << PARAM | 1 << GRAD):
-            return None
-        take = guarded(self._bridge, functools.partial(self._take_of, optimizer))
-
-        def closure() -> Any:
-            result = given()
             take()
-            return result
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": closure}
-        return (args[0], closure, *args[2:]), kwargs
+        return given
 
     def _take_of(self, optimizer: torch.optim.Optimizer) -> None:
         if not any(self._parameters.values()):
@@ -255,11 +279,14 @@ class Models:
         self._bridge.forget(serial)
 
     def _hook(self, module: nn.Module, kind: str, key: int, hook: Any, always_call: bool = False) -> None:
-        hooks.drop_copied(module)  # of a class with a `__setstate__` of its own
+        hooks.drop_strays(module)  # of a class with a `__setstate__` of its own
         hooks.put(module, kind, key, self._dressed(hook, module), always_call)
         self._family.member(module).hooks.append((kind, key))
 
     def _dressed(self, hook: Any, module: nn.Module) -> Any:
+        bind = getattr(hook, "bind", None)
+        if bind is not None:
+            bind(module)
         return hook if self._traceable is None else self._traceable(hook, module)
 
     def _untap(self, module: nn.Module) -> None:
@@ -274,7 +301,7 @@ class Models:
         if self._traceable is not None:
             return
         try:
-            compiler.ready(self._bridge)
+            compiler.ready(self._bridge, self._faults.guard)
             self._traceable = compiled.traced
         except Exception as e:
             self._traceable = hooks.Traceable
@@ -283,10 +310,10 @@ class Models:
         for member in self._family.members():
             module = member.module()
             for kind, key in member.hooks if module is not None else ():
-                hook = getattr(module, kind).get(key)
-                if hook is not None:
-                    getattr(module, kind)[key] = self._dressed(hook, module)
-                    module._forward_hooks_always_called.pop(key, None)
+                there = own(module, kind, {})
+                if there.get(key) is not None:
+                    there[key] = self._dressed(there[key], module)
+                    own(module, "_forward_hooks_always_called", {}).pop(key, None)
         if self._traceable is compiled.traced:
             self._follow_compiler()
 
@@ -296,17 +323,12 @@ class Models:
         self._look_at = torch._dynamo.disable(self._look_at)
         handler = torch._dynamo.callback.callback_handler
         begins, ends = guarded(self._bridge, self._compiling), guarded(self._bridge, self._compiled)
-        original = handler.clear
 
-        def register() -> None:
+        def register(*_: Any) -> None:
             handler.register_start_callback(begins)
             handler.register_end_callback(ends)
 
-        def clear() -> None:
-            original()
-            register()
-
-        handler.clear = clear  # type: ignore[method-assign]
+        follow(handler, "clear", self._faults.guard, after=register)
         register()
 
     def _compiling(self, *_args: Any) -> None:
@@ -315,7 +337,10 @@ class Models:
             self._look(None)
         if self._uneven:
             self._uneven = False
-            alike.even_out([module for member in self._family.members() if (module := member.module()) is not None])
+            modules = [module for member in self._family.members() if (module := member.module()) is not None]
+            for module in modules:
+                hooks.drop_strays(module)
+            alike.even_out(modules)
 
         # The compiler makes modules of its own.
         self._family.deaf = threading.get_ident()
@@ -325,7 +350,7 @@ class Models:
 
     def distributed_is_here(self) -> None:
         """Look again whenever this process has become a rank, or another one."""
-        tell_joined(guarded(self._bridge, self._family.changed))
+        tell_joined(self._faults.guard, self._family.changed)
 
     def _pause(self, paused: bool) -> None:
         """While paused, models that are called are not the job's own work."""
@@ -334,15 +359,15 @@ class Models:
 
     def contexts_are_here(self) -> None:
         """Follow how context parallelism cuts sequences."""
-        Contexts(self._meshes, self._layouts, self._family.changed).watch(functools.partial(guarded, self._bridge))
+        Contexts(self._meshes, self._layouts, self._family.changed).watch(self._faults.guard)
 
     def pipelining_is_here(self) -> None:
         """Follow the stages of torch's pipelines."""
-        self._pipelines.watch_torch(guarded(self._bridge, self._prepared))
+        self._pipelines.watch_torch(self._prepared)
 
     def megatron_is_here(self) -> None:
         """Follow the stages of megatron-core's."""
-        self._pipelines.watch_megatron(functools.partial(guarded, self._bridge), self._prepared)
+        self._pipelines.watch_megatron(self._prepared)
 
     def _prepared(self, stage: Any) -> None:
         known = self._family.member(authored(stage.submod))
@@ -357,12 +382,12 @@ class Models:
     def follow_scaling(self) -> None:
         """Follow what scales losses, as it is imported, if gradients are wanted at all."""
         if self._bridge.wants(1 << BACKWARD | 1 << BACKWARD_PRE):
-            scaling = Scaling(self._bridge.loss_scale)
+            scaling = Scaling(self._bridge.loss_scale, self._faults.guard)
             for name, watch in (
                 (GRAD_SCALER, scaling.watch_scaler),
                 (SHARDED, scaling.watch_sharded_scaler),
                 (DEEPSPEED, scaling.watch_deepspeed),
-                (MEGATRON, functools.partial(scaling.watch_megatron, functools.partial(guarded, self._bridge))),
+                (MEGATRON, scaling.watch_megatron),
             ):
                 imports.when_imported([name], guarded(self._bridge, watch))
 
@@ -376,9 +401,20 @@ class Models:
 
     def dtensor_is_here(self) -> None:
         """Follow what becomes of DTensors."""
-        self._layouts.watch()
+        self._layouts.watch(self._faults.guard)
 
     def _tell_scripted(self, what: str) -> None:
         if not self._said_scripted:
             self._said_scripted = True
             self._bridge.notice(f"{what} is compiled by torch.jit, and cannot be tapped; tap modules around it")
+
+
+def _spelled(name: str, module: nn.Module) -> tuple[str, str, str]:
+    """The name of a module, that of its class, and that with the package it is from."""
+    cls = authored_class(module)
+    words = (name, cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
+    for word in words:
+        if "\0" in word:
+            raise ValueError("a zero byte in its name")
+        word.encode()
+    return words

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .faults import reason
+
 # Children whose name alone says that they are the wrapped module.
 _PRIVATE = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
@@ -35,6 +37,10 @@ def own(module: nn.Module, name: str, default: Any) -> Any:
         return object.__getattribute__(module, name)
     except AttributeError:
         return default
+    except BaseException as e:  # of a property
+        if reason(e) is None:
+            raise
+        return default
 
 
 def stored(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -43,10 +49,15 @@ def stored(module: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in dict.items(own(module, "_parameters", {})) if value is not None}
 
 
+def is_module(value: object) -> bool:
+    """Whether it is a module. By its type: what it says of its class is the job's own."""
+    return issubclass(type(value), nn.Module)
+
+
 def held_by(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that it holds, whatever they are, and their names in it."""
     children = own(module, "_modules", {}).items()
-    return [(key, child) for key, child in children if isinstance(child, nn.Module)]
+    return [(key, child) for key, child in children if is_module(child)]
 
 
 def all_in(top: nn.Module) -> list[nn.Module]:
@@ -71,7 +82,7 @@ def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def is_scripted(module: nn.Module) -> bool:
     """Whether torch.jit made it."""
-    return isinstance(module, torch.jit.ScriptModule)
+    return issubclass(type(module), torch.jit.ScriptModule)
 
 
 def unwrapped(module: nn.Module) -> nn.Module | None:
@@ -97,7 +108,7 @@ def authored(module: nn.Module) -> nn.Module:
 def authored_class(module: nn.Module) -> type:
     """The class its author gave it: fully_shard and parametrizations swap in a subclass, such as `FSDPLinear`."""
     cls = type(module)
-    while cls.__module__.startswith("torch."):
+    while str(cls.__module__).startswith("torch."):
         base = next(
             (b for b in cls.__bases__ if cls.__name__ in {prefix + b.__name__ for prefix in _SUBCLASS_PREFIXES}), None
         )

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from .faults import Faults
 from .layouts import FLAT, MODULE, REPLICATE, SHARD, UNKNOWN, Layouts
 from .mesh import DATA, TENSOR, Axis, Meshes
 from .naming import all_in, authored, own, stored
@@ -54,6 +56,7 @@ class Parameters:
         meshes: Meshes,
         layouts: Layouts,
         mesh: list[Axis],
+        faults: Faults,
     ) -> None:
         self._meshes = meshes
         self._layouts = layouts
@@ -64,16 +67,23 @@ class Parameters:
         self._engine = next(map(weakref.ref, engines), None)
         elsewhere: dict[tuple[int, str], Parameter] = {}
         for module in all_in(top):
-            for group in fsdp2_groups(module):
-                elsewhere.update(self._of_fsdp2(group))
-            handle = own(module, "_handle", None)
-            if handle is not None and is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
-                elsewhere.update(self._of_fsdp1(module, handle))
+            what = f"parameters of a {type(module).__name__}"
+            elsewhere.update(faults.of(what, self._sharded_by, module, otherwise={}))
         self.by_name: dict[str, Parameter] = {}
         for name, module in named:
             plain = {key: self._plain(module, key) for key, p in stored(module).items() if key != "_flat_param"}
             for key, parameter in (plain | {k: p for (m, k), p in elsewhere.items() if m == id(module)}).items():
                 self.by_name[f"{name}.{key}" if name else key] = parameter
+
+    def _sharded_by(self, module: nn.Module) -> dict[tuple[int, str], Parameter]:
+        """Those that a wrapper keeps somewhere else, by the module and the name that they have there."""
+        found: dict[tuple[int, str], Parameter] = {}
+        for group in fsdp2_groups(module):
+            found.update(self._of_fsdp2(group))
+        handle = own(module, "_handle", None)
+        if handle is not None and is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+            found.update(self._of_fsdp1(module, handle))
+        return found
 
     def _rest(self, told: list[Any], place: int) -> list[Any]:
         """Axes of the mesh that are not told of, outermost: `place` on those of the batch."""
@@ -90,7 +100,8 @@ class Parameters:
 
         def read(kind: int) -> Piece | None:
             parameter = parameter_now()
-            if parameter is None:
+            # One of a lazy module's has no elements before that is called first.
+            if parameter is None or is_lazy(parameter):
                 return None
             if hasattr(parameter, "ds_tensor"):
                 return self._zero_3(parameter, kind)
@@ -112,8 +123,10 @@ class Parameters:
         else:
             local, told = value, []
             if getattr(parameter, "tensor_model_parallel", False):  # megatron's mark
-                cut = [axis for axis in self._mesh if axis.role == TENSOR]
-                told = [(a.name, a.index, a.size, SHARD, parameter.partition_dim) for a in cut]  # type: ignore[attr-defined]
+                # DeepSpeed has the mark too, and says nothing of the dimension.
+                dim = getattr(parameter, "partition_dim", None)
+                place = (SHARD, dim) if isinstance(dim, int) and 0 <= dim < value.dim() else (UNKNOWN, 0)
+                told = [(a.name, a.index, a.size, *place) for a in self._mesh if a.role == TENSOR]
         return local.detach(), self._rest(told, REPLICATE if self._replicated else UNKNOWN)
 
     def _of_fsdp2(self, group: Any) -> Iterator[tuple[tuple[int, str], Parameter]]:

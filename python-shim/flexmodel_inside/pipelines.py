@@ -13,6 +13,7 @@ from torch import nn
 
 from .mesh import PIPELINE, Axis, Meshes
 from .naming import all_in
+from .replaced import follow, given
 
 TORCH = "torch.distributed.pipelining.stage"
 MEGATRON = "megatron.core.pipeline_parallel.schedules"
@@ -41,7 +42,11 @@ class _Chunk:
 class Pipelines:
     """Every stage that this process has."""
 
-    def __init__(self, pause: Callable[[bool], None], on_made: Callable[[], None]) -> None:
+    def __init__(
+        self, guard: Callable[..., Any], pause: Callable[[bool], None], on_made: Callable[[], None]
+    ) -> None:
+        # Makes of a function one that raises nothing.
+        self._guard = guard
         self._stages: weakref.WeakSet[Any] = weakref.WeakSet()
         self._chunks: list[_Chunk] = []
         self._pause = pause
@@ -55,25 +60,34 @@ class Pipelines:
         that is captured. `on_prepared` is told the stage afterwards.
         """
         module = sys.modules[TORCH]
-        base, pause = module._PipelineStageBase, self._pause  # type: ignore[attr-defined]
-        original_init, stages, on_made = base.__init__, self._stages, self._on_made
 
-        @functools.wraps(original_init)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            original_init(self, *args, **kwargs)
-            stages.add(self)
-            on_made()
+        def made(_: Any, *call: Any) -> None:
+            self._stages.add(given(*call, 0, "self"))
+            self._on_made()
 
-        base.__init__ = __init__
+        follow(module._PipelineStageBase, "__init__", self._guard, after=made)  # type: ignore[attr-defined]
         for cls in (module._PipelineStage, module.PipelineStage):  # type: ignore[attr-defined]
             if "_prepare_forward_infra" in vars(cls):
-                cls._prepare_forward_infra = _paused(cls._prepare_forward_infra, pause, on_prepared)
+                self._pause_during(cls, "_prepare_forward_infra", on_prepared)
 
-    def watch_megatron(self, guard: Callable[[Any], Any], on_begun: Callable[[Any], None]) -> None:
+    def _pause_during(self, cls: Any, name: str, then: Callable[[Any], None]) -> None:
+        original, pause, then = getattr(cls, name), self._guard(self._pause), self._guard(then)
+
+        @functools.wraps(original)
+        def prepare(*args: Any, **kwargs: Any) -> Any:
+            pause(True)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                pause(False)
+                then(given(args, kwargs, 0, "self"))
+
+        setattr(cls, name, prepare)
+
+    def watch_megatron(self, on_begun: Callable[[Any], None]) -> None:
         """Follow the pipelines of megatron-core. `on_begun` is told a stage before each of its steps."""
 
-        @guard
-        def begin(given: dict[str, Any]) -> None:
+        def begin(_: tuple, given: dict[str, Any]) -> None:
             models = given["model"]
             for model in models if isinstance(models, list) else [models]:
                 stage = next((chunk for chunk in self._chunks if chunk.submod is model), None)
@@ -86,7 +100,7 @@ class Pipelines:
                 on_begun(stage)
 
         for name in MEGATRON_PIPELINES:
-            before(sys.modules[MEGATRON], name, begin)
+            follow(sys.modules[MEGATRON], name, self._guard, before=begin)
 
     def modules(self) -> list[nn.Module]:
         """What the stages run, which may be wrapped."""
@@ -103,18 +117,6 @@ class Pipelines:
         return [meshes.axis_of_group(group, "pp", PIPELINE)]
 
 
-def before(owner: Any, name: str, told: Callable[[dict[str, Any]], None]) -> None:
-    """Have `told` know by what keywords a function is called, before it runs."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        told(kwargs)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, function)
-
-
 def _microbatch_of(model: nn.Module, given: dict[str, Any]) -> tuple[int, int]:
     """Batch and length of a microbatch, which stages in the middle are called without; negative if they vary."""
     if sys.modules["megatron.core.utils"].get_model_config(model).variable_seq_lengths:  # type: ignore[attr-defined]
@@ -126,16 +128,3 @@ def _group_of_pipeline(communicator: Any) -> Any:
     if communicator is not None:
         return communicator.pp_group
     return sys.modules["megatron.core.parallel_state"].get_pipeline_model_parallel_group()  # type: ignore[attr-defined]
-
-
-def _paused(original: Any, pause: Callable[[bool], None], then: Callable[[Any], None]) -> Any:
-    @functools.wraps(original)
-    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
-        pause(True)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            pause(False)
-            then(self)
-
-    return prepare

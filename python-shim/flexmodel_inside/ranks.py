@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from .replaced import follow
 
 # wire::env::RANK_PROCESS.
 _RANK_PROCESS = "FLEXMODEL_RANK_PROCESS"
@@ -58,19 +59,15 @@ def started_by_rank(world: int) -> int | None:
     return None if size == 1 and made_rank else pid
 
 
-def tell_joined(then: Callable[[], object]) -> None:
+def tell_joined(guard: Callable[..., Any], then: Callable[[], object]) -> None:
     """Call `then` whenever this process has become a rank. The modules `JOINING` must be imported."""
-    original = sys.modules[JOINING[0]].init_process_group  # type: ignore[attr-defined]
-
-    @functools.wraps(original)
-    def init_process_group(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        then()
-        return result
-
-    for module in map(sys.modules.__getitem__, JOINING):
+    first: Any
+    first, *others = map(sys.modules.__getitem__, JOINING)
+    original = first.init_process_group
+    follow(first, "init_process_group", guard, after=lambda *_: then())
+    for module in others:
         if getattr(module, "init_process_group", None) is original:
-            module.init_process_group = init_process_group  # type: ignore[attr-defined]
+            module.init_process_group = first.init_process_group  # type: ignore[attr-defined]
 
 
 def _joined() -> bool:

@@ -6,7 +6,6 @@ A scale is read where it is at hand, never from a device while the job is comput
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .pipelines import MEGATRON, MEGATRON_PIPELINES, MEGATRON_WHOLE, before
+from .pipelines import MEGATRON, MEGATRON_PIPELINES, MEGATRON_WHOLE
+from .replaced import follow, given
 
 GRAD_SCALER = "torch.amp.grad_scaler"
 SHARDED = "torch.distributed.fsdp.sharded_grad_scaler"
@@ -24,24 +24,23 @@ DEEPSPEED = "deepspeed.runtime.engine"
 class Scaling:
     """Tells every new scale."""
 
-    def __init__(self, tell: Callable[[float], None]) -> None:
+    def __init__(self, tell: Callable[[float], None], guard: Callable[..., Any]) -> None:
         self._tell = tell
+        # Makes of a function one that raises nothing.
+        self._guard = guard
         # What scalers said after their last update.
         self._known: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
     def watch_scaler(self) -> None:
         """Follow torch's GradScaler."""
         cls = sys.modules[GRAD_SCALER].GradScaler  # type: ignore[attr-defined]
-        original, known = cls.update, self._known
 
-        @functools.wraps(original)
-        def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(self, *args, **kwargs)
-            if self.is_enabled():
-                known[self] = self.get_scale()
-            return result
+        def updated(_: Any, *call: Any) -> None:
+            scaler = given(*call, 0, "self")
+            if scaler.is_enabled():
+                self._known[scaler] = scaler.get_scale()
 
-        cls.update = update
+        follow(cls, "update", self._guard, after=updated)
         self._watch_scale(cls)
 
     def watch_sharded_scaler(self) -> None:
@@ -49,37 +48,31 @@ class Scaling:
         self._watch_scale(sys.modules[SHARDED].ShardedGradScaler)  # type: ignore[attr-defined]
 
     def _watch_scale(self, cls: Any) -> None:
-        original, known, tell = cls.scale, self._known, self._tell
 
-        @functools.wraps(original)
-        def scale(self: Any, outputs: Any) -> Any:
-            if self.is_enabled():
-                tell(known.get(self, self._init_scale))
-            return original(self, outputs)
+        def scales(*call: Any) -> None:
+            scaler = given(*call, 0, "self")
+            if scaler.is_enabled():
+                self._tell(self._known.get(scaler, scaler._init_scale))
 
-        cls.scale = scale
+        follow(cls, "scale", self._guard, before=scales)
 
     def watch_deepspeed(self) -> None:
         """Follow DeepSpeed's engine, which also divides the loss by the number of accumulation steps."""
         cls = sys.modules[DEEPSPEED].DeepSpeedEngine  # type: ignore[attr-defined]
-        original, tell = cls.backward, self._tell
 
-        @functools.wraps(original)
-        def backward(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
-            # backward(loss, retain_graph=False, scale_wrt_gas=True)
-            divided = kwargs.get("scale_wrt_gas", args[1] if len(args) > 1 else True)
-            scale = getattr(self.optimizer, "loss_scale", None) or 1.0
-            tell(float(scale) / (self.gradient_accumulation_steps() if divided else 1))
-            return original(self, loss, *args, **kwargs)
+        def begin(*call: Any) -> None:
+            # backward(self, loss, retain_graph=False, scale_wrt_gas=True)
+            engine, divided = given(*call, 0, "self"), given(*call, 3, "scale_wrt_gas", True)
+            scale = getattr(engine.optimizer, "loss_scale", None) or 1.0
+            self._tell(float(scale) / (engine.gradient_accumulation_steps() if divided else 1))
 
-        cls.backward = backward
+        follow(cls, "backward", self._guard, before=begin)
 
-    def watch_megatron(self, guard: Callable[[Any], Any]) -> None:
+    def watch_megatron(self) -> None:
         """Follow the schedules of megatron-core, which divide the loss of a microbatch by how many these are, unless it
         is a sum over tokens. A scale on top of that is read once in a step, before it computes anything."""
 
-        @guard
-        def begin(given: dict[str, Any]) -> None:
+        def begin(_: tuple, given: dict[str, Any]) -> None:
             models = given["model"]
             model = models[0] if isinstance(models, list) else models
             config = sys.modules["megatron.core.utils"].get_model_config(model)  # type: ignore[attr-defined]
@@ -88,4 +81,4 @@ class Scaling:
             self._tell((1.0 if scale is None else float(scale(torch.ones(())))) / divisor)
 
         for name in (*MEGATRON_PIPELINES, MEGATRON_WHOLE):
-            before(sys.modules[MEGATRON], name, begin)
+            follow(sys.modules[MEGATRON], name, self._guard, before=begin)

@@ -16,7 +16,7 @@ from .naming import all_in, held_by, own
 def is_instance(value: object, module: str, name: str) -> bool:
     """Whether `value` is of a class that may not be imported."""
     cls = getattr(sys.modules.get(module), name, None)
-    return isinstance(cls, type) and isinstance(value, cls)
+    return isinstance(cls, type) and issubclass(type(value), cls)
 
 
 def wrapper_name(top: nn.Module) -> str:
@@ -50,7 +50,7 @@ def fsdp2_groups(module: nn.Module) -> list[Any]:
 
 
 # Codes of wire::tap_abi::Order.
-_UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED, _TURNED = range(7)
+UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED, _TURNED = range(7)
 
 
 def _batch_first(module: nn.Module) -> bool | None:
@@ -80,5 +80,5 @@ def orders(names: list[tuple[str, nn.Module]]) -> list[int]:
         elif any(".".join(parts[:i]) in stating for i in range(len(parts))):
             out.append(_IN_SEQUENCE_FIRST)
         else:
-            out.append(_MIXED if stating else _UNSTATED)
+            out.append(_MIXED if stating else UNSTATED)
     return out

@@ -11,7 +11,7 @@
 use std::{ffi::c_void, marker::PhantomData};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 6;
+pub const TAP_ABI: u32 = 7;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -177,12 +177,13 @@ pub enum Refusal {
     SharedInput = 10,
     Returned = 11,
     Split = 12,
+    Raised = 13,
 }
 
 impl Refusal {
     /// The refusal with this code; [`Refusal::Subclass`] for one we do not know.
     pub fn from_code(code: u8) -> Self {
-        const ALL: [Refusal; 13] = [
+        const ALL: [Refusal; 14] = [
             Refusal::None,
             Refusal::Sparse,
             Refusal::Meta,
@@ -196,6 +197,7 @@ impl Refusal {
             Refusal::SharedInput,
             Refusal::Returned,
             Refusal::Split,
+            Refusal::Raised,
         ];
         ALL.into_iter().find(|r| *r as u8 == code).unwrap_or(Refusal::Subclass)
     }
@@ -215,6 +217,7 @@ impl Refusal {
             Self::Device => "a device that is neither CPU nor CUDA",
             Self::SharedInput => "an input whose gradient through this module alone cannot be told",
             Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
+            Self::Raised => "a tensor that raised when it was looked at; a notice says what",
             Self::Split => {
                 "an input of a module that torch.compile put into several graphs, as it does for DDP unless \
                  torch._dynamo.config.optimize_ddp is False"

@@ -39,16 +39,15 @@ void capture_in_graph(const Site& site, Kind kind, const std::string& path, cons
 // `tensor` with what the graph will know of its edit applied.
 at::Tensor edited_in_graph(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor);
 
-// Runs what an operation, or a step of tracing, does, so that nothing of ours ever reaches the job.
+// Runs what an operation, or a step of tracing, does, so that nothing of ours ever reaches the job; exceptions of the job's
+// own do.
 template <typename Body>
 void guarded_operation(Body body) {
   if (!active() || are_taps_paused()) return;
   try {
     body();
-  } catch (const std::exception& e) {
-    fault("a tap in a compiled graph failed: " + reason(e));
   } catch (...) {
-    fault("a tap in a compiled graph failed");
+    fault("a tap in a compiled graph failed: " + why_in_torch());
   }
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "flexmodel/faults.h"
 #include "flexmodel/ffi.h"
 #include "flexmodel/parts.h"
 #include "flexmodel/site.h"
@@ -23,7 +24,7 @@ inline constexpr uint32_t bit(Kind kind) { return 1u << kind; }
 void capture(const Site& site, Kind kind, const std::string& path, uint32_t repeat, const Part& part,
              Refusal because = Refusal::None);
 
-// The part of a gradient that came to `site`, whose tensor lay as `axes` say.
+// The part of a gradient that came to `site`, whose tensor lay as `axes` say. One that raises cannot be read.
 Part gradient_at(const Site& site, const at::Tensor& gradient, const Axes& axes);
 
 // `tensor` with its edit applied, differentiably; undefined if there is none.
@@ -53,16 +54,14 @@ void tell_of_compiled_autograd();
 // What went wrong, in a line.
 std::string reason(const std::exception& error);
 
-// Runs what a gradient hook does, so that nothing of ours ever reaches the job.
+// Runs what a gradient hook does: what raises costs that gradient, and only exceptions of the job's own reach the job.
 template <typename Body>
 void guarded_gradient(Body body) {
   if (!active()) return;
   try {
     body();
-  } catch (const std::exception& e) {
-    fault("a gradient hook failed: " + reason(e));
   } catch (...) {
-    fault("a gradient hook failed");
+    tell("a gradient", why_in_torch());
   }
 }
 

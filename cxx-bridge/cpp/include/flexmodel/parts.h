@@ -40,7 +40,7 @@ struct Where {
 void set_describer(PyObject* describe);
 
 // The part of `tensor`. The shim is asked about a DTensor, and with `ask` about any tensor. `python_type` is the name of
-// its Python class, if that is known.
+// its Python class, if that is known. Throws PyError.
 Part part_of(const at::Tensor& tensor, bool ask, const char* python_type = nullptr, Where where = {});
 
 // The part of a gradient, whose tensor lay as `forward` says. Takes the GIL if it needs it.

@@ -4,6 +4,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <torch/csrc/Exceptions.h>
+
 #include <exception>
 #include <utility>
 
@@ -66,6 +68,9 @@ PyObject* into_python(Make make) {
   try {
     return make();
   } catch (const PyError&) {
+    return nullptr;
+  } catch (python_error& e) {
+    if (PyErr_Occurred() == nullptr) e.restore();
     return nullptr;
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());

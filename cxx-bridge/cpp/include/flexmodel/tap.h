@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 
 #include "flexmodel/ffi.h"
 
@@ -25,15 +26,15 @@ void tell_given();
 // at another would make the job wait.
 uint32_t digest_of_given(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& kept);
 
-// Keeps the shim's `take(serial)`, which captures what is due of a model's parameters and raises nothing.
+// Keeps the shim's `take(serial)`, which captures what is due of a model's parameters and raises nothing of ours.
 void take_with(PyObject* take);
 
-// Has it do so, if any hook taps parameters: a forward pass of the model begins.
+// Has it do so, if any hook taps parameters: a forward pass of the model begins. Throws PyError.
 void take_parameters(uint64_t serial);
 
-// (before, after) hooks of a tap on `kinds`, of which `edits` are edited; `before` is None where the tap needs only its
-// output. New reference.
-PyObject* make_tap(uint32_t tap, uint32_t kinds, uint32_t edits);
+// (before, after) hooks of a tap on `kinds` of the module `name`, of which `edits` are edited; `before` is None where the tap
+// needs only its output. New reference.
+PyObject* make_tap(uint32_t tap, std::string name, uint32_t kinds, uint32_t edits);
 
 // (before, after) hooks that mark the forward of a model (part 0), or of a part of it. New reference.
 PyObject* make_scope(uint64_t serial, uint64_t part);

@@ -33,6 +33,7 @@ enum class Refusal : uint8_t {
   SharedInput = 10,
   Returned = 11,
   Split = 12,
+  Raised = 13,
 };
 
 // Our own operations are nobody's business: no autograd, no autocast, no dispatch mode of the job sees them.
