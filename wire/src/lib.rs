@@ -10,6 +10,7 @@
 //! | [`control`] | messages on the unix socket | interposer, agent |
 //! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
+//! | [`preload`] | what the preloaded object and the engine tell each other, inside one process | interposer |
 //! | [`tap_abi`] | the C tables between interposer and bridge, inside one process | interposer, bridge |
 //!
 //! Every decoder takes hostile bytes and does no I/O. Two definitions are of files, and read them: [`hooks::parse`] a TOML
@@ -21,6 +22,7 @@ pub mod control;
 pub mod dtype;
 pub mod env;
 pub mod hooks;
+pub mod preload;
 pub mod record;
 pub mod slab;
 pub mod tap_abi;
