@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`env`] | environment variables | launcher, interposer |
 //! | [`hooks`] | the `FLEXMODEL_HOOKS` grammar and selector matching | launcher, interposer |
+//! | [`descriptor`] | how descriptors of ours are held in a process of the job | interposer |
 //! | [`dtype`] | element types and their names | all |
 //! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
@@ -19,6 +20,7 @@
 pub mod bridge_marker;
 pub mod bridge_sources;
 pub mod control;
+pub mod descriptor;
 pub mod dtype;
 pub mod env;
 pub mod hooks;

@@ -23,7 +23,7 @@ use crate::{
         PATIENCE, Server, attach,
         board::Board,
         parent::{FromAgent, ToAgent},
-        socket::Listening,
+        socket::{Listening, open_to_others},
     },
     store::{DEFAULT_SHARD_BYTES, Options, Store, dir::of_this_node, format::RunInfo},
     summary,
@@ -98,6 +98,9 @@ impl Agent {
         give_way();
         let dashboard = bind(args.port)?;
         let token = token().context("no random numbers for the dashboard's token")?;
+        if let Some(why) = open_to_others(&args.socket) {
+            eprintln!("flexmodel: {why}");
+        }
         let listening = Listening::bind(&args.socket)?;
         let board: Arc<OnceLock<Arc<Board>>> = Arc::default();
         let told = board.clone();
