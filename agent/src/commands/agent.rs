@@ -37,7 +37,7 @@ const NICENESS: i32 = 10;
 /// Where it listens and writes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The unix socket that jobs attach to
+    /// The unix socket that jobs attach to, in a folder that only you can write to
     #[arg(long)]
     pub socket: PathBuf,
     /// The run directory; a run that is there already is continued; {node} in it is this node's name
