@@ -101,9 +101,9 @@ def test_plain_commands_behave_as_without(variant, programs):
     """INERT-1."""
     for name, argv in programs.items():
         without, within = harness.run(argv), harness.run(argv, variant)
-        if name == "ldd":  # it lists the preload and what that needs, as the loader does; addresses vary
+        if name == "ldd":  # it lists the preload, as the loader does; addresses vary
             without.out, within.out = (
-                {line.split()[0] for line in o.out.splitlines()} - {str(harness.LIBRARY), "libgcc_s.so.1"}
+                {line.split()[0] for line in o.out.splitlines()} - {str(harness.LIBRARY)}
                 for o in (without, within)
             )
         assert (within.code, within.out, within.err) == (without.code, without.out, without.err), name
@@ -192,20 +192,6 @@ def test_libraries_that_dlopen_by_their_own_runpath_still_load(tmp_path):
         subprocess.run(line.split(), cwd=tmp_path, check=True)
     for env in (harness.environment(), *_variants(tmp_path, {}).values()):
         assert harness.run([str(tmp_path / "main")], env).expect(0).out == "42\n"
-
-
-def test_every_exported_symbol_is_on_the_list():
-    text = (harness.ROOT / "interposer" / "src" / "lib.rs").read_text()
-    section = text.split("# Exported symbols")[1].split("//! #")[0]
-    listed = set(re.findall(r"^//! - `(\w+)`", section, re.M))
-    out = subprocess.run(["nm", "-D", "--defined-only", harness.LIBRARY], check=True, capture_output=True, text=True)
-    assert {line.split()[-1].split("@")[0] for line in out.stdout.splitlines()} == listed
-
-
-def test_the_library_needs_the_c_library_only():
-    out = subprocess.run(["readelf", "-d", harness.LIBRARY], check=True, capture_output=True, text=True).stdout
-    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", out))
-    assert needed <= {"libc.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
 def test_no_record_has_a_time_before_the_run(run_once):

@@ -1,8 +1,8 @@
 //! Plays the ranks of a training job without torch: makes run directories for tests, demonstrations and measurements.
 //!
 //! ```text
-//! flexmodel agent --socket /tmp/a.sock --out runs/demo &
-//! cargo run --example produce -- --socket /tmp/a.sock --ranks 2 --steps 20 --elements 65536
+//! flexmodel agent --socket runs/a.sock --out runs/demo &
+//! cargo run --example produce -- --socket runs/a.sock --ranks 2 --steps 20 --elements 65536
 //! ```
 //!
 //! Each rank captures `layers.N.mlp` (forward and backward, laid along the batch), `lm_head` (forward) and
@@ -250,6 +250,7 @@ fn send_with_fd(mut stream: &UnixStream, bytes: &[u8], map: &Mapping) -> std::io
     struct Ancillary([u8; 24]);
     let mut ancillary = Ancillary([0; 24]);
     let slices = [IoSlice::new(bytes)];
+    let fd = map.fd()?;
     // SAFETY: msghdr is plain data; every pointer in it outlives the call; the buffer has room for one descriptor.
     let sent = unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
@@ -260,7 +261,7 @@ fn send_with_fd(mut stream: &UnixStream, bytes: &[u8], map: &Mapping) -> std::io
         (*header).cmsg_level = libc::SOL_SOCKET;
         (*header).cmsg_type = libc::SCM_RIGHTS;
         (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as usize;
-        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(map.fd().as_raw_fd());
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(fd.as_raw_fd());
         libc::sendmsg(stream.as_raw_fd(), &message, 0)
     };
     let sent = usize::try_from(sent).map_err(|_| std::io::Error::last_os_error())?;

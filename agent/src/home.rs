@@ -11,6 +11,8 @@ use anyhow::{Context, bail};
 pub const HOME_VARIABLE: &str = "FLEXMODEL_HOME";
 /// The preload library in the home.
 pub const LIBRARY: &str = "libflexmodel.so";
+/// What the preload library loads from beside itself where torch comes.
+pub const ENGINE: &str = "libflexmodel_engine.so";
 
 /// The folder with `libflexmodel.so`, `flexmodel_inside/` and `bridge/`: `$FLEXMODEL_HOME`, else `lib/flexmodel` beside
 /// the folder of this executable.
@@ -34,13 +36,14 @@ pub fn home() -> anyhow::Result<PathBuf> {
     }
 }
 
-/// The preload library.
+/// The preload library, which has its engine beside it.
 pub fn library() -> anyhow::Result<PathBuf> {
-    let path = home()?.join(LIBRARY);
-    if !path.is_file() {
-        bail!("{} is missing; run scripts/setup", path.display());
+    let home = home()?;
+    let missing = [ENGINE, LIBRARY].map(|name| home.join(name)).into_iter().find(|path| !path.is_file());
+    match missing {
+        Some(path) => bail!("{} is missing; run scripts/setup", path.display()),
+        None => Ok(home.join(LIBRARY)),
     }
-    Ok(path)
 }
 
 fn absolute(path: &Path) -> anyhow::Result<PathBuf> {

@@ -223,6 +223,7 @@ fn what_is_missing_is_named_with_the_way_out() {
 fn a_python_that_taps_cannot_work_in_is_one_line_with_the_way_out_and_leaves_nothing() {
     let site = Site::new();
     site.write("home/libflexmodel.so", "");
+    site.write("home/libflexmodel_engine.so", "");
     let run = |change: &dyn Fn(&mut Command)| {
         let (python, out) = (site.path("python3"), site.path("runs/first"));
         let (python, shown) = (python.to_str().unwrap(), out.to_str().unwrap());

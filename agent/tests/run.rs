@@ -16,8 +16,10 @@ use rank::{info, total, verify, wait_until};
 fn home(folder: &Path) -> PathBuf {
     let home = folder.join("home");
     fs::create_dir_all(&home).unwrap();
-    if !home.join("libflexmodel.so").exists() {
-        fs::write(home.join("libflexmodel.so"), "").unwrap();
+    for name in ["libflexmodel.so", "libflexmodel_engine.so"] {
+        if !home.join(name).exists() {
+            fs::write(home.join(name), "").unwrap();
+        }
     }
     home
 }

@@ -17,7 +17,9 @@ use serde_json::{Value, json};
 fn finished(folder: &Path) -> PathBuf {
     let (home, out) = (folder.join("home"), folder.join("run"));
     fs::create_dir_all(&home).unwrap();
-    fs::write(home.join("libflexmodel.so"), "").unwrap();
+    for name in ["libflexmodel.so", "libflexmodel_engine.so"] {
+        fs::write(home.join(name), "").unwrap();
+    }
     let produce = Path::new(env!("CARGO_BIN_EXE_flexmodel")).with_file_name("examples").join("produce");
     let script =
         format!("{} --socket ${{FLEXMODEL_AGENT#unix:}} --steps 5 --elements 64 --slab 16M; exit 7", produce.display());

@@ -1,6 +1,6 @@
 //! From "torch is loading" to "the shim watches for models".
 //!
-//! `dlopen` sees `torch/_C` and asks for a pending call; the call runs inside `import torch`, with the GIL. There
+//! The preload has seen `torch/_C` and we ask for a pending call, which runs inside `import torch`, with the GIL. There
 //! the bridge for exactly this torch is found and opened, and the shim started. Whatever fails is one line.
 
 use std::{
@@ -42,11 +42,10 @@ pub fn bridge() -> Option<&'static BridgeTable> {
     BRIDGE.get().copied()
 }
 
-/// Called from `dlopen`, possibly often; acts once.
+/// Called from the job's `dlopen`, once.
 pub fn torch_is_loading() {
-    if state::take_armed()
-        && let Err(why) = python::add_pending_call(pending)
-    {
+    state::on();
+    if let Err(why) = python::add_pending_call(pending) {
         state::off(&why);
     }
 }
@@ -103,13 +102,13 @@ fn home() -> Result<PathBuf, String> {
     let name = unsafe {
         let mut info: libc::Dl_info = std::mem::zeroed();
         if libc::dladdr(pending as *const c_void, &mut info) == 0 || info.dli_fname.is_null() {
-            return Err("the loader does not know where libflexmodel.so is".into());
+            return Err("the loader does not know where libflexmodel_engine.so is".into());
         }
         CStr::from_ptr(info.dli_fname)
     };
     let path = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
     let path = fs::canonicalize(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    path.parent().map(Path::to_owned).ok_or_else(|| "libflexmodel.so has no folder".into())
+    path.parent().map(Path::to_owned).ok_or_else(|| "libflexmodel_engine.so has no folder".into())
 }
 
 /// What a bridge must be built for, but for the C++ ABI, which only the build can know.
@@ -167,7 +166,7 @@ fn find_bridge(torch: &Torch, home: &Path) -> Result<PathBuf, String> {
             Some(m) if !m.fits(&m.key, &digest) => Err(format!(
                 "the bridge {} is from other sources than {}; run: flexmodel bridge build",
                 path.display(),
-                home.join("libflexmodel.so").display()
+                home.display()
             )),
             Some(_) => Ok(path),
         };

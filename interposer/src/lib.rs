@@ -1,9 +1,9 @@
-//! `libflexmodel.so`: preloaded into every process of a job, awake only in those that load torch.
+//! `libflexmodel_engine.so`: what taps decide and do, in the processes of a job that load torch. `libflexmodel.so`
+//! (`interposer/preload`) is in all of them, and loads this from beside itself.
 //!
 //! | file | does |
 //! |---|---|
-//! | [`start`] | reads the environment at load; decides between inert and armed |
-//! | [`dlopen`] | the one interposed symbol: notices `torch/_C` and steps aside |
+//! | [`start`](mod@start) | the one exported function: the preload calls it when torch is about to be loaded |
 //! | [`python`] | the few functions of the Python C API we call, found by dlsym |
 //! | [`boot`] | inside Python: finds the bridge for this torch, starts the shim |
 //! | [`state`] | the one atomic state, forks, and the switch that turns taps off |
@@ -19,11 +19,10 @@
 //!
 //! The whole list; a test compares it with `nm -D`:
 //!
-//! - `dlopen`
+//! - `flexmodel_engine_start`
 //!
 //! # Invariants
 //!
-//! - **INERT-1** Without `FLEXMODEL_HOOKS`, or with `FLEXMODEL_DISABLE=1`, nothing but `dlopen`'s jump remains.
 //! - **FORK-1** In a forked child taps are off for good; the child only flips atomics.
 //! - **OPEN-1** An inner error or panic turns taps off in this process with one line; the job goes on.
 //! - **WAIT-1** No wait is unbounded: see [`shipping`].
@@ -31,7 +30,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
 
 mod boot;
-mod dlopen;
 mod engine;
 mod gather;
 mod host;

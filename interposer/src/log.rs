@@ -1,7 +1,9 @@
-//! Lines for the user on stderr, by one `write`, and only if descriptor 2 still is what it was when we were loaded:
+//! Lines for the user on stderr, by one `write`, and only if descriptor 2 still is what it was when the process began:
 //! a job that closed it and opened a file of its own must not find our words in there.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use wire::preload::Preload;
 
 static DEVICE: AtomicU64 = AtomicU64::new(u64::MAX);
 static INODE: AtomicU64 = AtomicU64::new(u64::MAX);
@@ -14,11 +16,11 @@ fn stderr_identity() -> Option<(u64, u64)> {
     (unsafe { libc::fstat(2, &mut stat) } == 0).then_some((stat.st_dev, stat.st_ino))
 }
 
-/// Remembers what descriptor 2 is.
-pub fn remember_stderr() {
-    if let Some((device, inode)) = stderr_identity() {
-        DEVICE.store(device, Ordering::Relaxed);
-        INODE.store(inode, Ordering::Relaxed);
+/// Remembers what descriptor 2 was.
+pub fn remember_stderr(preload: &Preload) {
+    if preload.has_stderr != 0 {
+        DEVICE.store(preload.stderr_device, Ordering::Relaxed);
+        INODE.store(preload.stderr_inode, Ordering::Relaxed);
     }
 }
 

@@ -1,22 +1,23 @@
-//! What happens when the library is loaded: it reads the environment and nothing else.
+//! The one exported function: the preload calls it in a process that is about to load torch.
 
-use wire::env;
+use wire::preload::{PRELOAD_ABI, Preload};
 
-use crate::{log, state};
+use crate::{boot, log, state};
 
-/// Runs before `main` of every process that inherits the preload.
-#[ctor::ctor(unsafe)]
-fn at_load() {
-    if !wanted() {
-        return;
+/// Starts what there is to start. `false`: the preload is of another version, and nothing was started.
+///
+/// # Safety
+/// `preload` points to what a preload of this or another version passes, whose first field is its version.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flexmodel_engine_start(preload: *const Preload) -> bool {
+    // SAFETY: the version is the first field in every version.
+    if preload.is_null() || unsafe { (&raw const (*preload).abi).read() } != PRELOAD_ABI {
+        return false;
     }
-    log::remember_stderr();
+    // SAFETY: a preload of this version passes a struct of this type.
+    let preload = unsafe { &*preload };
+    log::remember_stderr(preload);
     state::watch_forks();
-    state::arm();
-}
-
-/// INERT-1.
-fn wanted() -> bool {
-    std::env::var_os(env::DISABLE).is_none_or(|v| v != "1")
-        && std::env::var_os(env::HOOKS).is_some_and(|v| !v.is_empty())
+    boot::torch_is_loading();
+    true
 }

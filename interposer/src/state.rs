@@ -6,26 +6,14 @@ use crate::{log, shipping};
 
 /// Nothing of ours runs.
 const OFF: u8 = 0;
-/// Waiting for torch.
-const ARMED: u8 = 1;
 /// torch is here; taps may fire.
-const ON: u8 = 2;
+const ON: u8 = 1;
 
 static STATE: AtomicU8 = AtomicU8::new(OFF);
 
-/// Hooks are wanted: wait for torch.
-pub fn arm() {
-    STATE.store(ARMED, Ordering::Release);
-}
-
-/// Whether we wait for torch; the first caller that is told so has to act on it.
-pub fn take_armed() -> bool {
-    STATE.compare_exchange(ARMED, ON, Ordering::AcqRel, Ordering::Acquire).is_ok()
-}
-
-/// Whether we wait for torch.
-pub fn is_armed() -> bool {
-    STATE.load(Ordering::Acquire) == ARMED
+/// torch is about to be loaded.
+pub fn on() {
+    STATE.store(ON, Ordering::Release);
 }
 
 /// Whether taps may fire.

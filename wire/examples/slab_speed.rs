@@ -25,7 +25,7 @@ fn main() {
     let mut args = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("FRAME_BYTES ROUNDS"));
     let (frame, rounds) = (args.next().expect("FRAME_BYTES"), args.next().expect("ROUNDS"));
     let mut writer = SlabWriter::create(DEFAULT_SLAB_BYTES, 0).expect("a slab");
-    let fd = writer.mapping().fd().try_clone_to_owned().expect("a descriptor");
+    let fd = writer.mapping().fd().and_then(|fd| fd.try_clone_to_owned()).expect("a descriptor");
     let over = AtomicBool::new(false);
     // As many bytes of memory on both sides, each page touched before.
     let source = vec![1u8; TURN / frame * frame];

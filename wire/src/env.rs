@@ -1,9 +1,13 @@
 //! Names and values of the environment variables a job is started with.
 
+use std::ffi::CStr;
+
+use crate::preload;
+
 /// Hook clauses, or the path of a TOML file that holds them. Absent or empty: nothing is tapped.
-pub const HOOKS: &str = "FLEXMODEL_HOOKS";
+pub const HOOKS: &str = text(preload::HOOKS);
 /// `1` switches everything off, whatever else is set.
-pub const DISABLE: &str = "FLEXMODEL_DISABLE";
+pub const DISABLE: &str = text(preload::DISABLE);
 /// Where the agent listens: `unix:PATH`.
 pub const AGENT: &str = "FLEXMODEL_AGENT";
 /// What a tap does when the slab is full: `wait` (default) or `drop`.
@@ -24,6 +28,14 @@ pub const FAULT: &str = "FLEXMODEL_TEST_FAULT";
 
 /// Path of an open library that stands in for NCCL in tests: tensors of the CPU are gathered over it.
 pub const TEST_NCCL: &str = "FLEXMODEL_TEST_NCCL";
+
+/// A name that is text at compile time.
+const fn text(name: &CStr) -> &str {
+    match name.to_str() {
+        Ok(text) => text,
+        Err(_) => panic!("a name that is not UTF-8"),
+    }
+}
 
 /// Slab size when [`SLAB`] is not set.
 pub const DEFAULT_SLAB_BYTES: u64 = 256 << 20;

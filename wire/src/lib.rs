@@ -4,12 +4,14 @@
 //! |---|---|---|
 //! | [`env`] | environment variables | launcher, interposer |
 //! | [`hooks`] | the `FLEXMODEL_HOOKS` grammar and selector matching | launcher, interposer |
+//! | [`descriptor`] | how descriptors of ours are held in a process of the job | interposer |
 //! | [`dtype`] | element types and their names | all |
 //! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
 //! | [`control`] | messages on the unix socket | interposer, agent |
 //! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
+//! | [`preload`] | what the preloaded object and the engine tell each other, inside one process | interposer |
 //! | [`tap_abi`] | the C tables between interposer and bridge, inside one process | interposer, bridge |
 //!
 //! Every decoder takes hostile bytes and does no I/O. Two definitions are of files, and read them: [`hooks::parse`] a TOML
@@ -18,9 +20,11 @@
 pub mod bridge_marker;
 pub mod bridge_sources;
 pub mod control;
+pub mod descriptor;
 pub mod dtype;
 pub mod env;
 pub mod hooks;
+pub mod preload;
 pub mod record;
 pub mod slab;
 pub mod tap_abi;

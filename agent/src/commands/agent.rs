@@ -23,7 +23,7 @@ use crate::{
         PATIENCE, Server, attach,
         board::Board,
         parent::{FromAgent, ToAgent},
-        socket::Listening,
+        socket::{Listening, open_to_others},
     },
     store::{DEFAULT_SHARD_BYTES, Options, Store, dir::of_this_node, format::RunInfo},
     summary,
@@ -37,7 +37,7 @@ const NICENESS: i32 = 10;
 /// Where it listens and writes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The unix socket that jobs attach to
+    /// The unix socket that jobs attach to, in a folder that only you can write to
     #[arg(long)]
     pub socket: PathBuf,
     /// The run directory; a run that is there already is continued; {node} in it is this node's name
@@ -98,6 +98,9 @@ impl Agent {
         give_way();
         let dashboard = bind(args.port)?;
         let token = token().context("no random numbers for the dashboard's token")?;
+        if let Some(why) = open_to_others(&args.socket) {
+            eprintln!("flexmodel: {why}");
+        }
         let listening = Listening::bind(&args.socket)?;
         let board: Arc<OnceLock<Arc<Board>>> = Arc::default();
         let told = board.clone();

@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn other_memory_is_told_apart() {
         let (slab, other) = (SlabWriter::create(1 << 20, 0).unwrap(), SlabWriter::create(1 << 20, 0).unwrap());
-        assert_ne!(inode_of(slab.mapping().fd()).unwrap(), inode_of(other.mapping().fd()).unwrap());
+        assert_ne!(inode_of(slab.mapping().fd().unwrap()).unwrap(), inode_of(other.mapping().fd().unwrap()).unwrap());
     }
 
     #[test]

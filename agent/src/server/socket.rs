@@ -16,6 +16,8 @@ use anyhow::{anyhow, bail};
 
 /// Longest path of a unix socket in bytes.
 pub const MAX_PATH: usize = 107;
+/// Where a socket is well placed: nobody else may listen there, and be taken for us.
+const PLACE: &str = "\"$XDG_RUNTIME_DIR/flexmodel.sock\" or one that mktemp -d makes";
 /// Bytes asked for at a time.
 const CHUNK: usize = 64 << 10;
 
@@ -33,9 +35,9 @@ impl Listening {
         let shown = path.display();
         if path.as_os_str().len() > MAX_PATH {
             bail!(
-                "the path of --socket is {} bytes long and may have {MAX_PATH}; give a shorter one, such as {}",
-                path.as_os_str().len(),
-                std::env::temp_dir().join("flexmodel.sock").display()
+                "the path of --socket is {} bytes long and may have {MAX_PATH}; give a shorter one, in a folder that \
+                 only you can write to, such as {PLACE}",
+                path.as_os_str().len()
             );
         }
         match fs::symlink_metadata(path) {
@@ -75,6 +77,19 @@ impl Listening {
         // SAFETY: one valid pollfd; a timeout of zero never blocks.
         unsafe { libc::poll(&mut poll, 1, 0) > 0 }
     }
+}
+
+/// What is wrong with the folder of a socket, as a line for the user. Ranks look who listens before they send anything;
+/// but where others may replace the socket, they may keep it from us.
+pub fn open_to_others(path: &Path) -> Option<String> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mode = fs::metadata(folder).ok()?.mode();
+    (mode & 0o002 != 0 && mode & 0o1000 == 0).then(|| {
+        format!(
+            "any user may replace the socket in {}, and ranks then attach to nobody; listen in {PLACE}",
+            folder.display()
+        )
+    })
 }
 
 impl Drop for Listening {
@@ -163,9 +178,20 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_where_anybody_may_replace_the_socket_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        for (mode, open) in [(0o700, false), (0o755, false), (0o775, false), (0o1777, false), (0o777, true)] {
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+            let said = open_to_others(&dir.path().join("s"));
+            assert_eq!(said.is_some(), open, "{mode:o}: {said:?}");
+        }
+    }
+
+    #[test]
     fn a_path_too_long_is_refused_by_its_length() {
         let path = PathBuf::from(format!("/tmp/{}", "x".repeat(200)));
         let text = format!("{:#}", Listening::bind(&path).unwrap_err());
         assert!(text.contains("205") && text.contains("107"), "{text}");
+        assert!(text.contains("only you") && !text.contains("/tmp"), "{text}");
     }
 }

@@ -289,7 +289,7 @@ pub fn send_with_fd(mut stream: &UnixStream, bytes: &[u8], map: &Mapping) {
         (*header).cmsg_level = libc::SOL_SOCKET;
         (*header).cmsg_type = libc::SCM_RIGHTS;
         (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
-        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(map.fd().as_raw_fd());
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(map.fd().unwrap().as_raw_fd());
         libc::sendmsg(stream.as_raw_fd(), &message, 0)
     };
     stream.write_all(&bytes[usize::try_from(sent).unwrap()..]).unwrap();

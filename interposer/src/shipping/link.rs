@@ -2,20 +2,23 @@
 //! the last word.
 
 use std::{
-    io::Read,
-    os::unix::net::UnixStream,
+    io::{self, Read},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use wire::{
     control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent, clip},
+    descriptor::{self, Descriptor},
     env::{self, OnFull},
     slab::Mapping,
     tap_abi::Rank,
 };
 
-use super::{outbox::Outbox, socket};
+use super::{
+    outbox::Outbox,
+    socket::{self, Refusal},
+};
 use crate::log;
 
 /// How often an absent agent is looked for, and a present one looked at.
@@ -32,7 +35,7 @@ const MAX_LINES: u32 = 20;
 pub struct Link {
     socket: PathBuf,
     hello: Hello,
-    stream: Option<UnixStream>,
+    stream: Option<Descriptor>,
     outbox: Outbox,
     inbox: Vec<u8>,
     /// The last look at an agent that is there.
@@ -41,10 +44,16 @@ pub struct Link {
     pub(super) tried: Option<Instant>,
     pub(super) pause: Duration,
     /// The user knows that there is no agent.
-    missing: bool,
+    pub(super) missing: bool,
+    /// What the system forbids, as far as the user knows.
+    forbidden: Option<io::ErrorKind>,
     lines: u32,
     /// This agent refused us: do not ask again.
     refused: bool,
+    /// Another user listens there: never ask again.
+    foreign: bool,
+    /// An agent is there, and the job has closed the memory's descriptor: only another slab can go to it.
+    wants_slab: bool,
 }
 
 impl Link {
@@ -73,8 +82,11 @@ impl Link {
             tried: None,
             pause: LOOK,
             missing: false,
+            forbidden: None,
             lines: 0,
             refused: false,
+            foreign: false,
+            wants_slab: false,
         }
     }
 
@@ -128,15 +140,20 @@ impl Link {
                 return true;
             }
         }
-        if self.refused || self.tried.is_some_and(|t| t.elapsed() < self.pause) {
+        if self.asks_no_more() || self.tried.is_some_and(|t| t.elapsed() < self.pause) {
             return false;
         }
         self.attach(map)
     }
 
+    /// Whether an agent is there that cannot be given this slab, since the job has closed its descriptor. Told once a try.
+    pub fn takes_wish_for_slab(&mut self) -> bool {
+        std::mem::take(&mut self.wants_slab)
+    }
+
     /// Tells an agent that is there, or can be attached to at once, that the slab is complete. Whether it has the slab.
     pub fn farewell(&mut self, map: &Mapping, limit: Duration) -> bool {
-        let there = !self.refused && (self.listen() || self.attach(map));
+        let there = !self.asks_no_more() && (self.listen() || self.attach(map));
         self.say(ToAgent::Bye);
         self.wait_to_send(limit);
         there
@@ -151,35 +168,89 @@ impl Link {
 
     /// Says something to whoever listens, though nothing may follow.
     pub fn last_words(&mut self, text: &str, map: Option<&Mapping>, limit: Duration) {
-        let there = self.listen() || map.is_some_and(|map| !self.refused && self.attach(map));
+        let there = self.listen() || map.is_some_and(|map| !self.asks_no_more() && self.attach(map));
         if there {
             self.say(ToAgent::Notice(text.to_owned()));
             self.wait_to_send(limit);
-        } else {
+        } else if !self.foreign {
             leave_word(&self.socket, text);
         }
     }
 
     fn attach(&mut self, map: &Mapping) -> bool {
         self.tried = Some(Instant::now());
-        let Ok(stream) = socket::connect(&self.socket) else {
-            self.pause = LOOK;
-            if !self.missing {
-                let socket = self.socket.display();
-                self.line(&format!("no agent at {socket}: captures wait in memory, then are lost, until one is there"));
-                self.missing = true;
+        let stream = match socket::connect(&self.socket) {
+            Ok(stream) => stream,
+            Err(refusal) => {
+                self.pause = LOOK;
+                self.not_connected(refusal);
+                return false;
             }
+        };
+        let Ok(memory) = map.fd() else {
+            self.wants_slab = true;
             return false;
         };
         // Until there is a welcome.
         self.pause = (self.pause * 2).min(MAX_PAUSE);
         let Ok(hello) = control::encode(&ToAgent::Hello(self.hello.clone())) else { return false };
-        let Ok(sent) = socket::send_with_fd(&stream, &hello, map.fd()) else { return false };
+        let sent = match socket::send_with_fd(&stream, &hello, memory) {
+            Ok(sent) => sent,
+            Err(error) => {
+                self.not_sent(&error);
+                return false;
+            }
+        };
         self.outbox.restart(hello.get(sent..).unwrap_or_default().to_vec());
         self.inbox.clear();
         self.looked = self.tried;
         self.stream = Some(stream);
         self.send()
+    }
+
+    fn not_connected(&mut self, refusal: Refusal) {
+        let socket = self.socket.display().to_string();
+        match refusal {
+            Refusal::Absent if !self.missing => {
+                self.missing = true;
+                self.line(&format!("no agent at {socket}: captures wait in memory, then are lost, until one is there"));
+            }
+            Refusal::Absent => {}
+            Refusal::Foreign(user) => {
+                self.foreign = true;
+                self.line(&format!(
+                    "user {user} listens at {socket} and is not the job's: nothing is sent there and captures are lost; \
+                     use a folder that only you can write to"
+                ));
+            }
+            Refusal::System(call, error) => {
+                self.forbids(&format!("no connection to the agent at {socket} ({call})"), &error);
+            }
+        }
+    }
+
+    /// Descriptors cannot be sent where words may: the agent hears of it all the same.
+    fn not_sent(&mut self, error: &io::Error) {
+        let what = "no shared memory can be sent to the agent (sendmsg)";
+        let gone = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+        if !gone && !socket::is_later(error) && self.forbids(what, error) {
+            leave_word(&self.socket, &format!("{}: {what}: {error}; its captures are lost", log::who()));
+        }
+    }
+
+    /// Says once what the system does not let this process do. Whether it was said.
+    fn forbids(&mut self, what: &str, error: &io::Error) -> bool {
+        let news = self.forbidden.replace(error.kind()) != Some(error.kind());
+        if news {
+            self.missing = true;
+            self.line(&format!("{what}: {error}; captures wait in memory, then are lost, unless that changes"));
+        }
+        news
+    }
+
+    /// Whether there is, or can be, no agent for this process.
+    fn asks_no_more(&self) -> bool {
+        self.refused || self.foreign
     }
 
     /// Reads what the agent said, without waiting. Whether it is still there.
@@ -190,6 +261,11 @@ impl Link {
                 Ok(0) => return self.lost(),
                 Ok(_) => {}
                 Err(e) if socket::is_later(&e) => break,
+                Err(e) if descriptor::is_closed(&e) => {
+                    // The agent is still there, as far as we know, and is attached to again.
+                    self.stream = None;
+                    return false;
+                }
                 Err(_) => return self.lost(),
             }
         }
@@ -198,6 +274,7 @@ impl Link {
                 Ok(None) => return true,
                 Ok(Some(FromAgent::Welcome)) => {
                     self.pause = LOOK;
+                    self.forbidden = None;
                     if std::mem::take(&mut self.missing) {
                         self.line("an agent is there: captures go to it");
                     }
@@ -230,6 +307,14 @@ impl Link {
             Err(_) if self.listen() => self.lost(),
             Err(_) => false,
         }
+    }
+
+    /// What a job does that closes descriptors it does not know.
+    #[cfg(test)]
+    pub(super) fn close_by_job(&self) {
+        let number = std::os::fd::AsRawFd::as_raw_fd(&self.stream.as_ref().unwrap().get().unwrap());
+        // SAFETY: the link notices that its descriptor is gone.
+        unsafe { libc::close(number) };
     }
 
     fn wait_to_send(&mut self, limit: Duration) {

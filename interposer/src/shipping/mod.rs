@@ -12,6 +12,7 @@
 //! | the process turns out to be another rank | at most [`MOVE`] for copies that are under way, and [`WORD`] |
 //! | the process ends | at most [`FAREWELL`] for copies from a device that are under way, and [`WORD`] |
 
+mod left;
 mod link;
 mod outbox;
 mod pending;
@@ -36,11 +37,12 @@ use wire::{
     control::{ModuleInfo, ToAgent},
     env::{self, OnFull},
     record::{Axis, Place, RecordMeta},
-    slab::{Mapping, Reservation, SlabWriter},
+    slab::{Mapping, Reservation, SlabError, SlabWriter},
     tap_abi::Rank,
 };
 
 use crate::{boot, log, state};
+use left::LeftSlab;
 use link::Link;
 use pinning::Pinning;
 use voyage::Voyage;
@@ -74,6 +76,8 @@ struct Shipper {
     replicas_once: bool,
     on_full: OnFull,
     writer: Option<SlabWriter>,
+    /// The one before it, if the job has closed its descriptor.
+    left: Option<LeftSlab>,
     pinning: Pinning,
     /// Set while an agent that stood still has not moved again: its heartbeat and tail then.
     stalled: Option<(u32, u64)>,
@@ -117,6 +121,7 @@ pub fn configure(hooks: &str, replicas_once: bool) -> Result<(), String> {
         replicas_once,
         on_full,
         writer: None,
+        left: None,
         pinning: Pinning::NotYet,
         stalled: None,
         unseen: 0,
@@ -265,19 +270,60 @@ fn begin() -> Option<Arc<Voyage>> {
         state::off(&why);
         return None;
     }
+    shipper.tend();
     let writer = shipper.writer.as_mut()?;
-    shipper.link.tend(writer.mapping());
     Some(Arc::new(Voyage::new(writer.mapping().clone(), writer.begin_record(), writer.max_piece())))
 }
 
 impl Shipper {
     fn make_slab(&mut self) -> Result<(), String> {
         if self.writer.is_none() {
-            let writer = SlabWriter::create(self.slab_bytes, self.link.rank())
-                .map_err(|why| format!("{why}; a smaller {} may fit", env::SLAB))?;
+            let writer = SlabWriter::create(self.slab_bytes, self.link.rank()).map_err(|why| match why {
+                SlabError::System { .. } => format!("{why}; a smaller {} may fit", env::SLAB),
+                _ => why.to_string(),
+            })?;
             writer.mapping().header().dropped.store(std::mem::take(&mut self.unseen), Ordering::Relaxed);
             self.pinning = Pinning::new(|| pin(writer.mapping()));
             self.writer = Some(writer);
+        }
+        Ok(())
+    }
+
+    /// Looks after the link, and after slabs whose descriptor the job has closed.
+    fn tend(&mut self) {
+        let Some(writer) = &self.writer else { return };
+        self.link.tend(writer.mapping());
+        if self.link.takes_wish_for_slab() {
+            // Where no other slab can be made, this one goes on without an agent.
+            let _ = self.follow_closed_slab();
+        }
+        if let (Some(left), Some(writer)) = (&mut self.left, &self.writer)
+            && let Some(lost) = left.lost()
+        {
+            writer.mapping().header().dropped.fetch_add(lost, Ordering::Relaxed);
+            self.left = None;
+        }
+    }
+
+    /// Another slab after one that cannot be sent any more, which takes over what that one had lost.
+    fn follow_closed_slab(&mut self) -> Result<(), String> {
+        let Some(old) = self.writer.take() else { return Ok(()) };
+        self.unseen = old.mapping().header().dropped.load(Ordering::Relaxed);
+        // No more than one is kept for the agent that may still read it.
+        self.unseen += self.left.take().map_or(0, |mut left| left.lost().unwrap_or_default());
+        let pinned = self.pinning == Pinning::Pinned;
+        if let Err(why) = self.make_slab() {
+            (self.writer, self.unseen) = (Some(old), 0);
+            return Err(why);
+        }
+        if pinned {
+            // What a device may write to has to stay where it is.
+            std::mem::forget(old.mapping().clone());
+        }
+        self.left = Some(LeftSlab::new(old));
+        (self.stalled, self.link.tried) = (None, None);
+        if let Some(writer) = &self.writer {
+            self.link.tend(writer.mapping());
         }
         Ok(())
     }
@@ -308,8 +354,15 @@ pub fn finish() {
             s.slab_bytes = env::MIN_SLAB_BYTES;
             let _ = s.make_slab();
         }
-        if let Some(writer) = &s.writer {
-            s.link.farewell(writer.mapping(), WORD);
+        let there = s.writer.as_ref().is_none_or(|writer| s.link.farewell(writer.mapping(), WORD));
+        if !there && s.link.takes_wish_for_slab() {
+            // It only tells what was lost.
+            s.slab_bytes = env::MIN_SLAB_BYTES;
+            let _ = s.follow_closed_slab();
+            s.tend();
+            if let Some(writer) = &s.writer {
+                s.link.farewell(writer.mapping(), WORD);
+            }
         }
     });
 }

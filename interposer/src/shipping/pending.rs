@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn a_copy_that_failed_is_counted_once_and_the_next_tensor_arrives() {
         let mut writer = SlabWriter::create(1 << 20, 0).unwrap();
-        let mut reader = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()).unwrap();
+        let mut reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
         for arrived in [false, true] {
             let record = writer.begin_record();
             let voyage = Voyage::new(writer.mapping().clone(), record, 64);

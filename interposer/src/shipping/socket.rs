@@ -1,19 +1,79 @@
-//! A unix stream socket on which nothing ever waits: the agent at its other end may be stopped.
+//! A unix stream socket on which nothing ever waits: the agent at its other end may be stopped. The job may have closed
+//! it, so it is a [`Descriptor`]; and whoever listens may be another user, so nothing is sent before that was looked at.
 
 use std::{
     ffi::OsStr,
     io,
     os::{
         fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::{ffi::OsStrExt, net::UnixStream},
+        unix::ffi::OsStrExt,
     },
     path::Path,
     time::Duration,
 };
 
-/// Connects at once or not at all. A listener that takes nobody in, because its queue is full, is an error as an absent
-/// one is.
-pub fn connect(path: &Path) -> io::Result<UnixStream> {
+use wire::descriptor::Descriptor;
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub enum Refusal {
+    /// Nobody listens, or takes anybody in at the moment.
+    Absent,
+    /// This user listens, who is not the job's.
+    Foreign(u32),
+    /// The system refused this call.
+    System(&'static str, io::Error),
+}
+
+/// Connects at once or not at all, and only to a process of our own user: whoever listens gets the job's tensors.
+pub fn connect(path: &Path) -> Result<Descriptor, Refusal> {
+    // SAFETY: geteuid has no effects and cannot fail.
+    connect_as(path, unsafe { libc::geteuid() })
+}
+
+/// As [`connect`], for a process of this user.
+pub(super) fn connect_as(path: &Path, own: u32) -> Result<Descriptor, Refusal> {
+    let refused = |call| move |error| Refusal::System(call, error);
+    let address = address(path).map_err(refused("its path"))?;
+    // SAFETY: known constants.
+    let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) };
+    if raw < 0 {
+        return Err(refused("socket")(io::Error::last_os_error()));
+    }
+    // SAFETY: socket just gave us this descriptor.
+    let socket = Descriptor::keep(unsafe { OwnedFd::from_raw_fd(raw) }).map_err(refused("fstat"))?;
+    let stream = socket.get().map_err(refused("socket"))?;
+    // SAFETY: the address is initialised and of the length given.
+    let done = unsafe {
+        libc::connect(stream.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    };
+    if done != 0 {
+        let error = io::Error::last_os_error();
+        return Err(match error.raw_os_error() {
+            // A listener that takes nobody in, because its queue is full, is as good as none.
+            Some(libc::ENOENT | libc::ENOTDIR | libc::ECONNREFUSED | libc::EAGAIN) => Refusal::Absent,
+            _ => refused("connect")(error),
+        });
+    }
+    match listener(stream).map_err(refused("getsockopt"))? {
+        user if user == own => Ok(socket),
+        user => Err(Refusal::Foreign(user)),
+    }
+}
+
+/// The user who listens, as it was when that began.
+fn listener(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of_val(&peer) as libc::socklen_t;
+    // SAFETY: the buffer is valid for the length given.
+    let done = unsafe {
+        let peer = (&raw mut peer).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, peer, &mut len)
+    };
+    if done == 0 { Ok(peer.uid) } else { Err(io::Error::last_os_error()) }
+}
+
+fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
     let path: &OsStr = path.as_ref();
     // SAFETY: sockaddr_un is plain data.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
@@ -25,30 +85,20 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
     for (to, from) in address.sun_path.iter_mut().zip(path.as_bytes()) {
         *to = *from as libc::c_char;
     }
-    // SAFETY: known constants.
-    let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) };
-    if raw < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: socket just gave us this descriptor.
-    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
-    // SAFETY: the address is initialised and of the length given.
-    let done = unsafe { libc::connect(raw, (&raw const address).cast(), size_of_val(&address) as libc::socklen_t) };
-    if done != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(socket.into())
+    Ok(address)
 }
 
 /// Sends what goes without waiting, and never raises SIGPIPE in the job.
-pub fn send(stream: &UnixStream, bytes: &[u8]) -> io::Result<usize> {
+pub fn send(stream: &Descriptor, bytes: &[u8]) -> io::Result<usize> {
+    let stream = stream.get()?;
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     // SAFETY: the buffer is valid for its length.
     count(unsafe { libc::send(stream.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
 }
 
 /// As [`send`], with a descriptor on the first byte (SCM_RIGHTS).
-pub fn send_with_fd(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+pub fn send_with_fd(stream: &Descriptor, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let stream = stream.get()?;
     const SPACE: usize = 24;
     #[repr(align(8))]
     struct Ancillary([u8; SPACE]);
@@ -75,7 +125,8 @@ pub fn send_with_fd(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io
 }
 
 /// Appends what has come to `inbox`, without waiting; 0 at the end of the connection.
-pub fn receive(stream: &UnixStream, inbox: &mut Vec<u8>) -> io::Result<usize> {
+pub fn receive(stream: &Descriptor, inbox: &mut Vec<u8>) -> io::Result<usize> {
+    let stream = stream.get()?;
     let mut chunk = [0u8; 512];
     // SAFETY: the buffer is valid for its length.
     let n =
@@ -85,7 +136,8 @@ pub fn receive(stream: &UnixStream, inbox: &mut Vec<u8>) -> io::Result<usize> {
 }
 
 /// Waits until something can be sent, or the connection is gone, or `limit` passes.
-pub fn wait_to_send(stream: &UnixStream, limit: Duration) {
+pub fn wait_to_send(stream: &Descriptor, limit: Duration) {
+    let Ok(stream) = stream.get() else { return };
     let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     // SAFETY: one valid pollfd.
     unsafe { libc::poll(&mut poll, 1, i32::try_from(limit.as_millis()).unwrap_or(i32::MAX).max(1)) };
@@ -102,7 +154,10 @@ fn count(n: isize) -> io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
     use super::*;
+    use crate::shipping::tests::Folder;
 
     #[test]
     fn a_path_too_long_is_an_error() {
@@ -110,8 +165,23 @@ mod tests {
     }
 
     #[test]
+    fn another_users_listener_is_told_by_its_number_and_hears_nothing() {
+        let folder = Folder::new();
+        let listener = UnixListener::bind(folder.path("s")).unwrap();
+        // SAFETY: geteuid has no effects.
+        let own = unsafe { libc::geteuid() };
+        let refusal = connect_as(&folder.path("s"), own + 1).unwrap_err();
+        assert!(matches!(refusal, Refusal::Foreign(user) if user == own), "{refusal:?}");
+        let (mut peer, _) = listener.accept().unwrap();
+        assert_eq!(std::io::Read::read(&mut peer, &mut [0]).unwrap(), 0, "something was sent");
+        assert!(connect_as(&folder.path("s"), own).is_ok());
+        assert!(matches!(connect(&folder.path("none")), Err(Refusal::Absent)));
+    }
+
+    #[test]
     fn nobody_who_reads_is_later_and_nobody_at_all_is_an_end() {
         let (ours, theirs) = UnixStream::pair().unwrap();
+        let ours = Descriptor::keep(ours.into()).unwrap();
         let mut sent = 0;
         let error = loop {
             match send(&ours, &[0; 4096]) {

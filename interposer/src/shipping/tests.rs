@@ -180,6 +180,7 @@ fn shipper(link: Link, slab: SlabWriter) -> Shipper {
         replicas_once: true,
         on_full: OnFull::Wait,
         writer: Some(slab),
+        left: None,
         pinning: Pinning::NotYet,
         stalled: None,
         unseen: 0,
@@ -229,4 +230,55 @@ fn the_last_word_of_a_process_without_a_slab_is_a_notice_alone() {
     pair.link.last_words("rank 3: taps are off: no bridge", None, GLANCE);
     let (mut agent, _) = pair.listener.accept().unwrap();
     assert_eq!(heard(&mut agent), [ToAgent::Notice("rank 3: taps are off: no bridge".into())]);
+}
+
+/// What a job does that closes descriptors it does not know.
+fn close_memory(slab: &SlabWriter) {
+    let number = slab.mapping().fd().unwrap().as_raw_fd();
+    // SAFETY: the slab notices that its descriptor is gone.
+    unsafe { libc::close(number) };
+}
+
+#[test]
+fn a_slab_whose_descriptor_the_job_has_closed_is_followed_by_one_that_counts_what_nobody_read() {
+    let Pair { folder: _folder, listener, link, mut slab } = pair();
+    for _ in 0..3 {
+        let record = slab.begin_record();
+        slab.try_reserve(record, b"meta", 0, 64, 64).unwrap().commit();
+    }
+    slab.mapping().header().dropped.store(4, Ordering::Relaxed);
+    close_memory(&slab);
+    let old = slab.mapping().clone();
+    let mut shipper = shipper(link, slab);
+    shipper.tend();
+    let new = shipper.writer.as_ref().unwrap().mapping().clone();
+    assert!(!Arc::ptr_eq(&old, &new), "an agent is there, and cannot be given the old one");
+    assert_eq!(new.header().dropped.load(Ordering::Relaxed), 4 + 3);
+    let [mut nothing, mut agent] = [(); 2].map(|()| listener.accept().unwrap().0);
+    assert_eq!(heard(&mut nothing), []);
+    assert_eq!(hellos(&heard(&mut agent)).len(), 1);
+}
+
+#[test]
+fn a_slab_whose_descriptor_the_job_has_closed_is_kept_while_no_agent_is_there() {
+    let Pair { folder, listener, link, slab } = pair();
+    drop((listener, folder));
+    close_memory(&slab);
+    let old = slab.mapping().clone();
+    let mut shipper = shipper(link, slab);
+    shipper.tend();
+    assert!(Arc::ptr_eq(&old, shipper.writer.as_ref().unwrap().mapping()));
+}
+
+#[test]
+fn a_connection_that_the_job_has_closed_is_made_again_in_silence() {
+    let mut pair = pair();
+    assert!(pair.alive());
+    let (first, _) = pair.listener.accept().unwrap();
+    pair.link.close_by_job();
+    drop(first);
+    assert!(!pair.alive(), "not before the pause is over");
+    assert!(!pair.link.missing, "the agent is not gone");
+    assert!(pair.retry());
+    assert_eq!(hellos(&heard(&mut pair.listener.accept().unwrap().0)).len(), 1);
 }

@@ -26,7 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
             at.write_unaligned(header);
         }
     }
-    let Ok(mut reader) = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()) else { return };
+    let Ok(mut reader) = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()) else { return };
     for _ in 0..8 {
         let Ok(Fetched::Frame(frame)) = reader.fetch() else { return };
         assert!(frame.payload.len() as u64 <= RING);

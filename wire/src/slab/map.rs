@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr::NonNull,
     time::Duration,
 };
@@ -11,6 +11,7 @@ use super::{
     layout::{FRAME_ALIGN, HEADER_LEN, Header, MAGIC, SLAB_VERSION},
     protocol::sync::AtomicU32,
 };
+use crate::descriptor::Descriptor;
 
 /// Why a slab could not be made or taken.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +26,14 @@ pub enum SlabError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The process may not make shared memory at all.
+    #[error("this process may not make shared memory ({what}: {source}), as under a seccomp filter")]
+    Forbidden {
+        /// The call.
+        what: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The memory is not a slab of ours, or damaged.
     #[error("not a usable slab: {0}")]
     Foreign(String),
@@ -36,7 +45,7 @@ pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
     ring_len: u64,
-    fd: OwnedFd,
+    memory: Descriptor,
 }
 
 // SAFETY: the memory is shared with another process anyway; all concurrent access goes through atomics or follows
@@ -50,7 +59,7 @@ impl Mapping {
     pub fn create(bytes: u64, rank: u32) -> Result<Self, SlabError> {
         let ring_len = bytes.max(FRAME_ALIGN * 4).next_multiple_of(4096);
         let len = ring_len + HEADER_LEN;
-        let fail = |what| move || SlabError::System { what, bytes: len, source: io::Error::last_os_error() };
+        let fail = |what| move || failed(what, len)(io::Error::last_os_error());
         // SAFETY: a NUL-terminated name and known flags.
         let raw =
             unsafe { libc::memfd_create(c"flexmodel-slab".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
@@ -58,7 +67,8 @@ impl Mapping {
             return Err(fail("memfd_create")());
         }
         // SAFETY: memfd_create just gave us this descriptor.
-        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+        let memory = Descriptor::keep(unsafe { OwnedFd::from_raw_fd(raw) }).map_err(failed("fstat", len))?;
+        let raw = memory.get().map_err(failed("fstat", len))?.as_raw_fd();
         // SAFETY: fd is ours.
         if unsafe { libc::fallocate(raw, 0, 0, len as libc::off_t) } != 0 {
             return Err(fail("fallocate")());
@@ -68,7 +78,7 @@ impl Mapping {
         if unsafe { libc::fcntl(raw, libc::F_ADD_SEALS, seals) } != 0 {
             return Err(fail("sealing")());
         }
-        let map = Self::map(fd, len, ring_len, true)?;
+        let map = Self::map(memory, len, ring_len, true)?;
         // SAFETY: the mapping is at least HEADER_LEN long, page aligned, and nobody else has it yet.
         unsafe {
             let header = map.base.as_ptr().cast::<Header>();
@@ -83,7 +93,8 @@ impl Mapping {
 
     /// Maps a slab that another process made. Refuses what is not sealed, not of this version or not of its own size.
     pub fn attach(fd: OwnedFd) -> Result<Self, SlabError> {
-        let raw = fd.as_raw_fd();
+        let memory = Descriptor::keep(fd).map_err(failed("fstat", 0))?;
+        let raw = memory.get().map_err(failed("fstat", 0))?.as_raw_fd();
         // SAFETY: fd is open; a descriptor that cannot be sealed answers -1.
         let seals = unsafe { libc::fcntl(raw, libc::F_GET_SEALS) };
         if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
@@ -99,7 +110,7 @@ impl Mapping {
         if len < HEADER_LEN + FRAME_ALIGN {
             return Err(SlabError::Foreign(format!("{len} bytes are too few")));
         }
-        let mut map = Self::map(fd, len, len - HEADER_LEN, false)?;
+        let mut map = Self::map(memory, len, len - HEADER_LEN, false)?;
         let header = map.header();
         let (magic, version, ring_len) = (header.magic, header.version, header.ring_len);
         if magic != MAGIC {
@@ -115,17 +126,17 @@ impl Mapping {
         Ok(map)
     }
 
-    fn map(fd: OwnedFd, len: u64, ring_len: u64, populate: bool) -> Result<Self, SlabError> {
+    fn map(memory: Descriptor, len: u64, ring_len: u64, populate: bool) -> Result<Self, SlabError> {
+        let fd = memory.get().map_err(failed("mmap", len))?.as_raw_fd();
         let flags = libc::MAP_SHARED | if populate { libc::MAP_POPULATE } else { 0 };
         // SAFETY: a fresh shared mapping of a descriptor we hold.
-        let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), len as usize, libc::PROT_READ | libc::PROT_WRITE, flags, fd.as_raw_fd(), 0)
-        };
+        let base =
+            unsafe { libc::mmap(std::ptr::null_mut(), len as usize, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
         match NonNull::new(base.cast::<u8>()) {
             Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => {
-                Ok(Self { base, len: len as usize, ring_len, fd })
+                Ok(Self { base, len: len as usize, ring_len, memory })
             }
-            _ => Err(SlabError::System { what: "mmap", bytes: len, source: io::Error::last_os_error() }),
+            _ => Err(failed("mmap", len)(io::Error::last_os_error())),
         }
     }
 
@@ -146,9 +157,9 @@ impl Mapping {
         (self.base.as_ptr(), self.len)
     }
 
-    /// The memfd, to send to the agent.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// The memfd, to send to the agent; an error if the job has closed it. The memory stays.
+    pub fn fd(&self) -> io::Result<BorrowedFd<'_>> {
+        self.memory.get()
     }
 
     /// Pointer to ring offset `at` for `len` bytes; `None` if that leaves the ring.
@@ -170,6 +181,13 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: base and len are what mmap gave; nothing borrowed from self outlives it.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+fn failed(what: &'static str, bytes: u64) -> impl Fn(io::Error) -> SlabError {
+    move |source| match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES | libc::ENOSYS) => SlabError::Forbidden { what, source },
+        _ => SlabError::System { what, bytes, source },
     }
 }
 

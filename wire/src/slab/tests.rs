@@ -11,7 +11,7 @@ const HANG: Duration = Duration::from_secs(20);
 
 fn pair(bytes: u64) -> (SlabWriter, SlabReader) {
     let writer = SlabWriter::create(bytes, 3).unwrap();
-    let reader = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()).unwrap();
+    let reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
     (writer, reader)
 }
 
@@ -120,7 +120,7 @@ fn a_new_reader_continues_where_the_last_one_stopped() {
     assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
     reader.release().unwrap();
     drop(reader);
-    let mut reader = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()).unwrap();
+    let mut reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
     match reader.fetch().unwrap() {
         Fetched::Frame(frame) => assert_eq!(frame.meta, b"b"),
         other => panic!("{other:?}"),
@@ -144,7 +144,7 @@ proptest! {
             // SAFETY: inside the mapping of 12288 bytes; no reader is attached.
             unsafe { base.add(at).write(value) };
         }
-        if let Ok(mut reader) = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()) {
+        if let Ok(mut reader) = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()) {
             for _ in 0..4 {
                 match reader.fetch() {
                     Ok(Fetched::Frame(frame)) => prop_assert!(frame.payload.len() <= 8192),

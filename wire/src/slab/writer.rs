@@ -137,6 +137,29 @@ impl SlabWriter {
     }
 }
 
+impl SlabWriter {
+    /// Tensors that were written to their end, or are about to be, and of which the agent has not released all. Its
+    /// word on how far it is may be anything.
+    pub fn unread(&self) -> u64 {
+        let ring = self.map.ring_len();
+        let mut at = self.map.header().tail.load(Ordering::Acquire);
+        let mut count = 0;
+        while at < self.head && self.head - at <= ring {
+            let Some(from) = self.map.ring(at % ring, FRAME_HEADER_LEN) else { break };
+            // SAFETY: 64 bytes are inside the ring; any bit pattern is a FrameHeader.
+            let header = unsafe { from.add(8).cast::<FrameHeader>().read_unaligned() };
+            let state = self.map.state_word(at % ring).and_then(protocol::state);
+            let last = header.piece_offset.checked_add(header.payload_len) == Some(header.total_len);
+            count += u64::from(last && matches!(state, Some(State::Writing | State::Ready)));
+            if header.frame_len < FRAME_HEADER_LEN {
+                break;
+            }
+            at = at.saturating_add(header.frame_len);
+        }
+        count
+    }
+}
+
 impl Reservation {
     /// The slab it lies in.
     pub fn mapping(&self) -> &std::sync::Arc<Mapping> {

@@ -1,7 +1,7 @@
 //! The command: its environment, the signals passed on to it, its end.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io,
     mem::MaybeUninit,
     os::unix::process::{CommandExt, ExitStatusExt},
@@ -20,6 +20,9 @@ use super::{
 /// Passed on to the command.
 const FORWARDED: [libc::c_int; 6] =
     [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
+
+/// Options of AddressSanitizer's runtime, of which the last counts.
+const ASAN_OPTIONS: &str = "ASAN_OPTIONS";
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug)]
@@ -110,13 +113,9 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
     let (program, arguments) = plan.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let mut agent = OsString::from("unix:");
     agent.push(sidecar.socket());
-    let mut preload = sidecar.library().as_os_str().to_owned();
-    if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|v| !v.is_empty()) {
-        preload.push(":");
-        preload.push(others);
-    }
     let mut command = Command::new(program);
-    command.args(arguments).env("LD_PRELOAD", preload).env(names::HOOKS, &plan.hooks).env(names::AGENT, agent);
+    preload(&mut command, sidecar.library());
+    command.args(arguments).env(names::HOOKS, &plan.hooks).env(names::AGENT, agent);
     command.env(names::ON_FULL, if plan.on_full == names::OnFull::Drop { "drop" } else { "wait" });
     // A run of its own, also when a rank of another run starts it.
     command.env_remove(names::RANK_PROCESS);
@@ -132,6 +131,25 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
         });
     }
     command.spawn()
+}
+
+/// Behind what the user preloads: a sanitizer's runtime refuses to be second. Where a program is linked with one and
+/// nothing but ours is preloaded, the runtime is told that this is all right.
+fn preload(command: &mut Command, library: &Path) {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
+    let behind = |before: Option<OsString>, last: &OsStr| match before {
+        Some(mut all) => {
+            all.push(":");
+            all.push(last);
+            all
+        }
+        None => last.to_owned(),
+    };
+    let others = set("LD_PRELOAD");
+    if others.is_none() {
+        command.env(ASAN_OPTIONS, behind(set(ASAN_OPTIONS), OsStr::new("verify_asan_link_order=0")));
+    }
+    command.env("LD_PRELOAD", behind(others, library.as_os_str()));
 }
 
 /// Waits for the command. Its process id is not reused before the signals thread is told.

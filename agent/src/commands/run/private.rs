@@ -1,4 +1,5 @@
-//! A folder that only we can enter: the agent's socket, and where it is needed a link to the preload library.
+//! A folder that only we can enter: the agent's socket, and where it is needed a link to the folder of the preload
+//! library, which loads what lies beside it.
 
 use std::{
     env,
@@ -13,10 +14,10 @@ use std::{
 
 use anyhow::bail;
 
-use crate::home::LIBRARY;
-
 /// The agent's socket in the folder.
 const SOCKET: &str = "agent.sock";
+/// The link in the folder.
+const LINK: &str = "home";
 /// Longest path of the folder that the system's is made in: unix sockets allow no more than 107 bytes.
 const LONGEST: usize = 60;
 
@@ -28,7 +29,7 @@ pub struct PrivateFolder {
 }
 
 impl PrivateFolder {
-    /// Makes it. `library` is linked to from there if the dynamic linker would not take its path as it is.
+    /// Makes it. The folder of `library` is linked to from there if the dynamic linker would not take its path as it is.
     pub fn make(library: &Path) -> anyhow::Result<Self> {
         let link = !fits_preload(library);
         let mut last = None;
@@ -38,9 +39,10 @@ impl PrivateFolder {
             }
             let made = make_in(&base).and_then(|path| {
                 let mut folder = Self { path, library: library.to_owned() };
-                if link {
-                    folder.library = folder.path.join(LIBRARY);
-                    symlink(library, &folder.library)?;
+                if let (true, Some(home), Some(name)) = (link, library.parent(), library.file_name()) {
+                    let linked = folder.path.join(LINK);
+                    symlink(home, &linked)?;
+                    folder.library = linked.join(name);
                 }
                 Ok(folder)
             });
@@ -74,7 +76,7 @@ impl Drop for PrivateFolder {
 pub fn remove(folder: &Path) {
     // The agent removes its socket, unless it was killed.
     let _ = fs::remove_file(folder.join(SOCKET));
-    let link = folder.join(LIBRARY);
+    let link = folder.join(LINK);
     if link.is_symlink() {
         let _ = fs::remove_file(link);
     }
@@ -102,6 +104,7 @@ fn make_in(base: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::home::{ENGINE, LIBRARY};
 
     #[test]
     fn a_path_that_the_dynamic_linker_would_split_is_linked_to() {
@@ -110,9 +113,11 @@ mod tests {
             let library = dir.path().join(name).join(LIBRARY);
             fs::create_dir_all(library.parent().unwrap()).unwrap();
             fs::write(&library, "").unwrap();
+            fs::write(library.with_file_name(ENGINE), "").unwrap();
             let folder = PrivateFolder::make(&library).unwrap();
             assert!(fits_preload(folder.library()), "{:?}", folder.library());
             assert_eq!(folder.library().canonicalize().unwrap(), library.canonicalize().unwrap());
+            assert!(folder.library().with_file_name(ENGINE).exists(), "what it loads is not beside it");
             let path = folder.path.clone();
             drop(folder);
             assert!(!path.exists() && library.exists(), "{name}");
@@ -123,6 +128,6 @@ mod tests {
     fn any_other_path_stays_as_it_is() {
         let folder = PrivateFolder::make(Path::new("/opt/flexmodel/libflexmodel.so")).unwrap();
         assert_eq!(folder.library(), "/opt/flexmodel/libflexmodel.so");
-        assert!(!folder.path.join(LIBRARY).is_symlink());
+        assert!(!folder.path.join(LINK).is_symlink());
     }
 }

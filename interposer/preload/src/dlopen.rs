@@ -5,17 +5,15 @@
 //! So this is a naked function: it asks [`before`] what to do and then jumps, with every argument and the return
 //! address as they were.
 
-use std::{
-    ffi::{CStr, c_char, c_int, c_void},
+use core::{
+    ffi::{c_char, c_int, c_void},
+    ptr::null_mut,
     sync::atomic::{AtomicPtr, Ordering},
 };
 
-use crate::{boot, state};
+use crate::{engine, libc, start};
 
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-compile_error!("FlexModel interposes dlopen on x86-64 Linux only");
-
-static REAL: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
+static REAL: AtomicPtr<c_void> = AtomicPtr::new(null_mut());
 
 /// Interposes `dlopen(3)`.
 ///
@@ -25,7 +23,7 @@ static REAL: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void {
     // Two pushes keep the arguments and leave the stack 8 bytes off the alignment a call needs.
-    std::arch::naked_asm!(
+    core::arch::naked_asm!(
         "push rdi",
         "push rsi",
         "sub rsp, 8",
@@ -40,28 +38,27 @@ pub unsafe extern "C" fn dlopen(path: *const c_char, flags: c_int) -> *mut c_voi
 
 /// Looks at a path that is about to be loaded; returns the real `dlopen`.
 unsafe extern "C" fn before(path: *const c_char) -> *mut c_void {
-    if state::is_armed() && !path.is_null() {
-        // SAFETY: dlopen's caller passes a NUL-terminated string.
-        let path = unsafe { CStr::from_ptr(path) }.to_bytes();
-        if is_torch(path) {
-            boot::torch_is_loading();
-        }
+    // SAFETY: dlopen's caller passes a NUL-terminated string, or null.
+    if start::is_armed() && !path.is_null() && unsafe { is_torch(path) } {
+        engine::torch_is_loading();
     }
     real()
 }
 
 /// `.../torch/_C.cpython-311-x86_64-linux-gnu.so`.
-fn is_torch(path: &[u8]) -> bool {
-    path.windows(b"/torch/_C.".len()).any(|w| w == b"/torch/_C.")
+unsafe fn is_torch(path: *const c_char) -> bool {
+    // SAFETY: two NUL-terminated strings (caller).
+    unsafe { !libc::strstr(path, c"/torch/_C.".as_ptr()).is_null() }
 }
 
-fn real() -> *mut c_void {
+/// The C library's `dlopen`, or that of whoever else interposes it behind us.
+pub fn real() -> *mut c_void {
     let known = REAL.load(Ordering::Relaxed);
     if !known.is_null() {
         return known;
     }
-    // SAFETY: a NUL-terminated name. RTLD_NEXT is looked up from this library, so it never finds ourselves.
-    let found = unsafe { libc::dlsym(libc::RTLD_NEXT, c"dlopen".as_ptr()) };
+    // RTLD_NEXT is looked up from this object, so it never finds ourselves.
+    let found = libc::dlsym(libc::RTLD_NEXT, c"dlopen");
     let found = if found.is_null() { absent as *mut c_void } else { found };
     REAL.store(found, Ordering::Relaxed);
     found
@@ -69,5 +66,5 @@ fn real() -> *mut c_void {
 
 /// Stands in where the process has no `dlopen` at all.
 extern "C" fn absent(_: *const c_char, _: c_int) -> *mut c_void {
-    std::ptr::null_mut()
+    null_mut()
 }
