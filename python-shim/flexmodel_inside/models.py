@@ -144,6 +144,9 @@ class Models:
                 self._faults.of(what, self._tap, top, tops.keys(), called, others, *rank)
             self._bridge.resolved()
             self._communicators.join()
+        except BaseException:  # the job's: there are models that were not looked at
+            self._family.changed()
+            raise
         finally:
             self._looking = False
 
