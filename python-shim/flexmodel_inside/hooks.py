@@ -53,8 +53,8 @@ def are_ours(module: nn.Module) -> bool:
 
 
 def drop_strays(module: nn.Module) -> None:
-    """Takes out what our hooks become in a copy, and those of another module that were moved here, as torch does where it
-    fuses or converts modules: they do nothing, and there would be ever more."""
+    """Takes out what our hooks become in a copy, and those of another module that were moved here, as torch does where
+    it fuses or converts modules: they do nothing, and there would be ever more."""
     for name in _KINDS:
         hooks = own(module, name, {})
         for key in [key for key, hook in hooks.items() if _is_copied(hook) or (is_ours(hook) and not _is_our_key(key))]:
