@@ -15,6 +15,8 @@ from typing import Any
 _TOLD_EACH = 20
 # Characters of a reason that are told.
 _LONGEST = 300
+# What ends a process.
+_ENDING = (KeyboardInterrupt, SystemExit)
 
 
 class Faults:
@@ -58,21 +60,31 @@ class Faults:
 def reason(e: BaseException) -> str | None:
     """Why something failed, in a line; None if it did not, and the exception is the job's: what ends the process, and
     whatever a handler of its signals raised, which may have come while our code ran."""
-    if isinstance(e, (KeyboardInterrupt, SystemExit)) or _is_of_a_signal(e):
+    if isinstance(e, _ENDING) or _is_of_a_signal(e):
         return None
     try:
         text = " ".join(str(e).split())
-    except Exception:
+    except BaseException as worse:
+        if isinstance(worse, _ENDING):
+            raise
         text = ""
     return f"{type(e).__name__}: {text}"[:_LONGEST] if text else type(e).__name__
 
 
 def _is_of_a_signal(e: BaseException) -> bool:
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = [getattr(getattr(each, "__func__", each), "__code__", None) for each in handlers if callable(each)]
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = [code for each in handlers if callable(each) and (code := _code_of(each)) is not None]
     trace = e.__traceback__
     while trace is not None:
         if any(code is trace.tb_frame.f_code for code in codes):
             return True
         trace = trace.tb_next
     return False
+
+
+def _code_of(handler: Any) -> Any:
+    """What runs where a signal is handled; None if that is not Python."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    function = getattr(handler, "__func__", handler)
+    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)

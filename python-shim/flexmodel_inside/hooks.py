@@ -53,8 +53,8 @@ def are_ours(module: nn.Module) -> bool:
 
 
 def drop_strays(module: nn.Module) -> None:
-    """Takes out what our hooks become in a copy, and those of another module that were moved here, as torch does where it
-    fuses or converts modules: they do nothing, and there would be ever more."""
+    """Takes out what our hooks become in a copy, and those of another module that were moved here, as torch does where
+    it fuses or converts modules: they do nothing, and there would be ever more."""
     for name in _KINDS:
         hooks = own(module, name, {})
         for key in [key for key, hook in hooks.items() if _is_copied(hook) or (is_ours(hook) and not _is_our_key(key))]:
@@ -92,17 +92,27 @@ def keep_from_copies(guard: Callable[..., Any]) -> None:
 
     A class that says by itself how it is copied may take them along: `drop_strays` is for these.
     """
-    clean = guard(_without_ours)
+    nn.Module.__reduce_ex__ = _Reducing(guard(_without_ours))  # type: ignore[method-assign]
 
-    @functools.wraps(object.__reduce_ex__)
-    def __reduce_ex__(*args: Any, **kwargs: Any) -> Any:
-        if not args or not issubclass(type(args[0]), nn.Module):
-            return object.__reduce_ex__(*args, **kwargs)
-        # Of the class that is next: `nn.Module` has none of its own.
-        reduced = super(nn.Module, args[0]).__reduce_ex__(*args[1:], **kwargs)
-        return clean(reduced) or reduced
 
-    nn.Module.__reduce_ex__ = __reduce_ex__  # type: ignore[method-assign]
+class _Reducing:
+    """Gives what would be found without it: `nn.Module` has no way of its own to be reduced, so that it is the one of
+    whatever comes behind it in the order of the classes. Ours are taken out of what that returns."""
+
+    def __init__(self, clean: Callable[[Any], Any]) -> None:
+        self._clean = clean
+
+    def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:
+        found = super(nn.Module, owner if instance is None else instance).__reduce_ex__  # type: ignore[arg-type]
+        clean = self._clean
+
+        @functools.wraps(found)
+        def __reduce_ex__(*args: Any, **kwargs: Any) -> Any:
+            reduced = found(*args, **kwargs)
+            return clean(reduced) or reduced
+
+        __reduce_ex__.__module__ = getattr(found, "__module__", None)  # type: ignore[assignment]
+        return __reduce_ex__
 
 
 def _without_ours(value: Any) -> Any:

@@ -153,7 +153,7 @@ class Meshes:
         if not axes and self._whole and all(mesh == self._whole[0] for mesh in self._whole):
             axes = self._whole[0]
         if not axes:
-            return [Axis("dp", rank, world, SUPPOSED, tuple(range(world)))]
+            return supposed(rank, world)
         return [axis for axis in [*axes, *_rest(axes, rank, world)] if axis.role != PIPELINE]
 
     def _said(self, top: nn.Module) -> Iterator[Axis]:
@@ -220,9 +220,14 @@ class Meshes:
 
 
 def megatron_state() -> Any:
-    """Where megatron-core has its process groups; None if the job has none of its: others mark parameters as it does."""
+    """Where megatron-core has its process groups; None if it has none: others mark parameters as it does."""
     state = sys.modules.get("megatron.core.parallel_state")
     return state if state is not None and state.model_parallel_is_initialized() else None
+
+
+def supposed(rank: int, world: int) -> list[Axis]:
+    """The axes of a model of which nothing says how the job distributes it."""
+    return [Axis("dp", rank, world, SUPPOSED, tuple(range(world)))] if world > 1 else []
 
 
 def group_ranks(group: Any) -> tuple[int, ...]:

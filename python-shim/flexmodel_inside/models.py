@@ -24,7 +24,7 @@ from .contexts import Contexts
 from .family import Family
 from .faults import Faults
 from .layouts import Layouts
-from .mesh import SUPPOSED, Axis, Meshes
+from .mesh import SUPPOSED, Meshes, supposed
 from .naming import (
     all_in,
     authored,
@@ -41,8 +41,8 @@ from .naming import (
 from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
 from .pipelines import MEGATRON, Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
-from .scaling import DEEPSPEED, GRAD_SCALER, SHARDED, Scaling
 from .replaced import follow
+from .scaling import DEEPSPEED, GRAD_SCALER, SHARDED, Scaling
 from .wrappers import UNSTATED, orders, wrapper_name
 
 
@@ -144,6 +144,9 @@ class Models:
                 self._faults.of(what, self._tap, top, tops.keys(), called, others, *rank)
             self._bridge.resolved()
             self._communicators.join()
+        except BaseException:  # the job's: there are models that were not looked at
+            self._family.changed()
+            raise
         finally:
             self._looking = False
 
@@ -181,7 +184,7 @@ class Models:
         stage = self._pipelines.stage_of(model)
         stages = [] if stage is None else self._pipelines.axes(stage, self._meshes)
         over = top if stage is None else stage.submod
-        unknown = [Axis("dp", rank, world, SUPPOSED, tuple(range(world)))] if world > 1 else []
+        unknown = supposed(rank, world)
         mesh = of("the mesh of a model", self._meshes.of_model, over, rank, world, stages, otherwise=unknown)
         parameters: dict[str, Parameter] = {}
         if self._bridge.wants(1 << PARAM | 1 << GRAD):
@@ -234,10 +237,10 @@ class Models:
             if known.tapped == (serial, name) or (owner != serial and owner in models):
                 return
             self._untap(module)
-        known.tapped = (serial, name)
         if before is not None:
             self._hook(module, "_forward_pre_hooks", compiled.TAP_KEY, before)
         self._hook(module, "_forward_hooks", compiled.TAP_KEY, after)
+        known.tapped = (serial, name)
 
     def _take(self, serial: int, kind: int, held: Set[int] | None = None) -> None:
         """Captures what is due of a model's parameters; if given, of those alone with these ids."""

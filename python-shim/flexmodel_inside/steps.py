@@ -1,7 +1,7 @@
 """What the step of an optimizer is given: whether there is a closure, which computes the gradients that it uses.
 
-That is what its parameter `closure` is given, if it can be called. A step that takes whatever comes to hand it on has it
-where torch's optimizers have it, first. Nothing else is a closure, be it called in the step or not.
+That is what its parameter `closure` is given, if it can be called. A step that takes whatever comes, to hand it on, has
+it where torch's optimizers have it, first. Nothing else is a closure, be it called in the step or not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantisation-aware training in eager mode: torch moves hooks from module to module, to where they were not registered.
+"""Quantisation-aware training in eager mode: torch moves hooks from module to module, where nobody registered them.
 
 Argument: `plain`, or `dynamo` to have torch.compile imported. Also moves hooks by hand, in every way that torch takes.
 """
@@ -91,11 +91,15 @@ def moved() -> None:
         str(hook), repr(hook), hash(hook), hook == hook, hook.__name__, hook.__doc__, copy.deepcopy(hook)
     # Its own hooks are still where they were.
     print("own", float(model(x).sum()))
+    # As nn.DataParallel has it run, a copy that shares the hooks.
+    replica = model[0]._replicate_for_data_parallel()
+    replica.weight, replica.bias = (p.detach() for p in model[0].parameters())
+    print("replica", float(replica(x).sum()))
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     if sys.argv[1] == "dynamo":
-        import torch._dynamo  # noqa: F401
+        import torch._dynamo
     quantized()
     moved()

@@ -3,6 +3,7 @@
 What their handlers raise is the job's. Prints whether it came, and goes on training.
 """
 
+import functools
 import os
 import signal
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ def late(number, frame):
 
 
 class Deadline:
-    """A handler that is a method."""
+    """A handler that is no function."""
 
-    def over(self, number, frame):
+    def __call__(self, number, frame):
         raise Over
 
 
@@ -95,17 +96,24 @@ class Keyed(nn.Linear):
 
 
 def value_of(output):
-    return output.value if isinstance(output, Output) else next(iter(output.values())) if isinstance(output, dict) else output
+    if isinstance(output, Output):
+        return output.value
+    return next(iter(output.values())) if isinstance(output, dict) else output
 
 
-CASES = {"order": lambda: Ordered(3, 3), "parameter": Parametrized, "field": lambda: Giving(3, 3), "key": lambda: Keyed(3, 3)}
+CASES = {
+    "order": lambda: Ordered(3, 3),
+    "parameter": Parametrized,
+    "field": lambda: Giving(3, 3),
+    "key": lambda: Keyed(3, 3),
+}
 STEPS = 2
 
 
 def main() -> None:
     global DUE
-    signal.signal(signal.SIGUSR1, late)
-    signal.signal(signal.SIGUSR2, Deadline().over)
+    signal.signal(signal.SIGUSR1, functools.partial(late))
+    signal.signal(signal.SIGUSR2, Deadline())
     for name, build in CASES.items():
         for number, raised in SIGNALS.items():
             model = nn.Sequential(build())

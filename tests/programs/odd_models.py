@@ -243,8 +243,8 @@ class Odd(nn.Module):
 
 
 PLAIN = [
-    "first", "lazy", "proud", "falsy", "disguised", "marked", "touchy", "secret", "wrapper", "meta", "sparse", "complex",
-    *(f"taking.{name}" for name in CONTAINERS), "last",
+    "first", "lazy", "proud", "falsy", "disguised", "marked", "touchy", "secret", "wrapper", "meta", "sparse",
+    "complex", *(f"taking.{name}" for name in CONTAINERS), "last",
 ]  # fmt: skip
 
 
@@ -287,5 +287,5 @@ def train(model: nn.Module, watch=lambda step: None) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["dynamo"]:
-        import torch._dynamo  # noqa: F401
+        import torch._dynamo
     train(build())

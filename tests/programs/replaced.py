@@ -117,7 +117,8 @@ def described(value: Any, depth: int = 0) -> str:
     if isinstance(value, (tuple, list)) and depth < 4:
         return f"{type(value).__name__}({', '.join(described(item, depth + 1) for item in value)})"
     if isinstance(value, dict) and depth < 4:
-        return f"{type(value).__name__}({', '.join(f'{key}={described(item, depth + 1)}' for key, item in value.items())})"
+        items = [f"{key}={described(item, depth + 1)}" for key, item in value.items()]
+        return f"{type(value).__name__}({', '.join(items)})"
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     return getattr(value, "__qualname__", None) or type(value).__qualname__
@@ -206,8 +207,8 @@ def of_distributed() -> list[Target]:
                grad_placements=lambda: [Replicate()]),
         Target(DeviceMesh, "__init__", lambda: bare(DeviceMesh), device_type=lambda: "cpu", mesh=lambda: [0]),
         Target(dist, "init_process_group", backend=lambda: "gloo", rank=lambda: 0, world_size=lambda: 1),
-        Target(stage._PipelineStageBase, "__init__", lambda: bare(PipelineStage), submodule=Thing, stage_index=lambda: 0,
-               num_stages=lambda: 1, device=lambda: torch.device("cpu"), group=lambda: None),
+        Target(stage._PipelineStageBase, "__init__", lambda: bare(PipelineStage), submodule=Thing,
+               stage_index=lambda: 0, num_stages=lambda: 1, device=lambda: torch.device("cpu"), group=lambda: None),
         Target(PipelineStage, "_prepare_forward_infra", pipeline, lambda: bare(PipelineStage), **parts),
     ]  # fmt: skip
 
@@ -219,7 +220,8 @@ def of_contexts() -> list[Target]:
     return [
         Target(_attention, "_context_parallel_buffers", mesh=lambda: mesh, buffers=lambda: [torch.ones(2, 4)],
                buffer_seq_dims=lambda: [1], load_balancer=lambda: None),
-        Target(_attention, "_context_parallel_buffers", mesh=lambda: None, buffers=lambda: 3, buffer_seq_dims=lambda: 1),
+        Target(_attention, "_context_parallel_buffers", mesh=lambda: None, buffers=lambda: 3,
+               buffer_seq_dims=lambda: 1),
         Target(_attention, "_disable_context_parallel_dispatcher_impl"),
     ]  # fmt: skip
 
