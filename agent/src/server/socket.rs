@@ -17,7 +17,7 @@ use anyhow::{anyhow, bail};
 /// Longest path of a unix socket in bytes.
 pub const MAX_PATH: usize = 107;
 /// Bytes asked for at a time.
-const CHUNK: usize = 64 << 10;
+pub const CHUNK: usize = 64 << 10;
 
 /// A listening socket that only its owner can reach. Its file goes with it.
 #[derive(Debug)]
