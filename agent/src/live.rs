@@ -6,8 +6,9 @@
 //! | what | bound |
 //! |---|---|
 //! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (104 bytes each): at most 28 MB |
-//! | series | [`MAX_SERIES`]; later ones are counted in the totals but not charted, and a notice says so |
-//! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them, about 300 bytes each: 10 MB |
+//! | series | [`MAX_SERIES`], with [`MAX_SERIES_TEXT`] of names; later ones are counted in the totals but not charted, and a notice says so |
+//! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them, [`MAX_PART_BYTES`] in all |
+//! | modules | those of the run, shared with its `run.json`: [`names`](crate::store::names), [`owners`](crate::store::owners) |
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 
@@ -30,11 +31,12 @@ use wire::control::MAX_MODELS;
 
 use crate::store::{
     format::{Identity, ModelInfo, Part, RunInfo, Totals, What},
+    names::Names,
     owners::Scattered,
 };
 
 pub use series::Coord;
-use series::{Series, Slot};
+use series::{Key, Series, Slot};
 pub use view::{Picked, RunView, SeriesQuery};
 pub use watch::Watch;
 
@@ -44,10 +46,14 @@ pub const POINTS_PER_SERIES: usize = 2048;
 pub const POINT_BUDGET: usize = 1 << 18;
 /// Most series: (model, module, kind, path, training mode).
 pub const MAX_SERIES: usize = 1 << 13;
+/// Most bytes of different names of series: modules, classes, groups, leaves.
+pub const MAX_SERIES_TEXT: usize = 4 << 20;
 /// Newest records kept with the places of their parts.
 pub const MAX_RECORDS: usize = 4096;
 /// Most parts that those records hold between them.
 pub const MAX_PARTS: usize = 1 << 15;
+/// Most memory of these parts. One of usual shape and layout takes about 300 bytes.
+pub const MAX_PART_BYTES: usize = 16 << 20;
 /// Notices, and divergences, kept.
 pub const MAX_NOTICES: usize = 100;
 /// Reasons of refusal kept, with their counts.
@@ -118,13 +124,14 @@ struct Ended {
     exit_code: Option<i32>,
 }
 
-#[derive(Default)]
 struct Inner {
     info: RunInfo,
     models: BTreeMap<u32, ModelInfo>,
     series: Vec<Series>,
     /// Places in `series`, by module: a module has few.
-    by_module: HashMap<String, Vec<u32>>,
+    by_module: HashMap<Arc<str>, Vec<u32>>,
+    /// Those of the series.
+    names: Names,
     recent: recent::Ring,
     ranks: BTreeMap<u32, Rank>,
     notices: VecDeque<String>,
@@ -146,7 +153,7 @@ struct Inner {
 impl Live {
     /// The state of a run about to begin, or taken up again: totals go on from those of `info`.
     pub fn new(info: RunInfo) -> Arc<Self> {
-        let mut inner = Inner { totals: info.totals, ..Inner::default() };
+        let mut inner = Inner::new(info.totals);
         for notice in &info.notices {
             inner.notice(notice);
         }
@@ -180,10 +187,12 @@ impl Live {
         self.change(|inner| inner.model(model));
     }
 
-    /// The modules that some ranks lack.
-    pub fn scattered(&self) -> Scattered {
+    /// Which ranks lack the module of a record.
+    pub fn scattered(&self, id: &Identity) -> Scattered {
         let inner = self.lock();
-        Scattered::new(&inner.info.owners, inner.info.world)
+        let (owners, world) = (inner.info.owners.clone(), inner.info.world);
+        drop(inner);
+        Scattered::of_module(&owners, world, id.model, &id.module)
     }
 
     /// A rank connected. A run that was over goes on.
@@ -257,6 +266,28 @@ impl Live {
 }
 
 impl Inner {
+    fn new(totals: Totals) -> Self {
+        Self {
+            info: RunInfo::default(),
+            models: BTreeMap::new(),
+            series: Vec::new(),
+            by_module: HashMap::new(),
+            names: Names::new(4 * MAX_SERIES, MAX_SERIES_TEXT),
+            recent: recent::Ring::default(),
+            ranks: BTreeMap::new(),
+            notices: VecDeque::new(),
+            refusals: VecDeque::new(),
+            divergences: VecDeque::new(),
+            totals,
+            step: 0,
+            ended: None,
+            overflowed: false,
+            clock: 0,
+            run_clock: 0,
+            models_clock: 0,
+        }
+    }
+
     fn run_changed(&mut self) {
         self.run_clock = self.clock;
     }
@@ -370,19 +401,21 @@ impl Inner {
         if let Some(index) = self.find(&what.id) {
             return Some(index);
         }
-        if self.series.len() >= MAX_SERIES {
+        let key = if self.series.len() < MAX_SERIES { Key::new(what, &mut self.names) } else { None };
+        let Some(key) = key else {
             if !self.overflowed {
                 self.overflowed = true;
                 self.notice(&format!(
-                    "more than {MAX_SERIES} tensors are tapped: the dashboard charts the first ones; all are kept"
+                    "more than {MAX_SERIES} tensors are tapped, or with longer names than fit: the dashboard charts the first \
+                     ones; all are kept"
                 ));
             }
             return None;
-        }
+        };
         let before = self.limit();
         let index = self.series.len() as u32;
-        self.series.push(Series::new(what));
-        self.by_module.entry(what.id.module.clone()).or_default().push(index);
+        self.by_module.entry(key.module.clone()).or_default().push(index);
+        self.series.push(Series::new(key, what.dtype));
         let limit = self.limit();
         if limit < before {
             self.series.iter_mut().for_each(|s| s.shrink(limit));
@@ -392,7 +425,7 @@ impl Inner {
 
     /// The series of an identity, if it is charted.
     fn find(&self, id: &Identity) -> Option<u32> {
-        let places = self.by_module.get(&id.module)?;
+        let places = self.by_module.get(id.module.as_str())?;
         places.iter().copied().find(|&i| self.series[i as usize].key.is_of(id))
     }
 }

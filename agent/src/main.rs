@@ -3,10 +3,13 @@
 mod cli;
 mod commands;
 mod dashboard;
+mod descriptors;
 mod home;
 mod index;
 mod live;
+mod newcomers;
 mod read;
+mod secrets;
 mod server;
 mod store;
 mod summary;

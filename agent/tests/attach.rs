@@ -42,6 +42,43 @@ fn what_ranks_ship_is_there_when_the_agent_finishes() {
     }
 }
 
+#[test]
+fn secrets_of_a_ranks_command_line_are_not_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let mut rank = Rank::new(0, 1, SLAB);
+    let command = ["train.py", "--api-key", "SECRET123", "--hf_token=SECRET123", "--tokenizer", "gpt2"];
+    let hello = wire::control::Hello { command: command.map(str::to_owned).to_vec(), ..rank.hello() };
+    assert_eq!(rank.attach_as(&agent.socket, hello), FromAgent::Welcome);
+    rank.ship("a", 0, 1);
+    rank.drained();
+    let (_, page) = agent.ask("/api/run");
+    assert!(page.contains("gpt2") && !page.contains("SECRET123"), "{page}");
+    let out = agent.out.clone();
+    agent.finish();
+    let shown = ["train.py", "--api-key", "***", "--hf_token=***", "--tokenizer", "gpt2"];
+    assert_eq!(info(&out)["command"], serde_json::json!(shown));
+}
+
+/// What a rank says of itself is not kept at any length.
+#[test]
+fn a_hello_of_many_megabytes_leaves_a_short_run_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let mut rank = Rank::new(0, 1, SLAB);
+    let long = || "é".repeat(1 << 20);
+    let command = (0..100_000).map(|n| format!("argument {n}")).collect();
+    let hello =
+        wire::control::Hello { node: long(), torch: long(), hooks: long(), wrapper: long(), command, ..rank.hello() };
+    assert_eq!(rank.attach_as(&agent.socket, hello), FromAgent::Welcome);
+    let out = agent.out.clone();
+    agent.finish();
+    assert!(std::fs::metadata(out.join("run.json")).unwrap().len() < 1 << 20);
+    let command = info(&out)["command"].clone();
+    assert_eq!(command[5], "argument 5");
+    assert!(command.as_array().unwrap().last().unwrap().as_str().unwrap().contains("more arguments"));
+}
+
 /// AGENT-1.
 #[test]
 fn a_killed_agent_loses_nothing_and_its_successor_takes_the_rest() {

@@ -301,3 +301,26 @@ fn switched_off_it_is_the_command_alone() {
     assert_eq!(run.wait(), (Some(6), "[]\n".into(), String::new()));
     assert!(!out.exists());
 }
+
+#[test]
+fn secrets_reach_the_job_and_not_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let argv = dir.path().join("argv");
+    let script = format!("printf '%s ' \"$@\" > {}; {}", argv.display(), produce(2));
+    let given = ["--api-key", "SECRET123", "--db.password=SECRET123", "HF_TOKEN=SECRET123", "--max-tokens", "5"];
+    let run = Run::with(dir.path(), &script, |command| {
+        command.arg("bash").args(given);
+    });
+    let out = run.out.clone();
+    let (code, said, errors) = run.wait();
+    assert_eq!(code, Some(0), "{said}{errors}");
+    assert_eq!(fs::read_to_string(argv).unwrap().trim(), given.join(" "));
+    assert!(!said.contains("SECRET123") && !errors.contains("SECRET123"), "{said}{errors}");
+    for entry in fs::read_dir(&out).unwrap() {
+        let bytes = fs::read(entry.unwrap().path()).unwrap();
+        assert!(!bytes.windows(9).any(|w| w == b"SECRET123"));
+    }
+    let shown = ["--api-key", "***", "--db.password=***", "HF_TOKEN=***", "--max-tokens", "5"];
+    assert_eq!(info(&out)["command"].as_array().unwrap()[4..], shown);
+    assert_eq!(total(&out, "dropped"), 0);
+}

@@ -4,8 +4,7 @@ mod rank;
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::TcpStream,
+    io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -32,17 +31,9 @@ fn finished(folder: &Path) -> PathBuf {
 
 /// What the dashboard's API answers.
 fn ask(agent: &Agent, path: &str) -> Value {
-    let (base, token) = agent.page.split_once("/?token=").unwrap();
-    let host = base.strip_prefix("http://").unwrap();
-    let mut stream = TcpStream::connect(host).unwrap();
-    let request =
-        format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    assert!(head.starts_with("HTTP/1.1 200"), "{path}: {answer}");
-    serde_json::from_str(body).unwrap()
+    let (status, body) = agent.ask(path);
+    assert_eq!(status, 200, "{path}: {body}");
+    serde_json::from_str(&body).unwrap()
 }
 
 fn steps(agent: &Agent) -> Value {
@@ -91,13 +82,6 @@ fn a_finished_run_goes_on_when_a_rank_attaches() {
     verify(&out);
 }
 
-/// Memory of a process, in bytes.
-fn memory(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
-}
-
 #[test]
 fn records_of_long_ago_are_found_without_holding_the_manifest() {
     let dir = tempfile::tempdir().unwrap();
@@ -124,9 +108,40 @@ fn records_of_long_ago_are_found_without_holding_the_manifest() {
         assert_eq!((&tensor["step"], &tensor["shape"]), (&step.into(), &json!([2, 16])));
     };
     look(59_999);
-    let before = memory(agent.child.id());
+    let before = agent.memory("VmRSS");
     [100, 20_000, 40_000].into_iter().for_each(look);
-    let grown = memory(agent.child.id()).saturating_sub(before);
+    let grown = agent.memory("VmRSS").saturating_sub(before);
     assert!(grown < 12 << 20, "{} MB more", grown >> 20);
     assert!(before < 64 << 20, "{} MB after the manifest was read", before >> 20);
+}
+
+/// As a quota or a network file system does it, or somebody.
+#[test]
+fn a_shard_that_is_cut_short_is_an_error_on_the_page_and_the_agent_lives() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let mut rank = Rank::attached(&agent, 0, 1, 1 << 20);
+    for step in 0..9 {
+        rank.ship("a", step, 4096);
+    }
+    rank.drained();
+    let look = |step: u64| agent.ask(&format!("/api/tensor?module=a&kind=forward&path=out&step={step}"));
+    wait_until("the last record", || look(8).0 == 200);
+    let shard = agent.out.join("shard-00000.open");
+    // Within the first tensor; then there is not even a header.
+    for len in [(1 << 20) + 5000, 0] {
+        fs::File::options().write(true).open(&shard).unwrap().set_len(len).unwrap();
+        for step in [0, 8] {
+            let (status, body) = look(step);
+            assert_eq!(status, 404, "{body}");
+            assert!(body.contains("shard-00000.open: the file is shorter than the manifest says"), "{body}");
+        }
+    }
+    assert_eq!(ask(&agent, "/api/run")["state"], "live");
+    fs::remove_file(&shard).unwrap();
+    let (status, body) = look(0);
+    assert!(status == 404 && body.contains("missing"), "{body}");
+    rank.ship("a", 9, 1);
+    rank.drained();
+    wait_until("a capture after that", || agent.parts() == 10);
 }

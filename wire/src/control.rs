@@ -58,8 +58,12 @@ pub struct ModuleInfo {
 }
 
 /// From a rank to the agent.
+pub type ToAgent = FromRank<Vec<ModuleInfo>, Vec<String>>;
+
+/// The same, for whoever holds lists of modules (`M`) and of names (`N`) in another way: an agent does not keep all that a
+/// job sends. Both come as sequences.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ToAgent {
+pub enum FromRank<M, N> {
     /// First message. Later ones on the same connection are of the same rank and process, and say what has become known.
     Hello(Hello),
     /// A model was found, or has changed: all of its modules.
@@ -67,7 +71,7 @@ pub enum ToAgent {
         /// Model number.
         model: u32,
         /// Its modules in `named_modules` order.
-        modules: Vec<ModuleInfo>,
+        modules: M,
     },
     /// Something the user should read once (a selector without match, taps switched off, ...).
     Notice(String),
@@ -76,7 +80,7 @@ pub enum ToAgent {
     /// A model of which this rank captures nothing: the names of its modules.
     Others {
         /// In `named_modules` order.
-        modules: Vec<String>,
+        modules: N,
     },
 }
 
@@ -119,6 +123,11 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, ControlError> {
     out.extend_from_slice(&(body.len() as u32).to_le_bytes());
     out.extend_from_slice(&body);
     Ok(out)
+}
+
+/// Bytes of the message at the front of `buffer`, prefix included, once that is there: for whoever makes room for it.
+pub fn announced(buffer: &[u8]) -> Option<usize> {
+    Some(4 + u32::from_le_bytes(*buffer.first_chunk::<4>()?) as usize)
 }
 
 /// Takes one message off the front of `buffer`; `None` until it is there in full. Takes hostile bytes.

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::run::private;
 use crate::{
-    dashboard, index,
+    dashboard, descriptors, index,
     server::{
         PATIENCE, Server, attach,
         board::Board,
@@ -96,6 +96,7 @@ struct Agent {
 impl Agent {
     fn start(args: Args) -> anyhow::Result<Self> {
         give_way();
+        descriptors::raise();
         let dashboard = bind(args.port)?;
         let token = token().context("no random numbers for the dashboard's token")?;
         if let Some(why) = open_to_others(&args.socket) {
@@ -185,10 +186,10 @@ impl Agent {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        tokio::spawn(attach::serve(self.server.clone(), stream, self.server.arrival()));
+                        tokio::spawn(attach::serve(self.server.clone(), stream, self.server.arrival().await));
                     }
                     Err(e) => {
-                        self.server.board.trouble(&format!("cannot take a rank in: {e}"));
+                        self.server.board.trouble_once(&format!("cannot take a rank in: {e}"));
                         tokio::time::sleep(TICK).await;
                     }
                 },
@@ -229,7 +230,7 @@ impl Agent {
         let rest = async {
             while self.listening.somebody_waits() {
                 let Ok((stream, _)) = listener.accept().await else { return };
-                tokio::spawn(attach::serve(self.server.clone(), stream, self.server.arrival()));
+                tokio::spawn(attach::serve(self.server.clone(), stream, self.server.arrival().await));
             }
         };
         // Bounded, whoever keeps connecting.
@@ -268,6 +269,9 @@ fn give_way() {
         // Writing to a terminal from the background must not stop it either.
         libc::signal(libc::SIGTTOU, libc::SIG_IGN);
         libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS);
+        // What is long and short-lived, such as a list of modules, goes back to the system when it is freed.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10);
     }
 }
 

@@ -46,6 +46,8 @@ pub async fn run(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 pub async fn modules(State(shared): State<Arc<Shared>>) -> Response {
+    // The trees may be long: few answers are made at a time. The semaphore is closed only with the server.
+    let _permit = shared.reads.acquire().await;
     Json(shared.live.models()).into_response()
 }
 

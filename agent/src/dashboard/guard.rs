@@ -1,7 +1,8 @@
 //! Who may ask: the one who has the token, from a page of ours, under a name of this machine.
 //!
 //! - GUARD-1: every route wants the token, as `Authorization: Bearer`, as our cookie, or once as `?token=`, which sets
-//!   the cookie and leads on to the address without it (so that it stays out of history and screenshots).
+//!   the cookie and leads on to the address without it (so that it stays out of history and screenshots). That address
+//!   is a route of ours and a query that is written anew: nothing of what was asked for leads a browser elsewhere.
 //! - GUARD-2: `Host` must name loopback and our port; else a page elsewhere could point its own name at 127.0.0.1
 //!   (DNS rebinding) and read everything.
 //! - GUARD-3: `Origin`, and `Sec-Fetch-Site` for everything but opening the page, must be ours where they are sent. A
@@ -12,7 +13,8 @@
 use std::sync::Arc;
 
 use axum::{
-    extract::{Request, State},
+    Extension,
+    extract::{MatchedPath, Request, State},
     http::{
         HeaderMap, HeaderValue, Method, StatusCode, Uri,
         header::{self, HeaderName},
@@ -20,6 +22,8 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+
+use super::connections::Visitor;
 
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -67,20 +71,31 @@ impl Guard {
         values.filter(|(name, _)| *name == self.cookie).any(|(_, v)| same(v.as_bytes(), self.token.as_bytes()))
     }
 
-    /// The token of the query, and the address without it.
-    fn query_token(uri: &Uri) -> Option<(&str, String)> {
-        let query = uri.query()?;
-        let token = query.split('&').find_map(|pair| pair.strip_prefix("token="))?;
-        let rest: Vec<&str> = query.split('&').filter(|pair| !pair.starts_with("token=")).collect();
-        // One slash: `//host` at the start of an address would lead elsewhere.
-        let path = format!("/{}", uri.path().trim_start_matches('/'));
-        Some((token, if rest.is_empty() { path } else { format!("{path}?{}", rest.join("&")) }))
+    /// The token of the query, and the address without it: of `route`, the one of ours that is meant, if it is one.
+    fn query_token(uri: &Uri, route: Option<&str>) -> Option<(String, String)> {
+        let query: Vec<(String, String)> = serde_urlencoded::from_str(uri.query()?).ok()?;
+        let (tokens, rest): (Vec<_>, Vec<_>) = query.into_iter().partition(|(name, _)| name == "token");
+        let (_, token) = tokens.into_iter().next()?;
+        let mut address = route.unwrap_or("/").to_owned();
+        if let Ok(query) = serde_urlencoded::to_string(rest)
+            && !query.is_empty()
+            && route.is_some()
+        {
+            address.push('?');
+            address += &query;
+        }
+        Some((token, address))
     }
 }
 
 /// The middleware.
-pub async fn check(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    let mut response = match admit(&guard, &request) {
+pub async fn check(
+    State(guard): State<Arc<Guard>>,
+    Extension(visitor): Extension<Visitor>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let mut response = match admit(&guard, &visitor, &request) {
         Ok(()) => next.run(request).await,
         Err(answer) => answer,
     };
@@ -102,7 +117,7 @@ pub async fn check(State(guard): State<Arc<Guard>>, request: Request, next: Next
 /// Lets a request through, or says what to answer instead.
 // The answer is made once and sent; its size does not matter.
 #[allow(clippy::result_large_err)]
-fn admit(guard: &Guard, request: &Request) -> Result<(), Response> {
+fn admit(guard: &Guard, visitor: &Visitor, request: &Request) -> Result<(), Response> {
     let headers = request.headers();
     let refuse = |status: StatusCode, text: String| Err((status, text + "\n").into_response());
     if !guard.host_ok(headers) {
@@ -123,11 +138,14 @@ fn admit(guard: &Guard, request: &Request) -> Result<(), Response> {
     }
     let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
     let elsewhere = !matches!(site, None | Some(b"same-origin" | b"none"));
-    if let Some((token, rest)) = Guard::query_token(request.uri()) {
+    let full =
+        || refuse(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open on this dashboard; close one".into());
+    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    if let Some((token, rest)) = Guard::query_token(request.uri(), route) {
         if !same(token.as_bytes(), guard.token.as_bytes()) {
             return refuse(StatusCode::UNAUTHORIZED, wrong_token());
         }
-        return Err(enter(guard, &rest, elsewhere));
+        return if visitor.is_known() { Err(enter(guard, &rest, elsewhere)) } else { full() };
     }
     if elsewhere && request.uri().path() != "/" {
         return refuse(StatusCode::FORBIDDEN, "refused: the request comes from another site's page".into());
@@ -135,7 +153,7 @@ fn admit(guard: &Guard, request: &Request) -> Result<(), Response> {
     if !guard.token_ok(headers) {
         return refuse(StatusCode::UNAUTHORIZED, wrong_token());
     }
-    Ok(())
+    if visitor.is_known() { Ok(()) } else { full() }
 }
 
 fn wrong_token() -> String {

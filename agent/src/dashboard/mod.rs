@@ -10,14 +10,18 @@
 //! | `/api/tensor?model=&module=&kind=&path=&step=[&micro=&call=&repeat=&train=&recompute=&rank=]` | one tensor's picture |
 //! | `/events` | what changes, as server-sent events |
 //!
-//! It listens on loopback only, answers GET only, and every route wants the token ([`guard`]).
+//! It listens on loopback only, answers GET only, and every route wants the token ([`guard`]). Connections are bounded in
+//! number and in time ([`connections`]).
 
 mod api;
 mod assets;
+mod connections;
 mod events;
 mod guard;
 mod picture;
+mod source;
 mod tensor;
+mod windows;
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -25,6 +29,7 @@ use axum::{Router, middleware, routing::get};
 use tokio::{net::TcpListener, sync::Semaphore};
 
 use crate::live::Live;
+use connections::Limits;
 
 /// Event streams at a time; a browser tab holds one.
 const MAX_STREAMS: usize = 32;
@@ -53,14 +58,16 @@ pub async fn serve(listener: TcpListener, live: Arc<Live>, run_dir: PathBuf, tok
     if token.is_empty() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the dashboard needs a token that is not empty"));
     }
-    axum::serve(listener, router(live, run_dir, token, address.port())).await
+    let limits = Limits::now();
+    let never = connections::serve(listener, router(live, run_dir, token, address.port(), limits), limits).await;
+    match never {}
 }
 
-fn router(live: Arc<Live>, run_dir: PathBuf, token: String, port: u16) -> Router {
+fn router(live: Arc<Live>, run_dir: PathBuf, token: String, port: u16, limits: Limits) -> Router {
     let shared = Arc::new(Shared {
         live,
         tensors: tensor::Tensors::new(run_dir),
-        streams: Arc::new(Semaphore::new(MAX_STREAMS)),
+        streams: Arc::new(Semaphore::new(MAX_STREAMS.min(limits.known / 2))),
         reads: Arc::new(Semaphore::new(MAX_READS)),
     });
     let guard = Arc::new(guard::Guard::new(token, port));

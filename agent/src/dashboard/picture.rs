@@ -21,8 +21,8 @@ const SAMPLE_ROWS: u64 = 4;
 /// Of a larger tensor: elements read of each cell in each of these rows.
 const SAMPLE_RUN: u64 = 16;
 
-/// Reads elements `start..` of the row with these coordinates.
-pub type Read<'a> = dyn Fn(&[u64], u64, &mut [f64]) + 'a;
+/// Reads elements `start..` of the row with these coordinates. The error is a whole sentence.
+pub type Read<'a> = dyn Fn(&[u64], u64, &mut [f64]) -> Result<(), String> + 'a;
 
 /// What is drawn of a tensor.
 #[derive(Debug, Serialize)]
@@ -62,7 +62,7 @@ pub struct Heat {
 }
 
 /// Draws the tensor of this shape. `known`: the statistics of the disjoint parts that it is made of.
-pub fn draw(shape: &[u64], read: &Read<'_>, known: Option<Vec<Stats>>) -> Picture {
+pub fn draw(shape: &[u64], read: &Read<'_>, known: Option<Vec<Stats>>) -> Result<Picture, String> {
     // A zero may stand after numbers whose product is too large.
     let elements = if shape.contains(&0) { 0 } else { shape.iter().product::<u64>() };
     let of_cols = shape.last().copied().unwrap_or(1);
@@ -87,7 +87,7 @@ pub fn draw(shape: &[u64], read: &Read<'_>, known: Option<Vec<Stats>>) -> Pictur
                 let start = left + (right - left - run) / 2;
                 let old = sample.len();
                 sample.resize(old + run as usize, 0.0);
-                read(&coordinates, start, &mut sample[old..]);
+                read(&coordinates, start, &mut sample[old..])?;
                 sample[old..].iter().for_each(|&x| cell.take(x));
             }
         }
@@ -103,14 +103,14 @@ pub fn draw(shape: &[u64], read: &Read<'_>, known: Option<Vec<Stats>>) -> Pictur
     }
     let sampled = sample.len() as u64;
     let merged = if sampled == elements { None } else { known.map(merge) };
-    Picture {
+    Ok(Picture {
         elements,
         sampled,
         stats_sampled: sampled != elements && merged.is_none(),
         stats: merged.unwrap_or_else(|| measure(&sample)),
         histogram: histogram(&sample),
         heat,
-    }
+    })
 }
 
 /// The part of `0..whole` that piece `i` of `pieces` covers.

@@ -12,8 +12,9 @@ fn drawn(shape: &[u64], values: &[f64]) -> Picture {
         let flat = row.iter().zip(leading).fold(0, |flat, (at, dim)| flat * dim + at) as usize;
         let from = flat * cols + start as usize;
         out.copy_from_slice(&values[from..from + out.len()]);
+        Ok(())
     };
-    draw(shape, &read, None)
+    draw(shape, &read, None).unwrap()
 }
 
 #[test]
@@ -66,7 +67,11 @@ fn the_widest_range_of_numbers_has_a_histogram() {
 fn the_work_for_a_huge_tensor_is_bounded() {
     for shape in [vec![1 << 20, 1 << 14], vec![1 << 40], vec![1 << 40, 1], vec![3, 1 << 21], vec![1 << 21, 3]] {
         let read = Counter::new(0u64);
-        let p = draw(&shape, &|_, _, out| read.set(read.get() + out.len() as u64), None);
+        let count = |_: &[u64], _, out: &mut [f64]| {
+            read.set(read.get() + out.len() as u64);
+            Ok(())
+        };
+        let p = draw(&shape, &count, None).unwrap();
         assert!(read.get() <= ROWS * SAMPLE_ROWS * COLS * SAMPLE_RUN, "{shape:?}: {}", read.get());
         assert!(p.stats_sampled && p.sampled == read.get() && p.sampled > 0);
     }
@@ -79,7 +84,7 @@ fn statistics_of_the_parts_stand_in_for_those_of_a_sample() {
             Stats { count: 5, mean: Some(1.0), std: Some(0.0), min: Some(1.0), max: Some(1.0), ..Stats::default() };
             2
         ];
-    let p = draw(&[1 << 30], &|_, _, _| (), Some(known));
+    let p = draw(&[1 << 30], &|_, _, _| Ok(()), Some(known)).unwrap();
     assert_eq!((p.stats.count, p.stats.mean, p.stats_sampled), (10, Some(1.0), false));
 }
 

@@ -1,8 +1,8 @@
 //! One tensor for the page: found, laid out, sampled within a bound, described.
 //!
 //! A record among the newest is read by the places that [`Live`] remembers; for an older one the run's manifest is gone
-//! through line by line, and nothing of it is kept. No checksum of a tensor is compared here (that would read every
-//! byte); `flexmodel verify` does that.
+//! through line by line, and nothing of it is kept. Its elements are read where they lie ([`Source`]), as many as the
+//! picture wants. No checksum of a tensor is compared here (that would read every byte); `flexmodel verify` does that.
 
 use std::{
     collections::BTreeMap,
@@ -12,24 +12,22 @@ use std::{
 };
 
 use serde::Serialize;
-use wire::{
-    dtype::DType,
-    record::{Axis, Place},
-};
+use wire::record::{Axis, Place};
 
-use super::picture::{self, Picture};
+use super::{
+    picture::{self, Picture},
+    source::Source,
+    windows::Windows,
+};
 use crate::{
     live::Live,
     read::{
         Shards,
-        assemble::Bytes,
-        layout::{self, Node, Piece},
-        number::component,
+        layout::{self, Node},
     },
     store::{
-        format::{Identity, Line, MANIFEST_FILE, Part},
+        format::{Identity, Line, Location, MANIFEST_FILE, Part},
         manifest::Reader,
-        stats,
     },
 };
 
@@ -84,7 +82,7 @@ impl Tensors {
             Some(picked) => last_of_each_rank(picked.parts),
             None => self.older(id)?,
         };
-        live.scattered().settle(&mut parts);
+        live.scattered(id).settle(&mut parts);
         let shown = match rank {
             None => parts.clone(),
             Some(rank) => parts.iter().filter(|p| p.what.rank == rank).map(alone).collect(),
@@ -98,11 +96,11 @@ impl Tensors {
         let summed = walk(&node, &mut leaves);
         leaves.sort_unstable();
         leaves.dedup();
-        let mut bytes: Vec<Option<Bytes>> = vec![None; shown.len()];
+        let mut places: Vec<Option<Location>> = vec![None; shown.len()];
         for &leaf in &leaves {
-            bytes[leaf] = Some(self.bytes(&shown[leaf])?);
+            places[leaf] = Some(place(&shown[leaf])?.clone());
         }
-        let source = Source { node: &node, dtype: first.dtype, bytes: &bytes };
+        let source = Source::new(&node, first.dtype, Windows::new(&self.shards, places)?);
         let whole = leaves.iter().map(|&i| &shown[i]).filter_map(|p| p.at.as_ref()).map(|at| at.len).sum();
         let known = if summed { None } else { leaves.iter().map(|&i| shown[i].stats).collect() };
         Ok(Look {
@@ -117,17 +115,8 @@ impl Tensors {
             time_ms: first.time_ns as f64 / 1e6,
             parts: parts.iter().map(PartLook::of).collect(),
             rank,
-            picture: picture::draw(node.shape(), &|row, start, out| source.read(row, start, out), known),
+            picture: picture::draw(node.shape(), &|row, start, out| source.read(row, start, out), known)?,
         })
-    }
-
-    fn bytes(&self, part: &Part) -> Result<Bytes, String> {
-        let rank = part.what.rank;
-        let at = part.at.as_ref().ok_or_else(|| format!("rank {rank} kept statistics only (reduce=stats)"))?;
-        if layout::byte_len(part.what.dtype, &part.what.shape) != Some(at.len) {
-            return Err(format!("rank {rank}: the stored length does not fit the shape; run flexmodel verify"));
-        }
-        self.shards.bytes(at).map_err(|e| e.to_string())
     }
 
     /// The parts of a record that is no longer among the newest. No more than a line of the manifest is held.
@@ -139,6 +128,16 @@ impl Tensors {
         })?;
         if found.is_empty() { Err(format!("{id} was not captured, or not yet")) } else { Ok(found) }
     }
+}
+
+/// Where a part's bytes are.
+fn place(part: &Part) -> Result<&Location, String> {
+    let rank = part.what.rank;
+    let at = part.at.as_ref().ok_or_else(|| format!("rank {rank} kept statistics only (reduce=stats)"))?;
+    if layout::byte_len(part.what.dtype, &part.what.shape) != Some(at.len) {
+        return Err(format!("rank {rank}: the stored length does not fit the shape; run flexmodel verify"));
+    }
+    Ok(at)
 }
 
 fn scan(manifest: File, id: &Identity) -> io::Result<Vec<Part>> {
@@ -210,94 +209,6 @@ fn walk(node: &Node, leaves: &mut Vec<usize>) -> bool {
             true
         }
     }
-}
-
-/// Reads elements of the whole without making it.
-struct Source<'a> {
-    node: &'a Node,
-    dtype: DType,
-    bytes: &'a [Option<Bytes>],
-}
-
-impl Source<'_> {
-    /// Elements `start..` of the row at `row` (all coordinates but the last); complex ones as magnitudes.
-    fn read(&self, row: &[u64], start: u64, out: &mut [f64]) {
-        if self.dtype.is_complex() {
-            let mut imaginary = vec![0.0; out.len()];
-            self.fill(self.node, &mut row.to_vec(), start, 0, out);
-            self.fill(self.node, &mut row.to_vec(), start, 1, &mut imaginary);
-            out.iter_mut().zip(imaginary).for_each(|(re, im)| *re = re.hypot(im));
-        } else {
-            self.fill(self.node, &mut row.to_vec(), start, 0, out);
-        }
-    }
-
-    /// `half`: which of the two components of a complex element.
-    fn fill(&self, node: &Node, row: &mut [u64], start: u64, half: usize, out: &mut [f64]) {
-        match node {
-            Node::Leaf { part, shape } => self.leaf(*part, shape, row, start, half, out),
-            Node::Concat { dim, children, .. } | Node::HeadTail { dim, children, .. } => {
-                let pieces = layout::pieces(children, *dim, matches!(node, Node::HeadTail { .. }));
-                self.fill_from(&pieces, *dim, row, start, half, out);
-            }
-            Node::Flat { child, shape } => self.fill(child, &mut [], element(shape, row, start), half, out),
-            Node::Sum { children, .. } => {
-                let mut addend = vec![0.0; out.len()];
-                out.fill(0.0);
-                for child in children {
-                    self.fill(child, row, start, half, &mut addend);
-                    out.iter_mut().zip(&addend).for_each(|(sum, x)| *sum += x);
-                }
-            }
-        }
-    }
-
-    /// Of pieces that follow each other on `dim`.
-    fn fill_from(&self, pieces: &[Piece<'_>], dim: usize, row: &mut [u64], start: u64, half: usize, out: &mut [f64]) {
-        let mut begin = 0u64;
-        if dim == row.len() {
-            // Along the row: each fills what it has of it.
-            let last = start + out.len() as u64;
-            for piece in pieces {
-                let end = begin + piece.len;
-                let (from, to) = (start.max(begin), last.min(end));
-                if from < to {
-                    let out = &mut out[(from - start) as usize..(to - start) as usize];
-                    self.fill(piece.node, row, piece.start + from - begin, half, out);
-                }
-                begin = end;
-            }
-            return;
-        }
-        let at = row[dim];
-        for piece in pieces {
-            if at < begin + piece.len {
-                row[dim] = piece.start + at - begin;
-                self.fill(piece.node, row, start, half, out);
-                break;
-            }
-            begin += piece.len;
-        }
-        row[dim] = at;
-    }
-
-    fn leaf(&self, part: usize, shape: &[u64], row: &[u64], start: u64, half: usize, out: &mut [f64]) {
-        let (size, real) = (self.dtype.size(), component(self.dtype));
-        let first = element(shape, row, start);
-        // `Tensors::bytes` made sure that the bytes are as many as the shape says, so every index fits.
-        let bytes = self.bytes.get(part).and_then(Option::as_deref).unwrap_or_default();
-        let begin = first as usize * size;
-        let elements = bytes.get(begin..begin + out.len() * size).unwrap_or_default();
-        for (x, element) in out.iter_mut().zip(elements.chunks_exact(size)) {
-            *x = stats::to_f64(real, &element[half * real.size()..(half + 1) * real.size()]);
-        }
-    }
-}
-
-/// The number of element `start` of the row at `row`, in row-major order.
-fn element(shape: &[u64], row: &[u64], start: u64) -> u64 {
-    let flat = row.iter().zip(shape).fold(0u64, |flat, (at, dim)| flat * dim + at);
-    flat * shape.last().copied().unwrap_or(1) + start
 }
 
 #[cfg(test)]

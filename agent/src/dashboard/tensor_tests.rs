@@ -1,8 +1,15 @@
 //! Tests of reading elements through a layout: the same numbers as putting the whole together.
 
+use wire::dtype::DType;
+
 use super::*;
 use crate::{
-    read::assemble,
+    dashboard::windows::Parts,
+    live::SeriesQuery,
+    read::{
+        assemble::{self, Bytes},
+        number::component,
+    },
     store::{
         format::{HEADER_SPACE, Location, RunInfo, What},
         manifest::encode_line,
@@ -10,6 +17,13 @@ use crate::{
         testing,
     },
 };
+
+/// Parts that are in memory.
+impl Parts for &[Vec<u8>] {
+    fn bytes(&mut self, part: usize, begin: u64, len: usize) -> Result<&[u8], String> {
+        Ok(&self[part][begin as usize..begin as usize + len])
+    }
+}
 
 struct Case {
     parts: Vec<Part>,
@@ -53,8 +67,7 @@ fn check(case: Case) {
     let leaf = |i: usize| Ok::<_, String>(Bytes::Owned(case.bytes[i].clone()));
     let whole = assemble::assemble(&node, dtype, &mut { leaf }).unwrap();
     let expected: Vec<f64> = whole.chunks_exact(dtype.size()).map(|x| to_f64(dtype, x)).collect();
-    let bytes: Vec<Option<Bytes>> = case.bytes.iter().map(|b| Some(Bytes::Owned(b.clone()))).collect();
-    let source = Source { node: &node, dtype, bytes: &bytes };
+    let source = Source::new(&node, dtype, case.bytes.as_slice());
     let shape = node.shape().to_vec();
     let cols = *shape.last().unwrap();
     let mut at = 0;
@@ -67,7 +80,7 @@ fn check(case: Case) {
         }
         for start in 0..cols {
             let mut out = vec![f64::NAN; (cols - start) as usize];
-            source.read(&coordinates, start, &mut out);
+            source.read(&coordinates, start, &mut out).unwrap();
             assert_eq!(out, expected[at + start as usize..at + cols as usize], "row {row} from {start}");
         }
         at += cols as usize;
@@ -134,4 +147,53 @@ fn where_a_rank_captured_a_record_again_its_last_part_is_shown() {
     assert_eq!(shown(&live), (1, Some(2.0)), "by the manifest");
     parts.iter().for_each(|part| live.part(part));
     assert_eq!(shown(&live), (1, Some(2.0)), "by what is remembered");
+}
+
+/// More parts than there are windows, and a part that is longer than a window.
+#[test]
+fn every_element_is_read_through_few_and_short_windows() {
+    for (ranks, rows, cols) in [(100u32, 2u64, 5000u64), (1, 1000, 1000)] {
+        let dir = tempfile::tempdir().unwrap();
+        let live = Live::new(RunInfo::default());
+        let value = |rank: u32, n: u64| (u64::from(rank) * 7 + n) as f32;
+        let mut sum = 0.0;
+        for rank in 0..ranks {
+            let mut what = What::from_meta(testing::meta("m", 0, 1));
+            (what.rank, what.shape) = (rank, vec![rows, cols]);
+            what.axes = vec![Axis { name: "tp".into(), index: rank, size: ranks, place: shard(1), given: None }];
+            let values = (0..rows * cols).map(|n| value(rank, n));
+            sum += values.clone().map(f64::from).sum::<f64>();
+            let stem = format!("shard-{rank:05}");
+            let file = [vec![0; HEADER_SPACE as usize], values.flat_map(f32::to_le_bytes).collect()].concat();
+            std::fs::write(dir.path().join(format!("{stem}.open")), &file).unwrap();
+            let at = Location { shard: stem, offset: HEADER_SPACE, len: rows * cols * 4, crc: 0 };
+            live.part(&Part { what, at: Some(at), stats: None, same: None });
+        }
+        let id = live.records(&SeriesQuery { module: "m".into(), ..SeriesQuery::default() }, 1).remove(0).id;
+        let look = Tensors::new(dir.path().to_owned()).look(&live, &id, None).unwrap();
+        let stats = &serde_json::to_value(&look.picture).unwrap()["stats"];
+        let elements = u64::from(ranks) * rows * cols;
+        assert_eq!((stats["count"].as_u64(), stats["min"].as_f64()), (Some(elements), Some(0.0)));
+        assert_eq!(stats["max"].as_f64(), Some(f64::from(value(ranks - 1, rows * cols - 1))));
+        assert!((stats["mean"].as_f64().unwrap() / (sum / elements as f64) - 1.0).abs() < 1e-9);
+    }
+}
+
+/// A shard that was cut short, before it is looked at and while it is.
+#[test]
+fn a_shard_that_is_cut_short_is_an_error_that_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("shard-00000.open");
+    let place = |len| Location { shard: "shard-00000".into(), offset: HEADER_SPACE, len, crc: 0 };
+    std::fs::write(&path, vec![7; HEADER_SPACE as usize + (1 << 20)]).unwrap();
+    let shards = Shards::new(dir.path());
+    let says = |error: String| {
+        let said = error.contains("shard-00000.open") && error.contains("the file is shorter than the manifest says");
+        assert!(said, "{error}");
+    };
+    says(Windows::new(&shards, vec![Some(place(1 << 21))]).err().unwrap());
+    let mut parts = Windows::new(&shards, vec![None, Some(place(1 << 20))]).unwrap();
+    assert_eq!(parts.bytes(1, 0, 4).unwrap(), [7; 4]);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(HEADER_SPACE + 100).unwrap();
+    says(parts.bytes(1, 1 << 19, 4).unwrap_err());
 }

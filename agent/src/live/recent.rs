@@ -2,10 +2,13 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use wire::{dtype::DType, record::Axis};
+use wire::{
+    dtype::DType,
+    record::{Axis, Place},
+};
 
 use super::{
-    MAX_PARTS, MAX_RECORDS,
+    MAX_PART_BYTES, MAX_PARTS, MAX_RECORDS,
     series::{Coord, Series},
 };
 use crate::store::format::{Identity, Location, Part, Stats, What};
@@ -40,6 +43,8 @@ pub(super) struct Ring {
     /// Number of the record at the front.
     first: u64,
     parts: usize,
+    /// Memory of the parts, as if nothing of it were shared.
+    bytes: usize,
     axes: Vec<Arc<[Axis]>>,
     shard: Option<Arc<str>>,
 }
@@ -53,6 +58,7 @@ impl Ring {
     /// A record begins.
     pub fn begin(&mut self, series: u32, part: &Part) {
         let parts = vec![self.keep(part)];
+        self.bytes += parts[0].bytes();
         self.records.push_back(Recent { series, coord: Coord::of(&part.what.id), parts });
         self.parts += 1;
         self.trim();
@@ -63,6 +69,7 @@ impl Ring {
         let kept = self.keep(part);
         let place = number.checked_sub(self.first).and_then(|n| usize::try_from(n).ok());
         let Some(recent) = place.and_then(|n| self.records.get_mut(n)) else { return };
+        self.bytes += kept.bytes();
         recent.parts.push(kept);
         self.parts += 1;
         self.trim();
@@ -79,8 +86,11 @@ impl Ring {
     }
 
     fn trim(&mut self) {
-        while self.records.len() > MAX_RECORDS || (self.parts > MAX_PARTS && self.records.len() > 1) {
-            self.parts -= self.records.pop_front().map_or(0, |r| r.parts.len());
+        let many = |ring: &Self| ring.parts > MAX_PARTS || ring.bytes > MAX_PART_BYTES;
+        while self.records.len() > MAX_RECORDS || (many(self) && self.records.len() > 1) {
+            let gone = self.records.pop_front().map_or_else(Vec::new, |r| r.parts);
+            self.parts -= gone.len();
+            self.bytes -= gone.iter().map(Kept::bytes).sum::<usize>();
             self.first += 1;
         }
     }
@@ -120,12 +130,22 @@ impl Ring {
     }
 }
 
+impl Kept {
+    fn bytes(&self) -> usize {
+        let axis = |axis: &Axis| {
+            let flat = if let Place::Flat { shape } = &axis.place { shape.len() } else { 0 };
+            size_of::<Axis>() + axis.name.len() + flat * size_of::<u64>()
+        };
+        size_of::<Self>() + self.shape.len() * size_of::<u64>() + self.axes.iter().map(axis).sum::<usize>()
+    }
+}
+
 impl Recent {
     /// What the record is.
     pub fn identity(&self, series: &Series) -> Identity {
         let Coord { step, micro, call, repeat, recompute } = self.coord;
         let key = &series.key;
-        let (module, path) = (key.module.clone(), key.path.clone());
+        let (module, path) = (key.module.to_string(), key.path.to_string());
         Identity {
             module,
             kind: key.kind,
@@ -145,8 +165,8 @@ impl Recent {
         let part = |kept: &Kept| Part {
             what: What {
                 id: self.identity(series),
-                class: series.class.clone(),
-                group: series.group.clone(),
+                class: series.key.class.to_string(),
+                group: series.key.group.to_string(),
                 dtype: kept.dtype,
                 shape: kept.shape.to_vec(),
                 rank: kept.rank,

@@ -1,6 +1,6 @@
 //! A series: the statistics of one leaf of one module over steps, in a bounded ring.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use wire::{
     dtype::DType,
@@ -8,22 +8,36 @@ use wire::{
     record::{Axis, Place},
 };
 
-use crate::store::format::{Identity, Part, Stats, What};
+use crate::store::{
+    format::{Identity, Part, Stats, What},
+    names::Names,
+};
 
-/// What tells one series from another.
+/// What tells one series from another, and what all of its records have in common.
 #[derive(Clone, Debug)]
 pub(super) struct Key {
     pub model: u32,
-    pub module: String,
+    pub module: Arc<str>,
     pub kind: Kind,
-    pub path: String,
+    pub path: Arc<str>,
     pub train: bool,
+    pub class: Arc<str>,
+    pub group: Arc<str>,
 }
 
 impl Key {
-    pub fn of(id: &Identity) -> Self {
-        let (module, path) = (id.module.clone(), id.path.clone());
-        Self { model: id.model, module, kind: id.kind, path, train: id.train }
+    /// That of a part; `None` if there is no room for its names.
+    pub fn new(what: &What, names: &mut Names) -> Option<Self> {
+        let id = &what.id;
+        Some(Self {
+            model: id.model,
+            module: names.keep(&id.module)?,
+            kind: id.kind,
+            path: names.keep(&id.path)?,
+            train: id.train,
+            class: names.keep(&what.class)?,
+            group: names.keep(&what.group)?,
+        })
     }
 
     /// Whether a record of this identity belongs here.
@@ -31,8 +45,8 @@ impl Key {
         self.kind == id.kind
             && self.train == id.train
             && self.model == id.model
-            && self.path == id.path
-            && self.module == id.module
+            && *self.path == *id.path
+            && *self.module == *id.module
     }
 }
 
@@ -175,8 +189,6 @@ pub(super) enum Slot {
 /// The statistics of one leaf over steps.
 pub(super) struct Series {
     pub key: Key,
-    pub class: String,
-    pub group: String,
     pub dtype: DType,
     /// Records so far, those that left the ring included.
     pub count: u64,
@@ -189,18 +201,8 @@ pub(super) struct Series {
 }
 
 impl Series {
-    pub fn new(what: &What) -> Self {
-        Self {
-            key: Key::of(&what.id),
-            class: what.class.clone(),
-            group: what.group.clone(),
-            dtype: what.dtype,
-            count: 0,
-            bytes: 0,
-            bad: 0,
-            points: VecDeque::new(),
-            changed: 0,
-        }
+    pub fn new(key: Key, dtype: DType) -> Self {
+        Self { key, dtype, count: 0, bytes: 0, bad: 0, points: VecDeque::new(), changed: 0 }
     }
 
     /// Takes a part in. Ranks run ahead of each other, so it may belong before the newest record.

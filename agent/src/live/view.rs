@@ -1,10 +1,12 @@
 //! What the dashboard reads: copies made under the lock, turned into JSON outside of it.
 
-use serde::Serialize;
+use std::sync::Arc;
+
+use serde::{Serialize, Serializer};
 use wire::hooks::Kind;
 
 use super::{Coord, Divergence, Live, Rank, Refusal, series::Series};
-use crate::store::format::{Identity, ModelInfo, Part, RunInfo, Totals};
+use crate::store::format::{Identity, ModelInfo, Module, Part, RunInfo, Totals};
 
 /// The run as a whole.
 #[derive(Clone, Debug, Serialize)]
@@ -15,7 +17,7 @@ pub struct RunView {
     pub state: &'static str,
     /// It was over before this agent began, which only shows it again.
     pub shown_again: bool,
-    /// What is known of the run.
+    /// What is known of the run, without the long lists: its modules are in [`ModelsView`].
     pub info: RunInfo,
     /// Largest step seen.
     pub step: u64,
@@ -55,11 +57,12 @@ pub struct ModelView {
 #[derive(Clone, Debug, Serialize)]
 pub struct ModuleView {
     /// Canonical name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Class.
-    pub class: String,
-    /// What of it is tapped.
-    pub kinds: Vec<&'static str>,
+    pub class: Arc<str>,
+    /// What of it is tapped: a mask, in JSON a list of words.
+    #[serde(serialize_with = "words")]
+    pub kinds: u32,
 }
 
 /// A series without its points.
@@ -70,17 +73,17 @@ pub struct Summary {
     /// Model number.
     pub model: u32,
     /// Canonical module name.
-    pub module: String,
+    pub module: Arc<str>,
     /// Kind's word.
     pub kind: &'static str,
     /// Leaf.
-    pub path: String,
+    pub path: Arc<str>,
     /// Training mode.
     pub train: bool,
     /// Class of the module.
-    pub class: String,
+    pub class: Arc<str>,
     /// Hook group.
-    pub group: String,
+    pub group: Arc<str>,
     /// Element type.
     pub dtype: &'static str,
     /// What changes.
@@ -186,7 +189,7 @@ impl Live {
             clock: inner.clock,
             state: inner.state(),
             shown_again: inner.ended.is_some(),
-            info: inner.info.clone(),
+            info: RunInfo { owners: Vec::new(), ..inner.info.clone() },
             step: inner.step,
             totals: inner.totals,
             ranks: inner.ranks.values().cloned().collect(),
@@ -263,9 +266,9 @@ impl SeriesQuery {
     fn wants(&self, series: &Series) -> bool {
         let key = &series.key;
         key.model == self.model
-            && key.module == self.module
+            && *key.module == *self.module
             && self.kind.is_none_or(|k| key.kind == k)
-            && self.path.as_ref().is_none_or(|p| key.path == *p)
+            && self.path.as_ref().is_none_or(|p| *key.path == **p)
             && self.train.is_none_or(|t| key.train == t)
     }
 }
@@ -286,14 +289,13 @@ impl super::Inner {
 
 impl ModelView {
     fn of(model: &ModelInfo) -> Self {
-        let kinds = |mask: u32| Kind::ALL.into_iter().filter(|k| mask & k.bit() != 0).map(Kind::name).collect();
-        let module = |m: &wire::control::ModuleInfo| ModuleView {
-            name: m.name.clone(),
-            class: m.class.clone(),
-            kinds: kinds(m.kinds),
-        };
+        let module = |m: &Module| ModuleView { name: m.name.clone(), class: m.class.clone(), kinds: m.kinds };
         Self { model: model.model, modules: model.modules.iter().map(module).collect() }
     }
+}
+
+fn words<S: Serializer>(mask: &u32, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(Kind::ALL.into_iter().filter(|kind| mask & kind.bit() != 0).map(Kind::name))
 }
 
 fn summary(id: usize, s: &Series) -> Summary {
@@ -304,8 +306,8 @@ fn summary(id: usize, s: &Series) -> Summary {
         kind: s.key.kind.name(),
         path: s.key.path.clone(),
         train: s.key.train,
-        class: s.class.clone(),
-        group: s.group.clone(),
+        class: s.key.class.clone(),
+        group: s.key.group.clone(),
         dtype: s.dtype.name(),
         state: state(s),
     }

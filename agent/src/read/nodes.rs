@@ -149,7 +149,7 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
 fn add_model(models: &mut Vec<ModelInfo>, model: ModelInfo) {
     match models.iter_mut().find(|known| known.model == model.model) {
         None => models.push(model),
-        Some(known) => known.add(model.modules),
+        Some(known) => _ = known.add(model.modules.iter().cloned(), usize::MAX),
     }
 }
 

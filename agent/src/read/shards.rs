@@ -116,11 +116,6 @@ impl Shards {
         Ok(map)
     }
 
-    /// The bytes at a location, checksum not compared.
-    pub fn bytes(&self, at: &Location) -> Result<Bytes, ReadError> {
-        self.mapped(at).map_err(|e| e.about(&self.name(&at.shard)))
-    }
-
     fn mapped(&self, at: &Location) -> Result<Bytes, ReadError> {
         if at.len == 0 {
             return Ok(Bytes::Owned(Vec::new()));

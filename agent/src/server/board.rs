@@ -9,39 +9,60 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use wire::control::{Hello, MAX_MODELS, MAX_NOTICES, ModuleInfo, clip};
+use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, clip};
 
+use super::listed::Listed;
 use crate::{
     live::Live,
+    secrets,
     store::{
         Store,
-        format::{FORMAT, ModelInfo, RunInfo},
-        owners,
+        format::{FORMAT, ModelInfo, Module, Owners, RunInfo},
+        names::{MAX_NAME_BYTES, MAX_NAMES, Names},
+        owners::{self, MAX_MODULES},
     },
 };
 
+/// Most bytes of the command, and of the hooks, that are kept.
+const MAX_TEXT: usize = 128 << 10;
 /// Most ranks whose process is remembered.
 const MAX_RANKS: usize = 1 << 16;
 
 /// Collects what is known of the run.
 pub struct Board {
-    info: Mutex<RunInfo>,
+    info: Mutex<Known>,
     live: Arc<Live>,
     changed: AtomicBool,
     /// Process of each rank that attached last.
     pids: Mutex<HashMap<u32, u32>>,
 }
 
+/// What is known of the run, and the names in it.
+struct Known {
+    info: RunInfo,
+    names: Names,
+    /// There were more owners than are listed: none are from now on.
+    without_owners: bool,
+}
+
 impl Board {
     /// Of a run that is begun or continued; `before` is what its `run.json` says.
     pub fn new(before: RunInfo) -> Self {
         let mut info = RunInfo { format: FORMAT, flexmodel: env!("CARGO_PKG_VERSION").into(), ..before };
+        info.command = short(secrets::hidden(&info.command));
         (info.finished_ns, info.exit_code) = (None, None);
         if info.started_ns == 0 {
             info.started_ns = now_ns();
         }
+        let mut names = Names::new(MAX_NAMES, MAX_NAME_BYTES);
+        let without_owners = !within(&mut info, &mut names);
         let live = Live::new(info.clone());
-        Self { info: Mutex::new(info), live, changed: AtomicBool::new(true), pids: Mutex::default() }
+        Self {
+            info: Mutex::new(Known { info, names, without_owners }),
+            live,
+            changed: AtomicBool::new(true),
+            pids: Mutex::default(),
+        }
     }
 
     /// The dashboard's live state.
@@ -51,7 +72,7 @@ impl Board {
 
     /// Ranks of the job, as far as those say that attached.
     pub fn world(&self) -> u32 {
-        self.info().world
+        self.known().info.world
     }
 
     /// Something went wrong in the agent: one line on stderr and in the run.
@@ -60,24 +81,35 @@ impl Board {
         self.notice(text);
     }
 
-    /// Something that the user should read once.
-    pub fn notice(&self, text: &str) {
+    /// The same, of what whoever connects may bring about as often as he likes: once, on stderr too.
+    pub fn trouble_once(&self, text: &str) {
+        if self.notice(text) {
+            eprintln!("flexmodel: {text}");
+        }
+    }
+
+    /// Something that the user should read once; whether it was said now.
+    pub fn notice(&self, text: &str) -> bool {
         let text = clip(text);
-        let mut info = self.info();
+        let mut known = self.known();
+        let info = &mut known.info;
         // Every rank says the same.
-        if info.notices.len() < MAX_NOTICES && !info.notices.iter().any(|n| n == text) {
+        let new = info.notices.len() < MAX_NOTICES && !info.notices.iter().any(|n| n == text);
+        if new {
             info.notices.push(text.to_owned());
-            drop(info);
+            drop(known);
             self.live.notice(text);
             self.change();
         }
+        new
     }
 
     /// What `flexmodel run` started.
     pub fn job(&self, command: Vec<String>, hooks: String) {
-        let mut info = self.info();
-        (info.command, info.hooks) = (command, hooks);
-        drop(info);
+        let mut known = self.known();
+        known.info.command = short(secrets::hidden(&command));
+        known.info.hooks = start_of(&hooks, MAX_TEXT).to_owned();
+        drop(known);
         self.change();
     }
 
@@ -97,22 +129,23 @@ impl Board {
 
     /// A rank attached.
     pub fn attached(&self, hello: &Hello) {
-        let mut info = self.info();
+        let mut known = self.known();
+        let info = &mut known.info;
         info.world = info.world.max(hello.world);
-        let fill = |field: &mut String, value: &str| {
+        let fill = |field: &mut String, value: &str, most: usize| {
             if field.is_empty() {
-                *field = value.to_owned();
+                *field = start_of(value, most).to_owned();
             }
         };
-        fill(&mut info.node, &hello.node);
-        fill(&mut info.torch, &hello.torch);
-        fill(&mut info.python, &hello.python);
-        fill(&mut info.wrapper, &hello.wrapper);
-        fill(&mut info.hooks, &hello.hooks);
+        fill(&mut info.node, &hello.node, MAX_NOTICE);
+        fill(&mut info.torch, &hello.torch, MAX_NOTICE);
+        fill(&mut info.python, &hello.python, MAX_NOTICE);
+        fill(&mut info.wrapper, &hello.wrapper, MAX_NOTICE);
+        fill(&mut info.hooks, &hello.hooks, MAX_TEXT);
         if info.command.is_empty() && hello.rank == 0 {
-            info.command.clone_from(&hello.command);
+            info.command = short(secrets::hidden(&hello.command));
         }
-        drop(info);
+        drop(known);
         self.live.attached(hello.rank, hello.pid);
         self.change();
     }
@@ -123,35 +156,74 @@ impl Board {
     }
 
     /// A model was found on a rank. Others may have other modules of it.
-    pub fn model(&self, rank: u32, model: u32, modules: Vec<ModuleInfo>) {
-        self.has(rank, Some(model), modules.iter().map(|m| m.name.clone()).collect());
-        let mut guard = self.info();
-        let info = &mut *guard;
-        let known = match info.models.iter().position(|m| m.model == model) {
-            Some(at) => &mut info.models[at],
-            None if info.models.len() >= MAX_MODELS => return,
-            None => {
-                info.models.push(ModelInfo { model, modules: Vec::new() });
-                let Some(new) = info.models.last_mut() else { return };
-                new
-            }
+    pub fn model(&self, rank: u32, model: u32, listed: &Listed<ModuleInfo>) {
+        let mut guard = self.known();
+        let Known { info, names, .. } = &mut *guard;
+        let at = info.models.iter().position(|m| m.model == model);
+        if at.is_none() && info.models.len() >= MAX_MODELS {
+            drop(guard);
+            self.notice(&format!(
+                "there are more than {MAX_MODELS} models: run.json and the page list the modules of the first; what is \
+                 captured of others is stored"
+            ));
+            return;
+        }
+        let at = at.unwrap_or_else(|| {
+            info.models.push(ModelInfo { model, ..ModelInfo::default() });
+            info.models.len() - 1
+        });
+        let keep = |(name, class, kinds): (&str, &str, u32)| {
+            Some(Module { name: names.keep(name)?, class: names.keep(class).unwrap_or_default(), kinds })
         };
-        let before = known.clone();
-        known.add(modules);
-        let (found, same) = (known.clone(), *known == before && !before.modules.is_empty());
+        let modules: Vec<Module> = listed.iter().filter_map(keep).collect();
+        let mut left_out = modules.len() < listed.sent();
+        let owned: Vec<Arc<str>> = modules.iter().map(|module| module.name.clone()).collect();
+        let room = MAX_MODULES.saturating_sub(info.models.iter().map(|m| m.modules.len()).sum());
+        let known = &mut info.models[at];
+        let before = known.modules.clone();
+        if *before != modules {
+            left_out |= known.add(modules, room) > 0;
+        }
+        let found = (before.is_empty() || before != known.modules).then(|| known.clone());
+        let owners_changed = guard.owned(rank, Some(model), &owned, listed.is_cut());
         drop(guard);
-        if !same {
-            self.live.model(&found);
+        if let Some(found) = &found {
+            self.live.model(found);
+        }
+        if found.is_some() || owners_changed == Ok(true) {
             self.change();
         }
+        self.tell(left_out, owners_changed.is_err());
     }
 
-    /// Modules of a model that a rank has; of one without number, it captures nothing.
-    pub fn has(&self, rank: u32, model: Option<u32>, modules: Vec<String>) {
-        let mut guard = self.info();
-        if owners::add(&mut guard.owners, rank, model, modules) {
-            drop(guard);
+    /// Modules of a model that a rank has and captures nothing of.
+    pub fn others(&self, rank: u32, listed: &Listed<String>) {
+        let mut known = self.known();
+        let owned: Vec<Arc<str>> = listed.iter().filter_map(|(name, ..)| known.names.keep(name)).collect();
+        let left_out = owned.len() < listed.sent();
+        let changed = known.owned(rank, None, &owned, listed.is_cut());
+        drop(known);
+        if changed == Ok(true) {
             self.change();
+        }
+        self.tell(left_out, changed.is_err());
+    }
+
+    /// Says once what is not listed.
+    fn tell(&self, modules: bool, owners: bool) {
+        if modules {
+            self.notice(&format!(
+                "there are more modules than {MAX_NAMES} names or {} MiB of them: run.json and the page leave further \
+                 ones out; what is captured of them is stored",
+                MAX_NAME_BYTES >> 20
+            ));
+        }
+        if owners {
+            self.change();
+            self.notice(
+                "the lists of which rank has which modules got too long for run.json and are left out: what some ranks \
+                 alone have may not be known to be whole; it is stored",
+            );
         }
     }
 
@@ -160,7 +232,8 @@ impl Board {
         if !self.changed.swap(false, Ordering::AcqRel) {
             return;
         }
-        let info = RunInfo { totals: store.totals(), ..self.info().clone() };
+        // Long lists are shared with the copy. The lock is not held while a disk takes its time.
+        let info = RunInfo { totals: store.totals(), ..self.known().info.clone() };
         if let Err(e) = store.dir().write_info(&info) {
             store.trouble(&e);
             self.changed.store(true, Ordering::Release);
@@ -170,7 +243,8 @@ impl Board {
     /// The run is over: its final `run.json`.
     pub fn finish(&self, store: &Store, exit_code: Option<i32>) -> RunInfo {
         let info = {
-            let mut info = self.info();
+            let mut known = self.known();
+            let info = &mut known.info;
             (info.totals, info.finished_ns, info.exit_code) = (store.totals(), Some(now_ns()), exit_code);
             info.clone()
         };
@@ -183,12 +257,77 @@ impl Board {
 
     fn change(&self) {
         self.changed.store(true, Ordering::Release);
-        self.live.info(&self.info().clone());
+        let info = self.known().info.clone();
+        self.live.info(&info);
     }
 
-    fn info(&self) -> MutexGuard<'_, RunInfo> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.info.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Known {
+    /// A rank has these modules; whether that is news. `cut`: it has more. (What is missing because there are too many
+    /// names is missing for all ranks.)
+    fn owned(
+        &mut self,
+        rank: u32,
+        model: Option<u32>,
+        modules: &[Arc<str>],
+        cut: bool,
+    ) -> Result<bool, owners::TooMany> {
+        if self.without_owners {
+            return Ok(false);
+        }
+        let owners = &mut self.info.owners;
+        let added = if cut { Err(owners::TooMany) } else { owners::add(owners, rank, model, modules) };
+        if added.is_err() {
+            (self.info.owners, self.without_owners) = (Vec::new(), true);
+        }
+        added
+    }
+}
+
+/// Brings what a run has so far within bounds, with each name once; `false`: its owners had to go.
+fn within(info: &mut RunInfo, names: &mut Names) -> bool {
+    info.models.truncate(MAX_MODELS);
+    let mut room = MAX_MODULES;
+    for model in &mut info.models {
+        let keep = |m: &Module| {
+            let (name, class) = (names.keep(&m.name)?, names.keep(&m.class).unwrap_or_default());
+            Some(Module { name, class, kinds: m.kinds })
+        };
+        model.modules = Arc::new(model.modules.iter().filter_map(keep).take(room).collect());
+        room -= model.modules.len();
+    }
+    for Owners { model, ranks, modules } in std::mem::take(&mut info.owners) {
+        let kept: Vec<Arc<str>> = modules.iter().filter_map(|name| names.keep(name)).collect();
+        let added = |rank| owners::add(&mut info.owners, rank, model, &kept);
+        if ranks.into_iter().map(added).any(|added| added.is_err()) {
+            info.owners.clear();
+            return false;
+        }
+    }
+    true
+}
+
+/// A command line as far as it is kept.
+fn short(command: Vec<String>) -> Vec<String> {
+    let (mut out, mut room, count) = (Vec::new(), MAX_TEXT, command.len());
+    for (at, word) in command.into_iter().enumerate() {
+        if word.len() + size_of::<String>() > room {
+            out.push(format!("... ({} more arguments)", count - at));
+            break;
+        }
+        room -= word.len() + size_of::<String>();
+        out.push(word);
+    }
+    out
+}
+
+/// The start of a text, `most` bytes of it at most.
+fn start_of(text: &str, most: usize) -> &str {
+    &text[..text.floor_char_boundary(most)]
 }
 
 impl std::fmt::Debug for Board {

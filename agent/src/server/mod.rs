@@ -5,6 +5,7 @@
 //! | [`socket`] | the listening socket, and messages with descriptors off it |
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
 //! | [`session`] | a rank's slab and how far along it is |
+//! | [`listed`] | lists of modules, as they come over it |
 //! | [`ingest`] | the thread that empties a slab into the store |
 //! | [`board`] | `run.json`, notices and the dashboard's live state |
 //! | [`parent`] | words between `flexmodel run` and the agent it started |
@@ -16,18 +17,23 @@
 //!   them. A shard's file is made, with its 1 MiB header, under the allocator's lock, once a shard.
 //! - **AGENT-3** Every slab's heart beats on a thread that does nothing else, whatever the disk does.
 //! - **AGENT-4** Damage in a slab, a message or a record costs that slab, connection or record, and one notice.
+//! - **AGENT-5** Whoever connects and says nothing takes a bounded number of descriptors ([`crate::descriptors`]); ranks
+//!   and files have theirs.
 //!
 //! # Memory
 //!
 //! The agent holds no tensor: payloads are summed and written straight from the slabs, which the jobs allocated. Of its
 //! own it has, for each rank, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
-//! unfinished tensors; for each connection a message that has not come in full (16 MiB at most, usually some
-//! hundred bytes); the [`store`](crate::store)'s and the dashboard's bounded tables. Together that stays below 64 MiB
-//! beside the slabs for a node of ordinary size.
+//! unfinished tensors; for each connection a message that has not come in full (64 KiB, and 16 MiB of longer ones for all
+//! connections together); what [`board`] lists of modules, whose names are shared and bounded
+//! ([`names`](crate::store::names), [`owners`](crate::store::owners)); the [`store`](crate::store)'s and the
+//! [`dashboard`](crate::live)'s bounded tables. Together that stays below 64 MiB beside the slabs for a node of ordinary
+//! size, and below 256 MiB whatever a job does.
 
 pub mod attach;
 pub mod board;
 pub mod ingest;
+pub mod listed;
 pub mod parent;
 pub mod session;
 pub mod socket;
@@ -41,9 +47,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::Semaphore;
 use wire::slab::SlabReader;
 
-use crate::store::Store;
+use crate::{
+    descriptors::Shares,
+    newcomers::{Newcomer, Newcomers},
+    store::Store,
+};
 use board::Board;
 use session::Session;
 
@@ -51,9 +62,6 @@ use session::Session;
 const BEAT: Duration = Duration::from_millis(50);
 /// How long finishing goes on without any progress.
 pub const PATIENCE: Duration = Duration::from_secs(5);
-/// Most slabs at a time.
-const MAX_SESSIONS: usize = 4096;
-
 /// By rank, process and which memory it is.
 type Sessions = HashMap<(u32, u32, (u64, u64)), Arc<Session>>;
 
@@ -69,17 +77,29 @@ pub struct Server {
     beating: Mutex<Vec<Arc<Session>>>,
     /// Connections that have not said hello yet.
     arriving: AtomicUsize,
+    newcomers: Arc<Newcomers>,
+    /// Most slabs at a time.
+    max_ranks: usize,
+    /// Connections that have said hello: two a rank, since the end of one may be noticed late.
+    connected: Semaphore,
+    /// Room for long messages.
+    long: Arc<Semaphore>,
 }
 
 impl Server {
     /// Starts the heart as well.
     pub fn new(store: Arc<Store>, board: Arc<Board>) -> std::io::Result<Arc<Self>> {
+        let shares = Shares::now();
         let server = Arc::new(Self {
             store,
             board,
             sessions: Mutex::default(),
             beating: Mutex::default(),
             arriving: AtomicUsize::new(0),
+            newcomers: Newcomers::new(shares.arriving),
+            max_ranks: shares.ranks,
+            connected: Semaphore::new(2 * shares.ranks),
+            long: Arc::new(Semaphore::new(attach::LONG_ROOM)),
         });
         let weak = Arc::downgrade(&server);
         std::thread::Builder::new().name("heart".into()).spawn(move || {
@@ -109,10 +129,11 @@ impl Server {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody connected.
-    pub fn arrival(self: &Arc<Self>) -> Arrival {
+    /// Somebody connected. If too many have that say nothing, the one that has waited longest goes for it.
+    pub async fn arrival(self: &Arc<Self>) -> Arrival {
+        let newcomer = self.newcomers.admit().await;
         self.arriving.fetch_add(1, Ordering::AcqRel);
-        Arrival(self.clone())
+        Arrival { server: self.clone(), newcomer }
     }
 
     /// Whether some rank is attached or its slab not empty yet.
@@ -148,10 +169,13 @@ impl Server {
 
 /// A connection that has not said hello yet: finishing waits for it.
 #[derive(Debug)]
-pub struct Arrival(Arc<Server>);
+pub struct Arrival {
+    server: Arc<Server>,
+    newcomer: Newcomer,
+}
 
 impl Drop for Arrival {
     fn drop(&mut self) {
-        self.0.arriving.fetch_sub(1, Ordering::AcqRel);
+        self.server.arriving.fetch_sub(1, Ordering::AcqRel);
     }
 }

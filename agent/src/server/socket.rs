@@ -19,7 +19,7 @@ pub const MAX_PATH: usize = 107;
 /// Where a socket is well placed: nobody else may listen there, and be taken for us.
 const PLACE: &str = "\"$XDG_RUNTIME_DIR/flexmodel.sock\" or one that mktemp -d makes";
 /// Bytes asked for at a time.
-const CHUNK: usize = 64 << 10;
+pub const CHUNK: usize = 64 << 10;
 
 /// A listening socket that only its owner can reach. Its file goes with it.
 #[derive(Debug)]

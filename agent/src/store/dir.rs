@@ -3,7 +3,7 @@
 use std::{
     ffi::CString,
     fs::{self, File, OpenOptions},
-    io::{self, Read, Write},
+    io::{self, BufWriter, Read, Seek, Write},
     mem::MaybeUninit,
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
@@ -80,18 +80,22 @@ impl RunDir {
     /// Replaces `run.json`. While a run is under way the next one's space is kept, so that a disk that fills up in between
     /// does not hide how the run ended.
     pub fn write_info(&self, info: &RunInfo) -> io::Result<()> {
-        let mut json = serde_json::to_vec_pretty(info)?;
-        json.push(b'\n');
         let new = self.path.join(format!("{RUN_FILE}.new"));
-        let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(&new)?;
-        file.write_all(&json)?;
-        file.set_len(json.len() as u64)?;
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&new)?;
+        // Piece by piece: it may be long.
+        let mut json = BufWriter::new(&file);
+        serde_json::to_writer_pretty(&mut json, info)?;
+        json.write_all(b"\n")?;
+        json.flush()?;
+        let len = json.stream_position()?;
+        drop(json);
+        file.set_len(len)?;
         file.sync_all()?;
         fs::rename(&new, self.path.join(RUN_FILE))?;
         sync_dir(&self.path)?;
         if info.finished_ns.is_none() {
             // Without it the next write may fail, and says so then.
-            let _ = reserve(&new, 2 * json.len() as i64);
+            let _ = reserve(&new, i64::try_from(2 * len).unwrap_or(i64::MAX));
         }
         Ok(())
     }

@@ -17,9 +17,10 @@
 //! they make the whole. Parts that are consecutive pieces of dimension 0 are laid side by side in rank order, so that
 //! the whole is one contiguous range and one entry of the sealed shard.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use wire::{
-    control::ModuleInfo,
     dtype::DType,
     hooks::Kind,
     record::{Axis, MICRO, RecordMeta},
@@ -50,7 +51,7 @@ pub struct RunInfo {
     pub format: u32,
     /// Version of FlexModel that wrote it.
     pub flexmodel: String,
-    /// The command, as given to `flexmodel run` or read from rank 0.
+    /// The command, as given to `flexmodel run` or read from rank 0; without the values of secrets.
     pub command: Vec<String>,
     /// The hooks as the user wrote them.
     pub hooks: String,
@@ -70,9 +71,11 @@ pub struct RunInfo {
     pub python: String,
     /// How the job wraps its model.
     pub wrapper: String,
-    /// The module tree of every model, by model number.
+    /// The module tree of every model, by model number, as far as it is within [`names`](super::names) and
+    /// [`owners`](super::owners).
     pub models: Vec<ModelInfo>,
-    /// Which modules the ranks have that said so. They differ where a pipeline or experts are distributed over them.
+    /// Which modules the ranks have that said so. They differ where a pipeline or experts are distributed over them. None
+    /// where these lists were too long.
     pub owners: Vec<Owners>,
     /// What the user should read once.
     pub notices: Vec<String>,
@@ -86,7 +89,18 @@ pub struct ModelInfo {
     /// Its number.
     pub model: u32,
     /// Its modules.
-    pub modules: Vec<ModuleInfo>,
+    pub modules: Arc<Vec<Module>>,
+}
+
+/// A module of a model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Module {
+    /// Canonical name; empty for the model itself.
+    pub name: Arc<str>,
+    /// Class name.
+    pub class: Arc<str>,
+    /// Mask of [`Kind::bit`]s that are tapped; 0: not selected.
+    pub kinds: u32,
 }
 
 /// Ranks that have the same modules of a model.
@@ -97,7 +111,7 @@ pub struct Owners {
     /// Global ranks, in order.
     pub ranks: Vec<u32>,
     /// Names of the modules, in order.
-    pub modules: Vec<String>,
+    pub modules: Arc<Vec<Arc<str>>>,
 }
 
 /// Counters.

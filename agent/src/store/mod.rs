@@ -10,6 +10,7 @@
 //! | [`journal`] | the manifest as it grows, on a disk that may fill up |
 //! | [`seal`] | turning a written shard into a safetensors file |
 //! | [`recover`] | what an agent that died left behind |
+//! | [`names`] | the names of modules, each kept once |
 //! | [`owners`] | which ranks have which modules |
 //! | [`stats`] | statistics of tensors |
 //!
@@ -22,15 +23,17 @@
 //!
 //! # Memory
 //!
-//! A [`Store`] holds no tensor bytes. It holds at most [`place::MAX_RESERVATIONS`] unfinished wholes,
-//! [`place::MAX_REPLICAS`] replicas to compare with and [`place::MAX_RECENT`] hashes of identities (0.5 MiB), and for
-//! each shard that is not sealed yet the entries of its header, whose names fit into
-//! [`HEADER_SPACE`](format::HEADER_SPACE) (1 MiB). With names of usual length that is a few MiB in all.
+//! A [`Store`] holds no tensor bytes. It holds at most [`place::MAX_RESERVATIONS`] unfinished wholes and
+//! [`place::MAX_REPLICAS`] replicas to compare with, of [`place::MAX_TABLE_BYTES`] each, [`place::MAX_RECENT`] hashes of
+//! identities (4 MiB), and for each shard that is not sealed yet the entries of its header, whose names fit into
+//! [`HEADER_SPACE`](format::HEADER_SPACE) (1 MiB); at most `MAX_UNSEALED` shards wait for that. With names of
+//! usual length that is a few MiB in all.
 
 pub mod dir;
 pub mod format;
 mod journal;
 pub mod manifest;
+pub mod names;
 pub mod owners;
 mod part;
 mod place;

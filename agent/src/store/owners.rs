@@ -1,70 +1,110 @@
 //! Which ranks have which modules: a pipeline's stages and a layer's experts are not on all of them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-
-use wire::{
-    control::ModuleInfo,
-    record::{Axis, MICRO, Place},
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
 };
 
-use super::format::{ModelInfo, Owners, Part};
+use wire::record::{Axis, MICRO, Place};
+
+use super::format::{ModelInfo, Module, Owners, Part};
 use crate::read::natural;
 
-/// A rank has these modules too; whether that is news.
-pub fn add(all: &mut Vec<Owners>, rank: u32, model: Option<u32>, modules: Vec<String>) -> bool {
+/// Most modules of all models of a run together.
+pub const MAX_MODULES: usize = 1 << 17;
+/// Most names of modules, and ranks that have them, in all groups of owners.
+pub const MAX_OWNED: usize = 1 << 19;
+/// Most bytes of these names.
+pub const MAX_OWNED_BYTES: usize = 32 << 20;
+
+/// A rank has these modules too; whether that is news. Lists that get too long are given up as a whole: a rank whose modules
+/// are not all listed must not be taken for one that lacks them.
+pub fn add(all: &mut Vec<Owners>, rank: u32, model: Option<u32>, modules: &[Arc<str>]) -> Result<bool, TooMany> {
     let old = all.iter().position(|group| group.model == model && group.ranks.contains(&rank));
-    let known = old.and_then(|at| all.get(at)).map(|group| group.modules.iter().cloned());
-    let wanted: BTreeSet<String> = modules.into_iter().chain(known.into_iter().flatten()).collect();
-    let wanted: Vec<String> = wanted.into_iter().collect();
-    if let Some(group) = old.and_then(|at| all.get_mut(at)) {
-        if group.modules == wanted {
-            return false;
+    let known = old.and_then(|at| all.get(at)).map(|group| group.modules.clone()).unwrap_or_default();
+    if old.is_some() && modules.iter().all(|name| known.binary_search(name).is_ok()) {
+        return Ok(false);
+    }
+    let wanted: BTreeSet<&Arc<str>> = modules.iter().chain(&*known).collect();
+    let same = |group: &Owners| group.model == model && group.modules.iter().eq(wanted.iter().copied());
+    let there = all.iter().position(same);
+    let text = |names: &mut dyn Iterator<Item = &Arc<str>>| names.map(|name| name.len()).sum::<usize>();
+    let (mut count, mut bytes) =
+        if there.is_some() { (1, 0) } else { (1 + wanted.len(), text(&mut wanted.iter().copied())) };
+    for (at, group) in all.iter().enumerate() {
+        // A group that only this rank was in goes.
+        if Some(at) != old || group.ranks.len() > 1 {
+            count += group.modules.len() + group.ranks.len();
+            bytes += text(&mut group.modules.iter());
         }
+    }
+    if count > MAX_OWNED || bytes > MAX_OWNED_BYTES {
+        all.clear();
+        return Err(TooMany);
+    }
+    let new = match there {
+        Some(at) => at,
+        None => {
+            let modules = Arc::new(wanted.into_iter().cloned().collect());
+            all.push(Owners { model, ranks: Vec::new(), modules });
+            all.len() - 1
+        }
+    };
+    if let Some(group) = old.and_then(|at| all.get_mut(at)) {
         group.ranks.retain(|&r| r != rank);
     }
-    match all.iter_mut().find(|group| group.model == model && group.modules == wanted) {
-        Some(group) => {
-            group.ranks.push(rank);
-            group.ranks.sort_unstable();
-        }
-        None => all.push(Owners { model, ranks: vec![rank], modules: wanted }),
+    if let Some(group) = all.get_mut(new) {
+        group.ranks.push(rank);
+        group.ranks.sort_unstable();
     }
     all.retain(|group| !group.ranks.is_empty());
-    true
+    Ok(true)
 }
 
+/// There are more owners than are listed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct TooMany;
+
 impl ModelInfo {
-    /// Modules that a rank has of it. News goes between what it is between there and, where others already are, to the side
-    /// that the names say.
-    pub fn add(&mut self, modules: Vec<ModuleInfo>) {
-        let places: HashMap<String, usize> =
+    /// Modules that a rank has of it; how many there was no room for, of `room` for new ones. News goes between what it is
+    /// between there and, where others already are, to the side that the names say.
+    pub fn add(&mut self, modules: impl IntoIterator<Item = Module>, mut room: usize) -> usize {
+        let places: HashMap<Arc<str>, usize> =
             self.modules.iter().enumerate().map(|(at, m)| (m.name.clone(), at)).collect();
         // What goes before the known module with this index.
-        let mut before: BTreeMap<usize, Vec<ModuleInfo>> = BTreeMap::new();
-        let (mut news, mut next) = (Vec::new(), 0);
+        let mut before: BTreeMap<usize, Vec<Module>> = BTreeMap::new();
+        let (mut news, mut next, mut left_out) = (Vec::new(), 0, 0);
         for module in modules {
-            let Some(&at) = places.get(&module.name) else {
-                news.push(module);
-                continue;
-            };
-            self.insert(&mut before, std::mem::take(&mut news), next, at);
-            self.modules[at] = module;
-            next = at + 1;
+            match places.get(&module.name) {
+                None if room == 0 => left_out += 1,
+                None => {
+                    room -= 1;
+                    news.push(module);
+                }
+                Some(&at) => {
+                    self.insert(&mut before, std::mem::take(&mut news), next, at);
+                    if self.modules[at] != module {
+                        Arc::make_mut(&mut self.modules)[at] = module;
+                    }
+                    next = at + 1;
+                }
+            }
         }
         self.insert(&mut before, news, next, self.modules.len());
-        if before.is_empty() {
-            return;
+        if !before.is_empty() {
+            let new: usize = before.values().map(Vec::len).sum();
+            let mut out = Vec::with_capacity(self.modules.len() + new);
+            for (at, module) in self.modules.iter().enumerate() {
+                out.extend(before.remove(&at).unwrap_or_default());
+                out.push(module.clone());
+            }
+            out.extend(before.into_values().flatten());
+            self.modules = Arc::new(out);
         }
-        let mut out = Vec::with_capacity(self.modules.len());
-        for (at, module) in self.modules.drain(..).enumerate() {
-            out.extend(before.remove(&at).unwrap_or_default());
-            out.push(module);
-        }
-        out.extend(before.into_values().flatten());
-        self.modules = out;
+        left_out
     }
 
-    fn insert(&self, before: &mut BTreeMap<usize, Vec<ModuleInfo>>, news: Vec<ModuleInfo>, from: usize, to: usize) {
+    fn insert(&self, before: &mut BTreeMap<usize, Vec<Module>>, news: Vec<Module>, from: usize, to: usize) {
         let (Some(first), there) = (news.first(), self.modules.get(from)) else { return };
         let is_first = there.is_none_or(|there| natural(&first.name) < natural(&there.name));
         before.entry(if is_first { from.min(to) } else { to.max(from) }).or_default().extend(news);
@@ -73,23 +113,34 @@ impl ModelInfo {
 
 /// The modules that some ranks of a job lack, by model and name, and who has them.
 #[derive(Debug, Default)]
-pub struct Scattered(HashMap<u32, HashMap<String, BTreeSet<u32>>>);
+pub struct Scattered(HashMap<u32, HashMap<Arc<str>, BTreeSet<u32>>>);
 
 impl Scattered {
     /// Nothing, unless every rank of `world` has said what it has.
     pub fn new(owners: &[Owners], world: u32) -> Self {
+        Self::of(owners, world, |_, _| true)
+    }
+
+    /// Only what is to be known for one module.
+    pub fn of_module(owners: &[Owners], world: u32, model: u32, name: &str) -> Self {
+        let holds =
+            |module: &str| name.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        Self::of(owners, world, |other, module| other == model && holds(module))
+    }
+
+    fn of(owners: &[Owners], world: u32, wanted: impl Fn(u32, &str) -> bool) -> Self {
         let told: BTreeSet<u32> = owners.iter().flat_map(|group| &group.ranks).copied().collect();
         if owners.len() < 2 || world < 2 || !(0..world).all(|rank| told.contains(&rank)) {
             return Self::default();
         }
-        let mut all: HashMap<u32, HashMap<String, BTreeSet<u32>>> = HashMap::new();
+        let mut all: HashMap<u32, HashMap<Arc<str>, BTreeSet<u32>>> = HashMap::new();
         for model in owners.iter().filter_map(|group| group.model) {
             all.entry(model).or_default();
         }
         for (&model, modules) in &mut all {
             // A model that has no number on a rank may be any.
             for group in owners.iter().filter(|group| group.model.is_none_or(|other| other == model)) {
-                for module in &group.modules {
+                for module in group.modules.iter().filter(|module| wanted(model, module)) {
                     modules.entry(module.clone()).or_default().extend(&group.ranks);
                 }
             }
@@ -154,12 +205,16 @@ mod tests {
     use super::*;
     use crate::store::{format::What, testing};
 
-    fn names(text: &str) -> Vec<String> {
-        text.split_whitespace().map(str::to_owned).collect()
+    fn names(text: &str) -> Vec<Arc<str>> {
+        text.split_whitespace().map(Arc::from).collect()
     }
 
     fn group(ranks: &[u32], modules: &str) -> Owners {
-        Owners { model: Some(0), ranks: ranks.to_vec(), modules: names(modules) }
+        Owners { model: Some(0), ranks: ranks.to_vec(), modules: Arc::new(names(modules)) }
+    }
+
+    fn add(all: &mut Vec<Owners>, rank: u32, model: Option<u32>, modules: Vec<Arc<str>>) -> bool {
+        super::add(all, rank, model, &modules).unwrap()
     }
 
     #[test]
@@ -178,13 +233,37 @@ mod tests {
     #[test]
     fn modules_of_another_rank_come_between_those_they_are_between_there() {
         let info = |text: &str| {
-            names(text).into_iter().map(|name| ModuleInfo { name, class: "C".into(), kinds: 1 }).collect::<Vec<_>>()
+            names(text).into_iter().map(|name| Module { name, class: "C".into(), kinds: 1 }).collect::<Vec<_>>()
         };
         for (one, other) in [("a e e.2 e.10 z", "0 a e e.11 e.12 z zz"), ("0 a e e.11 e.12 z zz", "a e e.2 e.10 z")] {
-            let mut model = ModelInfo { model: 0, modules: info(one) };
-            model.add(info(other));
-            assert_eq!(model.modules, info("0 a e e.2 e.10 e.11 e.12 z zz"));
+            let mut model = ModelInfo { model: 0, modules: Arc::new(info(one)) };
+            assert_eq!(model.add(info(other), 5), 0);
+            assert_eq!(*model.modules, info("0 a e e.2 e.10 e.11 e.12 z zz"));
         }
+        let mut model = ModelInfo { model: 0, modules: Arc::new(info("a c")) };
+        assert_eq!((model.add(info("a b c d e"), 1), &*model.modules), (2, &info("a b c")));
+    }
+
+    #[test]
+    fn lists_that_get_too_long_are_given_up_as_a_whole() {
+        let mut all = Vec::new();
+        let long = |from: usize| (from..from + MAX_OWNED / 2 + 1).map(|n| n.to_string().into()).collect::<Vec<_>>();
+        assert!(add(&mut all, 0, Some(0), long(0)));
+        assert!(add(&mut all, 1, Some(0), long(0)), "the same names are there once");
+        assert_eq!(super::add(&mut all, 2, Some(0), &long(1)), Err(TooMany));
+        assert!(all.is_empty());
+        let wide: Vec<Arc<str>> = (0..MAX_OWNED_BYTES / 4096 + 1).map(|n| format!("{n:04096}").into()).collect();
+        assert_eq!(super::add(&mut all, 0, Some(0), &wide), Err(TooMany));
+    }
+
+    #[test]
+    fn what_is_known_for_one_module_is_as_much_as_it_needs() {
+        let all = [group(&[0], "a b b.c"), group(&[1], "a")];
+        let known = Scattered::of_module(&all, 2, 0, "b.c.weight");
+        assert_eq!(known.owners(0, "b.c.weight"), Some(&BTreeSet::from([0])));
+        assert!(Scattered::of_module(&all, 2, 0, "a.b").is_empty());
+        assert!(Scattered::of_module(&all, 2, 0, "bc").is_empty());
+        assert!(Scattered::of_module(&all, 2, 1, "b").is_empty());
     }
 
     #[test]

@@ -27,6 +27,8 @@ use super::{
 pub const MAX_RESERVATIONS: usize = 4096;
 /// Replicas that later ones are compared with.
 pub const MAX_REPLICAS: usize = 4096;
+/// Most memory of either.
+pub const MAX_TABLE_BYTES: usize = 4 << 20;
 /// Identities told from new ones when records are counted.
 pub const MAX_RECENT: usize = 65536;
 /// Most members of an axis that room is reserved for.
@@ -37,6 +39,8 @@ pub const FULL_ROOMS: u32 = 64;
 pub const FULL_BYTES: u64 = 1 << 30;
 /// Most sizes of axes whose members are remembered.
 const MAX_AXIS_SIZES: usize = 64;
+/// Most members of an axis that are remembered: those of a node's ranks.
+const MAX_MEMBERS: usize = 4096;
 /// Largest whole that room is reserved for.
 const MAX_WHOLE: u64 = 1 << 40;
 
@@ -115,7 +119,7 @@ pub struct Seen(Recent<u64, ()>);
 impl Seen {
     /// Nothing seen.
     pub fn new() -> Self {
-        Self(Recent::new(MAX_RECENT))
+        Self(Recent::new(MAX_RECENT, 0))
     }
 
     /// Whether this record was not seen lately. Now it was.
@@ -125,7 +129,7 @@ impl Seen {
         let hash = hasher.finish();
         let new = self.0.get(&hash).is_none();
         if new {
-            self.0.insert(hash, ());
+            self.0.insert(hash, (), 0);
         }
         new
     }
@@ -156,9 +160,9 @@ impl Allocator {
             next,
             current: None,
             retired: Vec::new(),
-            reservations: Recent::new(MAX_RESERVATIONS),
+            reservations: Recent::new(MAX_RESERVATIONS, MAX_TABLE_BYTES),
             members: BTreeMap::new(),
-            replicas: Recent::new(MAX_REPLICAS),
+            replicas: Recent::new(MAX_REPLICAS, MAX_TABLE_BYTES),
             seen,
         }
     }
@@ -170,7 +174,10 @@ impl Allocator {
 
     /// Makes later parts with this key be compared with `replica`.
     pub fn set_replica(&mut self, key: ReplicaKey, replica: Replica) {
-        self.replicas.insert(key, replica);
+        let names =
+            id_bytes(&key.0) + key.1.iter().map(|(name, _)| size_of::<(String, u32)>() + name.len()).sum::<usize>();
+        let bytes = names + size_of::<Replica>() + replica.shape.len() * size_of::<u64>();
+        self.replicas.insert(key, replica, bytes);
     }
 
     /// Another job begins: its records are not to be compared or put together with those of the last one.
@@ -243,7 +250,8 @@ impl Allocator {
         let file = shard.file.clone();
         let room = Reservation { shard: file.number, start, len, size, pieces };
         let offset = start + room.position(index).unwrap_or_default() as u64 * len;
-        for gone in self.reservations.insert(id.clone(), room) {
+        let bytes = id_bytes(id) + size_of::<Reservation>() + room.pieces.len() * size_of::<(u32, bool)>();
+        for gone in self.reservations.insert(id.clone(), room, bytes) {
             self.close(&gone);
         }
         Ok(Some(Slot { file, offset, len, piece: Some((id.clone(), index)) }))
@@ -252,14 +260,17 @@ impl Allocator {
     /// A piece came.
     fn meet(&mut self, index: u32, size: u32) {
         if size <= MAX_PIECES && (self.members.len() < MAX_AXIS_SIZES || self.members.contains_key(&size)) {
-            self.members.entry(size).or_default().seen.insert(index);
+            let seen = &mut self.members.entry(size).or_default().seen;
+            if seen.len() < MAX_MEMBERS {
+                seen.insert(index);
+            }
         }
     }
 
     /// The pieces of a new whole that room is made for, and which of them came: `index`.
     fn expected(&mut self, index: u32, size: u32, len: u64) -> Vec<(u32, bool)> {
         let piece = |n: u32| (n, n == index);
-        match self.members.get_mut(&size) {
+        match self.members.get_mut(&size).filter(|members| members.seen.contains(&index)) {
             Some(members) if members.rooms >= FULL_ROOMS || members.bytes >= FULL_BYTES => {
                 members.seen.iter().map(|&n| piece(n)).collect()
             }
@@ -352,6 +363,11 @@ impl Allocator {
             shard.reservations = shard.reservations.saturating_sub(1);
         }
     }
+}
+
+/// Memory of an identity.
+fn id_bytes(id: &Identity) -> usize {
+    size_of::<Identity>() + id.module.len() + id.path.len()
 }
 
 fn shard_mut<'a>(current: &'a mut Option<Shard>, retired: &'a mut [Shard], number: u32) -> Option<&'a mut Shard> {

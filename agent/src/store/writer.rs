@@ -28,6 +28,9 @@ use super::{
 /// Bytes of tensors in a shard before the next one is begun.
 pub const DEFAULT_SHARD_BYTES: u64 = 512 << 20;
 
+/// Shards that wait to be sealed; who ends one more waits for the disk.
+pub const MAX_UNSEALED: usize = 8;
+
 /// Bytes that a disk which was full must have again to be said to work: what lost parts give back is soon full once more.
 const ROOM: u64 = 64 << 20;
 
@@ -52,7 +55,7 @@ pub struct Store {
     /// A write failed, and not enough went well since.
     broken: AtomicBool,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
-    sealer: Mutex<Option<(mpsc::Sender<Shard>, JoinHandle<()>)>>,
+    sealer: Mutex<Option<(mpsc::SyncSender<Shard>, JoinHandle<()>)>>,
 }
 
 impl Store {
@@ -184,7 +187,9 @@ impl Store {
         if complete.is_empty() {
             return;
         }
-        if let Some((send, _)) = &*lock(&self.sealer) {
+        // Not under the lock: sending waits while the disk is behind.
+        let send = lock(&self.sealer).as_ref().map(|(send, _)| send.clone());
+        if let Some(send) = send {
             for shard in complete {
                 // It only fails when the sealer is gone; then the next agent seals.
                 let _ = send.send(shard);
@@ -204,8 +209,8 @@ fn sealer(
     dir: PathBuf,
     journal: Arc<Journal>,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
-) -> io::Result<(mpsc::Sender<Shard>, JoinHandle<()>)> {
-    let (send, receive) = mpsc::channel::<Shard>();
+) -> io::Result<(mpsc::SyncSender<Shard>, JoinHandle<()>)> {
+    let (send, receive) = mpsc::sync_channel::<Shard>(MAX_UNSEALED);
     let thread = std::thread::Builder::new().name("sealer".into()).spawn(move || {
         for shard in receive {
             if let Err(e) = seal_one(&dir, &journal, &shard) {

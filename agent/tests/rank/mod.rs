@@ -4,6 +4,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, IoSlice, Read, Write},
+    net::TcpStream,
     os::{fd::AsRawFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Output, Stdio},
@@ -21,7 +22,7 @@ use wire::{
 };
 
 /// A bound for hangs; nothing is measured with it.
-const HANG: Duration = Duration::from_secs(60);
+pub const HANG: Duration = Duration::from_secs(60);
 
 /// Polls until `condition` holds.
 #[track_caller]
@@ -66,10 +67,17 @@ impl Agent {
     }
 
     pub fn with(folder: &Path, more: &[&str]) -> Self {
+        Self::prepared(folder, more, |_| {})
+    }
+
+    /// `prepare` has the last word on how it is started.
+    pub fn prepared(folder: &Path, more: &[&str], prepare: impl FnOnce(&mut Command)) -> Self {
         let (out, socket) = (folder.join("run"), folder.join("agent.sock"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_flexmodel"));
         command.arg("agent").arg("--socket").arg(&socket).arg("--out").arg(&out).args(more);
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        prepare(&mut command);
+        let mut child = command.spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
@@ -97,6 +105,32 @@ impl Agent {
 
     pub fn parts(&self) -> usize {
         parts(&self.out).len()
+    }
+
+    /// The page's host with its port, and the token.
+    pub fn page(&self) -> (&str, &str) {
+        let (base, token) = self.page.split_once("/?token=").unwrap();
+        (base.strip_prefix("http://").unwrap(), token)
+    }
+
+    /// What the page answers to who has the token: status and body.
+    pub fn ask(&self, path: &str) -> (u16, String) {
+        let (host, token) = self.page();
+        let mut stream = TcpStream::connect(host).unwrap();
+        stream.set_read_timeout(Some(HANG)).unwrap();
+        let head = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n");
+        stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    /// A field of its memory in bytes, such as `VmRSS`.
+    pub fn memory(&self, field: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 }
 

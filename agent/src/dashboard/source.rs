@@ -1,0 +1,123 @@
+//! Elements of a whole, read through its layout out of the parts that it is made of.
+
+use std::cell::RefCell;
+
+use wire::dtype::DType;
+
+use super::windows::Parts;
+use crate::{
+    read::{
+        layout::{self, Node, Piece},
+        number::component,
+    },
+    store::stats,
+};
+
+/// Reads elements of the whole without making it.
+pub struct Source<'a, P> {
+    node: &'a Node,
+    dtype: DType,
+    parts: RefCell<P>,
+}
+
+impl<'a, P: Parts> Source<'a, P> {
+    /// Of a whole that is made of these parts.
+    pub fn new(node: &'a Node, dtype: DType, parts: P) -> Self {
+        Self { node, dtype, parts: RefCell::new(parts) }
+    }
+
+    /// Elements `start..` of the row at `row` (all coordinates but the last); complex ones as magnitudes.
+    pub fn read(&self, row: &[u64], start: u64, out: &mut [f64]) -> Result<(), String> {
+        self.fill(self.node, &mut row.to_vec(), start, 0, out)?;
+        if self.dtype.is_complex() {
+            let mut imaginary = vec![0.0; out.len()];
+            self.fill(self.node, &mut row.to_vec(), start, 1, &mut imaginary)?;
+            out.iter_mut().zip(imaginary).for_each(|(re, im)| *re = re.hypot(im));
+        }
+        Ok(())
+    }
+
+    /// `half`: which of the two components of a complex element.
+    fn fill(&self, node: &Node, row: &mut [u64], start: u64, half: usize, out: &mut [f64]) -> Result<(), String> {
+        match node {
+            Node::Leaf { part, shape } => self.leaf(*part, shape, row, start, half, out),
+            Node::Concat { dim, children, .. } | Node::HeadTail { dim, children, .. } => {
+                let pieces = layout::pieces(children, *dim, matches!(node, Node::HeadTail { .. }));
+                self.fill_from(&pieces, *dim, row, start, half, out)
+            }
+            Node::Flat { child, shape } => self.fill(child, &mut [], element(shape, row, start), half, out),
+            Node::Sum { children, .. } => {
+                let mut addend = vec![0.0; out.len()];
+                out.fill(0.0);
+                for child in children {
+                    self.fill(child, row, start, half, &mut addend)?;
+                    out.iter_mut().zip(&addend).for_each(|(sum, x)| *sum += x);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Of pieces that follow each other on `dim`.
+    fn fill_from(
+        &self,
+        pieces: &[Piece<'_>],
+        dim: usize,
+        row: &mut [u64],
+        start: u64,
+        half: usize,
+        out: &mut [f64],
+    ) -> Result<(), String> {
+        let mut begin = 0u64;
+        if dim == row.len() {
+            // Along the row: each fills what it has of it.
+            let last = start + out.len() as u64;
+            for piece in pieces {
+                let end = begin + piece.len;
+                let (from, to) = (start.max(begin), last.min(end));
+                if from < to {
+                    let out = &mut out[(from - start) as usize..(to - start) as usize];
+                    self.fill(piece.node, row, piece.start + from - begin, half, out)?;
+                }
+                begin = end;
+            }
+            return Ok(());
+        }
+        let at = row[dim];
+        for piece in pieces {
+            if at < begin + piece.len {
+                row[dim] = piece.start + at - begin;
+                self.fill(piece.node, row, start, half, out)?;
+                break;
+            }
+            begin += piece.len;
+        }
+        row[dim] = at;
+        Ok(())
+    }
+
+    fn leaf(
+        &self,
+        part: usize,
+        shape: &[u64],
+        row: &[u64],
+        start: u64,
+        half: usize,
+        out: &mut [f64],
+    ) -> Result<(), String> {
+        let (size, real) = (self.dtype.size(), component(self.dtype));
+        let begin = element(shape, row, start) * size as u64;
+        let mut parts = self.parts.borrow_mut();
+        let elements = parts.bytes(part, begin, out.len() * size)?;
+        for (x, element) in out.iter_mut().zip(elements.chunks_exact(size)) {
+            *x = stats::to_f64(real, &element[half * real.size()..(half + 1) * real.size()]);
+        }
+        Ok(())
+    }
+}
+
+/// The number of element `start` of the row at `row`, in row-major order.
+fn element(shape: &[u64], row: &[u64], start: u64) -> u64 {
+    let flat = row.iter().zip(shape).fold(0u64, |flat, (at, dim)| flat * dim + at);
+    flat * shape.last().copied().unwrap_or(1) + start
+}
