@@ -38,14 +38,15 @@ pub fn who() -> String {
     }
 }
 
-/// Writes one line. errno is preserved.
+/// Writes one line. Control characters are left out of it: an agent, a model or a file may have chosen the words, and they
+/// are for a terminal. errno is preserved.
 pub fn line(text: &str) {
     if stderr_identity() != Some((DEVICE.load(Ordering::Relaxed), INODE.load(Ordering::Relaxed))) {
         return;
     }
     let rank = RANK.load(Ordering::Relaxed);
     let who = if rank == u32::MAX { String::new() } else { format!("rank {rank}: ") };
-    let bytes = format!("flexmodel: {who}{}\n", text.replace('\n', " "));
+    let bytes = format!("flexmodel: {who}{}\n", text.replace(char::is_control, " "));
     // SAFETY: errno is a thread-local integer.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: the buffer is valid for its length; a failed write is no concern of the job's.

@@ -1,9 +1,18 @@
-//! The agent is a program, not a library: its decoders are taken in by path.
+//! The agent is a program, not a library: what the targets need of it is taken in by path.
 
-#[path = "../../agent/src/read/mod.rs"]
-pub mod read;
-#[path = "../../agent/src/store/mod.rs"]
-pub mod store;
+#[path = "../../agent/src"]
+mod program {
+    pub mod live;
+    pub mod read;
+    pub mod server;
+    pub mod store;
+}
+// As the program's own paths say.
+pub use program::{live, read, server, store};
+
+pub mod mutate;
+pub mod ranks;
+pub mod tree;
 
 /// A manifest whose lines have `text`'s lines as records, under the right checksums.
 pub fn manifest(text: &str) -> String {

@@ -280,7 +280,7 @@ impl Link {
                     }
                 }
                 Ok(Some(FromAgent::Refused(why))) => {
-                    self.line(&format!("the agent refused this rank: {why}"));
+                    self.line(&format!("the agent refused this rank: {}", clip(&why)));
                     self.refused = true;
                     self.stream = None;
                     return false;

@@ -1,7 +1,7 @@
 //! Waiting for room in the slab, within bounds (WAIT-1).
 
 use std::{
-    sync::atomic::Ordering,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -19,6 +19,7 @@ const NO_PROGRESS: Duration = Duration::from_secs(60);
 
 /// A frame, or `None` if the tensor has to be dropped.
 pub fn reserve(voyage: &Voyage, meta: &[u8], at: u64, len: u64, total: u64) -> Option<Reservation> {
+    static TOLD: AtomicBool = AtomicBool::new(false);
     let mut patience: Option<Patience> = None;
     loop {
         let seen = {
@@ -31,6 +32,16 @@ pub fn reserve(voyage: &Voyage, meta: &[u8], at: u64, len: u64, total: u64) -> O
                 return Some(slot);
             }
             let seen = writer.room_seen();
+            if writer.is_astray() {
+                drop(guard);
+                if !TOLD.swap(true, Ordering::Relaxed) {
+                    notice(
+                        "the agent writes nonsense into shared memory: captures are lost that it has no room for"
+                            .into(),
+                    );
+                }
+                return None;
+            }
             if shipper.on_full == OnFull::Drop || !shipper.link.alive(&voyage.map) || shipper.still_stalled(&voyage.map)
             {
                 return None;

@@ -110,7 +110,8 @@ impl Mapping {
         if len < HEADER_LEN + FRAME_ALIGN {
             return Err(SlabError::Foreign(format!("{len} bytes are too few")));
         }
-        let mut map = Self::map(memory, len, len - HEADER_LEN, false)?;
+        // The ring is as long as the memory says, which is sealed; the header has to agree, and may change its mind.
+        let map = Self::map(memory, len, len - HEADER_LEN, false)?;
         let header = map.header();
         let (magic, version, ring_len) = (header.magic, header.version, header.ring_len);
         if magic != MAGIC {
@@ -122,7 +123,6 @@ impl Mapping {
         if ring_len == 0 || ring_len % FRAME_ALIGN != 0 || ring_len != len - HEADER_LEN {
             return Err(SlabError::Foreign(format!("a ring of {ring_len} bytes in {len} bytes of memory")));
         }
-        map.ring_len = ring_len;
         Ok(map)
     }
 
@@ -142,6 +142,8 @@ impl Mapping {
 
     /// The header.
     pub fn header(&self) -> &Header {
+        #[cfg(any(fuzzing, test))]
+        super::meddle::now();
         // SAFETY: the mapping is page aligned and longer than the header (create, attach). The fields that change are
         // atomics; the plain ones are written before the memory is shared.
         unsafe { self.base.cast::<Header>().as_ref() }
@@ -164,6 +166,8 @@ impl Mapping {
 
     /// Pointer to ring offset `at` for `len` bytes; `None` if that leaves the ring.
     pub(super) fn ring(&self, at: u64, len: u64) -> Option<*mut u8> {
+        #[cfg(any(fuzzing, test))]
+        super::meddle::now();
         let end = at.checked_add(len)?;
         // SAFETY: HEADER_LEN + ring_len bytes are mapped and at + len <= ring_len.
         (end <= self.ring_len).then(|| unsafe { self.base.as_ptr().add((HEADER_LEN + at) as usize) })

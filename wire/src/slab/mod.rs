@@ -19,16 +19,21 @@
 //!   [`State::Ready`]. The agent reads a payload only after it saw `Ready`.
 //! - **SLAB-3** The job writes to a frame only between reserving and committing it; the agent only reads, until it
 //!   moves `tail`.
-//! - **SLAB-4** The agent trusts nothing: it copies a header out, checks generation, bounds and crc, and only then uses it.
+//! - **SLAB-4** The agent trusts nothing: it copies a header out, checks generation, bounds and crc, and only then uses it;
+//!   it never looks for a second time at what it has checked.
 //! - **SLAB-5** The memory is `fallocate`d (a full tmpfs is an error at creation, not a SIGBUS later) and sealed
 //!   against shrinking and growing.
 //! - **SLAB-6** A thread of the job that sleeps until there is room is woken by the next release, however many sleep.
+//! - **SLAB-10** Nor does the job trust the agent: a tail frees nothing that is behind the last one or ahead of the head, and
+//!   nobody waits for an agent that has written one.
 //!
 //! The crc covers the frame's header and metadata. Payload bytes are summed by the agent as it writes them to disk,
 //! so that the job pays for one copy and nothing else.
 
 mod layout;
 mod map;
+#[cfg(any(fuzzing, test))]
+pub mod meddle;
 pub mod protocol;
 mod reader;
 mod writer;

@@ -14,11 +14,15 @@ use sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::layout::State;
 
-/// Job: free bytes of a ring of `ring_len` bytes with the job's own `head`. SYNC POINT A with [`release`]:
-/// what the agent read of the freed bytes, it read before we overwrite them.
-pub fn room(head: u64, tail: &AtomicU64, ring_len: u64) -> u64 {
-    let used = head.wrapping_sub(tail.load(Ordering::Acquire));
-    ring_len.saturating_sub(used)
+/// Job: how far the agent has released the ring. SYNC POINT A with [`release`]: what the agent read of the freed bytes, it
+/// read before we overwrite them.
+pub fn tail(tail: &AtomicU64) -> u64 {
+    tail.load(Ordering::Acquire)
+}
+
+/// Job: free bytes of a ring of `ring_len` bytes between the job's own `head` and a [`tail`].
+pub fn room(head: u64, tail: u64, ring_len: u64) -> u64 {
+    ring_len.saturating_sub(head.wrapping_sub(tail))
 }
 
 /// Job: lets the agent see the frame headers written below `head`. SYNC POINT B with [`published`].
@@ -41,12 +45,12 @@ pub fn state(word: &AtomicU32) -> Option<State> {
     State::from_code(word.load(Ordering::Acquire))
 }
 
-/// Agent: gives bytes below `value` back to the job. SYNC POINT A with [`room`].
+/// Agent: gives bytes below `value` back to the job. SYNC POINT A with [`tail`].
 pub fn release(tail: &AtomicU64, value: u64) {
     tail.store(value, Ordering::Release);
 }
 
-/// Job: how often the agent has released something, to be asked *before* [`room`]: a release in between then changes
+/// Job: how often the agent has released something, to be asked *before* [`tail`]: a release in between then changes
 /// it, and whoever goes to sleep on the old number is up again at once. SYNC POINT D with [`released`].
 pub fn releases(count: &AtomicU32) -> u32 {
     count.load(Ordering::Acquire)
@@ -110,7 +114,7 @@ mod model {
                 let ring = ring.clone();
                 thread::spawn(move || {
                     for n in 0..3u64 {
-                        while room(n, &ring.tail, 2) == 0 {
+                        while room(n, tail(&ring.tail), 2) == 0 {
                             thread::yield_now();
                         }
                         let at = (n % 2) as usize;
@@ -165,7 +169,7 @@ mod model {
                     let seen = releases(&ring.count);
                     {
                         let mut head = ring.head.lock().unwrap();
-                        if room(*head, &ring.tail, 2) > 0 {
+                        if room(*head, tail(&ring.tail), 2) > 0 {
                             *head += 1;
                             return;
                         }

@@ -18,6 +18,8 @@ const GLANCE: Duration = Duration::from_micros(200);
 pub struct SlabReader {
     map: Arc<Mapping>,
     tail: u64,
+    /// Length of the frame that was looked at last, as it was then.
+    shown: Option<u64>,
     /// Waits since the last frame.
     idle: u32,
 }
@@ -60,7 +62,7 @@ impl SlabReader {
                 map.ring_len()
             )));
         }
-        Ok(Self { map: Arc::new(map), tail, idle: 0 })
+        Ok(Self { map: Arc::new(map), tail, shown: None, idle: 0 })
     }
 
     /// The memory, for heartbeats from another thread.
@@ -70,10 +72,12 @@ impl SlabReader {
 
     /// Looks at the next frame, skipping what holds nothing. Damage is an error: the slab is then of no more use.
     pub fn fetch(&mut self) -> Result<Fetched<'_>, SlabError> {
+        self.shown = None;
+        let (ring, start) = (self.map.ring_len(), self.tail);
         loop {
-            let ring = self.map.ring_len();
             let head = protocol::published(&self.map.header().head);
-            if head == self.tail {
+            // Nor may a job keep us here that goes on and on writing frames that hold nothing.
+            if head == self.tail || self.tail - start > ring {
                 return Ok(Fetched::Empty);
             }
             if head < self.tail || head - self.tail > ring || !head.is_multiple_of(FRAME_ALIGN) {
@@ -94,11 +98,15 @@ impl SlabReader {
             }
             match state {
                 None => return Err(damage("an unknown frame state", self.tail)),
-                Some(State::Writing) => return Ok(Fetched::Pending),
+                Some(State::Writing) => {
+                    self.shown = Some(header.frame_len);
+                    return Ok(Fetched::Pending);
+                }
                 Some(State::Pad | State::Abandoned) => self.release_len(header.frame_len),
                 Some(State::Ready) => {
                     self.idle = 0;
                     let (meta, payload) = self.body(at, &header)?;
+                    self.shown = Some(header.frame_len);
                     // SAFETY: body checked that the range lies inside the ring; it stays mapped while self does, and
                     // the job does not write to a Ready frame (SLAB-3).
                     let payload = unsafe { std::slice::from_raw_parts(payload, header.payload_len as usize) };
@@ -114,13 +122,10 @@ impl SlabReader {
         }
     }
 
-    /// Gives the frame that [`fetch`](Self::fetch) returned back to the job.
+    /// Gives the frame that [`fetch`](Self::fetch) found back to the job, by the length that was checked: what its header
+    /// says by now counts for nothing. An error if the last look found none.
     pub fn release(&mut self) -> Result<(), SlabError> {
-        let len = self.header(self.tail % self.map.ring_len())?.frame_len;
-        let ring = self.map.ring_len();
-        if len < FRAME_HEADER_LEN || len > ring - self.tail % ring {
-            return Err(damage("a frame that changed its length", self.tail));
-        }
+        let len = self.shown.take().ok_or_else(|| damage("no frame to give back", self.tail))?;
         self.release_len(len);
         Ok(())
     }

@@ -92,6 +92,72 @@ fn a_release_wakes_all_that_wait() {
     assert_eq!(map.header().waiters.load(Ordering::Relaxed), 0);
 }
 
+/// SLAB-4: what was checked is what counts.
+#[test]
+fn a_frame_is_given_back_by_the_length_that_was_checked() {
+    for changed in [8, 64, 4096, u64::MAX] {
+        let (mut writer, mut reader) = pair(8192);
+        assert!(send(&mut writer, b"a", &[1; 100]) && send(&mut writer, b"b", &[2; 100]));
+        assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+        let (base, _) = writer.mapping().whole();
+        // SAFETY: the first frame's length lies there, inside the mapping; nothing refers to it.
+        unsafe { base.add(HEADER_LEN as usize + 8 + 8).cast::<u64>().write(changed) };
+        reader.release().unwrap();
+        assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(frame) if frame.meta == b"b"), "changed to {changed}");
+    }
+}
+
+#[test]
+fn nothing_is_given_back_twice() {
+    let (mut writer, mut reader) = pair(8192);
+    assert!(send(&mut writer, b"a", b"1") && send(&mut writer, b"b", b"2"));
+    assert!(reader.release().is_err(), "there was no look at a frame");
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+    reader.release().unwrap();
+    assert!(reader.release().is_err());
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(frame) if frame.meta == b"b"));
+}
+
+/// SLAB-4: before every look of the reader there is another frame that holds nothing.
+#[test]
+fn a_job_that_goes_on_and_on_does_not_keep_its_reader() {
+    let (writer, mut reader) = pair(4096);
+    let (map, mut looks) = (writer.mapping().clone(), 0);
+    meddle::set(Some(Box::new(move || {
+        looks += 1;
+        assert!(looks < 10_000, "it does not come back");
+        let (head, tail) = (map.header().head.load(Ordering::Relaxed), map.header().tail.load(Ordering::Relaxed));
+        if head - tail < map.ring_len() {
+            let (at, generation) = (head % map.ring_len(), (head / map.ring_len() + 1) as u32);
+            let header = FrameHeader { generation, frame_len: FRAME_ALIGN, ..bytemuck::Zeroable::zeroed() };
+            let frame = map.ring(at, FRAME_ALIGN).unwrap();
+            // SAFETY: a frame's bytes are inside the ring; nothing refers to them.
+            unsafe { frame.add(8).cast::<FrameHeader>().write_unaligned(header) };
+            protocol::commit(map.state_word(at).unwrap(), State::Abandoned);
+            map.header().head.store(head + FRAME_ALIGN, Ordering::Release);
+        }
+    })));
+    let fetched = reader.fetch();
+    meddle::set(None);
+    assert!(matches!(fetched, Ok(Fetched::Empty)), "{fetched:?}");
+}
+
+/// SLAB-10.
+#[test]
+fn a_tail_that_cannot_be_frees_nothing() {
+    for nonsense in [0, 64, 1 << 20, u64::MAX] {
+        let (mut writer, mut reader) = pair(8192);
+        while send(&mut writer, b"m", &[1; 1000]) {}
+        assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+        reader.release().unwrap();
+        assert!(send(&mut writer, b"m", &[1; 1000]), "one frame's room");
+        assert!(!writer.is_astray());
+        writer.mapping().header().tail.store(nonsense, Ordering::Release);
+        assert!(!send(&mut writer, b"m", &[1; 1000]), "{nonsense}");
+        assert!(writer.is_astray());
+    }
+}
+
 #[test]
 fn a_dropped_reservation_is_skipped() {
     let (mut writer, mut reader) = pair(8192);

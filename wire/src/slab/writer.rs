@@ -13,6 +13,10 @@ use super::{
 pub struct SlabWriter {
     map: std::sync::Arc<Mapping>,
     head: u64,
+    /// How far the agent has released it, as far as that can be true.
+    tail: u64,
+    /// The agent has written a tail that cannot be.
+    astray: bool,
     next_record: u64,
     room_seen: u32,
 }
@@ -34,7 +38,7 @@ impl SlabWriter {
     /// Makes the slab.
     pub fn create(bytes: u64, rank: u32) -> Result<Self, SlabError> {
         let map = std::sync::Arc::new(Mapping::create(bytes, rank)?);
-        Ok(Self { map, head: 0, next_record: 1, room_seen: 0 })
+        Ok(Self { map, head: 0, tail: 0, astray: false, next_record: 1, room_seen: 0 })
     }
 
     /// The memory, for sending and pinning.
@@ -81,7 +85,7 @@ impl SlabWriter {
         self.room_seen = protocol::releases(&self.map.header().room);
         let mut at = self.head % ring;
         let pad = if at + frame_len > ring { ring - at } else { 0 };
-        if protocol::room(self.head, &self.map.header().tail, ring) < pad + frame_len {
+        if self.room(ring) < pad + frame_len {
             return None;
         }
         if pad > 0 {
@@ -97,6 +101,22 @@ impl SlabWriter {
         protocol::publish(&self.map.header().head, self.head);
         let payload = self.map.ring(at + start, payload_len)?;
         Some(Reservation { map: self.map.clone(), at, payload, payload_len, done: false })
+    }
+
+    /// Free bytes of the ring. A tail that is behind the last one or ahead of the head frees nothing (SLAB-10).
+    fn room(&mut self, ring: u64) -> u64 {
+        let tail = protocol::tail(&self.map.header().tail);
+        if (self.tail..=self.head).contains(&tail) {
+            self.tail = tail;
+        } else {
+            self.astray = true;
+        }
+        protocol::room(self.head, self.tail, ring)
+    }
+
+    /// Whether the agent has ever said that it released what it cannot have (SLAB-10): waiting for it may have no end.
+    pub fn is_astray(&self) -> bool {
+        self.astray
     }
 
     fn blank(&self, position: u64) -> FrameHeader {

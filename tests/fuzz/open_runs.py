@@ -1,0 +1,123 @@
+"""Opens hostile run directories with the Python reader: `open_runs.py OPEN_RUN CRASHES SECONDS INPUT...`
+
+OPEN_RUN is the fuzz target of that name. It makes the folders that its inputs describe (`tests/fuzz/tree.rs`): those of
+the files and folders INPUT, and for SECONDS seconds those of mutations of them; with 0 seconds, of INPUT alone. Each
+folder is opened in a process of its own that may have 1 GiB of memory and 20 s of CPU time. Whatever ends one of these
+processes but the reader's documented errors is a finding: its input is kept in CRASHES, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "python-shim"))
+
+import flexmodel
+
+MEMORY = 1 << 30
+CPU_SECONDS = 20
+HANG = 60
+"""Seconds without an end, mostly asleep: a named pipe that nobody writes to."""
+
+DOCUMENTED = (flexmodel.RunError, flexmodel.NotCapturedError)
+UNKNOWN_TO_NUMPY = (*DOCUMENTED, TypeError)
+"""numpy lacks some dtypes."""
+
+
+def read(folder: pathlib.Path) -> None:
+    """Everything that a run is asked for."""
+    try:
+        run = flexmodel.open(folder)
+    except DOCUMENTED as error:
+        if "\n" in str(error):
+            raise AssertionError("an error of more than a line") from error
+        return
+    repr(run), run.modules, run.models, run.notices, run.refused, run.divergences, run.dropped, run.problems
+    for record in run.records:
+        repr(record), str(record), record.stats, record.parts, record.complete
+        with contextlib.suppress(*UNKNOWN_TO_NUMPY):
+            record.numpy()
+    for module in run:
+        with contextlib.suppress(*DOCUMENTED):
+            run[module]
+        with contextlib.suppress(*UNKNOWN_TO_NUMPY):
+            run.get(module, step=0)
+    run.refresh()
+
+
+def in_a_process_of_its_own(folder: pathlib.Path) -> str | None:
+    """How reading went wrong; None if it did not."""
+    log = folder.with_suffix(".log")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            with open(log, "wb") as file:
+                os.dup2(file.fileno(), 2)
+            signal.alarm(HANG)
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            read(folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc(limit=-8)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if not status:
+        return None
+    said = log.read_text(errors="replace").strip()
+    end = os.waitstatus_to_exitcode(status)
+    if end >= 0:
+        return said
+    reason = {signal.SIGALRM: "it hangs", signal.SIGXCPU: "too much CPU time", signal.SIGKILL: "too much CPU time"}
+    return f"{signal.Signals(-end).name} ({reason.get(-end, 'it crashed')})\n{said}".strip()
+
+
+def folders(target: pathlib.Path, inputs: list[str], mutations: int) -> Iterator[pathlib.Path]:
+    """Folders that the target makes of the inputs, and of so many mutations."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="flexmodel-fuzz-") as made:
+        kept, found = pathlib.Path(made, "kept"), pathlib.Path(made, "found")
+        kept.mkdir(), found.mkdir()
+        files = [name for name in inputs if not pathlib.Path(name).is_dir()]
+        own = [] if mutations == 0 else [f"-runs={mutations}", str(found)]
+        argv = [str(target), "-max_len=16384", "-timeout=60", *own, *(files or inputs)]
+        done = subprocess.run(argv, env=os.environ | {"FLEXMODEL_FUZZ_KEEP": str(kept)}, capture_output=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(argv)} failed:\n{done.stderr.decode(errors='replace')[-3000:]}")
+        yield from sorted(path for path in kept.iterdir() if path.is_dir())
+
+
+def main(target: str, crashes: str, seconds: str, *inputs: str) -> int:
+    """Opens until the time is over; the exit code."""
+    end, opened, findings = time.monotonic() + float(seconds), 0, set()
+    while True:
+        for folder in folders(pathlib.Path(target), list(inputs), 0 if float(seconds) == 0 else 200 + opened):
+            problem = in_a_process_of_its_own(folder)
+            opened += 1
+            if problem and problem.splitlines()[-1] not in findings:
+                findings.add(problem.splitlines()[-1])
+                kept = pathlib.Path(crashes, f"open_run_python-{folder.name}")
+                shutil.copy(folder.with_suffix(".json"), kept)
+                print(f"{problem}\nTest unit written to {kept}", flush=True)
+            if float(seconds) and time.monotonic() > end:
+                break
+        if time.monotonic() > end:
+            print(f"Done {opened} runs")
+            return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
