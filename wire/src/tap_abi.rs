@@ -11,7 +11,7 @@
 use std::{ffi::c_void, marker::PhantomData};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 6;
+pub const TAP_ABI: u32 = 7;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -64,6 +64,8 @@ pub struct TensorDesc<'a> {
     pub ndim: u32,
     /// [`crate::dtype::DType`] code; 0: not a type we know.
     pub dtype: u8,
+    /// On a device, not the CPU.
+    pub on_device: bool,
     /// Why it cannot be read; [`Refusal::None`] otherwise.
     pub refusal: Refusal,
     /// What torch says of how it lies over the ranks, outermost first, `axis_count` of them.

@@ -144,6 +144,7 @@ impl Recent {
     pub fn parts(&self, series: &Series) -> Vec<Part> {
         let part = |kept: &Kept| Part {
             what: What {
+                from: None,
                 id: self.identity(series),
                 class: series.class.clone(),
                 group: series.group.clone(),

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`socket`] | the listening socket, and messages with descriptors off it |
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
-//! | [`session`] | a rank's slab and how far along it is |
+//! | [`session`] | one slab of a rank and how far along it is |
 //! | [`ingest`] | the thread that empties a slab into the store |
 //! | [`board`] | `run.json`, notices and the dashboard's live state |
 //! | [`parent`] | words between `flexmodel run` and the agent it started |
@@ -12,7 +12,7 @@
 //! # Invariants
 //!
 //! - **AGENT-1** A frame is released after its bytes are written, and a tensor's last frame after its line is.
-//! - **AGENT-2** No rank waits for another's tensors: each has a thread, and the store's locks are never held over I/O on
+//! - **AGENT-2** No rank waits for another's tensors: each slab has a thread, and the store's locks are never held over I/O on
 //!   them. A shard's file is made, with its 1 MiB header, under the allocator's lock, once a shard.
 //! - **AGENT-3** Every slab's heart beats on a thread that does nothing else, whatever the disk does.
 //! - **AGENT-4** Damage in a slab, a message or a record costs that slab, connection or record, and one notice.
@@ -20,7 +20,7 @@
 //! # Memory
 //!
 //! The agent holds no tensor: payloads are summed and written straight from the slabs, which the jobs allocated. Of its
-//! own it has, for each rank, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
+//! own it has, for each slab, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
 //! unfinished tensors; for each connection a message that has not come in full (16 MiB at most, usually some
 //! hundred bytes); the [`store`](crate::store)'s and the dashboard's bounded tables. Together that stays below 64 MiB
 //! beside the slabs for a node of ordinary size.
@@ -103,6 +103,11 @@ impl Server {
     fn beat_for(&self, session: Arc<Session>) {
         SlabReader::beat(session.mapping());
         self.beating.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+    }
+
+    /// Unmaps slabs that were read to their end.
+    fn forget_done(&self) {
+        self.sessions().retain(|_, session| !session.is_done());
     }
 
     fn sessions(&self) -> MutexGuard<'_, Sessions> {

@@ -10,7 +10,10 @@ use std::{
     sync::atomic::AtomicU32,
 };
 
-use wire::control::{FromAgent, decode_next, encode};
+use wire::{
+    control::{FromAgent, decode_next, encode},
+    env::MIN_SLAB_BYTES,
+};
 
 use super::*;
 
@@ -42,19 +45,25 @@ struct Pair {
     folder: Folder,
     listener: UnixListener,
     link: Link,
-    slab: SlabWriter,
+    slabs: Slabs,
+}
+
+fn slabs() -> Slabs {
+    let mut slabs = Slabs::new(MIN_SLAB_BYTES, Memory::new(1));
+    slabs.begin(0).unwrap();
+    slabs
 }
 
 fn pair() -> Pair {
     let folder = Folder::new();
     let listener = UnixListener::bind(folder.path("s")).unwrap();
     let link = Link::new(folder.path("s").to_str().unwrap(), "*", OnFull::Wait);
-    Pair { folder, listener, link, slab: SlabWriter::create(1 << 20, 0).unwrap() }
+    Pair { folder, listener, link, slabs: slabs() }
 }
 
 impl Pair {
     fn alive(&mut self) -> bool {
-        self.link.alive(self.slab.mapping())
+        self.link.alive(&self.slabs)
     }
 
     /// When the pause is over.
@@ -111,11 +120,11 @@ fn an_agent_whose_queue_is_full_is_absent() {
 #[test]
 fn a_message_that_a_stopped_agent_does_not_take_waits_on_one_connection() {
     let mut pair = pair();
-    pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) });
+    pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) }, &pair.slabs);
     for _ in 0..50 {
         assert!(pair.alive(), "it is stopped and not gone");
-        pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) });
-        pair.link.tend(pair.slab.mapping());
+        pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) }, &pair.slabs);
+        pair.link.tend(&pair.slabs);
     }
     let (mut agent, _) = pair.listener.accept().unwrap();
     pair.listener.set_nonblocking(true).unwrap();
@@ -165,42 +174,51 @@ fn a_welcomed_agent_that_dies_is_looked_for_at_once() {
 #[test]
 fn what_becomes_known_late_is_said_on_the_same_connection() {
     let mut pair = pair();
-    pair.link.describe(rank(0, 1), "2.11", "3.11", "");
+    pair.link.describe(rank(0, 1), "2.11", "3.11", "", &pair.slabs);
     assert!(pair.alive());
-    pair.link.describe(rank(0, 1), "2.11", "3.11", "");
-    pair.link.describe(rank(0, 2), "2.11", "3.11", "DDP");
+    pair.link.describe(rank(0, 1), "2.11", "3.11", "", &pair.slabs);
+    pair.link.describe(rank(0, 2), "2.11", "3.11", "DDP", &pair.slabs);
     let (mut agent, _) = pair.listener.accept().unwrap();
     assert_eq!(hellos(&heard(&mut agent)), [(0, 1), (0, 2)]);
 }
 
-fn shipper(link: Link, slab: SlabWriter) -> Shipper {
+fn shipper(link: Link, slabs: Slabs) -> Shipper {
     Shipper {
         link,
-        slab_bytes: 1 << 20,
+        slabs,
+        counts: None,
         replicas_once: true,
         on_full: OnFull::Wait,
-        writer: Some(slab),
-        pinning: Pinning::NotYet,
         stalled: None,
+        refused: None,
         unseen: 0,
+    }
+}
+
+impl Shipper {
+    fn describe(&mut self, rank: Rank) {
+        self.link.describe(rank, "", "", "", &self.slabs);
+    }
+
+    fn current(&mut self) -> Arc<Mapping> {
+        self.slabs.current().unwrap().mapping().clone()
     }
 }
 
 /// A process that captured before it knew its rank.
 #[test]
 fn another_rank_is_another_slab_after_a_goodbye() {
-    let pair = pair();
-    let Pair { folder: _folder, listener, link, slab } = pair;
-    let mut shipper = shipper(link, slab);
-    shipper.link.describe(rank(0, 1), "", "", "");
-    let old = shipper.writer.as_ref().unwrap().mapping().clone();
-    shipper.link.say(ToAgent::Notice("said before".into()));
-    shipper.leave_slab();
-    shipper.link.describe(rank(1, 2), "", "", "");
-    shipper.make_slab().unwrap();
-    let new = shipper.writer.as_ref().unwrap().mapping().clone();
+    let Pair { folder: _folder, listener, link, slabs } = pair();
+    let mut shipper = shipper(link, slabs);
+    shipper.describe(rank(0, 1));
+    let old = shipper.current();
+    shipper.link.say(ToAgent::Notice("said before".into()), &shipper.slabs);
+    shipper.leave_slabs();
+    shipper.describe(rank(1, 2));
+    assert!(shipper.make_slab());
+    let new = shipper.current();
     assert!(!Arc::ptr_eq(&old, &new) && new.header().rank == 1);
-    assert!(shipper.link.alive(&new));
+    assert!(shipper.link.alive(&shipper.slabs));
     let [mut first, mut second] = [(); 2].map(|()| listener.accept().unwrap().0);
     let first = heard(&mut first);
     assert_eq!(hellos(&first), [(0, 1)]);
@@ -213,20 +231,22 @@ fn another_rank_is_another_slab_after_a_goodbye() {
 #[test]
 fn what_no_agent_saw_of_the_slab_before_is_counted_in_the_next() {
     let folder = Folder::new();
-    let mut slab = SlabWriter::create(1 << 20, 0).unwrap();
-    slab.begin_record();
-    slab.begin_record();
-    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slab);
-    shipper.leave_slab();
-    shipper.make_slab().unwrap();
-    assert_eq!(shipper.writer.unwrap().mapping().header().dropped.load(Ordering::Relaxed), 2);
+    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slabs());
+    shipper.slabs.current().unwrap().begin_record();
+    shipper.slabs.current().unwrap().begin_record();
+    shipper.leave_slabs();
+    assert!(shipper.make_slab());
+    let map = shipper.current();
+    let header = map.header();
+    assert_eq!((header.dropped.load(Ordering::Relaxed), header.begun.load(Ordering::Relaxed)), (2, 2));
 }
 
 /// OPEN-1 before there is anything to attach with.
 #[test]
 fn the_last_word_of_a_process_without_a_slab_is_a_notice_alone() {
     let mut pair = pair();
-    pair.link.last_words("rank 3: taps are off: no bridge", None, GLANCE);
+    let none = Slabs::new(MIN_SLAB_BYTES, Memory::new(1));
+    pair.link.last_words("rank 3: taps are off: no bridge", &none, GLANCE);
     let (mut agent, _) = pair.listener.accept().unwrap();
     assert_eq!(heard(&mut agent), [ToAgent::Notice("rank 3: taps are off: no bridge".into())]);
 }

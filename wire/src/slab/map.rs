@@ -77,6 +77,7 @@ impl Mapping {
             (&raw mut (*header).ring_len).write(ring_len);
             (&raw mut (*header).pid).write(std::process::id());
             (&raw mut (*header).rank).write(rank);
+            (&raw mut (*header).id).write(random_id());
         }
         Ok(map)
     }
@@ -123,6 +124,9 @@ impl Mapping {
         };
         match NonNull::new(base.cast::<u8>()) {
             Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => {
+                // Tensors have no place in a core dump, nor has its size in a disk. Where it is refused, they are in it.
+                // SAFETY: the range was just mapped; the advice changes no byte of it.
+                unsafe { libc::madvise(base.as_ptr().cast(), len as usize, libc::MADV_DONTDUMP) };
                 Ok(Self { base, len: len as usize, ring_len, fd })
             }
             _ => Err(SlabError::System { what: "mmap", bytes: len, source: io::Error::last_os_error() }),
@@ -171,6 +175,19 @@ impl Drop for Mapping {
         // SAFETY: base and len are what mmap gave; nothing borrowed from self outlives it.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
+}
+
+/// A number that tells slabs apart, small enough for every reader of JSON.
+fn random_id() -> u64 {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer is valid for its length. A kernel without randomness leaves it as it is.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    let mut id = u64::from_le_bytes(bytes);
+    if got != bytes.len() as isize {
+        let now = std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos() as u64);
+        id = now.wrapping_mul(u64::from(std::process::id()) | 1);
+    }
+    id >> 11
 }
 
 /// Sleeps until `word` is no longer `seen`, somebody [`wake`]s it, or `limit` passes. Works across processes.

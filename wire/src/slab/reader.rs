@@ -114,6 +114,17 @@ impl SlabReader {
         }
     }
 
+    /// Whether the job writes nothing here any more (SLAB-7). To be asked *before* [`fetch`](Self::fetch): what is empty
+    /// then stays empty, and the counters are final.
+    pub fn is_complete(&self) -> bool {
+        protocol::completed(&self.map.header().complete)
+    }
+
+    /// Tells the job that everything in this complete slab is accounted for (SLAB-8).
+    pub fn settle(&self) {
+        protocol::settle(&self.map.header().settled);
+    }
+
     /// Gives the frame that [`fetch`](Self::fetch) returned back to the job.
     pub fn release(&mut self) -> Result<(), SlabError> {
         let len = self.header(self.tail % self.map.ring_len())?.frame_len;
@@ -182,7 +193,7 @@ impl SlabReader {
         header.agent_waits.store(1, Ordering::SeqCst);
         let idle = protocol::published(&header.head) == self.tail
             || self.map.state_word(self.tail % self.map.ring_len()).and_then(protocol::state) == Some(State::Writing);
-        if idle && header.doorbell.load(Ordering::SeqCst) == seen {
+        if idle && !self.is_complete() && header.doorbell.load(Ordering::SeqCst) == seen {
             sleep(&header.doorbell, seen, limit);
         }
         header.agent_waits.store(0, Ordering::SeqCst);

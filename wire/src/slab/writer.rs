@@ -49,11 +49,24 @@ impl SlabWriter {
             * FRAME_ALIGN
     }
 
+    /// The number that the next tensor will have.
+    pub fn next_record(&self) -> u64 {
+        self.next_record
+    }
+
     /// A number for the next tensor.
     pub fn begin_record(&mut self) -> u64 {
         let n = self.next_record;
         self.next_record += 1;
+        self.map.header().begun.store(n, Ordering::Relaxed);
         n
+    }
+
+    /// Counts tensors as lost that were to be captured before there was this slab.
+    pub fn lost_before(&mut self, count: u64) {
+        self.next_record += count;
+        self.map.header().begun.store(self.begun(), Ordering::Relaxed);
+        self.map.header().dropped.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Tensors that have a number.
@@ -129,6 +142,34 @@ impl SlabWriter {
         sleep(&header.room, seen, limit);
         protocol::retire(&header.waiters);
         protocol::releases(&header.room) != seen
+    }
+
+    /// Whether no tensor is under way in it: each holds the mapping. Nobody but the writer gives it out, so it stays so
+    /// unless the writer is used again. What those tensors have counted is seen by whoever is told so (SYNC POINT F).
+    pub fn is_idle(&mut self) -> bool {
+        std::sync::Arc::get_mut(&mut self.map).is_some()
+    }
+
+    /// Nothing will be written here any more (SLAB-7).
+    pub fn complete(&self) {
+        let header = self.map.header();
+        protocol::complete(&header.complete);
+        ring_doorbell(header);
+    }
+
+    /// Whether this was said.
+    pub fn is_complete(&self) -> bool {
+        protocol::completed(&self.map.header().complete)
+    }
+
+    /// Whether the agent has accounted for all of it, so that it may go (SLAB-8).
+    pub fn is_settled(&self) -> bool {
+        protocol::settled(&self.map.header().settled)
+    }
+
+    /// Whether an agent has read something here.
+    pub fn is_being_read(&self) -> bool {
+        self.map.header().tail.load(Ordering::Acquire) > 0
     }
 
     /// Bytes that the agent has not released yet.
