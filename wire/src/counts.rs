@@ -118,8 +118,7 @@ impl Counts {
     fn map(fd: OwnedFd) -> io::Result<Self> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh shared mapping of a descriptor we hold.
-        let base =
-            unsafe { libc::mmap(std::ptr::null_mut(), LEN, access, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), LEN, access, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
         match NonNull::new(base.cast::<Memory>()) {
             Some(memory) if base != libc::MAP_FAILED => Ok(Self { memory, fd }),
             _ => Err(io::Error::last_os_error()),

@@ -8,8 +8,8 @@ use std::{
 };
 
 use super::{
-    dir::cannot_write,
     account::{Account, Accounts},
+    dir::cannot_write,
     format::{HEADER_SPACE, Line, Location, MANIFEST_FILE, Part, Totals},
     manifest::{LineError, Reader, encode_line},
     place::Seen,

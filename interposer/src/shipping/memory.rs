@@ -118,8 +118,7 @@ struct Names {
     idle: &'static str,
 }
 
-const V1: Names =
-    Names { limit: "memory.limit_in_bytes", used: "memory.usage_in_bytes", idle: "total_inactive_file" };
+const V1: Names = Names { limit: "memory.limit_in_bytes", used: "memory.usage_in_bytes", idle: "total_inactive_file" };
 const V2: Names = Names { limit: "memory.max", used: "memory.current", idle: "inactive_file" };
 
 /// The cgroups that `/proc/self/cgroup` names, where `/proc/self/mountinfo` says that they are.
@@ -198,7 +197,10 @@ mod tests {
         free(&machine(files).path("proc"))
     }
 
-    const MOUNT_V2: (&str, &str) = ("proc/self/mountinfo", "25 1 0:5 / /proc rw - proc proc rw\n30 25 0:26 / MOUNT rw,nosuid shared:4 - cgroup2 cgroup2 rw\n");
+    const MOUNT_V2: (&str, &str) = (
+        "proc/self/mountinfo",
+        "25 1 0:5 / /proc rw - proc proc rw\n30 25 0:26 / MOUNT rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
+    );
     const MOUNT_V1: (&str, &str) = (
         "proc/self/mountinfo",
         "31 25 0:27 / MOUNT/cpu rw - cgroup cgroup rw,cpu,cpuacct\n32 25 0:28 / MOUNT/memory rw - cgroup cgroup rw,memory\n",

@@ -157,7 +157,7 @@ pub fn describe(rank: Rank, torch: &str, python: &str, wrapper: &str) {
 /// Ranks that share this machine's memory: what the launcher says, or all.
 fn ranks_of_this_node(world: u32) -> u32 {
     let said = std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|text| text.parse().ok());
-    said.filter(|n| (1..=world).contains(n)).unwrap_or(world)
+    said.filter(|n| *n > 0).unwrap_or(world)
 }
 
 /// Tells the agent a model's modules, if they are news.

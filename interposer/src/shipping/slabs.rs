@@ -207,3 +207,175 @@ fn size(writer: &SlabWriter) -> u64 {
 fn make(bytes: u64, rank: u32) -> Result<SlabWriter, String> {
     SlabWriter::create(bytes.saturating_sub(HEADER_LEN), rank).map_err(|why| why.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use wire::slab::{Fetched, SlabReader};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn slabs(bound: u64) -> Slabs {
+        let mut slabs = Slabs::new(bound, Memory::new(1));
+        slabs.begin(0).unwrap();
+        slabs
+    }
+
+    fn sizes(slabs: &Slabs) -> Vec<u64> {
+        slabs.live().map(|writer| size(writer) / MIB).collect()
+    }
+
+    /// An agent that has read something of the current slab.
+    fn read(slabs: &mut Slabs) -> SlabReader {
+        let writer = slabs.current().unwrap();
+        let record = writer.begin_record();
+        writer.try_reserve(record, b"m", 0, 8, 8).unwrap().commit();
+        let mut reader = SlabReader::attach(writer.mapping().fd().try_clone_to_owned().unwrap()).unwrap();
+        assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+        reader.release().unwrap();
+        reader
+    }
+
+    fn settle_complete(readers: &[SlabReader]) {
+        readers.iter().filter(|reader| reader.is_complete()).for_each(SlabReader::settle);
+    }
+
+    #[test]
+    fn slabs_double_as_long_as_all_live_ones_stay_within_the_bound() {
+        let mut slabs = slabs(13 * MIB);
+        let mut readers = Vec::new();
+        for expected in [&[1][..], &[2], &[4], &[8]] {
+            settle_complete(&readers);
+            slabs.sweep();
+            assert_eq!(sizes(&slabs), expected);
+            readers.push(read(&mut slabs));
+            // 8 MiB beside the 4 fit, 16 do not.
+            assert_eq!(slabs.grow(0).is_some(), expected != [8]);
+        }
+        assert!(slabs.news.is_none(), "the user's own bound is no news");
+    }
+
+    #[test]
+    fn what_is_not_settled_counts() {
+        let mut slabs = slabs(8 * MIB);
+        let _readers = [read(&mut slabs), {
+            slabs.grow(0).unwrap();
+            read(&mut slabs)
+        }];
+        // 1 and 2 MiB are there; 4 more are within 8, 8 more would not be.
+        assert!(slabs.grow(0).is_some());
+        assert_eq!(sizes(&slabs), [1, 2, 4]);
+        let _reader = read(&mut slabs);
+        assert!(slabs.grow(0).is_none());
+    }
+
+    #[test]
+    fn a_slab_that_nobody_reads_is_not_left_behind() {
+        let mut slabs = slabs(64 * MIB);
+        assert!(!slabs.may_grow() && slabs.grow(0).is_none());
+        read(&mut slabs);
+        assert!(slabs.may_grow());
+        assert!(slabs.grow(0).is_some());
+        assert!(!slabs.may_grow(), "an agent that stopped has not read the new one");
+    }
+
+    /// SLAB-7, SLAB-8.
+    #[test]
+    fn a_slab_stays_until_its_last_tensor_and_the_agent_are_done() {
+        let mut slabs = slabs(64 * MIB);
+        let reader = read(&mut slabs);
+        let writer = slabs.current().unwrap();
+        let (map, record) = (writer.mapping().clone(), writer.begin_record());
+        slabs.grow(0).unwrap();
+        slabs.sweep();
+        assert!(!reader.is_complete(), "a tensor is under way");
+        let slot = slabs.writer_of(&map).unwrap().try_reserve(record, b"m", 0, 8, 8);
+        slot.unwrap().commit();
+        drop(map);
+        slabs.sweep();
+        assert!(reader.is_complete());
+        assert_eq!(sizes(&slabs), [1, 2], "it was not read to its end");
+        reader.settle();
+        slabs.sweep();
+        assert_eq!(sizes(&slabs), [2]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said_once_and_not_asked_for_again() {
+        let mut slabs = slabs(1 << 62);
+        slabs.shared_by(u32::MAX);
+        let _reader = read(&mut slabs);
+        assert!(slabs.grow(0).is_none());
+        let news = slabs.news.take().unwrap();
+        assert!(news.contains("2 MiB for each of 4294967295 ranks") && news.contains("FLEXMODEL_SLAB"), "{news}");
+        assert_eq!(slabs.bound(), MIB);
+        assert!(slabs.grow(0).is_none() && slabs.news.is_none());
+    }
+
+    #[test]
+    fn not_even_the_first_slab_is_asked_for_where_there_is_nothing() {
+        let mut slabs = Slabs::new(64 * MIB, Memory::new(u32::MAX));
+        let why = slabs.begin(0).unwrap_err();
+        assert!(why.contains("1 MiB for each of"), "{why}");
+        assert!(slabs.current().is_none());
+    }
+
+    #[test]
+    fn the_first_tensor_of_a_device_begins_all_that_is_left_and_that_is_the_last_slab() {
+        let mut slabs = slabs(32 * MIB);
+        let mut pinned = Vec::new();
+        let mut pin = |map: &Mapping| {
+            pinned.push(map.whole().1 as u64 / MIB);
+            true
+        };
+        assert!(slabs.begin_for_device(0, &mut pin).is_some());
+        assert!(slabs.begin_for_device(0, &mut pin).is_none());
+        assert_eq!(sizes(&slabs), [1, 31]);
+        assert_eq!(pinned, [31], "registered once");
+        let _reader = read(&mut slabs);
+        assert!(!slabs.may_grow());
+        let current = slabs.current().unwrap().mapping().clone();
+        assert!(!slabs.device_copied(&current, || panic!("it is pinned already")));
+    }
+
+    #[test]
+    fn where_too_little_is_left_for_a_device_the_current_slab_is_pinned() {
+        let mut slabs = slabs(MIB);
+        let mut pinned = 0;
+        assert!(
+            slabs
+                .begin_for_device(0, |_| {
+                    pinned += 1;
+                    true
+                })
+                .is_none()
+        );
+        assert_eq!((sizes(&slabs), pinned), (vec![1], 1));
+        assert!(slabs.news.is_none());
+    }
+
+    #[test]
+    fn a_device_gets_what_fits_and_the_user_a_line() {
+        let mut slabs = slabs(1 << 62);
+        slabs.shared_by(500);
+        assert!(slabs.begin_for_device(0, |_| false).is_some());
+        let news = slabs.news.take().unwrap();
+        assert!(news.contains("GiB") && news.contains("FLEXMODEL_SLAB"), "{news}");
+        assert!(slabs.bound() < 1 << 50);
+        let current = slabs.current().unwrap().mapping().clone();
+        assert!(slabs.device_copied(&current, || false), "it is slow, which is told");
+    }
+
+    /// A device may still write to it.
+    #[test]
+    fn a_pinned_slab_stays_mapped_when_it_is_left() {
+        let mut slabs = slabs(2 * MIB);
+        slabs.begin_for_device(0, |_| true);
+        let start = slabs.current().unwrap().mapping().whole().0.addr();
+        drop(slabs.leave());
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(maps.lines().any(|line| line.starts_with(&format!("{start:x}-"))));
+        assert!(slabs.current().is_none());
+    }
+}

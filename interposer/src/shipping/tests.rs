@@ -13,6 +13,7 @@ use std::{
 use wire::{
     control::{FromAgent, decode_next, encode},
     env::MIN_SLAB_BYTES,
+    slab::{Fetched, SlabReader},
 };
 
 use super::*;
@@ -239,6 +240,94 @@ fn what_no_agent_saw_of_the_slab_before_is_counted_in_the_next() {
     let map = shipper.current();
     let header = map.header();
     assert_eq!((header.dropped.load(Ordering::Relaxed), header.begun.load(Ordering::Relaxed)), (2, 2));
+}
+
+/// A tensor of 100,000 bytes, whole; the slab that it went to if there was room.
+fn ship(shipper: &mut Shipper) -> Option<Arc<Mapping>> {
+    let (voyage, slot) = shipper.begin(false, b"meta", 100_000).unwrap();
+    slot.map(|slot| {
+        slot.commit();
+        voyage.map
+    })
+}
+
+fn slabs_told(messages: &[ToAgent]) -> Vec<u64> {
+    messages.iter().filter_map(|m| if let ToAgent::Slab { id } = m { Some(*id) } else { None }).collect()
+}
+
+#[test]
+fn a_full_slab_that_an_agent_reads_is_followed_by_one_that_it_is_told_of() {
+    let Pair { folder: _folder, listener, link, .. } = pair();
+    let mut slabs = Slabs::new(4 << 20, Memory::new(1));
+    slabs.begin(0).unwrap();
+    let mut shipper = shipper(link, slabs);
+    let first = shipper.current();
+    while let Some(map) = ship(&mut shipper) {
+        assert!(Arc::ptr_eq(&map, &first));
+    }
+    assert!(Arc::ptr_eq(&shipper.current(), &first), "nobody reads it");
+    let mut reader = SlabReader::attach(first.fd().try_clone_to_owned().unwrap()).unwrap();
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+    reader.release().unwrap();
+    drop(first);
+    while shipper.slabs.live().count() == 1 {
+        ship(&mut shipper);
+    }
+    let second = shipper.current();
+    assert_eq!((second.whole().1, second.header().head.load(Ordering::Relaxed) > 0), (2 << 20, true));
+    assert!(reader.is_complete());
+    let (mut agent, _) = listener.accept().unwrap();
+    assert_eq!(slabs_told(&heard(&mut agent)), [second.header().id]);
+    // An agent that comes later is told of both, the first with its hello.
+    drop(agent);
+    assert!(!shipper.link.alive(&shipper.slabs), "not before the pause is over");
+    shipper.link.tried = None;
+    assert!(shipper.link.alive(&shipper.slabs));
+    let (mut agent, _) = listener.accept().unwrap();
+    let messages = heard(&mut agent);
+    assert!(matches!(messages[..2], [ToAgent::Hello(_), ToAgent::Slab { .. }]), "{messages:?}");
+    // And one that comes when the first is settled, of the second alone.
+    reader.settle();
+    ship(&mut shipper);
+    drop(agent);
+    shipper.link.alive(&shipper.slabs);
+    shipper.link.tried = None;
+    assert!(shipper.link.alive(&shipper.slabs));
+    let (mut agent, _) = listener.accept().unwrap();
+    assert_eq!(slabs_told(&heard(&mut agent)), []);
+}
+
+#[test]
+fn a_rank_without_memory_counts_what_it_cannot_ship_and_asks_rarely() {
+    let folder = Folder::new();
+    let slabs = Slabs::new(MIN_SLAB_BYTES, Memory::new(u32::MAX));
+    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slabs);
+    for _ in 0..3 {
+        assert!(shipper.begin(false, b"meta", 64).is_none());
+    }
+    assert!(shipper.slabs.news.take().unwrap().contains("captures are dropped"));
+    shipper.slabs.shared_by(1);
+    assert!(shipper.begin(false, b"meta", 64).is_none(), "asked for again at once");
+    assert!(shipper.slabs.news.is_none() && shipper.unseen == 4);
+    shipper.refused = None;
+    assert!(shipper.begin(false, b"meta", 64).is_some());
+    let map = shipper.current();
+    assert_eq!((map.header().begun.load(Ordering::Relaxed), map.header().dropped.load(Ordering::Relaxed)), (5, 4));
+}
+
+/// It is refused, so that no message of its own connection arrives.
+#[test]
+fn a_refused_rank_leaves_word_of_all_it_captured() {
+    let Pair { folder: _folder, listener, link, slabs } = pair();
+    let mut shipper = shipper(link, slabs);
+    assert!(ship(&mut shipper).is_some());
+    let (mut agent, _) = listener.accept().unwrap();
+    agent.write_all(&encode(&FromAgent::Refused("no".into())).unwrap()).unwrap();
+    assert!(!shipper.link.alive(&shipper.slabs));
+    assert!(ship(&mut shipper).is_some());
+    shipper.finish();
+    let (mut word, _) = listener.accept().unwrap();
+    assert_eq!(heard(&mut word), [ToAgent::Lost { rank: 0, count: 2 }]);
 }
 
 /// OPEN-1 before there is anything to attach with.

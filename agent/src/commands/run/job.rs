@@ -110,6 +110,7 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
     let (program, arguments) = plan.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let mut agent = OsString::from("unix:");
     agent.push(sidecar.socket());
+    let counts = agent.to_str().and_then(|agent| sidecar.counts(agent));
     let mut preload = sidecar.library().as_os_str().to_owned();
     if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|v| !v.is_empty()) {
         preload.push(":");
@@ -118,6 +119,10 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
     let mut command = Command::new(program);
     command.args(arguments).env("LD_PRELOAD", preload).env(names::HOOKS, &plan.hooks).env(names::AGENT, agent);
     command.env(names::ON_FULL, if plan.on_full == names::OnFull::Drop { "drop" } else { "wait" });
+    match counts {
+        Some(name) => command.env(names::COUNTS, name),
+        None => command.env_remove(names::COUNTS),
+    };
     // A run of its own, also when a rank of another run starts it.
     command.env_remove(names::RANK_PROCESS);
     if let Some(bridge) = &plan.bridge {

@@ -122,6 +122,7 @@ fn what_a_dead_agent_had_of_a_slab_is_known_to_the_next() {
     let next = store(dir.path());
     assert_eq!(next.account(9), Account { settled: 6, by_job: 5, last: 11, cut_off: 11 });
     assert_eq!(next.account(9).missing(12), 1);
+    assert_eq!(account::known(dir.path()).unwrap(), [(0, 18)].into());
     assert_eq!((next.account(8), next.totals().dropped), (Account::default(), 15));
     next.keep_account(9, Account { settled: 7, ..next.account(9) });
     assert_eq!(next.account(9).missing(12), 0);
