@@ -6,7 +6,9 @@ use cxx::UniquePtr;
 use wire::tap_abi::{self, HostTable, LeafPlace, ModelDesc, Rank, Refusal, Role, Str, TensorDesc};
 
 use crate::{
-    ffi::bridge::{Call, Communicator, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor},
+    ffi::bridge::{
+        Call, Communicator, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor, is_on_device,
+    },
     gather::Ranks,
 };
 
@@ -177,12 +179,15 @@ pub fn capture(
 ) {
     let Some(host) = host() else { return };
     let axes: Vec<tap_abi::LeafAxis<'_>> = axes.iter().map(tap_abi::LeafAxis::from).collect();
+    let refusal = Refusal::from_code(leaf.refusal);
     let desc = TensorDesc {
         handle: std::ptr::from_ref(tensor).cast::<c_void>(),
         sizes: sizes.as_ptr(),
         ndim: sizes.len() as u32,
         dtype: leaf.dtype,
-        refusal: Refusal::from_code(leaf.refusal),
+        // What is refused may be asked nothing.
+        on_device: refusal == Refusal::None && is_on_device(tensor),
+        refusal,
         axes: axes.as_ptr(),
         axis_count: axes.len() as u32,
     };

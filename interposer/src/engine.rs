@@ -538,6 +538,6 @@ impl Engine {
             refused: refusal.reason().to_owned(),
         };
         let collective = hook.options.assemble == Assemble::Collective;
-        Some(Cargo { meta, handle: tensor.handle, kept: false, collective })
+        Some(Cargo { meta, handle: tensor.handle, on_device: tensor.on_device, kept: false, collective })
     }
 }

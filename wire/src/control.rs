@@ -1,15 +1,16 @@
 //! Messages on the unix socket between a rank and its agent.
 //!
 //! A message is a little-endian `u32` length and a body. Only this module knows that the body is bincode.
-//! The rank's first message is [`ToAgent::Hello`]; the slab's memfd rides on its first byte as `SCM_RIGHTS`. A process
-//! that has no slab may leave one [`ToAgent::Notice`] instead and go.
+//! The rank's first message is [`ToAgent::Hello`]; its slab's memfd rides on its first byte as `SCM_RIGHTS`, and that of
+//! each further slab on the first byte of a [`ToAgent::Slab`]. A process that has no slab may leave one
+//! [`ToAgent::Notice`] or [`ToAgent::Lost`] instead and go.
 
 use serde::{Deserialize, Serialize};
 
 use crate::env::OnFull;
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 3;
+pub const CONTROL_VERSION: u32 = 4;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most notices that a rank keeps and a run takes.
@@ -81,6 +82,26 @@ pub enum FromRank<M, N> {
     Others {
         /// In `named_modules` order.
         modules: N,
+    },
+    /// Another slab of this rank, whose descriptor rides on this message's first byte. Those before are read on.
+    Slab {
+        /// [`crate::slab::Header::id`] of this slab.
+        id: u64,
+    },
+    /// A slab of this rank that no agent can be given any more, since the job has closed its descriptor. What of it has
+    /// no line in the manifest is lost, unless this agent has it.
+    OutOfReach {
+        /// [`crate::slab::Header::id`] of the slab.
+        id: u64,
+        /// Tensors begun in it.
+        begun: u64,
+    },
+    /// Tensors that this rank was to capture and had no slab for that an agent took.
+    Lost {
+        /// Global rank.
+        rank: u32,
+        /// How many.
+        count: u64,
     },
 }
 

@@ -12,7 +12,7 @@ pub const DISABLE: &str = text(preload::DISABLE);
 pub const AGENT: &str = "FLEXMODEL_AGENT";
 /// What a tap does when the slab is full: `wait` (default) or `drop`.
 pub const ON_FULL: &str = "FLEXMODEL_ON_FULL";
-/// Size of one rank's slab in bytes, with an optional `K`, `M` or `G` suffix (powers of 1024).
+/// Most bytes of all of a rank's slabs together, with an optional `K`, `M` or `G` suffix (powers of 1024).
 pub const SLAB: &str = "FLEXMODEL_SLAB";
 /// Path of a bridge to use instead of the one in the cache. It must still be built for the job's torch.
 pub const BRIDGE: &str = "FLEXMODEL_BRIDGE";
@@ -23,6 +23,8 @@ pub const NODE: &str = "FLEXMODEL_NODE";
 /// Set by a process that captures, for those it starts: `PID:WORLD:RANK`, where RANK is what the variable of that name
 /// says. They inherit what says its rank, and are none themselves.
 pub const RANK_PROCESS: &str = "FLEXMODEL_RANK_PROCESS";
+/// Set by `flexmodel run`: where ranks count what they capture, and for which agent, as [`crate::counts`] has it.
+pub const COUNTS: &str = "FLEXMODEL_COUNTS";
 /// Name of a fault to inject in tests (`panic-in-tap`, `panic-in-load`, `throw-in-tap`).
 pub const FAULT: &str = "FLEXMODEL_TEST_FAULT";
 
@@ -37,9 +39,9 @@ const fn text(name: &CStr) -> &str {
     }
 }
 
-/// Slab size when [`SLAB`] is not set.
+/// Bytes of a rank's slabs when [`SLAB`] is not set.
 pub const DEFAULT_SLAB_BYTES: u64 = 256 << 20;
-/// Smallest slab: it must hold a few frames of metadata and payload.
+/// Bytes of a rank's first slab, and the smallest value of [`SLAB`]: it must hold a few frames of metadata and payload.
 pub const MIN_SLAB_BYTES: u64 = 1 << 20;
 
 /// What a tap does when its record does not fit into the slab.

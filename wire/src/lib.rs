@@ -8,6 +8,7 @@
 //! | [`dtype`] | element types and their names | all |
 //! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
+//! | [`counts`] | what ranks have captured, for who started them | interposer, launcher |
 //! | [`control`] | messages on the unix socket | interposer, agent |
 //! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
@@ -20,6 +21,7 @@
 pub mod bridge_marker;
 pub mod bridge_sources;
 pub mod control;
+pub mod counts;
 pub mod descriptor;
 pub mod dtype;
 pub mod env;

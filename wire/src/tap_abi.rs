@@ -64,6 +64,8 @@ pub struct TensorDesc<'a> {
     pub ndim: u32,
     /// [`crate::dtype::DType`] code; 0: not a type we know.
     pub dtype: u8,
+    /// On a device, not the CPU.
+    pub on_device: bool,
     /// Why it cannot be read; [`Refusal::None`] otherwise.
     pub refusal: Refusal,
     /// What torch says of how it lies over the ranks, outermost first, `axis_count` of them.

@@ -25,7 +25,12 @@ use crate::{
         parent::{FromAgent, ToAgent},
         socket::{Listening, open_to_others},
     },
-    store::{DEFAULT_SHARD_BYTES, Options, Store, dir::of_this_node, format::RunInfo},
+    store::{
+        DEFAULT_SHARD_BYTES, Options, Store,
+        account::{ByRank, NEVER_READ},
+        dir::of_this_node,
+        format::RunInfo,
+    },
     summary,
 };
 
@@ -323,12 +328,18 @@ fn announce(line: &str) {
     let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
 }
 
-/// Closes the run of an agent that died: recovers, seals, counts.
-pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>) -> anyhow::Result<RunInfo> {
+/// Closes the run of an agent that `died`, or that has ended without having read all: recovers, seals, counts what was
+/// `lost`.
+pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>, died: bool, lost: &ByRank) -> anyhow::Result<RunInfo> {
     let notify = Box::new(|text: &str| eprintln!("flexmodel: {text}"));
     let (store, before) = Store::open(run, Options { shard_bytes: DEFAULT_SHARD_BYTES, notify })?;
     let board = Board::new(before);
-    board.notice("the agent died during the run; what came after is not captured");
+    if died {
+        board.notice("the agent died during the run; what came after is not captured");
+    }
+    for (&rank, &count) in lost {
+        store.dropped(rank, count, NEVER_READ, None);
+    }
     store.finish();
     let info = board.finish(&store, exit_code);
     index::build(run)?;

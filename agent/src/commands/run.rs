@@ -82,21 +82,23 @@ fn run(plan: Plan) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(ended.exit_code()))
 }
 
-/// Final counters: the agent's, or if it died those that it leaves behind.
+/// Final counters: the agent's, or if it died those that it leaves behind, and what no agent has read.
 fn conclude(agent: &mut Sidecar, ended: Ended) -> anyhow::Result<Totals> {
     let exit_code = Some(i32::from(ended.exit_code()));
     agent.finish(exit_code);
-    if let Some(totals) = agent.wait_for_totals(FINISHING) {
-        return Ok(totals);
-    }
-    if agent.is_alive() {
+    let totals = agent.wait_for_totals(FINISHING);
+    if totals.is_none() && agent.is_alive() {
         eprintln!("flexmodel: the agent is still writing to {}; it ends by itself", summary::relative(agent.run()));
         return Ok(agent.last_totals());
     }
     if let Some(how) = agent.untold_death() {
         eprintln!("flexmodel: the agent {how}; what it had captured is kept");
     }
-    match close_for_the_dead(agent.run(), exit_code) {
+    let lost = agent.never_read();
+    if let Some(totals) = totals.filter(|_| lost.is_empty()) {
+        return Ok(totals);
+    }
+    match close_for_the_dead(agent.run(), exit_code, totals.is_none(), &lost) {
         Ok(info) => Ok(info.totals),
         Err(e) => {
             // The command's exit code counts, not ours.

@@ -164,6 +164,7 @@ impl Recent {
     pub fn parts(&self, series: &Series) -> Vec<Part> {
         let part = |kept: &Kept| Part {
             what: What {
+                from: None,
                 id: self.identity(series),
                 class: series.key.class.to_string(),
                 group: series.key.group.to_string(),

@@ -188,7 +188,7 @@ fn a_manifest_fills_the_state_as_the_ranks_did() {
         Line::Refused { what: one.what.clone(), reason: "sparse".into() },
         Line::Part(two.clone()),
         Line::Divergence { what: two.what.clone(), against: 0 },
-        Line::Dropped { rank: 1, count: 5, reason: "the disk is full".into() },
+        Line::Dropped { rank: 1, count: 5, reason: "the disk is full".into(), from: None },
     ];
     let mut manifest: Vec<u8> = lines.iter().flat_map(encode_line).collect();
     manifest.extend_from_slice(b"damage\n");

@@ -252,7 +252,7 @@ impl Run {
                 Ok(Line::Part(part)) => self.take_part(part, &mut by_id),
                 Ok(Line::Refused { what, reason }) => self.lost.refused.push((what, reason)),
                 Ok(Line::Divergence { what, against }) => self.lost.divergences.push((what, against)),
-                Ok(Line::Dropped { rank, count, reason }) => self.lost.dropped.push((rank, count, reason)),
+                Ok(Line::Dropped { rank, count, reason, .. }) => self.lost.dropped.push((rank, count, reason)),
                 Ok(Line::Sealed { shard, len }) => self.sealed.push((shard, len)),
                 Err(e) => {
                     self.problems.push(Problem::new(format!("{MANIFEST_FILE} line {}", entry.number), e.to_string()));

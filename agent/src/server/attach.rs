@@ -1,16 +1,17 @@
 //! One connection: hello, welcome, messages, goodbye.
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 use tokio::{
     io::Interest,
     net::UnixStream,
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
 };
 use wire::{
     control::{self, CONTROL_VERSION, FromAgent, Hello, MAX_BODY},
@@ -24,6 +25,8 @@ use super::{
     socket::{CHUNK, receive},
 };
 
+/// Reason of what a rank lost that no agent took in.
+const NOT_TAKEN: &str = "the agent did not take the rank in";
 /// How long a connection may take to say hello.
 const HELLO: Duration = Duration::from_secs(10);
 
@@ -33,12 +36,15 @@ const STALLED: Duration = Duration::from_secs(10);
 const SHORT: usize = 64 << 10;
 /// Bytes of long messages that all connections hold together: one of the longest.
 pub const LONG_ROOM: usize = MAX_BODY + 4;
+/// Most descriptors that wait for their message: that of one which has come in part, and the next one's.
+const MAX_WAITING: usize = 2;
 
 /// A connection and what came over it.
 struct Line {
     stream: UnixStream,
     inbox: Vec<u8>,
-    fd: Option<OwnedFd>,
+    /// Descriptors whose messages were not read yet: each rides on the first byte of one.
+    fds: VecDeque<OwnedFd>,
     /// Room for long messages, and how much of it the last message has.
     long: Arc<Semaphore>,
     held: Option<OwnedSemaphorePermit>,
@@ -60,10 +66,10 @@ impl Line {
                 None => self.stream.readable().await?,
                 Some(_) => tokio::time::timeout(STALLED, self.stream.readable()).await??,
             }
-            let (stream, inbox, fd) = (&self.stream, &mut self.inbox, &mut self.fd);
-            match stream.try_io(Interest::READABLE, || receive(stream, inbox, fd)) {
+            let (stream, inbox, mut fd) = (&self.stream, &mut self.inbox, None);
+            match stream.try_io(Interest::READABLE, || receive(stream, inbox, &mut fd)) {
                 Ok(0) => return Ok(None),
-                Ok(_) => {}
+                Ok(_) => self.fds.extend(fd.filter(|_| self.fds.len() < MAX_WAITING)),
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(e) => return Err(e),
             }
@@ -92,17 +98,52 @@ impl Line {
     }
 }
 
+/// A rank's connection, and the slabs that came over it.
+struct Attached {
+    hello: Hello,
+    /// With the number of this connection among each one's. A slab that was read to its end is unmapped.
+    slabs: Vec<(Weak<Session>, u32)>,
+    /// Some slab is damaged.
+    damaged: Arc<Notify>,
+}
+
+impl Attached {
+    fn new(hello: Hello) -> Self {
+        Self { hello, slabs: Vec::new(), damaged: Arc::default() }
+    }
+
+    /// Starts reading a slab of this rank, or goes on with it.
+    fn take(&mut self, server: &Arc<Server>, fd: Option<OwnedFd>, id: Option<u64>) -> Result<(), String> {
+        let who = format!("rank {} (process {})", self.hello.rank, self.hello.pid);
+        let fd = fd.ok_or_else(|| format!("{who} brought no shared memory"))?;
+        let (session, connection) =
+            attach(server, &self.hello, fd, id, &self.damaged).map_err(|why| format!("{who}: {why}"))?;
+        self.slabs.retain(|(session, _)| session.strong_count() > 0);
+        self.slabs.push((Arc::downgrade(&session), connection));
+        Ok(())
+    }
+
+    /// Tells every slab what has become of the connection.
+    fn each(&self, tell: impl Fn(&Session, u32)) {
+        for (session, connection) in &self.slabs {
+            if let Some(session) = session.upgrade() {
+                tell(&session, *connection);
+            }
+        }
+    }
+}
+
 /// Serves a connection until it ends.
 pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
-    let mut line = Line { stream, inbox: Vec::new(), fd: None, long: server.long.clone(), held: None };
+    let mut line = Line { stream, inbox: Vec::new(), fds: VecDeque::new(), long: server.long.clone(), held: None };
     let arrived = tokio::select! {
         biased;
         arrived = arrive(&server, &mut line) => arrived,
         () = arrival.newcomer.over(HELLO) => Err("a process connected and said nothing".into()),
     };
     drop(arrival);
-    let (session, connection) = match arrived {
-        Ok(Some(session)) => session,
+    let mut rank = match arrived {
+        Ok(Some(rank)) => rank,
         Ok(None) => return,
         Err(why) => {
             server.board.trouble_once(&why);
@@ -110,38 +151,48 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
         }
     };
     let Ok(_seat) = server.connected.try_acquire() else {
-        session.hang_up(connection, false);
+        rank.each(Session::hang_up);
         return line.say(FromAgent::Refused(too_many(server.max_ranks))).await;
     };
     line.say(FromAgent::Welcome).await;
-    let mut in_good_order = false;
+    let number = rank.hello.rank;
     loop {
         tokio::select! {
-            () = session.damaged.notified() => {
-                return line.say(FromAgent::Refused("its shared memory is damaged".into())).await;
+            () = rank.damaged.notified() => {
+                line.say(FromAgent::Refused("its shared memory is damaged".into())).await;
+                break;
             }
             message = line.next() => match message {
-                Ok(Some(ToAgent::Model { model, modules })) => server.board.model(session.rank, model, &modules),
-                Ok(Some(ToAgent::Others { modules })) => server.board.others(session.rank, &modules),
+                Ok(Some(ToAgent::Model { model, modules })) => server.board.model(number, model, &modules),
+                Ok(Some(ToAgent::Others { modules })) => server.board.others(number, &modules),
                 Ok(Some(ToAgent::Notice(text))) => _ = server.board.notice(&text),
-                Ok(Some(ToAgent::Bye)) => in_good_order = true,
-                Ok(Some(ToAgent::Hello(hello))) if hello.rank == session.rank => server.board.attached(&hello),
-                Ok(Some(ToAgent::Hello(_))) => {}
+                Ok(Some(ToAgent::Bye)) => rank.each(Session::part),
+                Ok(Some(ToAgent::Hello(hello))) if hello.rank == number => server.board.attached(&hello),
+                Ok(Some(ToAgent::Hello(_) | ToAgent::Lost { .. })) => {}
+                Ok(Some(ToAgent::OutOfReach { id, begun })) => server.write_off(number, id, begun),
+                Ok(Some(ToAgent::Slab { id })) => {
+                    let fd = line.fds.pop_front();
+                    if let Err(why) = rank.take(&server, fd, Some(id)) {
+                        server.board.trouble(&why);
+                        line.say(FromAgent::Refused(why)).await;
+                        break;
+                    }
+                }
                 Ok(None) => break,
                 Err(e) => {
                     if e.kind() == io::ErrorKind::InvalidData {
-                        server.board.trouble(&format!("rank {}: {e}; its connection is closed", session.rank));
+                        server.board.trouble(&format!("rank {number}: {e}; its connection is closed"));
                     }
                     break;
                 }
             }
         }
     }
-    session.hang_up(connection, in_good_order);
+    rank.each(Session::hang_up);
 }
 
 /// Takes the hello and the slab. `None`: somebody looked whether an agent is there, or had one thing to say, and left.
-async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<(Arc<Session>, u32)>, String> {
+async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<Attached>, String> {
     // SAFETY: getuid has no effects and cannot fail.
     let own = unsafe { libc::getuid() };
     if line.stream.peer_cred().map_or(u32::MAX, |c| c.uid()) != own {
@@ -152,6 +203,11 @@ async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<(Arc<Ses
         Ok(Some(ToAgent::Hello(hello))) => hello,
         Ok(Some(ToAgent::Notice(text))) => {
             server.board.notice(&text);
+            return Ok(None);
+        }
+        Ok(Some(ToAgent::Lost { rank, count })) => {
+            server.store.dropped(rank, count, NOT_TAKEN, None);
+            server.board.live().dropped(rank, count);
             return Ok(None);
         }
         Ok(Some(_)) => return Err("a process did not begin with hello".into()),
@@ -167,34 +223,47 @@ async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<(Arc<Ses
             hello.version
         ));
     }
-    let fd = line.fd.take().ok_or_else(|| format!("{who} brought no shared memory"))?;
-    attach(server, &hello, fd).map(Some).map_err(|why| format!("{who}: {why}"))
+    let mut rank = Attached::new(hello);
+    rank.take(server, line.fds.pop_front(), None)?;
+    Ok(Some(rank))
 }
 
 fn too_many(ranks: usize) -> String {
     format!("{ranks} ranks are attached already, as many as the limit on open files (ulimit -Hn) of the agent allows")
 }
 
-/// Starts reading a rank's slab, or goes on with it.
-fn attach(server: &Arc<Server>, hello: &Hello, fd: OwnedFd) -> Result<(Arc<Session>, u32), String> {
+/// Starts reading a rank's slab, or goes on with it. `id`: the number that it should have.
+fn attach(
+    server: &Arc<Server>,
+    hello: &Hello,
+    fd: OwnedFd,
+    id: Option<u64>,
+    damaged: &Arc<Notify>,
+) -> Result<(Arc<Session>, u32), String> {
     let mut sessions = server.sessions();
     let inode = inode_of(fd.as_fd()).map_err(|e| e.to_string())?;
     let key = (hello.rank, hello.pid, inode);
     if let Some(session) = sessions.get(&key)
-        && let Some(connection) = session.adopt()
+        && let Some(connection) = session.adopt(damaged.clone())
     {
         server.board.attached(hello);
         return Ok((session.clone(), connection));
     }
     sessions.retain(|_, s| !s.is_done());
-    if sessions.len() >= server.max_ranks {
-        return Err(too_many(server.max_ranks));
+    if sessions.len() >= server.max_slabs {
+        return Err(format!(
+            "{} slabs are attached already, as many as the limit on open files allows",
+            server.max_slabs
+        ));
     }
     if server.board.is_another_job(hello) {
         server.store.forget_job();
     }
     let reader = SlabReader::attach(fd).map_err(|e| e.to_string())?;
-    let session = Arc::new(Session::new(hello.rank, reader.mapping().clone()));
+    if id.is_some_and(|id| id != reader.mapping().header().id) {
+        return Err("the memory that it brought is not the slab that it told of".into());
+    }
+    let session = Arc::new(Session::new(hello.rank, reader.mapping().clone(), damaged.clone()));
     // Before anything is read: what is gathered names other ranks of the job.
     server.board.attached(hello);
     ingest::start(server.clone(), session.clone(), reader).map_err(|e| format!("no thread for it: {e}"))?;

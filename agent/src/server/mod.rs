@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`socket`] | the listening socket, and messages with descriptors off it |
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
-//! | [`session`] | a rank's slab and how far along it is |
+//! | [`session`] | one slab of a rank and how far along it is |
 //! | [`listed`] | lists of modules, as they come over it |
 //! | [`ingest`] | the thread that empties a slab into the store |
 //! | [`board`] | `run.json`, notices and the dashboard's live state |
@@ -13,7 +13,7 @@
 //! # Invariants
 //!
 //! - **AGENT-1** A frame is released after its bytes are written, and a tensor's last frame after its line is.
-//! - **AGENT-2** No rank waits for another's tensors: each has a thread, and the store's locks are never held over I/O on
+//! - **AGENT-2** No rank waits for another's tensors: each slab has a thread, and the store's locks are never held over I/O on
 //!   them. A shard's file is made, with its 1 MiB header, under the allocator's lock, once a shard.
 //! - **AGENT-3** Every slab's heart beats on a thread that does nothing else, whatever the disk does.
 //! - **AGENT-4** Damage in a slab, a message or a record costs that slab, connection or record, and one notice.
@@ -23,7 +23,7 @@
 //! # Memory
 //!
 //! The agent holds no tensor: payloads are summed and written straight from the slabs, which the jobs allocated. Of its
-//! own it has, for each rank, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
+//! own it has, for each slab, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
 //! unfinished tensors; for each connection a message that has not come in full (64 KiB, and 16 MiB of longer ones for all
 //! connections together); what [`board`] lists of modules, whose names are shared and bounded
 //! ([`names`](crate::store::names), [`owners`](crate::store::owners)); the [`store`](crate::store)'s and the
@@ -53,7 +53,7 @@ use wire::slab::SlabReader;
 use crate::{
     descriptors::Shares,
     newcomers::{Newcomer, Newcomers},
-    store::Store,
+    store::{Store, account, format::Origin},
 };
 use board::Board;
 use session::Session;
@@ -79,6 +79,8 @@ pub struct Server {
     arriving: AtomicUsize,
     newcomers: Arc<Newcomers>,
     /// Most slabs at a time.
+    max_slabs: usize,
+    /// Most ranks.
     max_ranks: usize,
     /// Connections that have said hello: two a rank, since the end of one may be noticed late.
     connected: Semaphore,
@@ -97,6 +99,7 @@ impl Server {
             beating: Mutex::default(),
             arriving: AtomicUsize::new(0),
             newcomers: Newcomers::new(shares.arriving),
+            max_slabs: 2 * shares.ranks,
             max_ranks: shares.ranks,
             connected: Semaphore::new(2 * shares.ranks),
             long: Arc::new(Semaphore::new(attach::LONG_ROOM)),
@@ -125,8 +128,30 @@ impl Server {
         self.beating.lock().unwrap_or_else(PoisonError::into_inner).push(session);
     }
 
+    /// Unmaps slabs that were read to their end.
+    fn forget_done(&self) {
+        self.sessions().retain(|_, session| !session.is_done());
+    }
+
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A rank says that no agent can be given this slab any more. What was begun in it and has no line is lost, unless the
+    /// slab is being read here.
+    fn write_off(&self, rank: u32, slab: u64, begun: u64) {
+        if self.sessions().values().any(|session| session.mapping().header().id == slab && !session.is_done()) {
+            return;
+        }
+        let mut account = self.store.account(slab);
+        let lost = account.missing(begun);
+        if lost > 0 {
+            account.settled = account.settled.saturating_add(lost);
+            account.cut_off = begun;
+            self.store.keep_account(slab, account);
+            self.store.dropped(rank, lost, account::NEVER_READ, Some(Origin(slab, begun)));
+            self.board.live().dropped(rank, lost);
+        }
     }
 
     /// Somebody connected. If too many have that say nothing, the one that has waited longest goes for it.

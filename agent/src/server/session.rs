@@ -1,4 +1,4 @@
-//! A rank's slab, and how far along it is.
+//! One slab of a rank, and how far along it is.
 
 use std::{
     os::fd::{AsRawFd, BorrowedFd},
@@ -23,29 +23,31 @@ pub struct Session {
     /// Position in the slab up to which it is emptied when the agent finishes.
     stop_at: AtomicU64,
     /// Wakes the connection when the slab turned out damaged.
-    pub damaged: Notify,
+    damaged: Mutex<Arc<Notify>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// The rank is there, by its connection of this number.
     Attached(u32),
-    /// That connection is gone; `true`: in good order.
-    HungUp(u32, bool),
+    /// It said goodbye on that connection.
+    Parting(u32),
+    /// That connection is gone.
+    HungUp(u32),
     /// Nothing more is read.
     Done,
 }
 
 impl Session {
-    /// Of a rank that just attached.
-    pub fn new(rank: u32, mapping: Arc<Mapping>) -> Self {
+    /// Of a rank that just attached; `damaged` wakes its connection.
+    pub fn new(rank: u32, mapping: Arc<Mapping>, damaged: Arc<Notify>) -> Self {
         Self {
             rank,
             mapping,
             phase: Mutex::new(Phase::Attached(0)),
             connections: AtomicU32::new(0),
             stop_at: AtomicU64::new(u64::MAX),
-            damaged: Notify::new(),
+            damaged: Mutex::new(damaged),
         }
     }
 
@@ -56,37 +58,62 @@ impl Session {
 
     /// A rank that lost its connection comes back with the memory it had. If the thread that reads it goes on, this is
     /// the number of the new connection.
-    pub fn adopt(&self) -> Option<u32> {
+    pub fn adopt(&self, damaged: Arc<Notify>) -> Option<u32> {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         if *phase == Phase::Done {
             return None;
         }
         let number = self.connections.fetch_add(1, Ordering::AcqRel) + 1;
         *phase = Phase::Attached(number);
+        *self.damaged.lock().unwrap_or_else(PoisonError::into_inner) = damaged;
         Some(number)
     }
 
+    /// The slab turned out damaged: its connection ends.
+    pub fn tell_of_damage(&self) {
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner).notify_one();
+    }
+
+    /// The rank said on this connection that nothing follows, but for what some thread may still be at.
+    pub fn part(&self, connection: u32) {
+        self.advance(connection, Phase::Parting(connection));
+    }
+
     /// A connection is gone. It may have been replaced before that was noticed.
-    pub fn hang_up(&self, connection: u32, in_good_order: bool) {
+    pub fn hang_up(&self, connection: u32) {
+        self.advance(connection, Phase::HungUp(connection));
+    }
+
+    fn advance(&self, connection: u32, next: Phase) {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
-        if *phase == Phase::Attached(connection) {
-            *phase = Phase::HungUp(connection, in_good_order);
+        if matches!(*phase, Phase::Attached(last) | Phase::Parting(last) if last == connection) {
+            *phase = next;
         }
     }
 
-    /// The connection that is gone, and whether in good order.
-    pub fn hung_up(&self) -> Option<(u32, bool)> {
+    /// The connection that is gone.
+    pub fn hung_up(&self) -> Option<u32> {
         match *self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
-            Phase::HungUp(connection, in_good_order) => Some((connection, in_good_order)),
+            Phase::HungUp(connection) => Some(connection),
             _ => None,
         }
     }
 
-    /// Ends the session, unless the rank has come back since that connection; whether it did.
-    pub fn end_after(&self, connection: u32) -> bool {
+    /// The connection that is gone, or on which the rank said goodbye.
+    pub fn leaving(&self) -> Option<u32> {
+        match *self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
+            Phase::Parting(connection) | Phase::HungUp(connection) => Some(connection),
+            _ => None,
+        }
+    }
+
+    /// Ends the session, unless the rank has come back since that connection; whether it did. What `closing` does is done
+    /// when the rank comes back later.
+    pub fn end_after(&self, connection: u32, closing: impl FnOnce()) -> bool {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
-        let ends = matches!(*phase, Phase::HungUp(last, _) if last == connection);
+        let ends = matches!(*phase, Phase::Parting(last) | Phase::HungUp(last) if last == connection);
         if ends {
+            closing();
             *phase = Phase::Done;
         }
         ends
@@ -142,19 +169,26 @@ mod tests {
 
     use super::*;
 
+    fn session_of(slab: &SlabWriter) -> Session {
+        Session::new(0, slab.mapping().clone(), Arc::default())
+    }
+
     #[test]
     fn a_session_ends_after_its_last_connection_only() {
         let slab = SlabWriter::create(1 << 20, 0).unwrap();
-        let session = Session::new(0, slab.mapping().clone());
-        session.hang_up(0, false);
-        assert_eq!(session.hung_up(), Some((0, false)));
-        assert_eq!(session.adopt(), Some(1));
-        assert!(!session.end_after(0), "it has come back");
-        session.hang_up(0, true);
+        let session = session_of(&slab);
+        session.part(0);
+        assert_eq!((session.hung_up(), session.leaving()), (None, Some(0)));
+        session.hang_up(0);
+        assert_eq!((session.hung_up(), session.leaving()), (Some(0), Some(0)));
+        assert_eq!(session.adopt(Arc::default()), Some(1));
+        assert!(!session.end_after(0, || panic!("it has come back")));
+        session.hang_up(0);
         assert_eq!(session.hung_up(), None, "the end of the old connection was noticed late");
-        session.hang_up(1, true);
-        assert!(session.end_after(1) && session.is_done());
-        assert_eq!(session.adopt(), None);
+        session.hang_up(1);
+        let mut closed = false;
+        assert!(session.end_after(1, || closed = true) && session.is_done() && closed);
+        assert_eq!(session.adopt(Arc::default()), None);
     }
 
     #[test]
@@ -166,7 +200,7 @@ mod tests {
     #[test]
     fn a_busy_rank_does_not_push_the_end_ahead_of_itself() {
         let mut slab = SlabWriter::create(1 << 20, 0).unwrap();
-        let session = Session::new(0, slab.mapping().clone());
+        let session = session_of(&slab);
         assert!(!session.is_drained());
         session.stop_at_head();
         slab.try_reserve(1, b"m", 0, 64, 64).unwrap().commit();

@@ -162,6 +162,9 @@ pub enum Line {
         count: u64,
         /// Why.
         reason: String,
+        /// The slab that they were to come through, and the last of them that is known by number.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<Origin>,
     },
     /// A shard was sealed.
     Sealed {
@@ -257,7 +260,14 @@ pub struct What {
     pub loss_scale: f64,
     /// When the tap fired, nanoseconds since the Unix epoch.
     pub time_ns: u64,
+    /// The slab that it came through. An agent that takes a run over tells by this what is in it already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Origin>,
 }
+
+/// A tensor of a slab: the slab's number, and the tensor's in it, from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin(pub u64, pub u64);
 
 /// Statistics of a tensor's finite elements; complex elements count by magnitude. Not-a-number results are `null`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -315,6 +325,7 @@ impl What {
             dp_size: m.dp_size,
             loss_scale: m.loss_scale,
             time_ns: m.time_ns,
+            from: None,
         }
     }
 }

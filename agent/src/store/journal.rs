@@ -9,11 +9,11 @@ use std::{
 };
 
 use super::{
-    format::{Line, MANIFEST_FILE},
+    format::{Line, MANIFEST_FILE, Origin},
     manifest::encode_line,
 };
 
-/// Most kinds of losses kept apart (rank and reason) while they cannot be written.
+/// Most kinds of losses kept apart (rank, slab and reason) while they cannot be written.
 const MAX_PENDING: usize = 4096;
 /// Ends a line that could neither be completed nor taken back.
 const TORN: &[u8] = b"torn\n";
@@ -24,6 +24,16 @@ pub struct Journal {
     inner: Mutex<Inner>,
 }
 
+/// Rank, slab and reason of losses.
+type Kind = (u32, Option<u64>, String);
+
+/// How many, and the last of them that is known by number.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lost {
+    count: u64,
+    last: u64,
+}
+
 #[derive(Debug)]
 struct Inner {
     file: File,
@@ -31,7 +41,7 @@ struct Inner {
     /// A failed write left bytes that could not be taken back: the next line starts a new one.
     torn: bool,
     /// Losses without a line yet.
-    pending: BTreeMap<(u32, String), u64>,
+    pending: BTreeMap<Kind, Lost>,
 }
 
 impl Journal {
@@ -48,23 +58,25 @@ impl Journal {
     }
 
     /// Remembers a loss for the next [`flush`](Self::flush).
-    pub fn lose(&self, rank: u32, count: u64, reason: &str) {
+    pub fn lose(&self, rank: u32, count: u64, reason: &str, from: Option<Origin>) {
         let mut inner = self.lock();
-        let key = (rank, reason.to_owned());
+        let kind = |reason: &str| (rank, from.map(|Origin(slab, _)| slab), reason.to_owned());
+        let mut key = kind(reason);
         if inner.pending.len() >= MAX_PENDING && !inner.pending.contains_key(&key) {
-            *inner.pending.entry((rank, "several reasons".into())).or_default() += count;
-        } else {
-            *inner.pending.entry(key).or_default() += count;
+            key = kind("several reasons");
         }
+        let lost = inner.pending.entry(key).or_default();
+        *lost = Lost { count: lost.count.saturating_add(count), last: from.map_or(0, |Origin(_, record)| record) };
     }
 
     /// Writes a line for every loss that has none yet.
     pub fn flush(&self) -> io::Result<()> {
         let mut inner = self.lock();
-        while let Some((key, count)) = inner.pending.pop_first() {
-            let line = Line::Dropped { rank: key.0, count, reason: key.1.clone() };
+        while let Some((key, lost)) = inner.pending.pop_first() {
+            let from = key.1.map(|slab| Origin(slab, lost.last));
+            let line = Line::Dropped { rank: key.0, count: lost.count, reason: key.2.clone(), from };
             if let Err(e) = inner.append(&encode_line(&line)) {
-                *inner.pending.entry(key).or_default() += count;
+                inner.pending.insert(key, lost);
                 return Err(e);
             }
         }

@@ -7,6 +7,7 @@
 //! | [`dir`] | making, locking and refusing directories; `run.json` |
 //! | [`writer`] | [`Store`]: where a part goes, its bytes, its line |
 //! | [`place`] | which bytes of which shard a part gets |
+//! | [`account`] | which of a slab's tensors have a line |
 //! | [`journal`] | the manifest as it grows, on a disk that may fill up |
 //! | [`seal`] | turning a written shard into a safetensors file |
 //! | [`recover`] | what an agent that died left behind |
@@ -20,6 +21,8 @@
 //! - **STORE-2** Bytes of a shard are allocated once: no two parts share a byte unless they are equal replicas.
 //! - **STORE-3** A failing disk costs captures, each of them counted, and never an error to the job.
 //! - **STORE-4** Whatever is in the manifest is readable after `kill -9` at any point, before and after recovery.
+//! - **STORE-5** Every tensor of a slab that was read to its end has one line, or is counted in one: stored, refused or
+//!   lost, over however many agents.
 //!
 //! # Memory
 //!
@@ -29,6 +32,7 @@
 //! [`HEADER_SPACE`](format::HEADER_SPACE) (1 MiB); at most `MAX_UNSEALED` shards wait for that. With names of
 //! usual length that is a few MiB in all.
 
+pub mod account;
 pub mod dir;
 pub mod format;
 mod journal;

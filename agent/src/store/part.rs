@@ -5,7 +5,7 @@ use std::sync::Arc;
 use wire::record::RecordMeta;
 
 use super::{
-    format::{Line, Location, Part, What},
+    format::{Line, Location, Origin, Part, What},
     place::{Replica, ReplicaKey, Slot, replica_key},
     shard::{Entry, Lie, stem},
     stats::Accumulator,
@@ -25,8 +25,6 @@ pub enum Outcome {
         /// A part that should be equal to the one on a rank, and is not: this one, or one that was a checksum.
         apart: Option<Box<(What, u32)>>,
     },
-    /// It was journalled before, by the agent that died.
-    Repeated,
     /// It is counted as dropped.
     Lost,
 }
@@ -41,7 +39,6 @@ pub struct PartWriter {
     len: u64,
     stats_only: bool,
     same: Option<u32>,
-    repeated: bool,
     replicas: Option<ReplicaKey>,
     /// The replica on disk that this part turned out to be equal to.
     same_as: Option<Replica>,
@@ -53,7 +50,7 @@ pub struct PartWriter {
 }
 
 impl PartWriter {
-    pub(super) fn new(store: Arc<Store>, meta: RecordMeta, repeated: bool) -> Self {
+    pub(super) fn new(store: Arc<Store>, meta: RecordMeta) -> Self {
         let (len, stats_only, same) = (meta.payload_len(), meta.stats_only, meta.same);
         let what = What::from_meta(meta);
         Self {
@@ -66,12 +63,17 @@ impl PartWriter {
             what,
             stats_only,
             same,
-            repeated,
             same_as: None,
             slot: None,
             received: 0,
             crc: same.unwrap_or(0),
         }
+    }
+
+    /// It came through a slab.
+    pub fn out_of(mut self, from: Origin) -> Self {
+        self.what.from = Some(from);
+        self
     }
 
     /// Bytes of the part in all.
@@ -86,10 +88,6 @@ impl PartWriter {
 
     /// Takes the next bytes.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
-        if self.repeated {
-            self.received += bytes.len() as u64;
-            return;
-        }
         if offset != self.received || bytes.len() as u64 > self.len - self.received {
             self.failed.get_or_insert_with(|| "its pieces do not follow each other".into());
         }
@@ -164,9 +162,6 @@ impl PartWriter {
 
     /// Journals the part. Its bytes and its line are on their way to the disk when this returns.
     pub fn finish(mut self) -> Outcome {
-        if self.repeated {
-            return Outcome::Repeated;
-        }
         if self.failed.is_none() && !self.is_complete() {
             self.failed = Some("its last pieces did not come".into());
         }
@@ -215,7 +210,7 @@ impl PartWriter {
         }
         let first = first.filter(|first| first.crc != self.crc || first.shape != part.what.shape)?;
         drop(alloc);
-        let what = part.what.clone();
+        let what = What { from: None, ..part.what.clone() };
         let (what, against) = if keep { (What { rank: first.rank, ..what }, rank) } else { (what, first.rank) };
         // The part is journalled; without this line verify still finds that it differs.
         if let Err(e) = self.store.journal().append(&Line::Divergence { what: what.clone(), against }) {
@@ -256,7 +251,7 @@ impl PartWriter {
     }
 
     fn lose(self, reason: &str) -> Outcome {
-        self.store.dropped(self.what.rank, 1, reason);
+        self.store.dropped(self.what.rank, 1, reason, self.what.from);
         Outcome::Lost
     }
 }

@@ -1,23 +1,21 @@
 //! What an agent that died left behind: a torn last line and open shards. Everything journalled is kept.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     fs::{self, File, OpenOptions},
     io::{self, BufReader, Write},
     path::Path,
 };
 
 use super::{
+    account::{Account, Accounts},
     dir::cannot_write,
-    format::{HEADER_SPACE, Line, Location, MANIFEST_FILE, Part, Totals, What},
+    format::{HEADER_SPACE, Line, Location, MANIFEST_FILE, Part, Totals},
     manifest::{LineError, Reader, encode_line},
     place::Seen,
     seal,
     shard::{Entry, Lie, ShardFile, number_of, open_path, sealed_path, stem},
 };
-
-/// Reason of the losses that a rank counted itself.
-pub const LOST_BY_JOB: &str = "the slab was full or the agent was away";
 
 /// What a manifest says.
 #[derive(Debug)]
@@ -26,10 +24,8 @@ pub struct Found {
     pub next_shard: u32,
     /// Counters so far.
     pub totals: Totals,
-    /// Each rank's last part.
-    pub last_seen: HashMap<u32, What>,
-    /// Losses that each rank counted itself.
-    pub lost_by_job: HashMap<u32, u64>,
+    /// What there is of each slab.
+    pub accounts: Accounts,
     /// Records there are.
     pub seen: Seen,
     /// Some lines do not read.
@@ -43,8 +39,7 @@ pub fn recover(dir: &Path) -> anyhow::Result<Found> {
     let mut found = Found {
         next_shard: 0,
         totals: Totals::default(),
-        last_seen: HashMap::new(),
-        lost_by_job: HashMap::new(),
+        accounts: Accounts::new(),
         seen: Seen::new(),
         damaged: false,
     };
@@ -104,6 +99,7 @@ fn scan<R: io::BufRead>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut
             }
         };
         let totals = &mut found.totals;
+        Account::note(&mut found.accounts, &line);
         match line {
             Line::Part(part) => {
                 totals.records += u64::from(found.seen.is_new(&part.what.id));
@@ -119,17 +115,10 @@ fn scan<R: io::BufRead>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut
                         totals.bytes = totals.bytes.saturating_add(at.len);
                     }
                 }
-                found.last_seen.insert(part.what.rank, part.what);
             }
             Line::Refused { .. } => totals.refused += 1,
             Line::Divergence { .. } => totals.divergences += 1,
-            Line::Dropped { rank, count, reason } => {
-                totals.dropped = totals.dropped.saturating_add(count);
-                if reason == LOST_BY_JOB {
-                    let lost = found.lost_by_job.entry(rank).or_default();
-                    *lost = lost.saturating_add(count);
-                }
-            }
+            Line::Dropped { count, .. } => totals.dropped = totals.dropped.saturating_add(count),
             Line::Sealed { shard, .. } => {
                 if let Some(number) = number_of(&shard) {
                     found.next_shard = found.next_shard.max(number.saturating_add(1));

@@ -1,7 +1,6 @@
 //! The store of one run: what the ingest threads write through.
 
 use std::{
-    collections::HashMap,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -15,8 +14,9 @@ use std::{
 use wire::record::RecordMeta;
 
 use super::{
+    account::{Account, Accounts},
     dir::{self, RunDir},
-    format::{Line, RunInfo, Totals, What},
+    format::{Line, Origin, RunInfo, Totals, What},
     journal::Journal,
     part::PartWriter,
     place::Allocator,
@@ -48,10 +48,8 @@ pub struct Store {
     alloc: Mutex<Allocator>,
     journal: Arc<Journal>,
     totals: Mutex<Totals>,
-    /// The last part of each rank that a dead agent journalled: its frame may come again.
-    last_seen: Mutex<HashMap<u32, What>>,
-    /// Losses that ranks counted themselves and a dead agent journalled.
-    lost_by_job: Mutex<HashMap<u32, u64>>,
+    /// Of the slabs that nobody reads now.
+    accounts: Mutex<Accounts>,
     /// A write failed, and not enough went well since.
     broken: AtomicBool,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
@@ -64,7 +62,7 @@ impl Store {
     pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo)> {
         let dir = RunDir::claim(path)?;
         let info = dir.read_info();
-        let Found { next_shard, totals, last_seen, lost_by_job, seen, damaged: _ } = recover::recover(dir.path())?;
+        let Found { next_shard, totals, accounts, seen, damaged: _ } = recover::recover(dir.path())?;
         let journal = Arc::new(Journal::open(dir.path()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
         let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
         let sealer = sealer(dir.path().to_owned(), journal.clone(), notify.clone())?;
@@ -72,8 +70,7 @@ impl Store {
             alloc: Mutex::new(Allocator::new(dir.path().to_owned(), options.shard_bytes, next_shard, seen)),
             journal,
             totals: Mutex::new(totals),
-            last_seen: Mutex::new(last_seen),
-            lost_by_job: Mutex::new(lost_by_job),
+            accounts: Mutex::new(accounts),
             broken: AtomicBool::new(false),
             notify,
             sealer: Mutex::new(Some(sealer)),
@@ -89,15 +86,13 @@ impl Store {
 
     /// Begins a part.
     pub fn begin(self: &Arc<Self>, meta: RecordMeta) -> PartWriter {
-        let last = lock(&self.last_seen).remove(&meta.rank);
-        let repeated = last.is_some_and(|last| last == What::from_meta(meta.clone()));
-        PartWriter::new(self.clone(), meta, repeated)
+        PartWriter::new(self.clone(), meta)
     }
 
     /// Journals that a tensor was refused, for the reason in `meta`.
-    pub fn refused(&self, meta: RecordMeta) -> (What, String) {
+    pub fn refused(&self, meta: RecordMeta, from: Option<Origin>) -> (What, String) {
         let reason = meta.refused.clone();
-        let what = What::from_meta(meta);
+        let what = What { from, ..What::from_meta(meta) };
         if let Err(e) = self.journal.append(&Line::Refused { what: what.clone(), reason: reason.clone() }) {
             self.trouble(&e);
         }
@@ -106,9 +101,9 @@ impl Store {
     }
 
     /// Counts parts that are lost.
-    pub fn dropped(&self, rank: u32, count: u64, reason: &str) {
-        self.count(|totals| totals.dropped += count);
-        self.journal.lose(rank, count, reason);
+    pub fn dropped(&self, rank: u32, count: u64, reason: &str, from: Option<Origin>) {
+        self.count(|totals| totals.dropped = totals.dropped.saturating_add(count));
+        self.journal.lose(rank, count, reason, from);
         // While the disk is full a line each would be a line too many; they are written once it works again.
         if !self.broken.load(Ordering::Relaxed)
             && let Err(e) = self.journal.flush()
@@ -123,9 +118,14 @@ impl Store {
         self.seal_complete();
     }
 
-    /// How many of the losses in `rank`'s own counter a dead agent journalled. Asked once, when the rank comes back.
-    pub fn take_lost_by_job(&self, rank: u32) -> u64 {
-        lock(&self.lost_by_job).remove(&rank).unwrap_or(0)
+    /// What the manifest has of a slab that is to be read now.
+    pub fn account(&self, slab: u64) -> Account {
+        lock(&self.accounts).get(&slab).copied().unwrap_or_default()
+    }
+
+    /// That slab is not read any more; it may come back.
+    pub fn keep_account(&self, slab: u64, account: Account) {
+        lock(&self.accounts).insert(slab, account);
     }
 
     /// Counters so far.

@@ -52,7 +52,7 @@ impl Kept {
 
     /// To be shipped; this has to outlive it.
     pub fn cargo(&self, meta: RecordMeta) -> Cargo {
-        Cargo { meta, handle: self.tensor, kept: true, collective: false }
+        Cargo { meta, handle: self.tensor, on_device: self.on_device, kept: true, collective: false }
     }
 }
 

@@ -11,12 +11,12 @@ use wire::{
     control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent, clip},
     descriptor::{self, Descriptor},
     env::{self, OnFull},
-    slab::Mapping,
     tap_abi::Rank,
 };
 
 use super::{
     outbox::Outbox,
+    slabs::Slabs,
     socket::{self, Refusal},
 };
 use crate::log;
@@ -91,7 +91,7 @@ impl Link {
     }
 
     /// Fills in who this process is; an agent that is there hears of it.
-    pub fn describe(&mut self, rank: Rank, torch: &str, python: &str, wrapper: &str) {
+    pub fn describe(&mut self, rank: Rank, torch: &str, python: &str, wrapper: &str, slabs: &Slabs) {
         let before = self.hello.clone();
         let hello = &mut self.hello;
         (hello.rank, hello.world, hello.pid) = (rank.rank, rank.world, std::process::id());
@@ -101,7 +101,7 @@ impl Link {
             hello.wrapper = wrapper.to_owned();
         }
         if self.stream.is_some() && self.hello != before {
-            self.say(ToAgent::Hello(self.hello.clone()));
+            self.say(ToAgent::Hello(self.hello.clone()), slabs);
         }
     }
 
@@ -116,68 +116,78 @@ impl Link {
     }
 
     /// Says something now, or when an agent is there and takes it.
-    pub fn say(&mut self, message: ToAgent) {
+    pub fn say(&mut self, message: ToAgent, slabs: &Slabs) {
         self.outbox.push(match message {
             ToAgent::Notice(text) => ToAgent::Notice(clip(&text).to_owned()),
             other => other,
         });
-        self.send();
+        self.send(slabs);
     }
 
     /// Looks, not more often than need be, whether the agent is there.
-    pub fn tend(&mut self, map: &Mapping) {
+    pub fn tend(&mut self, slabs: &Slabs) {
         let due = if self.outbox.is_empty() { LOOK } else { SEND };
         if self.stream.is_none() || self.looked.is_none_or(|t| t.elapsed() >= due) {
-            self.alive(map);
+            self.alive(slabs);
         }
     }
 
     /// Whether an agent is there; attaches to one that has come.
-    pub fn alive(&mut self, map: &Mapping) -> bool {
+    pub fn alive(&mut self, slabs: &Slabs) -> bool {
         if self.stream.is_some() {
             self.looked = Some(Instant::now());
-            if self.listen() && self.send() {
+            if self.listen() && self.send(slabs) {
                 return true;
             }
         }
         if self.asks_no_more() || self.tried.is_some_and(|t| t.elapsed() < self.pause) {
             return false;
         }
-        self.attach(map)
+        self.attach(slabs)
     }
 
-    /// Whether an agent is there that cannot be given this slab, since the job has closed its descriptor. Told once a try.
+    /// Whether an agent is there that cannot be given the slab that tensors begin in, since the job has closed its
+    /// descriptor. Told once a try.
     pub fn takes_wish_for_slab(&mut self) -> bool {
         std::mem::take(&mut self.wants_slab)
     }
 
-    /// Tells an agent that is there, or can be attached to at once, that the slab is complete. Whether it has the slab.
-    pub fn farewell(&mut self, map: &Mapping, limit: Duration) -> bool {
-        let there = !self.asks_no_more() && (self.listen() || self.attach(map));
-        self.say(ToAgent::Bye);
-        self.wait_to_send(limit);
+    /// Tells an agent that is there, or can be attached to at once, that nothing follows. Whether it has the slabs.
+    pub fn farewell(&mut self, slabs: &Slabs, limit: Duration) -> bool {
+        let there = !self.asks_no_more() && (self.listen() || self.attach(slabs));
+        self.say(ToAgent::Bye, slabs);
+        self.wait_to_send(slabs, limit);
         there
+    }
+
+    /// Tells whoever listens of tensors that no agent has taken a slab for.
+    pub fn leave_losses(&self, count: u64) {
+        leave(&self.socket, &ToAgent::Lost { rank: self.hello.rank, count });
     }
 
     /// Starts anew, as another rank with another slab.
     pub fn leave(&mut self) {
         self.stream = None;
-        self.outbox.restart(Vec::new());
+        self.outbox.restart(Vec::new(), std::iter::empty());
         (self.tried, self.pause, self.refused) = (None, LOOK, false);
     }
 
     /// Says something to whoever listens, though nothing may follow.
-    pub fn last_words(&mut self, text: &str, map: Option<&Mapping>, limit: Duration) {
-        let there = self.listen() || map.is_some_and(|map| !self.asks_no_more() && self.attach(map));
+    pub fn last_words(&mut self, text: &str, slabs: &Slabs, limit: Duration) {
+        let there = self.listen() || (!self.asks_no_more() && self.attach(slabs));
         if there {
-            self.say(ToAgent::Notice(text.to_owned()));
-            self.wait_to_send(limit);
+            self.say(ToAgent::Notice(text.to_owned()), slabs);
+            self.wait_to_send(slabs, limit);
         } else if !self.foreign {
             leave_word(&self.socket, text);
         }
     }
 
-    fn attach(&mut self, map: &Mapping) -> bool {
+    /// The first slab goes with the hello, the others follow.
+    fn attach(&mut self, slabs: &Slabs) -> bool {
+        if slabs.live().next().is_none() {
+            return false;
+        }
         self.tried = Some(Instant::now());
         let stream = match socket::connect(&self.socket) {
             Ok(stream) => stream,
@@ -187,7 +197,8 @@ impl Link {
                 return false;
             }
         };
-        let Ok(memory) = map.fd() else {
+        let mut within_reach = slabs.within_reach();
+        let Some((_, memory)) = within_reach.next().filter(|_| slabs.is_current_within_reach()) else {
             self.wants_slab = true;
             return false;
         };
@@ -201,11 +212,12 @@ impl Link {
                 return false;
             }
         };
-        self.outbox.restart(hello.get(sent..).unwrap_or_default().to_vec());
+        let others = within_reach.map(|(writer, _)| writer.mapping().header().id);
+        self.outbox.restart(hello.get(sent..).unwrap_or_default().to_vec(), others);
         self.inbox.clear();
         self.looked = self.tried;
         self.stream = Some(stream);
-        self.send()
+        self.send(slabs)
     }
 
     fn not_connected(&mut self, refusal: Refusal) {
@@ -300,9 +312,24 @@ impl Link {
     }
 
     /// Sends what the agent takes now. Whether it is still there.
-    fn send(&mut self) -> bool {
+    fn send(&mut self, slabs: &Slabs) -> bool {
         let Some(stream) = self.stream.as_ref() else { return false };
-        match self.outbox.send(|bytes| socket::send(stream, bytes)) {
+        let mut out_of_reach = false;
+        let send = |bytes: &[u8], slab: Option<u64>| match slab.map(|id| slabs.numbered(id)) {
+            None => socket::send(stream, bytes),
+            Some(Some(writer)) => match writer.mapping().fd() {
+                Ok(memory) => socket::send_with_fd(stream, bytes, memory),
+                Err(_) => {
+                    out_of_reach = true;
+                    Ok(bytes.len())
+                }
+            },
+            // An agent has settled it: there is nothing to tell of it.
+            Some(None) => Ok(bytes.len()),
+        };
+        let sent = self.outbox.send(send);
+        self.wants_slab |= out_of_reach && !slabs.is_current_within_reach();
+        match sent {
             Ok(()) => true,
             Err(_) if self.listen() => self.lost(),
             Err(_) => false,
@@ -317,9 +344,9 @@ impl Link {
         unsafe { libc::close(number) };
     }
 
-    fn wait_to_send(&mut self, limit: Duration) {
+    fn wait_to_send(&mut self, slabs: &Slabs, limit: Duration) {
         let end = Instant::now() + limit;
-        while self.send() && !self.outbox.is_empty() {
+        while self.send(slabs) && !self.outbox.is_empty() {
             let left = end.saturating_duration_since(Instant::now());
             match self.stream.as_ref() {
                 Some(stream) if !left.is_zero() => socket::wait_to_send(stream, left),
@@ -338,8 +365,11 @@ impl Link {
 
 /// Leaves one notice with an agent, if one takes it at once, from a process that has nothing else for it.
 pub fn leave_word(socket: &Path, text: &str) {
-    let message = control::encode(&ToAgent::Notice(clip(text).to_owned()));
-    if let (Ok(stream), Ok(bytes)) = (socket::connect(socket), message) {
+    leave(socket, &ToAgent::Notice(clip(text).to_owned()));
+}
+
+fn leave(socket: &Path, message: &ToAgent) {
+    if let (Ok(stream), Ok(bytes)) = (socket::connect(socket), control::encode(message)) {
         // Into an empty buffer it goes whole, or there is nobody to read it.
         let _ = socket::send(&stream, &bytes);
     }

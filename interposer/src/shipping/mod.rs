@@ -3,8 +3,10 @@
 //! | what happens | what the job pays |
 //! |---|---|
 //! | the agent is absent | nothing: the slab fills, then captures are dropped; it is looked for twice a second |
-//! | the slab is full, `drop` | nothing |
-//! | the slab is full, `wait` | it waits while the agent's heart beats and its tail moves |
+//! | the slab is full and an agent reads it | a slab twice as large, once each, as long as `FLEXMODEL_SLAB` and the machine allow it |
+//! | the last slab is full, `drop` | nothing |
+//! | the last slab is full, `wait` | it waits while the agent's heart beats and its tail moves |
+//! | there is no memory for a slab | nothing: captures are dropped; it is asked for again every [`ASK`] |
 //! | the agent dies while we wait | at most [`GLANCE`] |
 //! | the agent stops (SIGSTOP, a wedged disk) | once 2 s (no heartbeat) or 60 s (no progress), until it moves again (WAIT-1) |
 //! | the agent does not read its messages | nothing: they wait, in a bounded number |
@@ -12,12 +14,13 @@
 //! | the process turns out to be another rank | at most [`MOVE`] for copies that are under way, and [`WORD`] |
 //! | the process ends | at most [`FAREWELL`] for copies from a device that are under way, and [`WORD`] |
 
-mod left;
 mod link;
+mod memory;
 mod outbox;
 mod pending;
 mod pinning;
 mod room;
+mod slabs;
 mod socket;
 mod voyage;
 
@@ -35,16 +38,17 @@ use std::{
 
 use wire::{
     control::{ModuleInfo, ToAgent},
+    counts::Counts,
     env::{self, OnFull},
     record::{Axis, Place, RecordMeta},
-    slab::{Mapping, Reservation, SlabError, SlabWriter},
+    slab::{Mapping, Reservation, SlabWriter},
     tap_abi::Rank,
 };
 
-use crate::{boot, log, state};
-use left::LeftSlab;
+use crate::{boot, log};
 use link::Link;
-use pinning::Pinning;
+use memory::Memory;
+use slabs::Slabs;
 use voyage::Voyage;
 
 /// How long one look at a full slab lasts.
@@ -55,6 +59,8 @@ pub const MOVE: Duration = Duration::from_secs(2);
 pub const FAREWELL: Duration = Duration::from_secs(10);
 /// How long an agent is given to take the last message.
 pub const WORD: Duration = Duration::from_millis(500);
+/// How often memory is asked for that was refused.
+pub const ASK: Duration = Duration::from_secs(30);
 
 static SHIPPER: Mutex<Option<Shipper>> = Mutex::new(None);
 
@@ -64,6 +70,8 @@ pub struct Cargo {
     pub meta: RecordMeta,
     /// The bridge's tensor.
     pub handle: *const c_void,
+    /// It is on a device, not the CPU.
+    pub on_device: bool,
     /// It is one that the bridge keeps for us, not the job's.
     pub kept: bool,
     /// It is to be gathered from all ranks first.
@@ -72,16 +80,16 @@ pub struct Cargo {
 
 struct Shipper {
     link: Link,
-    slab_bytes: u64,
+    slabs: Slabs,
+    /// Where `flexmodel run` looks how much was to be captured.
+    counts: Option<Counts>,
     replicas_once: bool,
     on_full: OnFull,
-    writer: Option<SlabWriter>,
-    /// The one before it, if the job has closed its descriptor.
-    left: Option<LeftSlab>,
-    pinning: Pinning,
-    /// Set while an agent that stood still has not moved again: its heartbeat and tail then.
-    stalled: Option<(u32, u64)>,
-    /// Tensors of an earlier slab that no agent ever saw.
+    /// Set while an agent that stood still has not moved again: a slab and its tail then.
+    stalled: Option<(u64, u64)>,
+    /// When there was no memory for a slab.
+    refused: Option<Instant>,
+    /// Tensors of an earlier slab that no agent ever saw, or that there was no slab for.
     unseen: u64,
 }
 
@@ -117,47 +125,59 @@ pub fn configure(hooks: &str, replicas_once: bool) -> Result<(), String> {
         OnFull::parse(&set(env::ON_FULL).unwrap_or_default()).map_err(|why| format!("{}: {why}", env::ON_FULL))?;
     *lock() = Some(Shipper {
         link: Link::new(socket, hooks, on_full),
-        slab_bytes: slab_bytes.max(env::MIN_SLAB_BYTES),
+        slabs: Slabs::new(slab_bytes, Memory::new(1)),
+        counts: set(env::COUNTS).and_then(|name| Counts::open(&name, &agent)),
         replicas_once,
         on_full,
-        writer: None,
-        left: None,
-        pinning: Pinning::NotYet,
         stalled: None,
+        refused: None,
         unseen: 0,
     });
     Ok(())
 }
 
-/// Size of the slab.
+/// Most bytes of all slabs together.
 pub fn slab_bytes() -> u64 {
-    with(|s| s.slab_bytes)
+    with(|s| s.slabs.bound())
 }
 
 /// Says who this process is: before it attaches, and again when more is known. A process that captured before it knew
-/// its rank leaves the slab it has and begins another one.
+/// its rank leaves the slabs it has and begins another one.
 pub fn describe(rank: Rank, torch: &str, python: &str, wrapper: &str) {
-    if with(|s| s.writer.is_some() && s.link.rank() != rank.rank) {
+    if with(|s| s.slabs.current().is_some() && s.link.rank() != rank.rank) {
         pending::drain(MOVE);
-        with(Shipper::leave_slab);
+        with(Shipper::leave_slabs);
     }
-    with(|s| s.link.describe(rank, torch, python, wrapper));
+    with(|s| {
+        s.slabs.shared_by(ranks_of_this_node(rank.world));
+        s.link.describe(rank, torch, python, wrapper, &s.slabs);
+    });
+}
+
+/// Ranks that share this machine's memory: what the launcher says, or all.
+fn ranks_of_this_node(world: u32) -> u32 {
+    let said = std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|text| text.parse().ok());
+    said.filter(|n| *n > 0).unwrap_or(world)
 }
 
 /// Tells the agent a model's modules, if they are news.
 pub fn model(model: u32, modules: Vec<ModuleInfo>) {
-    with(|s| s.link.say(ToAgent::Model { model, modules }));
+    say(ToAgent::Model { model, modules });
 }
 
 /// Tells the agent the modules of a model of which nothing is captured here.
 pub fn other_model(modules: Vec<String>) {
-    with(|s| s.link.say(ToAgent::Others { modules }));
+    say(ToAgent::Others { modules });
+}
+
+fn say(message: ToAgent) {
+    with(|s| s.link.say(message, &s.slabs));
 }
 
 /// One line for the user: on stderr now, and in the run.
 pub fn notice(text: String) {
     log::line(&text);
-    with(|s| s.link.say(ToAgent::Notice(text)));
+    say(ToAgent::Notice(text));
 }
 
 /// The word that taps went off in this process: best effort, and no longer than two glances. Called from anywhere, also
@@ -174,9 +194,7 @@ pub fn last_words(text: &str) {
             }
         };
         match guard.as_mut() {
-            Some(Shipper { link, writer, .. }) => {
-                link.last_words(text, writer.as_ref().map(|w| &**w.mapping()), GLANCE)
-            }
+            Some(Shipper { link, slabs, .. }) => link.last_words(text, slabs, GLANCE),
             None => {
                 let agent = std::env::var(env::AGENT).unwrap_or_default();
                 if let Ok(socket) = env::agent_socket(&agent) {
@@ -198,12 +216,12 @@ pub fn ship(mut cargo: Cargo) {
     let item = cargo.meta.dtype.size() as u64;
     let mut meta = Vec::with_capacity(256);
     cargo.meta.encode(&mut meta);
-    let Some(voyage) = begin() else { return };
+    let Some((voyage, mut first)) = begin(&cargo, &meta, total) else { return };
     let mut at = 0;
     while !voyage.is_lost() {
         let len = (total - at).min(voyage.max_piece);
         let head: &[u8] = if at == 0 { &meta } else { &[] };
-        match room::reserve(&voyage, head, at, len, total) {
+        match first.take().or_else(|| room::reserve(&voyage, head, at, len, total)) {
             Some(slot) if len == 0 => slot.commit(),
             Some(slot) => fill(slot, &cargo, at / item, len / item, &voyage),
             None => voyage.lose(),
@@ -244,125 +262,164 @@ fn fill(slot: Reservation, cargo: &Cargo, first: u64, elements: u64, voyage: &Ar
     }
 }
 
-/// Pins the slab if there was no device yet when it was made.
+/// Pins the slab if that was not possible when it was made.
 fn device_copied(map: &Arc<Mapping>) {
-    let slow = with(|s| {
-        let current = s.writer.as_ref().is_some_and(|w| Arc::ptr_eq(w.mapping(), map));
-        current && s.pinning.device_copied(|| pin(map))
-    });
-    if slow {
+    if with(|s| s.slabs.device_copied(map, || pin(map))) {
         notice("the slab cannot be pinned: copies from the device are slower than they could be".into());
     }
 }
 
 fn pin(map: &Mapping) -> bool {
     let (base, len) = map.whole();
-    // SAFETY: a mapping that is pinned is never unmapped (leave_slab), and SHIPPER is never emptied.
-    boot::bridge().is_some_and(|bridge| unsafe { (bridge.pin)(base, len) })
+    // SAFETY: the range is mapped, and stays so if it is pinned.
+    let pinned = boot::bridge().is_some_and(|bridge| unsafe { (bridge.pin)(base, len) });
+    if pinned {
+        map.keep_mapped();
+    }
+    pinned
 }
 
-/// Makes the slab with the first tensor and looks after the link.
-fn begin() -> Option<Arc<Voyage>> {
+/// A tensor that is about to be shipped, and the frame for its first piece if there is room for it at once.
+fn begin(cargo: &Cargo, meta: &[u8], total: u64) -> Option<(Arc<Voyage>, Option<Reservation>)> {
     let mut guard = lock();
     let shipper = guard.as_mut()?;
-    if let Err(why) = shipper.make_slab() {
-        drop(guard);
-        state::off(&why);
-        return None;
+    if let Some(counts) = &shipper.counts {
+        counts.captured(cargo.meta.rank);
     }
-    shipper.tend();
-    let writer = shipper.writer.as_mut()?;
-    Some(Arc::new(Voyage::new(writer.mapping().clone(), writer.begin_record(), writer.max_piece())))
+    let begun = shipper.begin(cargo.on_device, meta, total);
+    let (news, has_slab) = (shipper.slabs.news.take(), shipper.slabs.current().is_some());
+    drop(guard);
+    match news {
+        Some(text) if has_slab => notice(text),
+        // No slab, no connection: the agent hears of it all the same.
+        Some(text) => {
+            log::line(&text);
+            last_words(&format!("{}: {text}", log::who()));
+        }
+        None => {}
+    }
+    begun.map(|(voyage, slot)| (Arc::new(voyage), slot))
 }
 
 impl Shipper {
-    fn make_slab(&mut self) -> Result<(), String> {
-        if self.writer.is_none() {
-            let writer = SlabWriter::create(self.slab_bytes, self.link.rank()).map_err(|why| match why {
-                SlabError::System { .. } => format!("{why}; a smaller {} may fit", env::SLAB),
-                _ => why.to_string(),
-            })?;
-            writer.mapping().header().dropped.store(std::mem::take(&mut self.unseen), Ordering::Relaxed);
-            self.pinning = Pinning::new(|| pin(writer.mapping()));
-            self.writer = Some(writer);
+    /// Makes the first slab with the first tensor, a larger one where need be, and looks after the link.
+    fn begin(&mut self, on_device: bool, meta: &[u8], total: u64) -> Option<(Voyage, Option<Reservation>)> {
+        if !self.make_slab() {
+            self.unseen += 1;
+            return None;
         }
-        Ok(())
+        self.sweep();
+        if on_device && let Some(id) = self.slabs.begin_for_device(self.link.rank(), pin) {
+            self.link.say(ToAgent::Slab { id }, &self.slabs);
+        }
+        self.link.tend(&self.slabs);
+        self.begin_again();
+        if std::mem::take(&mut self.slabs.full) {
+            self.grow();
+        }
+        loop {
+            let writer = self.slabs.current()?;
+            let max_piece = writer.max_piece();
+            let slot = writer.try_reserve(writer.next_record(), meta, 0, total.min(max_piece), total);
+            // It is moved before it has begun: from its first frame on it stays where it is.
+            if slot.is_none() && self.grow() {
+                continue;
+            }
+            let writer = self.slabs.current()?;
+            return Some((Voyage::new(writer.mapping().clone(), writer.begin_record(), max_piece), slot));
+        }
     }
 
-    /// Looks after the link, and after slabs whose descriptor the job has closed.
-    fn tend(&mut self) {
-        let Some(writer) = &self.writer else { return };
-        self.link.tend(writer.mapping());
-        if self.link.takes_wish_for_slab() {
-            // Where no other slab can be made, this one goes on without an agent.
-            let _ = self.follow_closed_slab();
-        }
-        if let (Some(left), Some(writer)) = (&mut self.left, &self.writer)
-            && let Some(lost) = left.lost()
-        {
-            writer.mapping().header().dropped.fetch_add(lost, Ordering::Relaxed);
-            self.left = None;
+    /// Lets slabs go that are over, and tells of those that no agent can be given any more.
+    fn sweep(&mut self) {
+        self.slabs.sweep();
+        for (id, begun) in self.slabs.take_out_of_reach() {
+            self.link.say(ToAgent::OutOfReach { id, begun }, &self.slabs);
         }
     }
 
-    /// Another slab after one that cannot be sent any more, which takes over what that one had lost.
-    fn follow_closed_slab(&mut self) -> Result<(), String> {
-        let Some(old) = self.writer.take() else { return Ok(()) };
-        self.unseen = old.mapping().header().dropped.load(Ordering::Relaxed);
-        // No more than one is kept for the agent that may still read it.
-        self.unseen += self.left.take().map_or(0, |mut left| left.lost().unwrap_or_default());
-        let pinned = self.pinning == Pinning::Pinned;
-        if let Err(why) = self.make_slab() {
-            (self.writer, self.unseen) = (Some(old), 0);
-            return Err(why);
+    /// Begins another slab where an agent is there that cannot be given the current one. Where none can be made, this one
+    /// goes on without an agent. Whether it was made.
+    fn begin_again(&mut self) -> bool {
+        let begun = self.link.takes_wish_for_slab() && self.slabs.begin_again(self.link.rank());
+        if begun {
+            (self.stalled, self.link.tried) = (None, None);
+            self.sweep();
+            self.link.tend(&self.slabs);
         }
-        if pinned {
-            // What a device may write to has to stay where it is.
-            std::mem::forget(old.mapping().clone());
-        }
-        self.left = Some(LeftSlab::new(old));
-        (self.stalled, self.link.tried) = (None, None);
-        if let Some(writer) = &self.writer {
-            self.link.tend(writer.mapping());
-        }
-        Ok(())
+        begun
     }
 
-    /// The slab is complete; another one will be made for the next tensor.
-    fn leave_slab(&mut self) {
-        let Some(writer) = self.writer.take() else { return };
-        let map = writer.mapping();
-        let taken = self.link.farewell(map, WORD);
+    /// Whether there is a slab now.
+    fn make_slab(&mut self) -> bool {
+        if self.slabs.current().is_some() {
+            return true;
+        }
+        if self.refused.is_some_and(|at| at.elapsed() < ASK) {
+            return false;
+        }
+        match self.slabs.begin(self.link.rank()) {
+            Ok(()) => {
+                self.refused = None;
+                let unseen = std::mem::take(&mut self.unseen);
+                if let Some(writer) = self.slabs.current() {
+                    writer.lost_before(unseen);
+                }
+                true
+            }
+            Err(why) => {
+                if self.refused.replace(Instant::now()).is_none() {
+                    self.slabs.news = Some(format!("{}: captures are dropped: {why}", log::who()));
+                }
+                false
+            }
+        }
+    }
+
+    /// Follows a slab that is full, and that an agent reads, with a larger one. Whether it did.
+    fn grow(&mut self) -> bool {
+        if !self.slabs.may_grow() || self.stalled.is_some() || !self.link.alive(&self.slabs) {
+            return false;
+        }
+        let Some(id) = self.slabs.grow(self.link.rank()) else { return false };
+        self.link.say(ToAgent::Slab { id }, &self.slabs);
+        true
+    }
+
+    /// The slabs are complete; another one will be made for the next tensor.
+    fn leave_slabs(&mut self) {
+        let taken = self.link.farewell(&self.slabs, WORD);
         self.link.leave();
-        if !taken && map.header().tail.load(Ordering::Acquire) == 0 {
-            self.unseen += writer.begun();
-        }
-        if self.pinning == Pinning::Pinned {
-            // What a device may write to has to stay where it is.
-            std::mem::forget(map.clone());
+        for writer in self.slabs.leave() {
+            if !taken && !writer.is_being_read() {
+                self.unseen += writer.begun();
+            }
         }
         self.stalled = None;
     }
-}
 
-/// The process ends in good order: waits for copies under way, and tells the agent, which has the slab and goes on.
-pub fn finish() {
-    pending::drain(FAREWELL);
-    with(|s| {
-        if s.writer.is_none() && s.link.tells_others() {
+    /// Says goodbye, or how much was lost to whoever did not take it.
+    fn finish(&mut self) {
+        if self.link.tells_others() {
             // A slab is how a rank attaches.
-            s.slab_bytes = env::MIN_SLAB_BYTES;
-            let _ = s.make_slab();
+            self.make_slab();
         }
-        let there = s.writer.as_ref().is_none_or(|writer| s.link.farewell(writer.mapping(), WORD));
-        if !there && s.link.takes_wish_for_slab() {
-            // It only tells what was lost.
-            s.slab_bytes = env::MIN_SLAB_BYTES;
-            let _ = s.follow_closed_slab();
-            s.tend();
-            if let Some(writer) = &s.writer {
-                s.link.farewell(writer.mapping(), WORD);
+        self.sweep();
+        let untaken = |writer: &SlabWriter| writer.mapping().header().heartbeat.load(Ordering::Acquire) == 0;
+        let there =
+            self.link.farewell(&self.slabs, WORD) || self.begin_again() && self.link.farewell(&self.slabs, WORD);
+        if !there {
+            let untaken = self.slabs.live().filter(|writer| untaken(writer)).map(SlabWriter::begun).sum::<u64>();
+            let lost = self.unseen + untaken;
+            if lost > 0 {
+                self.link.leave_losses(lost);
             }
         }
-    });
+    }
+}
+
+/// The process ends in good order: waits for copies under way, and tells the agent, which has the slabs and goes on.
+pub fn finish() {
+    pending::drain(FAREWELL);
+    with(Shipper::finish);
 }

@@ -14,9 +14,10 @@ pub struct Outbox {
     kept: Vec<ToAgent>,
     /// How many of them this agent was told.
     told: usize,
-    /// The message that is being sent, and how far it is.
+    /// The message that is being sent, how far it is, and the slab whose descriptor rides on its first byte.
     bytes: Vec<u8>,
     at: usize,
+    slab: Option<u64>,
 }
 
 impl Outbox {
@@ -38,7 +39,13 @@ impl Outbox {
             }
             ToAgent::Others { .. } if count(|m| matches!(m, ToAgent::Others { .. })) >= MAX_MODELS => return,
             ToAgent::Notice(_) if count(|m| matches!(m, ToAgent::Notice(_))) >= MAX_NOTICES => return,
-            ToAgent::Notice(_) | ToAgent::Bye | ToAgent::Others { .. } => None,
+            ToAgent::OutOfReach { .. } if count(|m| matches!(m, ToAgent::OutOfReach { .. })) >= MAX_NOTICES => return,
+            ToAgent::Notice(_)
+            | ToAgent::Bye
+            | ToAgent::Others { .. }
+            | ToAgent::Slab { .. }
+            | ToAgent::OutOfReach { .. }
+            | ToAgent::Lost { .. } => None,
         };
         if let Some(old) = old {
             self.kept.remove(old);
@@ -52,11 +59,13 @@ impl Outbox {
         self.kept.iter().any(|m| matches!(m, ToAgent::Model { .. } | ToAgent::Others { .. }))
     }
 
-    /// There is a new agent: it gets the rest of a message that was begun outside of here, then everything.
-    pub fn restart(&mut self, rest: Vec<u8>) {
+    /// There is a new agent: it gets the rest of a message that was begun outside of here, the slabs with these numbers,
+    /// then everything else.
+    pub fn restart(&mut self, rest: Vec<u8>, slabs: impl Iterator<Item = u64>) {
         // Its own hello comes first, and says what a later one said.
-        self.kept.retain(|m| !matches!(m, ToAgent::Hello(_) | ToAgent::Bye));
-        (self.bytes, self.at, self.told) = (rest, 0, 0);
+        self.kept.retain(|m| !matches!(m, ToAgent::Hello(_) | ToAgent::Bye | ToAgent::Slab { .. }));
+        self.kept.splice(0..0, slabs.map(|id| ToAgent::Slab { id }));
+        (self.bytes, self.at, self.slab, self.told) = (rest, 0, None, 0);
     }
 
     /// Whether this agent was told everything.
@@ -64,12 +73,13 @@ impl Outbox {
         self.at >= self.bytes.len() && self.told >= self.kept.len()
     }
 
-    /// Sends what goes now. An error other than "not now" is the end of this agent.
-    pub fn send(&mut self, mut send: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
+    /// Sends what goes now, by bytes and the number of the slab whose descriptor goes with the first of them. An error other
+    /// than "not now" is the end of this agent.
+    pub fn send(&mut self, mut send: impl FnMut(&[u8], Option<u64>) -> io::Result<usize>) -> io::Result<()> {
         loop {
             while let Some(rest) = self.bytes.get(self.at..).filter(|rest| !rest.is_empty()) {
-                match send(rest) {
-                    Ok(n) => self.at += n,
+                match send(rest, self.slab) {
+                    Ok(n) => (self.at, self.slab) = (self.at + n, self.slab.filter(|_| n == 0)),
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                     Err(e) if is_later(&e) => return Ok(()),
                     Err(e) => return Err(e),
@@ -79,6 +89,7 @@ impl Outbox {
             let Some(message) = self.kept.get(self.told) else { return Ok(()) };
             // A message too long for the protocol is left out.
             self.bytes = control::encode(message).unwrap_or_default();
+            self.slab = if let ToAgent::Slab { id } = message { Some(*id) } else { None };
             self.told += 1;
         }
     }
@@ -102,7 +113,7 @@ mod tests {
     /// What an agent reads that takes `step` bytes at a time, `times` times.
     fn read(outbox: &mut Outbox, step: usize, times: usize) -> Vec<u8> {
         let (mut wire, mut left) = (Vec::new(), times);
-        let sent = outbox.send(|bytes| {
+        let sent = outbox.send(|bytes, _| {
             let Some(fewer) = left.checked_sub(1) else { return Err(io::ErrorKind::WouldBlock.into()) };
             left = fewer;
             wire.extend_from_slice(&bytes[..bytes.len().min(step)]);
@@ -141,9 +152,36 @@ mod tests {
             outbox.push(message);
         }
         read(&mut outbox, 7, 3);
-        outbox.restart(vec![0; 3]);
+        outbox.restart(vec![0; 3], std::iter::empty());
         let wire = read(&mut outbox, 1, 1000);
         assert_eq!(messages(wire[3..].to_vec()), [notice("n"), model(1, "C"), model(0, "B")]);
+    }
+
+    #[test]
+    fn a_descriptor_rides_on_the_first_byte_of_its_message_alone() {
+        let mut outbox = Outbox::default();
+        for message in [notice("n"), ToAgent::Slab { id: 7 }, model(0, "A")] {
+            outbox.push(message);
+        }
+        let mut ridden = Vec::new();
+        let mut wire = Vec::new();
+        let mut send = |outbox: &mut Outbox| {
+            let sent = outbox.send(|bytes, slab| {
+                ridden.extend(slab.map(|id| (wire.len(), id)));
+                wire.push(bytes[0]);
+                Ok(1)
+            });
+            sent.unwrap();
+        };
+        send(&mut outbox);
+        let start = control::encode(&notice("n")).unwrap().len();
+        outbox.restart(Vec::new(), [8, 9].into_iter());
+        send(&mut outbox);
+        let again = control::encode(&ToAgent::Slab { id: 8 }).unwrap().len();
+        let second = messages(wire.clone()).iter().take(3).map(|m| control::encode(m).unwrap().len()).sum::<usize>();
+        assert_eq!(ridden, [(start, 7), (second, 8), (second + again, 9)]);
+        let [slab_8, slab_9] = [8, 9].map(|id| ToAgent::Slab { id });
+        assert_eq!(messages(wire)[3..], [slab_8, slab_9, notice("n"), model(0, "A")]);
     }
 
     #[test]

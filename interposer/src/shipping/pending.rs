@@ -63,9 +63,10 @@ fn finish(job: Job) {
     }
 }
 
-/// Hands a frame over, or gives it up and its tensor with it.
+/// Hands a frame over, or gives it up and its tensor with it. Of a tensor that is counted as lost no more goes to the
+/// agent, which would count it again when its end comes.
 fn settle(slot: Reservation, voyage: &Voyage, arrived: bool) {
-    if arrived {
+    if arrived && !voyage.is_lost() {
         slot.commit();
     } else {
         voyage.lose();
@@ -85,6 +86,20 @@ mod tests {
     use wire::slab::{Fetched, SlabReader, SlabWriter};
 
     use super::*;
+
+    #[test]
+    fn a_tensor_whose_first_copy_failed_sends_no_end() {
+        let mut writer = SlabWriter::create(1 << 20, 0).unwrap();
+        let mut reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
+        let record = writer.begin_record();
+        let voyage = Voyage::new(writer.mapping().clone(), record, 64);
+        for arrived in [false, true] {
+            let slot = writer.try_reserve(record, b"", u64::from(arrived) * 64, 64, 128).unwrap();
+            settle(slot, &voyage, arrived);
+        }
+        assert!(matches!(reader.fetch().unwrap(), Fetched::Empty));
+        assert_eq!(writer.mapping().header().dropped.load(Ordering::Relaxed), 1);
+    }
 
     #[test]
     fn a_copy_that_failed_is_counted_once_and_the_next_tensor_arrives() {

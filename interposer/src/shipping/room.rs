@@ -25,8 +25,8 @@ pub fn reserve(voyage: &Voyage, meta: &[u8], at: u64, len: u64, total: u64) -> O
         let seen = {
             let mut guard = lock();
             let shipper = guard.as_mut()?;
-            // The process has become another rank meanwhile: that slab is complete.
-            let writer = shipper.writer.as_mut().filter(|w| std::sync::Arc::ptr_eq(w.mapping(), &voyage.map))?;
+            // The process has become another rank meanwhile: that slab is left.
+            let writer = shipper.slabs.writer_of(&voyage.map)?;
             if let Some(slot) = writer.try_reserve(voyage.record, meta, at, len, total) {
                 shipper.stalled = None;
                 return Some(slot);
@@ -42,12 +42,12 @@ pub fn reserve(voyage: &Voyage, meta: &[u8], at: u64, len: u64, total: u64) -> O
                 }
                 return None;
             }
-            if shipper.on_full == OnFull::Drop || !shipper.link.alive(&voyage.map) || shipper.still_stalled(&voyage.map)
-            {
+            shipper.slabs.full = true;
+            if shipper.on_full == OnFull::Drop || !shipper.link.alive(&shipper.slabs) || shipper.still_stalled() {
                 return None;
             }
             if patience.get_or_insert_with(|| Patience::new(&voyage.map)).spent(&voyage.map) {
-                shipper.stalled = Some(pulse(&voyage.map));
+                shipper.stalled = Some((voyage.map.header().id, pulse(&voyage.map).1));
                 drop(guard);
                 notice("the agent stands still: captures are dropped until it moves again".into());
                 return None;
@@ -66,12 +66,13 @@ fn pulse(map: &Mapping) -> (u32, u64) {
 
 impl Shipper {
     /// Whether an agent that stood still has not moved since.
-    fn still_stalled(&mut self, map: &Mapping) -> bool {
-        if self.stalled.is_some_and(|(_, tail)| tail == pulse(map).1) {
-            return true;
+    fn still_stalled(&mut self) -> bool {
+        let stands = |(id, tail)| self.slabs.numbered(id).is_some_and(|writer| pulse(writer.mapping()).1 == tail);
+        let stalled = self.stalled.is_some_and(stands);
+        if !stalled {
+            self.stalled = None;
         }
-        self.stalled = None;
-        false
+        stalled
     }
 }
 

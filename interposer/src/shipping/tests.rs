@@ -10,7 +10,11 @@ use std::{
     sync::atomic::AtomicU32,
 };
 
-use wire::control::{FromAgent, decode_next, encode};
+use wire::{
+    control::{FromAgent, decode_next, encode},
+    env::MIN_SLAB_BYTES,
+    slab::{Fetched, SlabReader},
+};
 
 use super::*;
 
@@ -42,19 +46,25 @@ struct Pair {
     folder: Folder,
     listener: UnixListener,
     link: Link,
-    slab: SlabWriter,
+    slabs: Slabs,
+}
+
+fn slabs() -> Slabs {
+    let mut slabs = Slabs::new(MIN_SLAB_BYTES, Memory::new(1));
+    slabs.begin(0).unwrap();
+    slabs
 }
 
 fn pair() -> Pair {
     let folder = Folder::new();
     let listener = UnixListener::bind(folder.path("s")).unwrap();
     let link = Link::new(folder.path("s").to_str().unwrap(), "*", OnFull::Wait);
-    Pair { folder, listener, link, slab: SlabWriter::create(1 << 20, 0).unwrap() }
+    Pair { folder, listener, link, slabs: slabs() }
 }
 
 impl Pair {
     fn alive(&mut self) -> bool {
-        self.link.alive(self.slab.mapping())
+        self.link.alive(&self.slabs)
     }
 
     /// When the pause is over.
@@ -111,11 +121,11 @@ fn an_agent_whose_queue_is_full_is_absent() {
 #[test]
 fn a_message_that_a_stopped_agent_does_not_take_waits_on_one_connection() {
     let mut pair = pair();
-    pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) });
+    pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) }, &pair.slabs);
     for _ in 0..50 {
         assert!(pair.alive(), "it is stopped and not gone");
-        pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) });
-        pair.link.tend(pair.slab.mapping());
+        pair.link.say(ToAgent::Model { model: 0, modules: modules(50_000) }, &pair.slabs);
+        pair.link.tend(&pair.slabs);
     }
     let (mut agent, _) = pair.listener.accept().unwrap();
     pair.listener.set_nonblocking(true).unwrap();
@@ -165,43 +175,51 @@ fn a_welcomed_agent_that_dies_is_looked_for_at_once() {
 #[test]
 fn what_becomes_known_late_is_said_on_the_same_connection() {
     let mut pair = pair();
-    pair.link.describe(rank(0, 1), "2.11", "3.11", "");
+    pair.link.describe(rank(0, 1), "2.11", "3.11", "", &pair.slabs);
     assert!(pair.alive());
-    pair.link.describe(rank(0, 1), "2.11", "3.11", "");
-    pair.link.describe(rank(0, 2), "2.11", "3.11", "DDP");
+    pair.link.describe(rank(0, 1), "2.11", "3.11", "", &pair.slabs);
+    pair.link.describe(rank(0, 2), "2.11", "3.11", "DDP", &pair.slabs);
     let (mut agent, _) = pair.listener.accept().unwrap();
     assert_eq!(hellos(&heard(&mut agent)), [(0, 1), (0, 2)]);
 }
 
-fn shipper(link: Link, slab: SlabWriter) -> Shipper {
+fn shipper(link: Link, slabs: Slabs) -> Shipper {
     Shipper {
         link,
-        slab_bytes: 1 << 20,
+        slabs,
+        counts: None,
         replicas_once: true,
         on_full: OnFull::Wait,
-        writer: Some(slab),
-        left: None,
-        pinning: Pinning::NotYet,
         stalled: None,
+        refused: None,
         unseen: 0,
+    }
+}
+
+impl Shipper {
+    fn describe(&mut self, rank: Rank) {
+        self.link.describe(rank, "", "", "", &self.slabs);
+    }
+
+    fn current(&mut self) -> Arc<Mapping> {
+        self.slabs.current().unwrap().mapping().clone()
     }
 }
 
 /// A process that captured before it knew its rank.
 #[test]
 fn another_rank_is_another_slab_after_a_goodbye() {
-    let pair = pair();
-    let Pair { folder: _folder, listener, link, slab } = pair;
-    let mut shipper = shipper(link, slab);
-    shipper.link.describe(rank(0, 1), "", "", "");
-    let old = shipper.writer.as_ref().unwrap().mapping().clone();
-    shipper.link.say(ToAgent::Notice("said before".into()));
-    shipper.leave_slab();
-    shipper.link.describe(rank(1, 2), "", "", "");
-    shipper.make_slab().unwrap();
-    let new = shipper.writer.as_ref().unwrap().mapping().clone();
+    let Pair { folder: _folder, listener, link, slabs } = pair();
+    let mut shipper = shipper(link, slabs);
+    shipper.describe(rank(0, 1));
+    let old = shipper.current();
+    shipper.link.say(ToAgent::Notice("said before".into()), &shipper.slabs);
+    shipper.leave_slabs();
+    shipper.describe(rank(1, 2));
+    assert!(shipper.make_slab());
+    let new = shipper.current();
     assert!(!Arc::ptr_eq(&old, &new) && new.header().rank == 1);
-    assert!(shipper.link.alive(&new));
+    assert!(shipper.link.alive(&shipper.slabs));
     let [mut first, mut second] = [(); 2].map(|()| listener.accept().unwrap().0);
     let first = heard(&mut first);
     assert_eq!(hellos(&first), [(0, 1)]);
@@ -214,20 +232,110 @@ fn another_rank_is_another_slab_after_a_goodbye() {
 #[test]
 fn what_no_agent_saw_of_the_slab_before_is_counted_in_the_next() {
     let folder = Folder::new();
-    let mut slab = SlabWriter::create(1 << 20, 0).unwrap();
-    slab.begin_record();
-    slab.begin_record();
-    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slab);
-    shipper.leave_slab();
-    shipper.make_slab().unwrap();
-    assert_eq!(shipper.writer.unwrap().mapping().header().dropped.load(Ordering::Relaxed), 2);
+    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slabs());
+    shipper.slabs.current().unwrap().begin_record();
+    shipper.slabs.current().unwrap().begin_record();
+    shipper.leave_slabs();
+    assert!(shipper.make_slab());
+    let map = shipper.current();
+    let header = map.header();
+    assert_eq!((header.dropped.load(Ordering::Relaxed), header.begun.load(Ordering::Relaxed)), (2, 2));
+}
+
+/// A tensor of 100,000 bytes, whole; the slab that it went to if there was room.
+fn ship(shipper: &mut Shipper) -> Option<Arc<Mapping>> {
+    let (voyage, slot) = shipper.begin(false, b"meta", 100_000).unwrap();
+    slot.map(|slot| {
+        slot.commit();
+        voyage.map
+    })
+}
+
+fn slabs_told(messages: &[ToAgent]) -> Vec<u64> {
+    messages.iter().filter_map(|m| if let ToAgent::Slab { id } = m { Some(*id) } else { None }).collect()
+}
+
+#[test]
+fn a_full_slab_that_an_agent_reads_is_followed_by_one_that_it_is_told_of() {
+    let Pair { folder: _folder, listener, link, .. } = pair();
+    let mut slabs = Slabs::new(4 << 20, Memory::new(1));
+    slabs.begin(0).unwrap();
+    let mut shipper = shipper(link, slabs);
+    let first = shipper.current();
+    while let Some(map) = ship(&mut shipper) {
+        assert!(Arc::ptr_eq(&map, &first));
+    }
+    assert!(Arc::ptr_eq(&shipper.current(), &first), "nobody reads it");
+    let mut reader = SlabReader::attach(first.fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+    reader.release().unwrap();
+    drop(first);
+    while shipper.slabs.live().count() == 1 {
+        ship(&mut shipper);
+    }
+    let second = shipper.current();
+    assert_eq!((second.whole().1, second.header().head.load(Ordering::Relaxed) > 0), (2 << 20, true));
+    assert!(reader.is_complete());
+    let (mut agent, _) = listener.accept().unwrap();
+    assert_eq!(slabs_told(&heard(&mut agent)), [second.header().id]);
+    // An agent that comes later is told of both, the first with its hello.
+    drop(agent);
+    assert!(!shipper.link.alive(&shipper.slabs), "not before the pause is over");
+    shipper.link.tried = None;
+    assert!(shipper.link.alive(&shipper.slabs));
+    let (mut agent, _) = listener.accept().unwrap();
+    let messages = heard(&mut agent);
+    assert!(matches!(messages[..2], [ToAgent::Hello(_), ToAgent::Slab { .. }]), "{messages:?}");
+    // And one that comes when the first is settled, of the second alone.
+    reader.settle();
+    ship(&mut shipper);
+    drop(agent);
+    shipper.link.alive(&shipper.slabs);
+    shipper.link.tried = None;
+    assert!(shipper.link.alive(&shipper.slabs));
+    let (mut agent, _) = listener.accept().unwrap();
+    assert_eq!(slabs_told(&heard(&mut agent)), []);
+}
+
+#[test]
+fn a_rank_without_memory_counts_what_it_cannot_ship_and_asks_rarely() {
+    let folder = Folder::new();
+    let slabs = Slabs::new(MIN_SLAB_BYTES, Memory::new(u32::MAX));
+    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slabs);
+    for _ in 0..3 {
+        assert!(shipper.begin(false, b"meta", 64).is_none());
+    }
+    assert!(shipper.slabs.news.take().unwrap().contains("captures are dropped"));
+    shipper.slabs.shared_by(1);
+    assert!(shipper.begin(false, b"meta", 64).is_none(), "asked for again at once");
+    assert!(shipper.slabs.news.is_none() && shipper.unseen == 4);
+    shipper.refused = None;
+    assert!(shipper.begin(false, b"meta", 64).is_some());
+    let map = shipper.current();
+    assert_eq!((map.header().begun.load(Ordering::Relaxed), map.header().dropped.load(Ordering::Relaxed)), (5, 4));
+}
+
+/// It is refused, so that no message of its own connection arrives.
+#[test]
+fn a_refused_rank_leaves_word_of_all_it_captured() {
+    let Pair { folder: _folder, listener, link, slabs } = pair();
+    let mut shipper = shipper(link, slabs);
+    assert!(ship(&mut shipper).is_some());
+    let (mut agent, _) = listener.accept().unwrap();
+    agent.write_all(&encode(&FromAgent::Refused("no".into())).unwrap()).unwrap();
+    assert!(!shipper.link.alive(&shipper.slabs));
+    assert!(ship(&mut shipper).is_some());
+    shipper.finish();
+    let (mut word, _) = listener.accept().unwrap();
+    assert_eq!(heard(&mut word), [ToAgent::Lost { rank: 0, count: 2 }]);
 }
 
 /// OPEN-1 before there is anything to attach with.
 #[test]
 fn the_last_word_of_a_process_without_a_slab_is_a_notice_alone() {
     let mut pair = pair();
-    pair.link.last_words("rank 3: taps are off: no bridge", None, GLANCE);
+    let none = Slabs::new(MIN_SLAB_BYTES, Memory::new(1));
+    pair.link.last_words("rank 3: taps are off: no bridge", &none, GLANCE);
     let (mut agent, _) = pair.listener.accept().unwrap();
     assert_eq!(heard(&mut agent), [ToAgent::Notice("rank 3: taps are off: no bridge".into())]);
 }
@@ -240,34 +348,34 @@ fn close_memory(slab: &SlabWriter) {
 }
 
 #[test]
-fn a_slab_whose_descriptor_the_job_has_closed_is_followed_by_one_that_counts_what_nobody_read() {
-    let Pair { folder: _folder, listener, link, mut slab } = pair();
+fn a_slab_whose_descriptor_the_job_has_closed_is_followed_by_another_and_what_was_begun_in_it_is_told() {
+    let Pair { folder: _folder, listener, link, slabs } = pair();
+    let mut shipper = shipper(link, slabs);
+    let old = shipper.slabs.current().unwrap().mapping().header().id;
     for _ in 0..3 {
-        let record = slab.begin_record();
-        slab.try_reserve(record, b"meta", 0, 64, 64).unwrap().commit();
+        shipper.slabs.current().unwrap().begin_record();
     }
-    slab.mapping().header().dropped.store(4, Ordering::Relaxed);
-    close_memory(&slab);
-    let old = slab.mapping().clone();
-    let mut shipper = shipper(link, slab);
-    shipper.tend();
-    let new = shipper.writer.as_ref().unwrap().mapping().clone();
-    assert!(!Arc::ptr_eq(&old, &new), "an agent is there, and cannot be given the old one");
-    assert_eq!(new.header().dropped.load(Ordering::Relaxed), 4 + 3);
+    close_memory(shipper.slabs.current().unwrap());
+    assert!(ship(&mut shipper).is_some());
+    let new = shipper.slabs.current().unwrap();
+    assert_ne!(new.mapping().header().id, old, "an agent is there, and cannot be given the old one");
+    assert_eq!((shipper.slabs.live().count(), shipper.slabs.current().unwrap().begun()), (1, 1));
     let [mut nothing, mut agent] = [(); 2].map(|()| listener.accept().unwrap().0);
     assert_eq!(heard(&mut nothing), []);
-    assert_eq!(hellos(&heard(&mut agent)).len(), 1);
+    let messages = heard(&mut agent);
+    assert_eq!(hellos(&messages).len(), 1);
+    assert!(messages.contains(&ToAgent::OutOfReach { id: old, begun: 3 }), "{messages:?}");
 }
 
 #[test]
 fn a_slab_whose_descriptor_the_job_has_closed_is_kept_while_no_agent_is_there() {
-    let Pair { folder, listener, link, slab } = pair();
+    let Pair { folder, listener, link, slabs } = pair();
     drop((listener, folder));
-    close_memory(&slab);
-    let old = slab.mapping().clone();
-    let mut shipper = shipper(link, slab);
-    shipper.tend();
-    assert!(Arc::ptr_eq(&old, shipper.writer.as_ref().unwrap().mapping()));
+    let mut shipper = shipper(link, slabs);
+    let old = shipper.slabs.current().unwrap().mapping().header().id;
+    close_memory(shipper.slabs.current().unwrap());
+    assert!(ship(&mut shipper).is_some());
+    assert_eq!(shipper.slabs.current().unwrap().mapping().header().id, old);
 }
 
 #[test]

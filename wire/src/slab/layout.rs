@@ -7,7 +7,7 @@ use super::protocol::sync::{AtomicU32, AtomicU64};
 /// First eight bytes of a slab.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"FLEXSLAB");
 /// Version of everything in this module.
-pub const SLAB_VERSION: u32 = 2;
+pub const SLAB_VERSION: u32 = 3;
 /// Bytes before the ring.
 pub const HEADER_LEN: u64 = 4096;
 /// Frames start, and payloads start, at multiples of this.
@@ -30,22 +30,29 @@ pub struct Header {
     pub pid: u32,
     /// Global rank.
     pub rank: u32,
-    _pad0: [u8; 32],
+    /// Tells this slab from every other: a random number below 2^53.
+    pub id: u64,
+    _pad0: [u8; 24],
     /// Written by the job: bytes reserved so far.
     pub head: AtomicU64,
     /// Written by the job: rises with every commit; the agent's futex word.
     pub doorbell: AtomicU32,
-    _pad1: [u8; 4],
+    /// Written by the job, once: 1 when it writes nothing here any more (SLAB-7).
+    pub complete: AtomicU32,
     /// Written by the job: tensors lost to a full slab, an absent agent or a failed copy.
     pub dropped: AtomicU64,
-    _pad2: [u8; 40],
+    /// Written by the job: tensors that have a number, so were to go through this slab.
+    pub begun: AtomicU64,
+    _pad2: [u8; 32],
     /// Written by the agent: bytes released so far.
     pub tail: AtomicU64,
     /// Written by the agent: rises with every release; the job's futex word.
     pub room: AtomicU32,
     /// Written by the agent: rises at least ten times a second while it lives, whatever its disk does.
     pub heartbeat: AtomicU32,
-    _pad3: [u8; 48],
+    /// Written by the agent, once: 1 when all of a complete slab is accounted for (SLAB-8).
+    pub settled: AtomicU32,
+    _pad3: [u8; 44],
     /// Threads of the job that sleep on `room`.
     pub waiters: AtomicU32,
     /// 1 while the agent sleeps on `doorbell`.

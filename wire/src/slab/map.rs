@@ -4,6 +4,7 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr::NonNull,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -46,6 +47,7 @@ pub struct Mapping {
     len: usize,
     ring_len: u64,
     memory: Descriptor,
+    stays: AtomicBool,
 }
 
 // SAFETY: the memory is shared with another process anyway; all concurrent access goes through atomics or follows
@@ -87,6 +89,7 @@ impl Mapping {
             (&raw mut (*header).ring_len).write(ring_len);
             (&raw mut (*header).pid).write(std::process::id());
             (&raw mut (*header).rank).write(rank);
+            (&raw mut (*header).id).write(random_id());
         }
         Ok(map)
     }
@@ -134,7 +137,10 @@ impl Mapping {
             unsafe { libc::mmap(std::ptr::null_mut(), len as usize, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
         match NonNull::new(base.cast::<u8>()) {
             Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => {
-                Ok(Self { base, len: len as usize, ring_len, memory })
+                // Tensors have no place in a core dump, nor has its size in a disk. Where it is refused, they are in it.
+                // SAFETY: the range was just mapped; the advice changes no byte of it.
+                unsafe { libc::madvise(base.as_ptr().cast(), len as usize, libc::MADV_DONTDUMP) };
+                Ok(Self { base, len: len as usize, ring_len, memory, stays: AtomicBool::new(false) })
             }
             _ => Err(failed("mmap", len)(io::Error::last_os_error())),
         }
@@ -164,6 +170,11 @@ impl Mapping {
         self.memory.get()
     }
 
+    /// A device may write to it from now on: it stays mapped as long as the process lives.
+    pub fn keep_mapped(&self) {
+        self.stays.store(true, Ordering::Relaxed);
+    }
+
     /// Pointer to ring offset `at` for `len` bytes; `None` if that leaves the ring.
     pub(super) fn ring(&self, at: u64, len: u64) -> Option<*mut u8> {
         #[cfg(any(fuzzing, test))]
@@ -183,6 +194,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if self.stays.load(Ordering::Relaxed) {
+            return;
+        }
         // SAFETY: base and len are what mmap gave; nothing borrowed from self outlives it.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
@@ -193,6 +207,19 @@ fn failed(what: &'static str, bytes: u64) -> impl Fn(io::Error) -> SlabError {
         Some(libc::EPERM | libc::EACCES | libc::ENOSYS) => SlabError::Forbidden { what, source },
         _ => SlabError::System { what, bytes, source },
     }
+}
+
+/// A number that tells slabs apart, small enough for every reader of JSON.
+fn random_id() -> u64 {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer is valid for its length. A kernel without randomness leaves it as it is.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    let mut id = u64::from_le_bytes(bytes);
+    if got != bytes.len() as isize {
+        let now = std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos() as u64);
+        id = now.wrapping_mul(u64::from(std::process::id()) | 1);
+    }
+    id >> 11
 }
 
 /// Sleeps until `word` is no longer `seen`, somebody [`wake`]s it, or `limit` passes. Works across processes.

@@ -1,8 +1,10 @@
-//! The slab: one rank's shared memory, a ring of frames that carries tensor bytes to the agent.
+//! The slab: a rank's shared memory, a ring of frames that carries tensor bytes to the agent.
 //!
 //! # Layout
 //!
-//! One memfd per rank. All positions are offsets; nothing is a pointer.
+//! A memfd each. All positions are offsets; nothing is a pointer. A rank begins with a small slab. One that is full while
+//! an agent reads it is followed by one twice as large: tensors that are under way end where they began, new ones begin
+//! in the new slab.
 //!
 //! | bytes | what |
 //! |---|---|
@@ -24,6 +26,13 @@
 //! - **SLAB-5** The memory is `fallocate`d (a full tmpfs is an error at creation, not a SIGBUS later) and sealed
 //!   against shrinking and growing.
 //! - **SLAB-6** A thread of the job that sleeps until there is room is woken by the next release, however many sleep.
+//! - **SLAB-7** The job says that a slab is complete when another one has followed it and no tensor is under way in it.
+//!   From then on it changes no byte of it. The agent asks for that before it looks whether the ring is empty.
+//! - **SLAB-8** The job unmaps a complete slab when the agent has settled it, and every agent that it attaches to is told
+//!   of all others. The agent settles a complete slab when it is empty and all that was begun in it is in the manifest,
+//!   stored or lost. Each side unmaps for itself: neither can take memory away from the other.
+//! - **SLAB-9** Of the tensors of a slab `begun` counts all, `dropped` those that the job gave up. The agent gives a line
+//!   in the manifest to every other one: what has none when the slab is at its end was cut off, and is lost.
 //! - **SLAB-10** Nor does the job trust the agent: a tail frees nothing that is behind the last one or ahead of the head, and
 //!   nobody waits for an agent that has written one.
 //!

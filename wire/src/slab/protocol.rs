@@ -76,6 +76,26 @@ pub fn released(count: &AtomicU32, waiters: &AtomicU32) -> bool {
     waiters.load(Ordering::Relaxed) != 0
 }
 
+/// Job: nothing is written to this slab any more, neither frames nor counters. SYNC POINT F with [`completed`].
+pub fn complete(flag: &AtomicU32) {
+    flag.store(1, Ordering::Release);
+}
+
+/// Agent: whether what it sees *after* this of frames and counters is all there will be. SYNC POINT F with [`complete`].
+pub fn completed(flag: &AtomicU32) -> bool {
+    flag.load(Ordering::Acquire) != 0
+}
+
+/// Agent: it needs this slab no more. SYNC POINT G with [`settled`].
+pub fn settle(flag: &AtomicU32) {
+    flag.store(1, Ordering::Release);
+}
+
+/// Job: whether the agent has done with this slab. SYNC POINT G with [`settle`].
+pub fn settled(flag: &AtomicU32) -> bool {
+    flag.load(Ordering::Acquire) != 0
+}
+
 #[cfg(all(test, loom))]
 mod model {
     use super::*;
@@ -195,6 +215,69 @@ mod model {
             for thread in threads {
                 thread.join().unwrap();
             }
+        });
+    }
+
+    /// A slab that another one follows, while a thread of the job ends its tensor there: the agent sees the last frame and
+    /// the last loss before it settles (SLAB-7), and the job gives the slab back after the agent has read it (SLAB-8).
+    #[test]
+    fn a_slab_is_given_back_when_everything_in_it_was_seen() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            struct Slab {
+                head: AtomicU64,
+                dropped: AtomicU64,
+                complete: AtomicU32,
+                settled: AtomicU32,
+                memory: UnsafeCell<u64>,
+            }
+            // SAFETY: the protocol under test is what makes this sound; loom checks each access.
+            unsafe impl Sync for Slab {}
+            // SAFETY: as above.
+            unsafe impl Send for Slab {}
+            let slab = Arc::new(Slab {
+                head: AtomicU64::new(0),
+                dropped: AtomicU64::new(0),
+                complete: AtomicU32::new(0),
+                settled: AtomicU32::new(0),
+                memory: UnsafeCell::new(0),
+            });
+            // Whoever has a tensor under way holds one of these, as tensors hold the mapping.
+            let mut users = Arc::new(());
+            let tensor = {
+                let (slab, user) = (slab.clone(), users.clone());
+                thread::spawn(move || {
+                    // SAFETY: SLAB-3, the frame is reserved.
+                    slab.memory.with_mut(|p| unsafe { *p = 7 });
+                    publish(&slab.head, 1);
+                    slab.dropped.fetch_add(1, Ordering::Relaxed);
+                    drop(user);
+                })
+            };
+            let agent = {
+                let slab = slab.clone();
+                thread::spawn(move || {
+                    while !completed(&slab.complete) {
+                        thread::yield_now();
+                    }
+                    assert_eq!((published(&slab.head), slab.dropped.load(Ordering::Relaxed)), (1, 1));
+                    // SAFETY: SLAB-2 and SLAB-7, nobody writes any more.
+                    assert_eq!(slab.memory.with(|p| unsafe { *p }), 7);
+                    settle(&slab.settled);
+                })
+            };
+            while Arc::get_mut(&mut users).is_none() {
+                thread::yield_now();
+            }
+            complete(&slab.complete);
+            while !settled(&slab.settled) {
+                thread::yield_now();
+            }
+            // SAFETY: SLAB-8, the agent has done with it.
+            slab.memory.with_mut(|p| unsafe { *p = 0 });
+            tensor.join().unwrap();
+            agent.join().unwrap();
         });
     }
 }

@@ -122,6 +122,17 @@ impl SlabReader {
         }
     }
 
+    /// Whether the job writes nothing here any more (SLAB-7). To be asked *before* [`fetch`](Self::fetch): what is empty
+    /// then stays empty, and the counters are final.
+    pub fn is_complete(&self) -> bool {
+        protocol::completed(&self.map.header().complete)
+    }
+
+    /// Tells the job that everything in this complete slab is accounted for (SLAB-8).
+    pub fn settle(&self) {
+        protocol::settle(&self.map.header().settled);
+    }
+
     /// Gives the frame that [`fetch`](Self::fetch) found back to the job, by the length that was checked: what its header
     /// says by now counts for nothing. An error if the last look found none.
     pub fn release(&mut self) -> Result<(), SlabError> {
@@ -187,7 +198,7 @@ impl SlabReader {
         header.agent_waits.store(1, Ordering::SeqCst);
         let idle = protocol::published(&header.head) == self.tail
             || self.map.state_word(self.tail % self.map.ring_len()).and_then(protocol::state) == Some(State::Writing);
-        if idle && header.doorbell.load(Ordering::SeqCst) == seen {
+        if idle && !self.is_complete() && header.doorbell.load(Ordering::SeqCst) == seen {
             sleep(&header.doorbell, seen, limit);
         }
         header.agent_waits.store(0, Ordering::SeqCst);

@@ -193,6 +193,87 @@ fn a_new_reader_continues_where_the_last_one_stopped() {
     };
 }
 
+/// SLAB-7.
+#[test]
+fn a_slab_is_complete_when_the_last_tensor_in_it_has_ended() {
+    let (mut writer, mut reader) = pair(8192);
+    let record = writer.begin_record();
+    let slot = writer.try_reserve(record, b"m", 0, 4, 4).unwrap();
+    assert!(!writer.is_idle(), "a frame is under way");
+    slot.commit();
+    assert!(writer.is_idle() && !reader.is_complete());
+    writer.complete();
+    assert!(reader.is_complete() && writer.is_complete());
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)), "what it holds is still there");
+}
+
+/// SLAB-8.
+#[test]
+fn a_settled_slab_may_go_on_either_side() {
+    let (mut writer, mut reader) = pair(8192);
+    assert!(send(&mut writer, b"m", &[5; 100]));
+    writer.complete();
+    assert!(!writer.is_settled());
+    let Fetched::Frame(frame) = reader.fetch().unwrap() else { panic!("no frame") };
+    assert_eq!(frame.payload, [5; 100]);
+    reader.settle();
+    assert!(writer.is_settled());
+    drop(writer);
+    // The job has unmapped it; the agent's own mapping holds.
+    assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(frame) if frame.payload == [5; 100]));
+}
+
+/// A reader is not asleep for ever at the end of a slab that nothing comes to any more.
+#[test]
+fn the_word_that_a_slab_is_complete_wakes_its_reader() {
+    let (writer, mut reader) = pair(8192);
+    std::thread::scope(|scope| {
+        let asleep = scope.spawn(|| {
+            let mut waits = 0;
+            while !reader.is_complete() {
+                reader.wait(HANG);
+                waits += 1;
+            }
+            waits
+        });
+        while writer.mapping().header().agent_waits.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        writer.complete();
+        assert!(asleep.join().unwrap() < 10);
+    });
+}
+
+/// SLAB-9.
+#[test]
+fn the_header_counts_what_was_begun_and_what_was_lost_before() {
+    let (mut writer, reader) = pair(8192);
+    writer.lost_before(3);
+    assert_eq!(writer.begin_record(), 4);
+    let header = reader.mapping().header();
+    assert_eq!((header.begun.load(Ordering::Relaxed), header.dropped.load(Ordering::Relaxed)), (4, 3));
+    assert_eq!(writer.begun(), 4);
+}
+
+#[test]
+fn slabs_have_numbers_of_their_own() {
+    let [a, b] = [(); 2].map(|()| SlabWriter::create(8192, 0).unwrap().mapping().header().id);
+    assert!(a != b && a < 1 << 53 && b < 1 << 53);
+}
+
+/// Neither the job's mapping nor the agent's.
+#[test]
+fn slabs_are_left_out_of_core_dumps() {
+    let (writer, reader) = pair(8192);
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    for map in [writer.mapping(), reader.mapping()] {
+        let start = format!("{:x}-", map.whole().0.addr());
+        let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
+    }
+}
+
 #[test]
 fn memory_that_is_not_a_sealed_slab_is_refused() {
     let file = std::fs::File::open("/dev/null").unwrap();

@@ -53,11 +53,24 @@ impl SlabWriter {
             * FRAME_ALIGN
     }
 
+    /// The number that the next tensor will have.
+    pub fn next_record(&self) -> u64 {
+        self.next_record
+    }
+
     /// A number for the next tensor.
     pub fn begin_record(&mut self) -> u64 {
         let n = self.next_record;
         self.next_record += 1;
+        self.map.header().begun.store(n, Ordering::Relaxed);
         n
+    }
+
+    /// Counts tensors as lost that were to be captured before there was this slab.
+    pub fn lost_before(&mut self, count: u64) {
+        self.next_record += count;
+        self.map.header().begun.store(self.begun(), Ordering::Relaxed);
+        self.map.header().dropped.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Tensors that have a number.
@@ -151,32 +164,37 @@ impl SlabWriter {
         protocol::releases(&header.room) != seen
     }
 
+    /// Whether no tensor is under way in it: each holds the mapping. Nobody but the writer gives it out, so it stays so
+    /// unless the writer is used again. What those tensors have counted is seen by whoever is told so (SYNC POINT F).
+    pub fn is_idle(&mut self) -> bool {
+        std::sync::Arc::get_mut(&mut self.map).is_some()
+    }
+
+    /// Nothing will be written here any more (SLAB-7).
+    pub fn complete(&self) {
+        let header = self.map.header();
+        protocol::complete(&header.complete);
+        ring_doorbell(header);
+    }
+
+    /// Whether this was said.
+    pub fn is_complete(&self) -> bool {
+        protocol::completed(&self.map.header().complete)
+    }
+
+    /// Whether the agent has accounted for all of it, so that it may go (SLAB-8).
+    pub fn is_settled(&self) -> bool {
+        protocol::settled(&self.map.header().settled)
+    }
+
+    /// Whether an agent has read something here.
+    pub fn is_being_read(&self) -> bool {
+        self.map.header().tail.load(Ordering::Acquire) > 0
+    }
+
     /// Bytes that the agent has not released yet.
     pub fn in_flight(&self) -> u64 {
         self.head - self.map.header().tail.load(Ordering::Acquire)
-    }
-}
-
-impl SlabWriter {
-    /// Tensors that were written to their end, or are about to be, and of which the agent has not released all. Its
-    /// word on how far it is may be anything.
-    pub fn unread(&self) -> u64 {
-        let ring = self.map.ring_len();
-        let mut at = self.map.header().tail.load(Ordering::Acquire);
-        let mut count = 0;
-        while at < self.head && self.head - at <= ring {
-            let Some(from) = self.map.ring(at % ring, FRAME_HEADER_LEN) else { break };
-            // SAFETY: 64 bytes are inside the ring; any bit pattern is a FrameHeader.
-            let header = unsafe { from.add(8).cast::<FrameHeader>().read_unaligned() };
-            let state = self.map.state_word(at % ring).and_then(protocol::state);
-            let last = header.piece_offset.checked_add(header.payload_len) == Some(header.total_len);
-            count += u64::from(last && matches!(state, Some(State::Writing | State::Ready)));
-            if header.frame_len < FRAME_HEADER_LEN {
-                break;
-            }
-            at = at.saturating_add(header.frame_len);
-        }
-        count
     }
 }
 

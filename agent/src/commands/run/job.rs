@@ -113,10 +113,15 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
     let (program, arguments) = plan.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let mut agent = OsString::from("unix:");
     agent.push(sidecar.socket());
+    let counts = agent.to_str().and_then(|agent| sidecar.counts(agent));
     let mut command = Command::new(program);
     preload(&mut command, sidecar.library());
     command.args(arguments).env(names::HOOKS, &plan.hooks).env(names::AGENT, agent);
     command.env(names::ON_FULL, if plan.on_full == names::OnFull::Drop { "drop" } else { "wait" });
+    match counts {
+        Some(name) => command.env(names::COUNTS, name),
+        None => command.env_remove(names::COUNTS),
+    };
     // A run of its own, also when a rank of another run starts it.
     command.env_remove(names::RANK_PROCESS);
     if let Some(bridge) = &plan.bridge {

@@ -10,11 +10,15 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
+use wire::counts::Counts;
 
 use super::{job::Ended, prepare::Plan, private::PrivateFolder, words};
 use crate::{
     server::parent::{FromAgent, ToAgent},
-    store::format::Totals,
+    store::{
+        account::{self, ByRank},
+        format::Totals,
+    },
 };
 
 /// Longest time an agent may take to be ready.
@@ -51,6 +55,9 @@ pub struct Sidecar {
     socket: PathBuf,
     library: PathBuf,
     totals: Totals,
+    /// What the job's ranks capture, whether or not an agent reads it, and what the run knew of before they began.
+    counts: Option<Counts>,
+    before: ByRank,
     done: bool,
     silent: bool,
     told: bool,
@@ -97,7 +104,10 @@ impl Sidecar {
             }
             _ => return Err(anyhow!("the agent {} before it was ready", how(&mut child))),
         };
+        let before = account::known(&run).unwrap_or_default();
         Ok(Self {
+            counts: Counts::create().ok(),
+            before,
             child,
             words,
             events,
@@ -164,6 +174,19 @@ impl Sidecar {
             // It is dead, which its stdout tells.
             self.words = None;
         }
+    }
+
+    /// Where ranks count what they capture, in the words of the environment. `None`: there is no memory for it.
+    pub fn counts(&self, agent: &str) -> Option<String> {
+        self.counts.as_ref().map(|counts| counts.name(agent))
+    }
+
+    /// What ranks captured and the run, which nobody writes to any more, does not know of.
+    pub fn never_read(&self) -> ByRank {
+        let captured = self.counts.as_ref().map(Counts::by_rank).unwrap_or_default();
+        // A manifest that cannot be read is a trouble of its own, and tells of no losses.
+        let Ok(now) = account::known(&self.run) else { return ByRank::new() };
+        account::unknown(&captured, &self.before, &now)
     }
 
     /// The next thing that happens.

@@ -1,6 +1,8 @@
 //! STORE-4: an agent killed at any point, and the next one.
 
 use super::{
+    account::{Account, CUT_OFF, LOST_BY_JOB},
+    format::Origin,
     testing::{batch, meta, on_rank},
     *,
 };
@@ -96,17 +98,34 @@ fn killed_before_the_first_line_nothing_is_left_over() {
     assert!(!shard::open_path(dir.path(), 0).exists());
 }
 
+/// STORE-5.
 #[test]
-fn the_frame_that_was_journalled_but_not_released_is_not_stored_twice() {
+fn what_a_dead_agent_had_of_a_slab_is_known_to_the_next() {
     let dir = tempfile::tempdir().unwrap();
-    killed(dir.path());
+    let first = store(dir.path());
+    let stored = |store: &Arc<Store>, record: u64| {
+        let mut part = store.begin(meta("m", record, 5)).out_of(Origin(9, record));
+        part.write(0, &bytes_of(&meta("m", record, 5), 1));
+        part.finish()
+    };
+    assert!(matches!(stored(&first, 1), Outcome::Stored { .. }));
+    let refused = RecordMeta { refused: "a sparse tensor".into(), ..meta("m", 2, 5) };
+    first.refused(refused, Some(Origin(9, 2)));
+    assert!(matches!(stored(&first, 4), Outcome::Stored { .. }));
+    // A tensor whose pieces do not come is lost.
+    assert!(matches!(first.begin(meta("m", 3, 5)).out_of(Origin(9, 3)).finish(), Outcome::Lost));
+    first.dropped(0, 5, LOST_BY_JOB, Some(Origin(9, 0)));
+    first.dropped(0, 2, CUT_OFF, Some(Origin(9, 11)));
+    first.dropped(0, 7, "no slab", None);
+    std::mem::forget(first);
+    fs::remove_file(dir.path().join(format::LOCK_FILE)).unwrap();
     let next = store(dir.path());
-    let again = on_rank(meta("m", 2, 5), 1, 2, batch());
-    let mut part = next.begin(again.clone());
-    part.write(0, &bytes_of(&again, 1));
-    assert!(matches!(part.finish(), Outcome::Repeated));
-    put(&next, &again, &bytes_of(&again, 1));
-    assert_eq!(next.totals().parts, 7, "only the first frame after the crash can be a repetition");
+    assert_eq!(next.account(9), Account { settled: 6, by_job: 5, last: 11, cut_off: 11 });
+    assert_eq!(next.account(9).missing(12), 1);
+    assert_eq!(account::known(dir.path()).unwrap(), [(0, 18)].into());
+    assert_eq!((next.account(8), next.totals().dropped), (Account::default(), 15));
+    next.keep_account(9, Account { settled: 7, ..next.account(9) });
+    assert_eq!(next.account(9).missing(12), 0);
 }
 
 #[test]

@@ -1,0 +1,55 @@
+"""Several threads that run a model each, all at once: `threads.py THREADS CALLS ROWS [STOP]`, until STOP is there if given.
+
+What a model returns tells the rank, the thread and the call: see `value`.
+"""
+
+import pathlib
+import sys
+import threading
+import time
+
+import parallel
+import torch
+import torch.distributed as dist
+from torch import nn
+
+WIDTH = 1024
+
+
+class Same(nn.Module):
+    """Gives a copy of what it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+
+def value(rank: int, thread: int, call: int, rows: int) -> torch.Tensor:
+    start = 1000.0 * (100 * rank + thread) + call
+    return (torch.arange(rows * WIDTH, dtype=torch.float32) % 251 + start).reshape(rows, WIDTH)
+
+
+def main(threads: int, calls: int, rows: int, stop: str = "") -> None:
+    rank = dist.get_rank()
+    models = [nn.Sequential() for _ in range(threads)]
+    for number, model in enumerate(models):
+        model.add_module(f"same{number}", Same())
+
+    def work(number: int) -> None:
+        for call in range(calls):
+            models[number](value(rank, number, call, rows))
+            if stop and call % 5 == 0:
+                print(f"at {rank} {number} {call}", flush=True)
+                time.sleep(0.05)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    while stop and not pathlib.Path(stop).exists():
+        time.sleep(0.02)
+    print("done", rank, flush=True)
+
+
+if __name__ == "__main__":
+    parallel.launch(main, *map(int, sys.argv[1:4]), *sys.argv[4:])
