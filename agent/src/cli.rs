@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, error::ErrorKind};
 
-use crate::commands;
+use crate::{commands, owner_only};
 
 /// Whole activations, gradients and parameters out of unmodified distributed PyTorch jobs.
 #[derive(Debug, Parser)]
@@ -26,7 +26,7 @@ enum Command {
     Show(commands::show::Args),
     /// Write a run's tensors in another format
     Export(commands::export::Args),
-    /// Check every checksum, layout and the index of a run
+    /// Check every checksum and layout of a run
     Verify(commands::verify::Args),
     /// Compare a run with another, record by record; exit code 1 where they differ
     Certify(commands::certify::Args),
@@ -75,6 +75,9 @@ pub fn exit_code_of(error: &anyhow::Error) -> u8 {
 impl Cli {
     /// Runs the command.
     pub fn dispatch(self) -> anyhow::Result<ExitCode> {
+        if matches!(self.command, Command::Run(_) | Command::Agent(_) | Command::Bridge(_)) {
+            owner_only::begin();
+        }
         match self.command {
             Command::Run(args) => commands::run::main(args),
             Command::Agent(args) => commands::agent::main(args),

@@ -2,10 +2,15 @@
 
 mod rank;
 
-use std::{io::Write, os::unix::net::UnixStream, sync::atomic::Ordering, time::Duration};
+use std::{fs, io::Write, os::unix::net::UnixStream, sync::atomic::Ordering, time::Duration};
 
 use rank::*;
-use wire::control::{FromAgent, ModuleInfo, ToAgent};
+use wire::{
+    control::{FromAgent, ModuleInfo, ToAgent},
+    hooks::Kind,
+    loss_scale::LossScale,
+    record::RecordMeta,
+};
 
 const SLAB: u64 = 1 << 20;
 
@@ -77,6 +82,55 @@ fn a_hello_of_many_megabytes_leaves_a_short_run_json() {
     let command = info(&out)["command"].clone();
     assert_eq!(command[5], "argument 5");
     assert!(command.as_array().unwrap().last().unwrap().as_str().unwrap().contains("more arguments"));
+}
+
+#[test]
+fn a_loss_scale_that_is_no_number_is_kept_and_no_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let out = agent.out.clone();
+    let mut rank = Rank::attached(&agent, 0, 1, SLAB);
+    let scales = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 0.0, 1.0 / 3.0];
+    for (step, scale) in scales.into_iter().enumerate() {
+        let record = RecordMeta { kind: Kind::Backward, loss_scale: LossScale(scale), ..meta("a", step as u64, 3) };
+        rank.ship_record(&record, &bytes_of(&record));
+    }
+    rank.drained();
+    agent.finish();
+    verify(&out);
+    assert_eq!((total(&out, "records"), total(&out, "dropped")), (5, 0));
+    let kept: Vec<LossScale> =
+        parts(&out).iter().map(|part| serde_json::from_value(part["loss_scale"].clone()).unwrap()).collect();
+    assert_eq!(kept, scales.map(LossScale));
+}
+
+/// Who may write to the folder above can do that.
+#[test]
+fn a_run_whose_place_is_taken_is_written_to_the_end_and_nothing_else_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::with(dir.path(), &["--shard-bytes", "1K"]);
+    let (out, moved, other) = (agent.out.clone(), dir.path().join("moved"), dir.path().join("other"));
+    let mut rank = Rank::attached(&agent, 0, 1, SLAB);
+    rank.ship("a", 0, 30);
+    rank.drained();
+    fs::rename(&out, &moved).unwrap();
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("run.json"), "precious").unwrap();
+    std::os::unix::fs::symlink(&other, &out).unwrap();
+    for step in 1..5 {
+        rank.ship("a", step, 30);
+    }
+    rank.drained();
+    agent.finish();
+    let left: Vec<_> = fs::read_dir(&other).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["run.json"]);
+    assert_eq!(fs::read(other.join("run.json")).unwrap(), b"precious");
+    verify(&moved);
+    assert_eq!(
+        (total(&moved, "records"), total(&moved, "dropped"), info(&moved)["finished_ns"].is_u64()),
+        (5, 0, true)
+    );
+    assert!(moved.join("shard-00003.safetensors").is_file());
 }
 
 /// AGENT-1.

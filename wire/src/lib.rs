@@ -6,6 +6,7 @@
 //! | [`hooks`] | the `FLEXMODEL_HOOKS` grammar and selector matching | launcher, interposer |
 //! | [`descriptor`] | how descriptors of ours are held in a process of the job | interposer |
 //! | [`dtype`] | element types and their names | all |
+//! | [`loss_scale`] | by how much a job scaled its loss, also in JSON | interposer, agent |
 //! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
 //! | [`counts`] | what ranks have captured, for who started them | interposer, launcher |
@@ -13,10 +14,11 @@
 //! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
 //! | [`preload`] | what the preloaded object and the engine tell each other, inside one process | interposer |
+//! | [`trust`] | what may be run as code | launcher, interposer |
 //! | [`tap_abi`] | the C tables between interposer and bridge, inside one process | interposer, bridge |
 //!
-//! Every decoder takes hostile bytes and does no I/O. Two definitions are of files, and read them: [`hooks::parse`] a TOML
-//! file that is named instead of clauses, and [`bridge_sources`] a folder.
+//! Every decoder takes hostile bytes and does no I/O. Three definitions are of files, and read them: [`hooks::parse`] a TOML
+//! file that is named instead of clauses, [`bridge_sources`] a folder, and [`trust`] whose a file and the folders above are.
 
 pub mod bridge_marker;
 pub mod bridge_sources;
@@ -26,7 +28,9 @@ pub mod descriptor;
 pub mod dtype;
 pub mod env;
 pub mod hooks;
+pub mod loss_scale;
 pub mod preload;
 pub mod record;
 pub mod slab;
 pub mod tap_abi;
+pub mod trust;

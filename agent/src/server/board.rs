@@ -14,7 +14,7 @@ use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, clip
 use super::listed::Listed;
 use crate::{
     live::Live,
-    secrets,
+    say, secrets,
     store::{
         Store,
         format::{FORMAT, ModelInfo, Module, Owners, RunInfo},
@@ -77,7 +77,7 @@ impl Board {
 
     /// Something went wrong in the agent: one line on stderr and in the run.
     pub fn trouble(&self, text: &str) {
-        eprintln!("flexmodel: {text}");
+        say::line(text);
         self.notice(text);
     }
 

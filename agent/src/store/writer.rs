@@ -2,10 +2,10 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
     thread::JoinHandle,
@@ -54,6 +54,8 @@ pub struct Store {
     broken: AtomicBool,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
     sealer: Mutex<Option<(mpsc::SyncSender<Shard>, JoinHandle<()>)>>,
+    /// Shards that the sealer was given and has not sealed.
+    unsealed: Arc<AtomicUsize>,
 }
 
 impl Store {
@@ -62,18 +64,21 @@ impl Store {
     pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo)> {
         let dir = RunDir::claim(path)?;
         let info = dir.read_info();
-        let Found { next_shard, totals, accounts, seen, damaged: _ } = recover::recover(dir.path())?;
-        let journal = Arc::new(Journal::open(dir.path()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
+        let Found { next_shard, totals, accounts, seen, damaged: _ } =
+            recover::recover(dir.folder().place(), dir.path())?;
+        let journal = Arc::new(Journal::open(dir.folder().place()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
         let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
-        let sealer = sealer(dir.path().to_owned(), journal.clone(), notify.clone())?;
+        let unsealed = Arc::default();
+        let sealer = sealer(&dir, journal.clone(), notify.clone(), Arc::clone(&unsealed))?;
         let store = Arc::new(Self {
-            alloc: Mutex::new(Allocator::new(dir.path().to_owned(), options.shard_bytes, next_shard, seen)),
+            alloc: Mutex::new(Allocator::new(dir.folder().place().to_owned(), options.shard_bytes, next_shard, seen)),
             journal,
             totals: Mutex::new(totals),
             accounts: Mutex::new(accounts),
             broken: AtomicBool::new(false),
             notify,
             sealer: Mutex::new(Some(sealer)),
+            unsealed,
             dir,
         });
         Ok((store, info))
@@ -131,6 +136,11 @@ impl Store {
     /// Counters so far.
     pub fn totals(&self) -> Totals {
         *lock(&self.totals)
+    }
+
+    /// Shards that wait to be sealed, or are being sealed.
+    pub fn unsealed(&self) -> usize {
+        self.unsealed.load(Ordering::Relaxed)
     }
 
     /// Seals everything and makes it last. No part may be under way any more; later ones are lost.
@@ -191,6 +201,7 @@ impl Store {
         let send = lock(&self.sealer).as_ref().map(|(send, _)| send.clone());
         if let Some(send) = send {
             for shard in complete {
+                self.unsealed.fetch_add(1, Ordering::Relaxed);
                 // It only fails when the sealer is gone; then the next agent seals.
                 let _ = send.send(shard);
             }
@@ -206,17 +217,20 @@ impl std::fmt::Debug for Store {
 
 /// The thread that seals: its fsync must not hold up a rank.
 fn sealer(
-    dir: PathBuf,
+    dir: &RunDir,
     journal: Arc<Journal>,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
+    unsealed: Arc<AtomicUsize>,
 ) -> io::Result<(mpsc::SyncSender<Shard>, JoinHandle<()>)> {
     let (send, receive) = mpsc::sync_channel::<Shard>(MAX_UNSEALED);
+    let (folder, path) = (dir.folder().clone(), dir.path().to_owned());
     let thread = std::thread::Builder::new().name("sealer".into()).spawn(move || {
         for shard in receive {
-            if let Err(e) = seal_one(&dir, &journal, &shard) {
+            if let Err(e) = seal_one(folder.place(), &journal, &shard) {
                 let name = stem(shard.file.number);
-                notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", dir.display()));
+                notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", path.display()));
             }
+            unsealed.fetch_sub(1, Ordering::Relaxed);
         }
     })?;
     Ok((send, thread))

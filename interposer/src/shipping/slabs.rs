@@ -401,7 +401,10 @@ mod tests {
     #[test]
     fn a_pinned_slab_stays_mapped_when_it_is_left() {
         let mut slabs = slabs(2 * MIB);
-        slabs.begin_for_device(0, |_| true);
+        slabs.begin_for_device(0, |map| {
+            map.keep_mapped();
+            true
+        });
         let start = slabs.current().unwrap().mapping().whole().0.addr();
         drop(slabs.leave());
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
