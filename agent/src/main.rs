@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     match cli.dispatch() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("flexmodel: {error:#}");
+            read::text::complain("flexmodel", format_args!("{error:#}"));
             ExitCode::from(cli::exit_code_of(&error))
         }
     }

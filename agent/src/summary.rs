@@ -1,15 +1,15 @@
 //! The one summary that a finished run prints.
 
-use std::{fs::File, io::BufReader, path::Path};
+use std::path::Path;
 
 use crate::{
     read::{
         display_module,
-        text::{bytes, count},
+        text::{bytes, clip, count, safe},
     },
     store::{
         format::{Line, MANIFEST_FILE, Totals},
-        manifest::Reader,
+        manifest,
     },
 };
 
@@ -18,11 +18,11 @@ const NAMED: usize = 5;
 
 /// What was captured, what was not, where it is, and how to look at it.
 pub fn text(run: &Path, t: &Totals) -> String {
-    let shown = relative(run);
+    let shown = safe(&relative(run));
     let mut out = format!("flexmodel: {} in {shown}\n", counts(t));
     out += &divergences(run, t.divergences);
     if let Some(module) = some_module(run) {
-        let show = format!("flexmodel show {} {}", quoted(&shown), quoted(&module));
+        let show = format!("flexmodel show {} {}", quoted(&shown), quoted(&safe(&module)));
         out += &format!("flexmodel: look at it with: {show}, or in Python: flexmodel.open({shown:?})\n");
     }
     out
@@ -45,17 +45,19 @@ fn divergences(run: &Path, count: u64) -> String {
     if count == 0 {
         return String::new();
     }
-    let Ok(manifest) = File::open(run.join(MANIFEST_FILE)) else { return String::new() };
+    let Ok(lines) = manifest::open(&run.join(MANIFEST_FILE)) else { return String::new() };
     let mut out = String::new();
-    let found = Reader::new(BufReader::new(manifest)).flatten().filter_map(|entry| match entry.line {
+    let found = lines.flatten().filter_map(|entry| match entry.line {
         Ok(Line::Divergence { what, against }) => Some((what, against)),
         _ => None,
     });
     for (what, against) in found.take(NAMED) {
-        let (module, kind) = (display_module(&what.id.module), what.id.kind.name());
+        let (module, kind) = (safe(&clip(display_module(&what.id.module))), what.id.kind.name());
         out += &format!(
             "flexmodel: rank {}'s {module} {kind} {} at step {} should be rank {against}'s and differs\n",
-            what.rank, what.id.path, what.id.step
+            what.rank,
+            safe(&clip(&what.id.path)),
+            what.id.step
         );
     }
     if count > NAMED as u64 {
@@ -66,8 +68,8 @@ fn divergences(run: &Path, count: u64) -> String {
 
 /// The module of the first part in a run.
 fn some_module(run: &Path) -> Option<String> {
-    let manifest = File::open(run.join(MANIFEST_FILE)).ok()?;
-    Reader::new(BufReader::new(manifest)).flatten().find_map(|entry| match entry.line {
+    let lines = manifest::open(&run.join(MANIFEST_FILE)).ok()?;
+    lines.flatten().find_map(|entry| match entry.line {
         Ok(Line::Part(part)) => Some(display_module(&part.what.id.module).to_owned()),
         _ => None,
     })

@@ -40,9 +40,23 @@ _KNOWN = frozenset((
 _scan = json.JSONDecoder().scan_once
 
 
+def reason(error: Exception) -> str:
+    """Why a line, or a file, is not taken."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    return "a field of it has another type" if isinstance(error, TypeError) else str(error) or type(error).__name__
+
+
 def decode(text: str) -> dict[str, Any]:
     """The object inside of a line. ValueError, and RecursionError where it is nested too deep."""
-    raw, end = _scan(text, 0) if text[:1] == "{" else (None, 0)
+    try:
+        raw, end = _scan(text, 0) if text[:1] == "{" else (None, 0)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # more digits than Python makes an integer of
+        raise ValueError("a number in it is out of range") from None
     if end != len(text):
         raise ValueError("it is not one object")
     # An escape may hide what is not allowed.

@@ -159,7 +159,7 @@ class Manifest:
             except MemoryError:
                 raise
             except Exception as error:  # whatever is wrong with a line, the others are served
-                skipped.append((number, f"it lacks {error}" if isinstance(error, KeyError) else str(error)))
+                skipped.append((number, _lines.reason(error)))
         self._skip(sorted(skipped))
 
     def _misfits(self, numbers: NDArray[np.int64], reason: str) -> list[tuple[int, str]]:

@@ -13,6 +13,7 @@ from ._assemble import Coordinates
 from ._errors import RunError, RunNotFoundError
 from ._files import read_whole
 from ._limits import DEPTH, RUN_FILE_BYTES
+from ._lines import reason
 from ._manifest import Manifest, uncollected
 from ._nodes import MANIFEST_FILE, RUN_FILE, Manifests
 from ._owners import Scattered
@@ -237,8 +238,7 @@ def _info_of(folder: Path, problems: list[str]) -> RunInfo | None:
         problems.append(f"{file} is missing")
         return None
     except Exception as error:  # whatever is wrong with it, the records may be fine
-        lacks = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        problems.append(f"{file} cannot be read ({clip(lacks)})")
+        problems.append(f"{file} cannot be read ({clip(reason(error))})")
         return None
     if info is None:
         raise RunError(f"{folder} has format {version}, this flexmodel reads up to {FORMAT}: get a newer one")

@@ -115,7 +115,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
             histogram: picture.map(|(_, histogram, _)| histogram),
             others: found.len() - 1,
         };
-        text::emit(&(serde_json::to_string_pretty(&shown)? + "\n"))?;
+        text::emit_json(&shown)?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = heading(record, &shape, whole.as_ref(), args.rank);
@@ -131,7 +131,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(reason) = skipped {
         out += &format!("a later step is not complete and was passed over: {}\n", text::safe(&reason));
     }
-    text::emit(&out)?;
+    text::paint(&out)?;
     Ok(ExitCode::SUCCESS)
 }
 

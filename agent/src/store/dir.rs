@@ -2,7 +2,7 @@
 
 use std::{
     ffi::CString,
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Read, Write},
     mem::MaybeUninit,
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
@@ -12,7 +12,9 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 
 use super::{
+    files::{ToWrite, open_to_write, read_whole},
     format::{FORMAT, LOCK_FILE, MANIFEST_FILE, RUN_FILE, RunInfo},
+    limits::RUN_FILE_BYTES,
     seal::sync_dir,
 };
 
@@ -31,13 +33,7 @@ impl RunDir {
         if !is_empty(&path)? && !is_run(&path) {
             bail!("{}", not_empty(&path, "holds other files than a run's"));
         }
-        let lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path.join(LOCK_FILE))
-            .map_err(|e| cannot_write(&path, &e))?;
+        let lock = open_to_write(&path.join(LOCK_FILE), ToWrite::Any).map_err(|e| cannot_write(&path, &e))?;
         // SAFETY: the descriptor is open.
         if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
             let error = io::Error::last_os_error();
@@ -74,7 +70,11 @@ impl RunDir {
 
     /// What `run.json` says; nothing if there is none that reads.
     pub fn read_info(&self) -> RunInfo {
-        fs::read(self.path.join(RUN_FILE)).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()
+        let bytes = read_whole(&self.path.join(RUN_FILE), RUN_FILE_BYTES).ok();
+        bytes
+            .and_then(|b| serde_json::from_slice(&b).ok())
+            .filter(|info: &RunInfo| info.check().is_ok())
+            .unwrap_or_default()
     }
 
     /// Replaces `run.json`. While a run is under way the next one's space is kept, so that a disk that fills up in between
@@ -83,7 +83,7 @@ impl RunDir {
         let mut json = serde_json::to_vec_pretty(info)?;
         json.push(b'\n');
         let new = self.path.join(format!("{RUN_FILE}.new"));
-        let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(&new)?;
+        let mut file = open_to_write(&new, ToWrite::Any)?;
         file.write_all(&json)?;
         file.set_len(json.len() as u64)?;
         file.sync_all()?;
@@ -98,7 +98,8 @@ impl RunDir {
 }
 
 fn reserve(path: &Path, bytes: i64) -> io::Result<()> {
-    let file = File::create(path)?;
+    let file = open_to_write(path, ToWrite::Any)?;
+    file.set_len(0)?;
     // SAFETY: the descriptor is open.
     match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes) } {
         0 => Ok(()),
@@ -146,7 +147,7 @@ pub fn check_fresh(path: &Path) -> anyhow::Result<Fresh> {
     let fresh = Fresh { made: missing.map(Path::to_owned).collect() };
     fs::create_dir_all(path).map_err(|e| cannot_write(path, &e))?;
     let probe = path.join(LOCK_FILE);
-    File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))?;
+    open_to_write(&probe, ToWrite::New).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))?;
     Ok(fresh)
 }
 
