@@ -1,7 +1,7 @@
 """Run directories that somebody else made, each hostile or damaged in one way.
 
-A case is a function that changes a sound run with the records `before` and `after`. It returns what readers must serve of
-it: the names of the modules, or None where there is nothing to open.
+A case is a function that changes a sound run with the records `before` and `after`. It returns what readers must serve
+of it: the names of the modules, or None where there is nothing to open.
 """
 
 import json
@@ -44,7 +44,7 @@ class Run:
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         root.mkdir(parents=True)
-        self.info = {"format": 1, "flexmodel": "0.1.0", "command": ["python", "train.py"], "finished_ns": 5, "world": 1}
+        self.info = {"format": 1, "flexmodel": "0.1.0", "command": ["python", "x.py"], "finished_ns": 5, "world": 1}
         self.lines: list[bytes] = []
         self.tail = b""
         self.tensors = bytearray()
@@ -54,12 +54,14 @@ class Run:
 
     def part(self, module: str, value: bytes = b"abcdefgh", /, **changed: object) -> dict:
         """A part's record, with `value` in the shard."""
-        at = {"shard": "shard-00000", "offset": HEADER_SPACE + len(self.tensors), "len": len(value), "crc": crc32c(value)}
+        start = HEADER_SPACE + len(self.tensors)
+        at = {"shard": "shard-00000", "offset": start, "len": len(value), "crc": crc32c(value)}
         self.tensors += value + bytes(-len(value) % 64)
         return {
-            "t": "part", "module": module, "kind": "forward", "path": "out", "model": 0, "step": 0, "micro": 0, "call": 0,
-            "repeat": 0, "train": True, "recompute": False, "class": "C", "group": "", "dtype": "uint8",
-            "shape": [len(value)], "rank": 0, "axes": [], "dp_size": 1, "time_ns": 1, "at": at, "stats": None, **changed,
+            "t": "part", "module": module, "kind": "forward", "path": "out", "model": 0, "step": 0, "micro": 0,
+            "call": 0, "repeat": 0, "train": True, "recompute": False, "class": "C", "group": "", "dtype": "uint8",
+            "shape": [len(value)], "rank": 0, "axes": [], "dp_size": 1, "time_ns": 1, "at": at, "stats": None,
+            **changed,
         }  # fmt: skip
 
     def add(self, record: dict | list | str | bytes) -> None:
@@ -191,10 +193,12 @@ def _line(name: str, record: Callable[[Run], object], left: set[str] = BOTH) -> 
     case(build)
 
 
-for _field in ("module", "kind", "path", "model", "step", "train", "class", "dtype", "shape", "rank", "axes", "time_ns"):
+_TENSORS = ("module", "kind", "path", "model", "step", "train", "class", "dtype", "shape", "rank", "axes", "time_ns")
+for _field in _TENSORS:
     for _what, _value in (("null", None), ("an_object", {}), ("a_list", [[]]), ("a_fraction", 0.5), ("negative", -1)):
         _line(f"{_field}_is_{_what}", lambda run, f=_field, v=_value: run.part("bad", **{f: v}))
-for _name, _value in (("at", [1]), ("at", "x"), ("stats", []), ("stats", {"count": "1"}), ("same", "x"), ("loss_scale", "1")):
+_OTHERS = ("at", ["shard-00000", 1 << 20, 8, 0]), ("at", "x"), ("stats", []), ("stats", {"count": "1"}), ("same", "x")
+for _name, _value in (*_OTHERS, ("loss_scale", "1")):
     _line(f"{_name}_is_{type(_value).__name__}", lambda run, n=_name, v=_value: run.part("bad", **{n: v}))
 for _name, _value in (
     ("step", 1 << 64), ("rank", 1 << 32), ("crc", 1 << 32), ("shape", [1 << 63]), ("shape", [1 << 32, 1 << 32]),
@@ -231,13 +235,15 @@ _line("an_unknown_kind", lambda run: {"t": "omen"})
 _line("dropped_out_of_range", lambda run: {"t": "dropped", "rank": 0, "count": 1 << 64, "reason": "x"})
 _line("a_field_of_a_later_version", lambda run: run.part("later", color="red", deep=[[1]]), {*BOTH, "later"})
 _line("a_name_with_a_zero", lambda run: run.part("a\0b/../c\n"), {*BOTH, "a\0b/../c\n"})
-_line("a_shard_elsewhere", lambda run: run.part("x", at={**run.part("y")["at"], "shard": "../../etc/passwd"}), {*BOTH, "x"})
-_line("bytes_of_the_header", lambda run: run.part("x", at={**run.part("y")["at"], "offset": 0}), {*BOTH, "x"})
-_line("bytes_behind_the_end", lambda run: run.part("x", at={**run.part("y")["at"], "offset": 1 << 40}), {*BOTH, "x"})
+for _name, _changed in (
+    ("a_shard_elsewhere", {"shard": "../../etc/passwd"}), ("bytes_of_the_header", {"offset": 0}),
+    ("bytes_behind_the_end", {"offset": 1 << 40}),
+):  # fmt: skip
+    _line(_name, lambda run, c=_changed: run.part("x", at={**run.part("y")["at"], **c}), {*BOTH, "x"})
 _line("an_axis_of_four_billion", lambda run: run.part("x", axes=[axis(3, (1 << 32) - 1)] * 2), {*BOTH, "x"})
 _line(
     "missing_along_sixty_axes",
-    lambda run: run.part("x", axes=[axis(1, 1 << 31, {"shard": {"dim": 0, "offset": None}}, f"a{n}") for n in range(60)]),
+    lambda run: run.part("x", axes=[axis(1, 1 << 31, {"shard": {"dim": 0}}, f"a{n}") for n in range(60)]),
     {*BOTH, "x"},
 )
 
@@ -367,13 +373,15 @@ _info("a_world_of_four_billion", world=(1 << 32) - 1, owners=[
     {"model": 0, "ranks": [0], "modules": ["before"]}, {"model": 0, "ranks": [1], "modules": ["after"]},
 ])  # fmt: skip
 _info("groups_that_multiply", world=3000, models=[{"model": n, "modules": []} for n in range(64)], owners=[
-    {"model": n % 8 if n else None, "ranks": list(range(3000)), "modules": [f"m{k}" for k in range(3000)]} for n in range(16)
+    {"model": n % 8 if n else None, "ranks": list(range(3000)), "modules": [f"m{k}" for k in range(3000)]}
+    for n in range(16)
 ])  # fmt: skip
 _info("too_many_models", models=[{"model": n, "modules": []} for n in range(20_000)])
 _info("too_many_notices", notices=["x"] * 100_000)
 for _name, _value in (
-    ("world", "2"), ("world", -1), ("world", 1 << 32), ("hooks", None), ("command", "ls"), ("command", [1]), ("models", {}),
-    ("models", [1]), ("models", [{"model": 0}]), ("owners", [{"ranks": "x"}]), ("notices", [None]), ("totals", []),
+    ("world", "2"), ("world", -1), ("world", 1 << 32), ("hooks", None), ("command", "ls"), ("command", [1]),
+    ("models", {}), ("models", [[0, []]]), ("models", [1]), ("models", [{"model": 0}]), ("owners", [{"ranks": "x"}]),
+    ("notices", [None]), ("totals", []),
     ("totals", {"parts": "x"}), ("finished_ns", 1e30), ("exit_code", 1 << 40), ("started_ns", [[]]),
 ):  # fmt: skip
     _info(f"{_name}_of_another_type_{len(CASES)}", **{_name: _value})

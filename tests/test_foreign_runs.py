@@ -1,6 +1,6 @@
-"""A run that somebody else made is read within bounds: an error, or all of it that is sound, by every command and in Python.
+"""A run that somebody else made is read within bounds, by every command and in Python: an error, or all that is sound.
 
-Time and memory are limits of the system (RLIMIT_CPU, RLIMIT_AS): whoever exceeds them is killed, or gets no memory.
+Time and memory are limits of the system (RLIMIT_CPU, RLIMIT_AS): who exceeds them is killed, or gets no memory.
 """
 
 import json
@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 import harness
 import hostile_runs
-import pytest
 from hostile_runs import BOTH, CASES, ESCAPES, Run
 
 CPU = 20  # seconds; what takes the longest takes a tenth
@@ -126,9 +127,14 @@ TOO_LARGE_TO_WRITE = {"records_that_share_their_bytes"}
 """Records that are sound, each by itself, and large."""
 
 
-@pytest.mark.parametrize("name", ["sound", "names_that_a_terminal_obeys", "a_sparse_manifest", "a_line_of_two_gigabytes",
-                                  "many_lines_with_a_wrong_checksum", "one_part_again_and_again", "shards_by_the_thousand",
-                                  "run_json_is_deep", "run_json_with_groups_that_multiply"])  # fmt: skip
+CONTINUED = (
+    "sound", "names_that_a_terminal_obeys", "a_sparse_manifest", "a_line_of_two_gigabytes", "one_part_again_and_again",
+    "many_lines_with_a_wrong_checksum", "shards_by_the_thousand", "run_json_is_deep",
+    "run_json_with_groups_that_multiply",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTINUED)
 def test_an_agent_continues_it_within_bounds(name: str, tmp_path: pathlib.Path):
     run = Run(tmp_path / "run")
     CASES[name](run)

@@ -289,7 +289,7 @@ def _expect_apart(node: Node, dtype: str) -> None:
     """RunError where two pieces lie in the same bytes: a small file would make a whole of any size."""
     last = ("", 0, 0)
     for piece in sorted(_locations(node, dtype)):
-        shard, offset, nbytes = piece
+        shard, offset, _ = piece
         if shard == last[0] and offset < last[1] + last[2]:
             raise RunError(f"two of its pieces have the byte {offset} of {shard}")
         last = piece

@@ -73,7 +73,7 @@ def _of_long(data: NDArray[np.uint8]) -> int:
 
 
 def _tables(longest: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]:
-    """The table by distance and byte; where in it the bytes of the longest line are; the start value after n zero bytes."""
+    """The table by distance and byte; where in it the longest line's bytes are; the start value after n zero bytes."""
     global _distance
     if len(_distance) < longest:
         size = min(_LONGEST, 1 << (longest - 1).bit_length())

@@ -1,7 +1,7 @@
 """Files of a run directory, opened whatever somebody put in their place.
 
-Links are followed: a run may be a folder of links to where its files are kept. What is behind one must be a file: opening
-a pipe would wait for its writer, and a device may do anything.
+Links are followed: a run may be a folder of links to where its files are kept. What is behind one must be a file:
+opening a pipe would wait for its writer, and a device may do anything.
 """
 
 from __future__ import annotations

@@ -118,5 +118,7 @@ def _owners(value: Any, name: str) -> tuple[Owners, ...]:
 def _group(value: Any, name: str) -> Owners:
     raw = _object(value, name)
     return Owners(
-        _optional(_number)(raw.get("model"), "model"), _each(raw["ranks"], "ranks", _number), _texts(raw["modules"], "modules")
+        _optional(_number)(raw.get("model"), "model"),
+        _each(raw["ranks"], "ranks", _number),
+        _texts(raw["modules"], "modules"),
     )

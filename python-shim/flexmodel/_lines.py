@@ -1,8 +1,8 @@
 """What a line of the manifest says, as `agent/src/store/format.rs` defines it, or why it says nothing.
 
 A line is taken if every field that is known has its type and lies within its bounds (`_limits.py`), and is refused
-otherwise, so that nothing behind this module meets a value that cannot be. `agent/src/store/manifest.rs` takes and refuses
-the same lines.
+otherwise, so that nothing behind this module meets a value that cannot be. `agent/src/store/manifest.rs` takes and
+refuses the same lines.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _KINDS = frozenset(KINDS)
 _OF_A_DIMENSION = frozenset(("shard", "replicate_or_shard", "head_tail"))
 _PLACES = frozenset(("replicate", "partial", "unknown", "flat", *_OF_A_DIMENSION))
 _KNOWN = frozenset((
-    *_WHAT, *_STATS, *_AT, "t", "at", "stats", "same", "loss_scale", "reason", "against", "count", "name", "index", "size",
-    "place", "given", "dim", *_OF_A_DIMENSION, "flat",
+    *_WHAT, *_STATS, *_AT, "t", "at", "stats", "same", "loss_scale", "reason", "against", "count",
+    "name", "index", "size", "place", "given", "dim", *_OF_A_DIMENSION, "flat",
 ))  # fmt: skip
 
 _scan = json.JSONDecoder().scan_once
@@ -143,8 +143,9 @@ def _what_of(raw: dict[str, Any]) -> tuple[Any, ...]:
     values = _what(raw)
     if list(map(type, values)) != _WHAT_TYPES:
         raise ValueError(_mistyped(values))
-    module, kind, path, model, step, micro, call, repeat, _, _, class_name, group, dtype, rank, dp, time, dims, axes = values
-    if (model | micro | call | repeat | rank | dp) >> 32 or (step | time) >> 64:
+    module, kind, path, model, step, micro, call, repeat, _, _, class_name, group, dtype, *numbers, dims, axes = values
+    rank, dp_size, time_ns = numbers
+    if (model | micro | call | repeat | rank | dp_size) >> 32 or (step | time_ns) >> 64:
         raise ValueError("a number in it is out of range")
     if len(module) + len(path) + len(class_name) + len(group) > _limits.TEXT:
         for name in (module, path, class_name, group):
@@ -154,7 +155,8 @@ def _what_of(raw: dict[str, Any]) -> tuple[Any, ...]:
     if dtype not in SIZES:
         raise ValueError(f"its dtype {dtype!r} is unknown; install a newer flexmodel")
     shape = _shape(*dims)
-    return tuple.__new__(Identity, values[:_IDENTITY]), shape, _axes(axes, len(dims)) if axes else _NO_AXES, values[10:16]
+    layout = _axes(axes, len(dims)) if axes else _NO_AXES
+    return tuple.__new__(Identity, values[:_IDENTITY]), shape, layout, values[10:16]
 
 
 def _mistyped(values: tuple[Any, ...]) -> str:
@@ -278,17 +280,23 @@ def _axis(raw: Any, ndim: int) -> tuple[Axis, int]:
             quotes += 2 * len(how)
         elif how is not None:
             place = ""
-    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, offset, shape, raw.get("given"), ndim), quotes
+    given = raw.get("given")
+    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, offset, shape, given, ndim), quotes
 
 
 @functools.lru_cache(4096, typed=True)
 def _known_axis(
-    name: Any, index: Any, size: Any, place: str, dim: Any, offset: Any, shape: tuple[int, ...] | None, given: Any, ndim: int
+    name: Any, index: Any, size: Any, place: str, dim: Any, offset: Any, shape: tuple[int, ...] | None, given: Any,
+    ndim: int,
 ) -> Axis:
     """Axes are few and parts are many: one object for all that are equal."""
     words(name, "an axis")
-    for value, bits in ((index, 32), (size, 32), (0 if offset is None else offset, 64), (0 if given is None else given, 32)):
-        number(value, name, bits)
+    number(index, name, 32)
+    number(size, name, 32)
+    if offset is not None:
+        number(offset, name, 64)
+    if given is not None:
+        number(given, name, 32)
     if index >= size:
         raise ValueError(f"it says {name} {index} of {size}")
     if place not in _PLACES or (place in _OF_A_DIMENSION) != (dim != -1) or (place == "flat") != (shape is not None):
