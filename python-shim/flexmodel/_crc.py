@@ -54,7 +54,7 @@ def crc32c_of_ranges(
         index = np.concatenate([places[-k:] for k in n.tolist()])
         index += np.concatenate([data[a:b] for a, b in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)])
         first = np.concatenate(([0], np.cumsum(n)[:-1]))
-        out[rows] = np.bitwise_xor.reduceat(flat[index], first) ^ begin[n] ^ np.uint32(0xFFFFFFFF)
+        out[rows] = np.bitwise_xor.reduceat(flat.take(index), first) ^ begin[n] ^ np.uint32(0xFFFFFFFF)
     return out
 
 

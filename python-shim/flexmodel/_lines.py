@@ -240,19 +240,17 @@ _NO_AXES: tuple[tuple[Axis, ...], int] = ((), 0)
 
 def _axes(raw: list[Any], ndim: int) -> tuple[tuple[Axis, ...], int]:
     """The layout, and how many quotation marks it takes if nothing else is said of it."""
+    if len(raw) == 1:
+        known, quotes = _axis(raw[0], ndim)
+        return (known,), quotes
     if len(raw) > _limits.AXES:
         raise ValueError(f"it has {len(raw)} mesh axes")
-    found, total = [], 0
     for axis in raw:
-        place = axis["place"]
-        if type(place) is dict and "flat" in place:
+        if type(axis) is dict and type(place := axis["place"]) is dict and "flat" in place:
             ndim = len(_flat_shape(place["flat"]))  # where a part is a run of elements, dimensions are the tensor's
             break
-    for axis in raw:
-        known, quotes = _axis(axis, ndim)
-        found.append(known)
-        total += quotes
-    return tuple(found), total
+    pairs = [_axis(axis, ndim) for axis in raw]
+    return tuple([known for known, _ in pairs]), sum([quotes for _, quotes in pairs])
 
 
 def _flat_shape(how: Any) -> tuple[int, ...]:
