@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     match cli.dispatch() {
         Ok(code) => code,
         Err(error) => {
-            read::text::complain("flexmodel", format_args!("{error:#}"));
+            read::text::complain_in_lines(format_args!("flexmodel: {error:#}"));
             ExitCode::from(cli::exit_code_of(&error))
         }
     }

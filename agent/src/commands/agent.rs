@@ -19,6 +19,7 @@ use tokio::{
 use super::run::private;
 use crate::{
     dashboard, index,
+    read::text::complain,
     server::{
         PATIENCE, Server, attach,
         board::Board,
@@ -103,7 +104,7 @@ impl Agent {
         let told = board.clone();
         let notify = move |text: &str| match told.get() {
             Some(board) => board.trouble(text),
-            None => eprintln!("flexmodel: {text}"),
+            None => complain("flexmodel", text),
         };
         let options = Options { shard_bytes: args.shard_bytes, notify: Box::new(notify) };
         let (store, before) = Store::open(&of_this_node(&args.out), options)?;
@@ -318,7 +319,7 @@ fn announce(line: &str) {
 
 /// Closes the run of an agent that died: recovers, seals, counts.
 pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>) -> anyhow::Result<RunInfo> {
-    let notify = Box::new(|text: &str| eprintln!("flexmodel: {text}"));
+    let notify = Box::new(|text: &str| complain("flexmodel", text));
     let (store, before) = Store::open(run, Options { shard_bytes: DEFAULT_SHARD_BYTES, notify })?;
     let board = Board::new(before);
     board.notice("the agent died during the run; what came after is not captured");

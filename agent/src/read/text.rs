@@ -122,9 +122,14 @@ pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
 
 /// Writes one line to stderr: what it is (`note`, `problem`, `flexmodel`), and what is to be said.
 pub fn complain(kind: &str, what: impl Display) {
-    let line = safe(&format!("{kind}: {what}")) + "\n";
+    complain_in_lines(safe(&format!("{kind}: {what}")));
+}
+
+/// Writes what may have several lines of its own, such as a compiler's, to stderr.
+pub fn complain_in_lines(what: impl Display) {
+    let text = plain(&format!("{what}\n"), true);
     // Nobody is left to tell where stderr is gone.
-    let _ = io::stderr().write_all(line.as_bytes());
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// The same for the first `count` of several, and how many more there are.
