@@ -102,7 +102,7 @@ fn verify(run: &Run) -> Report {
 /// and where parts overlap, which is damage, no more than the file has: it takes as long as there is to read.
 fn check_parts(run: &Run, report: &mut Report) -> BTreeSet<usize> {
     let mut spans: BTreeMap<&str, BTreeSet<Span>> = BTreeMap::new();
-    let mut sound: HashSet<(&Location, DType, &[u64])> = HashSet::new();
+    let mut read: HashMap<(&Location, DType, &[u64]), Result<usize, ReadError>> = HashMap::new();
     let mut damaged = BTreeSet::new();
     let mut left: HashMap<&str, u64> = HashMap::new();
     let served = run.records.iter().enumerate().flat_map(|(number, r)| r.parts.iter().map(move |p| (Some(number), p)));
@@ -111,29 +111,24 @@ fn check_parts(run: &Run, report: &mut Report) -> BTreeSet<usize> {
         let Some(at) = part.at.as_ref() else { continue };
         spans.entry(&at.shard).or_default().insert(Span::of(at));
         let key = (at, part.what.dtype, part.what.shape.as_slice());
-        if sound.contains(&key) {
-            report.bytes = report.bytes.saturating_add(at.len);
-            continue;
-        }
-        let left = left.entry(&at.shard).or_insert_with(|| run.shards().len(&at.shard));
-        let found = match left.checked_sub(at.len) {
-            // A part that is longer than its shard is told so, and takes no time.
-            None if at.len <= run.shards().len(&at.shard) => {
-                Err(ReadError::Damage("not compared: parts of this shard overlap and are more than it has".into()))
+        let found = read.entry(key).or_insert_with(|| {
+            let left = left.entry(&at.shard).or_insert_with(|| run.shards().len(&at.shard));
+            match left.checked_sub(at.len) {
+                // A part that is longer than its shard is told so, and takes no time.
+                None if at.len <= run.shards().len(&at.shard) => {
+                    Err(ReadError::Damage("not compared: parts of this shard overlap and are more than it has".into()))
+                }
+                rest => {
+                    *left = rest.unwrap_or(*left);
+                    run.shards().check(part).map(|bytes| bytes.len())
+                }
             }
-            rest => {
-                *left = rest.unwrap_or(*left);
-                run.shards().check(part)
-            }
-        };
+        });
         match found {
-            Ok(bytes) => {
-                report.bytes = report.bytes.saturating_add(bytes.len() as u64);
-                sound.insert(key);
-            }
+            Ok(bytes) => report.bytes = report.bytes.saturating_add(*bytes as u64),
             Err(e) => {
                 damaged.extend(number);
-                report.problems.push(part_problem(run, at, part, &e));
+                report.problems.push(part_problem(run, at, part, e));
             }
         }
     }
