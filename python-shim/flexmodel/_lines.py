@@ -143,20 +143,81 @@ def _what_of(raw: dict[str, Any]) -> tuple[Any, ...]:
     values = _what(raw)
     if list(map(type, values)) != _WHAT_TYPES:
         raise ValueError(_mistyped(values))
-    module, kind, path, model, step, micro, call, repeat, _, _, class_name, group, dtype, *numbers, dims, axes = values
-    rank, dp_size, time_ns = numbers
-    if (model | micro | call | repeat | rank | dp_size) >> 32 or (step | time_ns) >> 64:
+    *_, class_name, group, dtype, rank, dp_size, _, dims, axes = values
+    if (rank | dp_size) >> 32:
         raise ValueError("a number in it is out of range")
-    if len(module) + len(path) + len(class_name) + len(group) > _limits.TEXT:
-        for name in (module, path, class_name, group):
-            words(name, "a name")
-    if kind not in _KINDS:
-        raise ValueError(f"its kind {kind!r} is unknown; install a newer flexmodel")
+    for name in (class_name, group):
+        words(name, "a name")
     if dtype not in SIZES:
         raise ValueError(f"its dtype {dtype!r} is unknown; install a newer flexmodel")
     shape = _shape(*dims)
     layout = _axes(axes, len(dims)) if axes else _NO_AXES
-    return tuple.__new__(Identity, values[:_IDENTITY]), shape, layout, values[10:16]
+    return _identity(values[:_IDENTITY], values[_IDENTITY + 5]), shape, layout, values[_IDENTITY:_IDENTITY + 6]
+
+
+def _identity(values: tuple[Any, ...], time_ns: int) -> Identity:
+    """Of values that have their types."""
+    module, kind, path, model, step, micro, call, repeat, _, _ = values
+    if (model | micro | call | repeat) >> 32 or (step | time_ns) >> 64:
+        raise ValueError("a number in it is out of range")
+    if len(module) + len(path) > _limits.TEXT:
+        words(module, "a name")
+        words(path, "a name")
+    if kind not in _KINDS:
+        raise ValueError(f"its kind {kind!r} is unknown; install a newer flexmodel")
+    return tuple.__new__(Identity, values)
+
+
+def usual(text: str, folder: str) -> tuple[Identity, Part] | None:
+    """A part from a line as an agent writes it; None for any other line, which `decode` and `part` take.
+
+    What lies between the identity and the time is the same in step after step, and is read once.
+    """
+    start = text.find(',"class":')
+    end = text.find(',"time_ns":', start)
+    # No escape hides anything, and these fields are the outermost object's.
+    if start < 0 or end < 0 or "\\" in text or text.count("{", 0, start) != 1:
+        return None
+    constant = _constant(text[start + 1 : end])
+    if constant is None:
+        return None
+    rest = text[:start] + text[end:]
+    raw, length = _scan(rest, 0)
+    if length != len(rest) or len(raw) != _VARYING or not ("at" in raw and "stats" in raw) or raw["t"] != "part":
+        return None
+    values = _varying(raw)
+    identity, (time_ns, at, stats) = values[:_IDENTITY], values[_IDENTITY:]
+    if list(map(type, values[: _IDENTITY + 1])) != _VARYING_TYPES:
+        return None
+    quotes = 2 * (_VARYING + 4) + 2 * (len(_AT) + 1) * (at is not None) + 2 * len(_STATS) * (stats is not None)
+    if rest.count('"') != quotes:
+        return None
+    class_name, group, dtype, shape, rank, axes, dp_size, scale = constant
+    at, stats = None if at is None else _location(at, folder), None if stats is None else _statistics(stats)
+    return _identity(identity, time_ns), tuple.__new__(
+        Part, (rank, dtype, shape, axes, at, class_name, group, dp_size, scale, time_ns, stats, None)
+    )
+
+
+_varying = operator.itemgetter(*_WHAT[:_IDENTITY], "time_ns", "at", "stats")
+_VARYING = _IDENTITY + 4  # and `t`
+_VARYING_TYPES = [*_WHAT_TYPES[:_IDENTITY], int]
+
+
+@functools.lru_cache(1 << 14)
+def _constant(members: str) -> tuple[Any, ...] | None:
+    """From the fields `class` to `loss_scale`; None if there is anything unusual in them."""
+    try:
+        raw = strict("{" + members + "}")
+        if raw.keys() != {"class", "group", "dtype", "shape", "rank", "axes", "dp_size", "loss_scale"}:
+            return None
+        usual = dict(zip(_WHAT, ("", KINDS[0], "", 0, 0, 0, 0, 0, True, False), strict=False), time_ns=0)
+        _, (shape, elements), (axes, _), (class_name, group, dtype, rank, dp_size, _) = _what_of({**usual, **raw})
+        if elements * SIZES[dtype] > _limits.BYTES:
+            return None
+        return class_name, group, dtype, shape, rank, axes, dp_size, _scale(raw["loss_scale"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None  # its line is looked at again, and says why
 
 
 def _mistyped(values: tuple[Any, ...]) -> str:

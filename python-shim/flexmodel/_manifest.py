@@ -146,16 +146,19 @@ class Manifest:
         sound = _are_sound(array, starts, stops)
         skipped += self._misfits(numbers[~sound], "its checksum is wrong")
         text = data.decode() if data.isascii() else None
-        add_part, decode = self._add_part, _lines.decode
+        add_part, usual, folder = self._add_part, _lines.usual, self._folder
         columns = (numbers[sound].tolist(), (starts[sound] + _HEAD).tolist(), (stops[sound] - 1).tolist())
         for number, start, stop in zip(*columns, strict=True):
             try:
                 inner = data[start:stop].decode() if text is None else text[start:stop]
-                raw = decode(inner)
-                if raw["t"] == "part":
-                    add_part(inner, raw)
-                else:
-                    self._add_other(inner, raw)
+                part = usual(inner, folder)
+                if part is None:
+                    raw = _lines.decode(inner)
+                    if raw["t"] != "part":
+                        self._add_other(inner, raw)
+                        continue
+                    part = _lines.part(inner, raw, folder)
+                add_part(*part)
             except MemoryError:
                 raise
             except Exception as error:  # whatever is wrong with a line, the others are served
@@ -173,8 +176,7 @@ class Manifest:
         for number, reason in lines[: max(0, room)]:
             self._named.append(safe(f"{self._path}: line {number} is skipped: {clip(reason)}"))
 
-    def _add_part(self, text: str, raw: dict[str, Any]) -> None:
-        identity, part = _lines.part(text, raw, self._folder)
+    def _add_part(self, identity: Identity, part: Part) -> None:
         at = part.at
         if at is not None and (end := at.offset + at.nbytes) > self.shard_ends.get(at.shard, 0):
             self.shard_ends[at.shard] = end
