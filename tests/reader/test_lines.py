@@ -12,7 +12,8 @@ STATS |= {"mean": -0.5, "std": 0.0, "l2": 1.5, "absmax": 1.0, "min": -1.0, "max"
 AT = {"shard": "shard-00000", "offset": 1 << 20, "len": 16, "crc": 7}
 TOKENS = (
     '"class":', ',"time_ns":1', ',', '{', '}', '[', ']', '-1', '-0', '1.5', '1e400', 'NaN', 'null', 'true', '"x"',
-    '"step":1,', '"axes":[],', '"at":null,', '"same":3,', '"loss_scale":1.0,', '"t":"part",', '"later":[1],', '\\', '\\ud800',
+    '"step":1,', '"axes":[],', '"at":null,', '"same":3,', '"loss_scale":1.0,', '"t":"part",', '"later":[1],',
+    '\\', '\\ud800',
 )  # fmt: skip
 
 
