@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, error::ErrorKind};
 
-use crate::{commands, owner_only};
+use crate::{commands, owner_only, read::text::complain};
 
 /// Whole activations, gradients and parameters out of unmodified distributed PyTorch jobs.
 #[derive(Debug, Parser)]
@@ -53,7 +53,7 @@ pub fn parse() -> Result<Cli, ExitCode> {
             ExitCode::from(2)
         }
         _ => {
-            eprintln!("flexmodel: {}", one_line(&error.to_string()));
+            complain("flexmodel", one_line(&error.to_string()));
             ExitCode::from(2)
         }
     })

@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     match cli.dispatch() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("flexmodel: {error:#}");
+            read::text::complain_in_lines(format_args!("flexmodel: {error:#}"));
             ExitCode::from(cli::exit_code_of(&error))
         }
     }

@@ -10,7 +10,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use crate::read::text::safe;
+use crate::read::text::{plain, safe};
 
 static BESIDE_A_JOB: AtomicBool = AtomicBool::new(false);
 
@@ -24,10 +24,11 @@ pub fn line(text: &str) {
     lines(&format!("flexmodel: {}\n", safe(text)));
 }
 
-/// Whole lines, as they are.
+/// Whole lines. What a terminal would obey in them is spelled out.
 pub fn lines(text: &str) {
+    let text = plain(text);
     let broken = BESIDE_A_JOB.load(Ordering::Relaxed) && stderr().is_terminal();
-    let text = if broken { format!("\n{text}") } else { text.to_owned() };
+    let text = if broken { format!("\n{text}") } else { text };
     // A terminal that is gone is no reason to stop. Stderr has no buffer: this is one write.
     let _ = stderr().write_all(text.as_bytes());
 }

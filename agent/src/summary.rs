@@ -1,15 +1,15 @@
 //! The one summary that a finished run prints.
 
-use std::{fs::File, io::BufReader, path::Path};
+use std::path::Path;
 
 use crate::{
     read::{
         display_module,
-        text::{bytes, count},
+        text::{bytes, clip, count, safe},
     },
     store::{
         format::{Line, MANIFEST_FILE, Totals},
-        manifest::Reader,
+        manifest,
     },
 };
 
@@ -20,11 +20,11 @@ const LOOKED_AT: usize = 100_000;
 
 /// What was captured, what was not, where it is, and how to look at it.
 pub fn text(run: &Path, t: &Totals) -> String {
-    let shown = relative(run);
+    let shown = safe(&relative(run));
     let mut out = format!("flexmodel: {} in {shown}\n", counts(t));
     out += &divergences(run, t.divergences);
     if let Some(module) = some_module(run) {
-        let show = format!("flexmodel show {} {}", quoted(&shown), quoted(&module));
+        let show = format!("flexmodel show {} {}", quoted(&shown), quoted(&safe(&module)));
         out += &format!("flexmodel: look at it with: {show}, or in Python: flexmodel.open({shown:?})\n");
     }
     out
@@ -55,10 +55,12 @@ fn divergences(run: &Path, found: u64) -> String {
     });
     for (what, against) in some.take(NAMED) {
         named += 1;
-        let (module, kind) = (display_module(&what.id.module), what.id.kind.name());
+        let (module, kind) = (safe(&clip(display_module(&what.id.module))), what.id.kind.name());
         out += &format!(
             "flexmodel: rank {}'s {module} {kind} {} at step {} should be rank {against}'s and differs\n",
-            what.rank, what.id.path, what.id.step
+            what.rank,
+            safe(&clip(&what.id.path)),
+            what.id.step
         );
     }
     if found > named {
@@ -78,7 +80,7 @@ fn some_module(run: &Path) -> Option<String> {
 
 /// The first lines of the manifest that read.
 fn lines(run: &Path) -> impl Iterator<Item = Line> {
-    let manifest = File::open(run.join(MANIFEST_FILE)).ok().map(|file| Reader::new(BufReader::new(file)));
+    let manifest = manifest::open(&run.join(MANIFEST_FILE)).ok();
     manifest.into_iter().flatten().take(LOOKED_AT).flatten().filter_map(|entry| entry.line.ok())
 }
 

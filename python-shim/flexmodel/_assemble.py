@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ._dtypes import SIZES, Bytes, add
 from ._errors import RunError
-from ._shards import Shards
+from ._limits import BYTES, NAMED
+from ._shards import Shards, room
 from ._types import Axis, Part, Stats
 
 Coordinates = tuple[tuple[str, int, int], ...]  # (axis, index, size) of each axis
-_NAMED = 16  # missing members that are named one by one
 
 
 class Leaf(NamedTuple):
@@ -77,7 +77,7 @@ class ApartError(Exception):
 def plan(parts: Sequence[Part]) -> Node:
     """How `parts` (at least one) make the whole; IncompleteError or ApartError where they do not."""
     first = parts[0]
-    if len(parts) == 1 and all(a.size == 1 or a.place == "replicate" for a in first.axes):
+    if len(parts) == 1 and all(a.place == "replicate" or (a.size == 1 and a.place != "flat") for a in first.axes):
         return Leaf(first, first.shape)
     parts = _settled(parts)
     first = parts[0]
@@ -157,12 +157,15 @@ def lent(parts: list[Part]) -> list[Part]:
     """`parts`; those of which another rank sent the bytes, and their own a checksum, have the place of these bytes."""
     if all(part.at or part.same is None for part in parts):
         return parts
-    lenders = [part for part in parts if part.at]
+    lenders: dict[tuple[Any, ...], Part] = {}
+    for part in parts:
+        if part.at:
+            lenders.setdefault((part.dtype, part.shape, part.at.crc), part)
 
     def lend(part: Part) -> Part:
         if part.at or part.same is None:
             return part
-        found = next((p for p in lenders if p.dtype == part.dtype and alike(p, part)), part)
+        found = lenders.get((part.dtype, part.shape, part.same), part)
         return part._replace(at=found.at, raw_stats=found.raw_stats)
 
     return [lend(part) for part in parts]
@@ -180,15 +183,15 @@ def _join(parts: list[Part], depth: int) -> Node:
         members.setdefault(part.axes[depth].index, []).append(part)
     missing: list[Coordinates] = []
     if len(members) < axis.size:
-        absent = [i for i in range(min(axis.size, len(parts) + _NAMED)) if i not in members]
+        absent = [i for i in range(min(axis.size, len(parts) + NAMED)) if i not in members]
         before = tuple((a.name, a.index, a.size) for a in axes[:depth] if a.place != "replicate")
-        missing = [(*before, (axis.name, i, axis.size)) for i in absent[:_NAMED]]
+        missing = [(*before, (axis.name, i, axis.size)) for i in absent[:NAMED]]
     children: list[Node] = []
     for group in members.values():  # in mesh order, as `parts` are
         try:
             children.append(_join(group, depth + 1))
         except IncompleteError as error:
-            missing += error.missing
+            missing += error.missing[: NAMED - len(missing)]
     if missing:
         raise IncompleteError(missing)
     if axis.place == "flat":
@@ -242,6 +245,8 @@ def _concat(dim: int, children: list[Node], axis: str) -> Node:
         if not fits:
             raise ApartError(f"shapes {shape} and {other} do not go together on dimension {dim} along {axis}")
     whole = (*shape[:dim], sum(c.shape[dim] for c in children), *shape[dim + 1 :])
+    if math.prod([d or 1 for d in whole]) > BYTES:
+        raise ApartError(f"pieces along {axis} make the shape {whole}, which is that of no tensor")
     return Concat(dim, tuple(children), whole)
 
 
@@ -253,7 +258,8 @@ def read(node: Node, dtype: str, shards: Shards) -> Bytes:
     piece = _one_piece(node, dtype)
     if piece:
         return shards.read(*piece)
-    out = np.empty((*node.shape, SIZES[dtype]), np.uint8)
+    _expect_apart(node, dtype)
+    out = room((*node.shape, SIZES[dtype]))
     _fill(node, dtype, shards, out)
     return out.reshape(-1)
 
@@ -277,6 +283,26 @@ def _one_piece(node: Node, dtype: str) -> tuple[str, int, int] | None:
             shard, start = piece[0], piece[1]
         end = piece[1] + piece[2]
     return None if shard is None else (shard, start, end - start)
+
+
+def _expect_apart(node: Node, dtype: str) -> None:
+    """RunError where two pieces lie in the same bytes: a small file would make a whole of any size."""
+    last = ("", 0, 0)
+    for piece in sorted(_locations(node, dtype)):
+        shard, offset, _ = piece
+        if shard == last[0] and offset < last[1] + last[2]:
+            raise RunError(f"two of its pieces have the byte {offset} of {shard}")
+        last = piece
+
+
+def _locations(node: Node, dtype: str) -> Iterator[tuple[str, int, int]]:
+    if isinstance(node, Leaf):
+        piece = _location(node.part, dtype)
+        if piece[2]:
+            yield piece
+        return
+    for child in (node.child,) if isinstance(node, Flat) else node.children:
+        yield from _locations(child, dtype)
 
 
 def _location(part: Part, dtype: str) -> tuple[str, int, int]:
@@ -313,7 +339,7 @@ def _fill(node: Node, dtype: str, shards: Shards, out: Bytes) -> None:
     elif isinstance(node, Flat):
         out[...] = read(node.child, dtype, shards).reshape(out.shape)
     else:
-        out[...] = add(dtype, [read(child, dtype, shards) for child in node.children]).reshape(out.shape)
+        out[...] = add(dtype, (read(child, dtype, shards) for child in node.children)).reshape(out.shape)
 
 
 def whole_stats(node: Node) -> Stats | None:

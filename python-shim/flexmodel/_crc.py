@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BATCH = 128  # lines at a time: the batch's temporaries stay in the cache
-_LONGEST = 4096  # bytes; longer lines, which are rare, go byte by byte
+_LONGEST = 4096  # bytes; longer lines, which are rare, go in blocks
 
 
 def _byte_table() -> NDArray[np.uint32]:
@@ -41,26 +41,39 @@ def crc32c_of_ranges(
     lengths = ends - starts
     long = lengths > _LONGEST
     for i in np.flatnonzero(long).tolist():
-        out[i] = crc32c(data[starts[i] : ends[i]].tobytes())
+        out[i] = _of_long(data[starts[i] : ends[i]])
     short = np.flatnonzero(~long)
     if not len(short):
         return out
-    table, begin = _tables(int(lengths[short].max()))
+    table, places, begin = _tables(int(lengths[short].max()))
     flat = table.ravel()
     for at in range(0, len(short), _BATCH):
         rows = short[at : at + _BATCH]
         n = lengths[rows]
+        # Index of every byte into the table: its distance from its line's end, and its value.
+        index = np.concatenate([places[-k:] for k in n.tolist()])
+        index += np.concatenate([data[a:b] for a, b in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)])
         first = np.concatenate(([0], np.cumsum(n)[:-1]))
-        # Position of every byte in `data`, then its index into the table: distance from its line's end, and its value.
-        place = np.repeat(starts[rows] - first, n) + np.arange(int(n.sum()))
-        index = (np.repeat(ends[rows] - 1, n) - place) << 8
-        index += data[place]
-        out[rows] = np.bitwise_xor.reduceat(flat[index], first) ^ begin[n] ^ np.uint32(0xFFFFFFFF)
+        out[rows] = np.bitwise_xor.reduceat(flat.take(index), first) ^ begin[n] ^ np.uint32(0xFFFFFFFF)
     return out
 
 
-def _tables(longest: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """The table by distance and byte, and what the crc's start value of all ones becomes after n zero bytes."""
+def _of_long(data: NDArray[np.uint8]) -> int:
+    """Block by block: what is so far moves on by a block's length, and the block's own bytes are added."""
+    table, places, begin = _tables(_LONGEST)
+    flat = table.ravel()
+    head = len(data) % _LONGEST or _LONGEST
+    crc = int(np.bitwise_xor.reduce(flat[places[-head:] + data[:head]]) ^ begin[head])
+    for at in range(head, len(data), _LONGEST):
+        block = int(np.bitwise_xor.reduce(flat[places + data[at : at + _LONGEST]]))
+        # The four bytes of a state count as if they were the first ones of the block.
+        state = np.array([crc & 0xFF, crc >> 8 & 0xFF, crc >> 16 & 0xFF, crc >> 24], np.int64)
+        crc = block ^ int(np.bitwise_xor.reduce(flat[places[:4] + state]))
+    return crc ^ 0xFFFFFFFF
+
+
+def _tables(longest: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]:
+    """The table by distance and byte; where in it the longest line's bytes are; the start value after n zero bytes."""
     global _distance
     if len(_distance) < longest:
         size = min(_LONGEST, 1 << (longest - 1).bit_length())
@@ -74,4 +87,4 @@ def _tables(longest: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     for k in range(longest + 1):
         begin[k] = crc
         crc = _BYTE_LIST[crc & 0xFF] ^ (crc >> 8)
-    return _distance, begin
+    return _distance, np.arange(len(_distance) - 1, -1, -1, np.int64) << 8, begin

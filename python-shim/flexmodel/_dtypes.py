@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,22 +63,27 @@ def as_torch(torch: Any, raw: Bytes, dtype: str, shape: tuple[int, ...]) -> Any:
     return torch.frombuffer(raw, dtype=kind).reshape(shape)
 
 
-def add(dtype: str, addends: list[Bytes]) -> Bytes:
+def add(dtype: str, addends: Iterator[Bytes]) -> Bytes:
     """The elementwise sum: floats and complex in float64 and rounded once, integers wrapping."""
     if dtype in ("bool", "float8_e8m0fnu"):
         raise TypeError(f"{dtype} addends have no sum; each rank's part is kept: ask for it with rank=")
     if dtype == "bfloat16":
-        return _narrow(np.add.reduce([_widen(a) for a in addends])).view(np.uint8)
+        return _narrow(_total(map(_widen, addends))).view(np.uint8)
     component = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}.get(dtype, dtype)
     try:
         exact = numpy_dtype(component)
     except TypeError:
         raise TypeError(f"adding {dtype} parts needs ml_dtypes: install it, or ask for one part with rank=") from None
     wide = np.dtype(np.float64) if component.startswith("float") else exact
-    total = addends[0].view(exact).astype(wide)
-    for addend in addends[1:]:
-        total += addend.view(exact).astype(wide)
-    return total.astype(exact).view(np.uint8)
+    return _total(addend.view(exact).astype(wide) for addend in addends).astype(exact).view(np.uint8)
+
+
+def _total(addends: Iterator[NDArray[Any]]) -> NDArray[Any]:
+    """One addend after the other: no more than two are held."""
+    total = next(addends)
+    for addend in addends:
+        total += addend
+    return total
 
 
 def _widen(raw: Bytes) -> NDArray[np.float64]:

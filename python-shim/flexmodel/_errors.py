@@ -1,15 +1,18 @@
 """The errors of the reader. Each message is one line that names the place, the reason and the way out."""
 
+from ._text import safe
+
 
 class RunError(ValueError):
     """A run directory, or a part of one, cannot be read: foreign, damaged, or of a newer format."""
 
+    def __str__(self) -> str:
+        # A message may quote names from the run: what a terminal would obey is spelled out.
+        return safe(str(self.args[0])) if self.args else ""
+
 
 class RunNotFoundError(RunError, FileNotFoundError):
     """There is no such run directory."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 class NotCapturedError(KeyError):
@@ -17,4 +20,4 @@ class NotCapturedError(KeyError):
 
     def __str__(self) -> str:
         # KeyError shows repr() of its argument, which is unreadable for a sentence.
-        return str(self.args[0]) if self.args else ""
+        return safe(str(self.args[0])) if self.args else ""

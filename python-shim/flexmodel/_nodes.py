@@ -9,13 +9,16 @@ whichever node they came from. A shard is then named with its node's folder (`no
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ._assemble import alike
 from ._errors import RunError
+from ._limits import NODES
 from ._manifest import Manifest
-from ._types import Divergence, Dropped, Identity, ModelInfo, Part, Refusal, RunInfo, Totals
+from ._text import clip
+from ._types import Divergence, Dropped, Identity, ModelInfo, ModuleInfo, Part, Refusal, RunInfo, Totals
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.jsonl"
@@ -28,7 +31,10 @@ def is_run(path: Path) -> bool:
 
 def inside(path: Path) -> list[str]:
     """Names of the folders in `path` that are runs, in order."""
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and is_run(p))
+    names = sorted(itertools.islice((p.name for p in path.iterdir() if p.is_dir() and is_run(p)), NODES + 1))
+    if len(names) > NODES:
+        raise RunError(f"{path} is not a run and holds more than {NODES}: open one of them")
+    return names
 
 
 def expect_one_job(path: Path, infos: Sequence[tuple[str, RunInfo]]) -> None:
@@ -43,7 +49,7 @@ def expect_one_job(path: Path, infos: Sequence[tuple[str, RunInfo]]) -> None:
         for field, what in (("world", "a world of"), ("hooks", "the hooks"), ("torch", "torch"), ("python", "Python")):
             x, y = getattr(a, field), getattr(b, field)
             if x != y:
-                raise _refusal(path, f"{first} has {what} {x} and {name} {y}")
+                raise _refusal(path, f"{first} has {what} {clip(str(x))} and {name} {clip(str(y))}")
 
 
 def _refusal(path: Path, why: str) -> RunError:
@@ -55,12 +61,12 @@ def joined(infos: Sequence[RunInfo]) -> RunInfo:
     attached = [i for i in infos if i.world > 0] or list(infos)
     ends = [i.finished_ns for i in infos if i.finished_ns is not None]
     codes = [i.exit_code for i in infos if i.exit_code is not None]
-    models: dict[int, ModelInfo] = {}
+    models: dict[int, dict[str, ModuleInfo]] = {}
     for model in (m for i in infos for m in i.models):
         # A node of a pipeline may know a part of the model only.
-        modules = models[model.model].modules if model.model in models else ()
-        names = {m.name for m in modules}
-        models[model.model] = ModelInfo(model.model, modules + tuple(m for m in model.modules if m.name not in names))
+        known = models.setdefault(model.model, {})
+        for module in model.modules:
+            known.setdefault(module.name, module)
     fields = [f.name for f in dataclasses.fields(Totals)]
     return dataclasses.replace(
         attached[0],
@@ -69,7 +75,7 @@ def joined(infos: Sequence[RunInfo]) -> RunInfo:
         finished_ns=max(ends) if len(ends) == len(infos) else None,
         exit_code=next((c for c in codes if c), codes[0] if codes else None),
         node=", ".join(dict.fromkeys(i.node for i in infos)),
-        models=tuple(models.values()),
+        models=tuple(ModelInfo(model, tuple(modules.values())) for model, modules in models.items()),
         owners=tuple(o for i in infos for o in i.owners),
         notices=tuple(dict.fromkeys(n for i in infos for n in i.notices)),
         totals=Totals(**{f: sum(getattr(i.totals, f) for i in infos) for f in fields}),

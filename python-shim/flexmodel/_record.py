@@ -14,6 +14,7 @@ from ._assemble import ApartError, Coordinates, IncompleteError, Node
 from ._dtypes import SIZES, as_numpy, as_torch, numpy_dtype, torch_or_none
 from ._errors import NotCapturedError, RunError
 from ._shards import Shards
+from ._text import clip, few, safe
 from ._types import Axis, Dropped, Identity, Part, Stats
 
 
@@ -104,11 +105,11 @@ class Record:
         own = [part for part in self.parts if part.rank == rank]
         if own:
             return self._make(self._plan(_assemble.of_one_rank(own)), torch_or_none())
-        stored = ", ".join(map(str, self.ranks))
+        stored = few(self.ranks)
         raise NotCapturedError(f"{self} has no part of rank {rank}, only of {stored}")
 
     def __str__(self) -> str:
-        name = f"{self.module or '(root)'} {self.kind} {self.path}".rstrip()
+        name = safe(f"{clip(self.module) or '(root)'} {self.kind} {clip(self.path)}".rstrip())
         where = f"step {self.step} micro {self.micro} call {self.call}"
         marks = [f"model {self.model}"] if self.model else []
         marks += [f"repeat {self.repeat}"] if self.repeat else []
@@ -130,7 +131,14 @@ class Record:
             raise NotCapturedError(f"{self}: {error}") from None
         except RunError as error:
             raise RunError(f"{self}: {error}") from None
-        return as_numpy(raw, self.dtype, node.shape) if torch is None else as_torch(torch, raw, self.dtype, node.shape)
+        except MemoryError:
+            raise RunError(f"{self}: there is no memory for it") from None
+        try:
+            if torch is None:
+                return as_numpy(raw, self.dtype, node.shape)
+            return as_torch(torch, raw, self.dtype, node.shape)
+        except (ValueError, RuntimeError, OverflowError) as error:  # more dimensions than they have
+            raise RunError(f"{self}: {error}") from None
 
     def _plan(self, parts: Sequence[Part]) -> Node:
         try:
@@ -138,20 +146,21 @@ class Record:
         except IncompleteError as error:
             raise NotCapturedError(self._incomplete(error.missing)) from None
         except ApartError as error:
-            ranks = ", ".join(map(str, self.ranks))
+            ranks = few(self.ranks)
             raise NotCapturedError(f"{self}: {error}; each rank's part is kept: ask for rank= one of {ranks}") from None
 
     def _incomplete(self, missing: list[Coordinates]) -> str:
         seats = self._source.seats()
-        names, ranks = [], []
+        names: list[str] = []
+        ranks: list[int] = []
         for place in missing:
             rank = seats.get(place)
             ranks += [] if rank is None else [rank]
-            text = ", ".join(f"{axis} {index} of {size}" for axis, index, size in place)
+            text = clip(", ".join(f"{axis} {index} of {size}" for axis, index, size in place))
             names.append(text if rank is None else f"rank {rank} ({text})")
         lost = {d.reason for d in self._source.dropped() if d.rank in ranks}
-        why = f"; parts were dropped there: {', '.join(sorted(lost))}" if lost else ""
-        has = ", ".join(map(str, self.ranks))
+        why = f"; parts were dropped there: {clip(', '.join(sorted(lost)))}" if lost else ""
+        has = few(self.ranks)
         return (
             f"{self} is incomplete: no part of {'; '.join(names)}{why}. Parts of rank {has} are there: ask with rank=; "
             f"while the job runs, run.refresh() reads what has come since"

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import _assemble, _nodes, _record, _select
+from . import _assemble, _info, _nodes, _record, _select
 from ._assemble import Coordinates
 from ._errors import RunError, RunNotFoundError
+from ._files import read_whole
+from ._limits import DEPTH, RUN_FILE_BYTES
+from ._lines import reason
 from ._manifest import Manifest, uncollected
 from ._nodes import MANIFEST_FILE, RUN_FILE, Manifests
 from ._owners import Scattered
 from ._record import Record, Source
 from ._shards import Shards
+from ._text import clip, safe
 from ._types import KINDS, Divergence, Dropped, Identity, ModelInfo, Part, Refusal, RunInfo
 
 FORMAT = 1
@@ -59,11 +62,11 @@ class Run:
         self._manifest.refresh()
         if problems and not self._manifest.parts:
             raise RunError(f"{problems[0]}, and there is no readable record: this is no run, or nothing of it is left")
-        self._problems = [f"{problem}; the records are served without it" for problem in problems]
+        self._problems = [safe(f"{problem}; the records are served without it") for problem in problems]
         for manifest in self._manifest.each:
             if manifest.tail and self.info.finished_ns is not None:
                 tail = f"the last {manifest.tail} bytes are half a line and are skipped"
-                self._problems.append(f"{manifest.path}: {tail}")
+                self._problems.append(safe(f"{manifest.path}: {tail}"))
         self._problems += self._manifest.check_shards(self._shards.problem)
         for cached in ("records", "modules", "_by_module", "_seat_table", "_scattered"):
             self.__dict__.pop(cached, None)
@@ -125,7 +128,9 @@ class Run:
 
         def place(name: str) -> tuple[int, list[Any]]:
             owner = name
-            while owner and owner not in position:
+            for _ in range(DEPTH):
+                if not owner or owner in position:
+                    break
                 owner = owner.rpartition(".")[0]
             return position.get(owner, -1), _select.natural(name)
 
@@ -175,7 +180,7 @@ class Run:
         records, modules = len(self._manifest.parts), len(self._by_module)
         state = "" if self.info.finished_ns is not None else ", not finished"
         damage = f", {len(self.problems)} problems" if self.problems else ""
-        return f"<flexmodel.Run {self.path}: {records} records of {modules} modules{state}{damage}>"
+        return f"<flexmodel.Run {safe(str(self.path))}: {records} records of {modules} modules{state}{damage}>"
 
     @cached_property
     def _by_module(self) -> dict[str, list[Identity]]:
@@ -226,12 +231,14 @@ def _info_of(folder: Path, problems: list[str]) -> RunInfo | None:
     """What a folder's run.json says; None, and a problem more, if it cannot be read."""
     file = folder / RUN_FILE
     try:
-        raw = json.loads(file.read_bytes())
-        version = int(raw["format"])
-        info = RunInfo.from_json(raw) if version <= FORMAT else None
+        data = read_whole(file, RUN_FILE_BYTES)
+        version = _info.version(data)
+        info = _info.parse(data) if version <= FORMAT else None
+    except FileNotFoundError:
+        problems.append(f"{file} is missing")
+        return None
     except Exception as error:  # whatever is wrong with it, the records may be fine
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        problems.append(f"{file} {reason}")
+        problems.append(f"{file} cannot be read ({clip(reason(error))})")
         return None
     if info is None:
         raise RunError(f"{folder} has format {version}, this flexmodel reads up to {FORMAT}: get a newer one")
@@ -256,6 +263,15 @@ def _order(i: Identity) -> tuple[Any, ...]:
 
 def _expect_run(path: Path) -> list[str]:
     """Names of the nodes' runs in `path`, none for a run of one folder; the error that helps most if it is neither."""
+    try:
+        return _runs_at(path)
+    except RunError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise RunError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _runs_at(path: Path) -> list[str]:
     if not path.exists():
         raise RunNotFoundError(f"there is no run at {path}: pass the directory that `flexmodel run --out` was given")
     if not path.is_dir():

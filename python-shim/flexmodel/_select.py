@@ -9,9 +9,13 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ._errors import NotCapturedError
+from ._text import clip
 from ._types import KINDS, Identity, ModelInfo, Refusal
 
 _SPELLED = 6  # values that are listed one by one
+_PIECES = 64  # numbers in a name that count as such when names are ordered
+_COMPARED = 2000  # names that one is compared with to find the nearest
+_LETTERS = 100  # of each of them
 
 
 def one(module: str, candidates: Sequence[Identity], refused: Sequence[Refusal], wanted: dict[str, Any]) -> Identity:
@@ -66,20 +70,27 @@ def unknown_module(
         return NotCapturedError(f"{shown(module)} is not captured: the run holds no records")
     known = any(m.name == module for model in models for m in model.modules)
     why = "is in the model, but nothing of it is captured" if known else "is not captured"
-    near = difflib.get_close_matches(module, names, n=3, cutoff=0.5)
+    near = _nearest(module, names)
     there = f"the nearest are {', '.join(map(shown, near))}" if near else f"captured are {_spell(map(shown, names))}"
     return NotCapturedError(f"{shown(module)} {why}; {there}")
 
 
+def _nearest(module: str, names: Sequence[str]) -> list[str]:
+    """Up to three of `names` that are like `module`, by the start of each."""
+    starts = {name[:_LETTERS]: name for name in reversed(names[:_COMPARED])}
+    return [starts[near] for near in difflib.get_close_matches(module[:_LETTERS], starts, n=3, cutoff=0.5)]
+
+
 def shown(module: str) -> str:
     """A module's name for people."""
-    return module or "(root)"
+    return clip(module) or "(root)"
 
 
 @functools.lru_cache(1 << 16)
 def natural(name: str) -> list[Any]:
     """Sort key under which layers.10 comes after layers.2."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)]
+    pieces = re.split(r"(\d+)", name, maxsplit=_PIECES)
+    return [(len(s.lstrip("0")), s.lstrip("0")) if at % 2 else s for at, s in enumerate(pieces)]
 
 
 def _spell(values: Iterable[Hashable]) -> str:
@@ -93,4 +104,4 @@ def _spell(values: Iterable[Hashable]) -> str:
         if len(distinct) > _SPELLED:
             return f"{len(distinct)} values from {first} to {last}: {', '.join(map(str, distinct[:3]))}, ..."
     more = f" and {len(distinct) - _SPELLED} more" if len(distinct) > _SPELLED else ""
-    return ", ".join(map(str, distinct[:_SPELLED])) + more
+    return ", ".join(clip(str(value)) for value in distinct[:_SPELLED]) + more

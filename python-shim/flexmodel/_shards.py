@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import re
@@ -15,11 +16,15 @@ import numpy as np
 
 from ._dtypes import Bytes
 from ._errors import RunError
+from ._files import open_to_read
+from ._text import clip
 
 _MAP_FROM = 1 << 16  # bytes; a smaller tensor is read faster than it is mapped
 # Pages are copied only when written: nothing need be set aside for a tensor larger than the free memory.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-_STEM = re.compile(r"[A-Za-z0-9_-]+")
+_STEM = re.compile(r"[A-Za-z0-9_-]{1,200}")
+HEADER_SPACE = 1 << 20
+"""Bytes at the start of a shard that belong to its header."""
 
 
 class Shards:
@@ -37,7 +42,9 @@ class Shards:
         fd = self._open(stem)
         try:
             size = os.fstat(fd).st_size
-            if offset < 0 or offset + nbytes > size:
+            if offset < HEADER_SPACE:
+                raise RunError(f"{self._root}: bytes {offset}+{nbytes} of {stem} are outside of its tensors")
+            if offset + nbytes > size:
                 raise RunError(self._too_short(stem, size, offset + nbytes))
             if nbytes >= _MAP_FROM:
                 mapped = _map(fd, offset, nbytes)
@@ -68,11 +75,11 @@ class Shards:
     def _open(self, stem: str) -> int:
         node, slash, name = stem.rpartition("/")
         if not _STEM.fullmatch(name) or (slash and node not in self._nodes):
-            raise RunError(f"{self._root}: the manifest names the shard {stem!r}, which is no name of a shard")
+            raise RunError(f"{self._root}: the manifest names the shard {clip(stem)!r}, which is no name of a shard")
         # Sealing renames .open to .safetensors, perhaps between two tries.
         for suffix in (".safetensors", ".open", ".safetensors"):
             try:
-                return os.open(self._root / (stem + suffix), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                return open_to_read(self._root / (stem + suffix))
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -83,8 +90,16 @@ class Shards:
         )
 
 
+def room(shape: tuple[int, ...]) -> Bytes:
+    """An array for bytes. RunError where there is no memory for it."""
+    try:
+        return np.empty(shape, np.uint8)
+    except (MemoryError, ValueError) as error:  # ValueError: more than an array can have
+        raise RunError(f"there is no memory for {math.prod(shape)} bytes ({error})") from None
+
+
 def _copy(fd: int, stem: str, offset: int, nbytes: int) -> Bytes:
-    out = np.empty(nbytes, np.uint8)
+    out = room((nbytes,))
     view = memoryview(out)  # type: ignore[arg-type]  # numpy's stubs do not say so before Python 3.12
     at = 0
     while at < nbytes:

@@ -226,25 +226,3 @@ class RunInfo:
     owners: tuple[Owners, ...] = ()
     notices: tuple[str, ...] = ()
     totals: Totals = Totals()
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> RunInfo:
-        """From run.json's object; fields that a later version added are left out."""
-        known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__}
-        known["command"] = tuple(known.get("command") or ())
-        known["notices"] = tuple(known.get("notices") or ())
-        known["models"] = tuple(_model(m) for m in known.get("models") or ())
-        known["owners"] = tuple(
-            Owners(o["model"], tuple(o["ranks"]), tuple(o["modules"])) for o in known.get("owners") or ()
-        )
-        totals = known.get("totals") or {}
-        known["totals"] = Totals(**{k: int(v) for k, v in totals.items() if k in Totals.__dataclass_fields__})
-        return cls(**known)
-
-
-def _model(raw: dict[str, Any]) -> ModelInfo:
-    modules = (
-        ModuleInfo(m["name"], m["class"], tuple(k for bit, k in enumerate(KINDS) if m["kinds"] >> bit & 1))
-        for m in raw["modules"]
-    )
-    return ModelInfo(int(raw["model"]), tuple(modules))

@@ -66,14 +66,14 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         .into());
     }
     if args.json {
-        text::emit(&(serde_json::to_string_pretty(&report)? + "\n"))?;
+        text::emit_json(&report)?;
     } else {
         text::emit(&report.text())?;
         for run in [&run, &reference] {
-            let place = text::safe(&run.path.display().to_string());
-            run.notes.iter().for_each(|note| eprintln!("note: {place}: {}", text::safe(note)));
+            let place = run.path.display();
+            run.notes.iter().for_each(|note| text::complain("note", format_args!("{place}: {note}")));
             for problem in run.problems.iter().take(5) {
-                eprintln!("problem: {place}: {}", text::safe(&problem.to_string()));
+                text::complain("problem", format_args!("{place}: {problem}"));
             }
         }
     }

@@ -6,7 +6,8 @@ mod torch;
 mod zip;
 
 use std::{
-    fs,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -92,20 +93,14 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 fn report(args: &Args, outcome: &Outcome) -> anyhow::Result<ExitCode> {
-    for line in &outcome.renamed {
-        eprintln!("note: {line}");
-    }
-    for (lines, what) in [(&outcome.incomplete, "note: left out"), (&outcome.failed, "problem")] {
-        lines.iter().take(5).for_each(|line| eprintln!("{what}: {}", text::safe(line)));
-        if lines.len() > 5 {
-            eprintln!("{what}: and {} more", lines.len() - 5);
-        }
-    }
+    outcome.renamed.iter().for_each(|line| text::complain("note", line));
+    text::complain_of("note: left out", &outcome.incomplete, 5, "");
+    text::complain_of("problem", &outcome.failed, 5, "");
     text::emit(&format!(
         "{} ({}) written to {}\n",
         text::count(outcome.written, "tensor"),
         text::bytes(outcome.bytes),
-        args.dest.display()
+        text::safe(&args.dest.display().to_string())
     ))?;
     Ok(if outcome.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -135,6 +130,15 @@ fn check_dest(args: &Args) -> anyhow::Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Makes the file that an export is written to before it takes its place. What somebody left there is not written through.
+fn partial(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    File::create_new(path)
 }
 
 fn is_empty(folder: &Path) -> bool {

@@ -61,7 +61,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     let run = Run::open(&args.run)?;
     let listing = list(&run);
     if args.json {
-        text::emit(&(serde_json::to_string_pretty(&listing)? + "\n"))?;
+        text::emit_json(&listing)?;
     } else {
         text::emit(&table(&listing))?;
         notes(&run, &listing);
@@ -94,10 +94,10 @@ fn list(run: &Run) -> Listing<'_> {
         world: run.info.world,
         nodes: &run.nodes,
         records: run.records.len() as u64,
-        bytes: rows.iter().map(|r| r.bytes).sum(),
+        bytes: text::total(rows.iter().map(|r| r.bytes)),
         incomplete: rows.iter().map(|r| r.incomplete).sum(),
         refused: run.lost.refused.len(),
-        dropped: run.lost.dropped.iter().map(|d| d.1).sum(),
+        dropped: text::total(run.lost.dropped.iter().map(|d| d.1)),
         divergences: run.lost.divergences.len(),
         problems: run.problems.iter().map(|p| p.to_string()).collect(),
         notes: &run.notes,
@@ -147,7 +147,7 @@ fn row(run: &Run, records: &[&Record]) -> Row {
         incomplete,
         shape,
         reason,
-        bytes: records.iter().map(|r| r.stored_bytes()).sum(),
+        bytes: text::total(records.iter().map(|r| r.stored_bytes())),
     }
 }
 
@@ -164,7 +164,7 @@ fn table(listing: &Listing<'_>) -> String {
     let right = [header.iter().position(|h| *h == "records").unwrap_or(0), header.len() - 1];
     let rows: Vec<Vec<String>> = listing.rows.iter().map(|r| cells(r, several_models, modes)).collect();
     let mut out = match rows.is_empty() {
-        true => format!("no records in {}\n", listing.run),
+        true => format!("no records in {}\n", text::safe(&listing.run)),
         false => text::table(&header, &rows, &right),
     };
     let mut totals = vec![text::count(listing.records, "record"), text::bytes(listing.bytes)];
@@ -192,19 +192,12 @@ fn notes(run: &Run, listing: &Listing<'_>) {
     let mut reasons: Vec<&String> = listing.rows.iter().filter_map(|r| r.reason.as_ref()).collect();
     reasons.sort();
     reasons.dedup();
-    for reason in reasons.iter().take(5) {
-        eprintln!("note: {}", text::safe(reason));
-    }
+    reasons.iter().take(5).for_each(|reason| text::complain("note", reason));
     for (what, reason) in run.lost.refused.iter().take(5) {
-        eprintln!("note: {} was not captured: {}", text::safe(&what.id.to_string()), text::safe(reason));
+        text::complain("note", format_args!("{} was not captured: {reason}", what.id));
     }
-    run.notes.iter().for_each(|note| eprintln!("note: {}", text::safe(note)));
-    for problem in run.problems.iter().take(5) {
-        eprintln!("problem: {}", text::safe(&problem.to_string()));
-    }
-    if run.problems.len() > 5 {
-        eprintln!("problem: and {} more; `flexmodel verify` lists them", run.problems.len() - 5);
-    }
+    run.notes.iter().for_each(|note| text::complain("note", note));
+    text::complain_of("problem", &run.problems, 5, "; `flexmodel verify` lists them");
 }
 
 fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
@@ -218,9 +211,9 @@ fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
     };
     let shape = row.shape.as_ref().map_or_else(|| "-".into(), |(low, high)| text::shape_range(low, high));
     let mut cells = vec![
-        text::safe(display_module(&row.module)),
+        display_module(&row.module).to_owned(),
         row.kind.into(),
-        text::safe(&row.path),
+        row.path.clone(),
         steps,
         records,
         shape,

@@ -115,7 +115,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
             histogram: picture.map(|(_, histogram, _)| histogram),
             others: found.len() - 1,
         };
-        text::emit(&(serde_json::to_string_pretty(&shown)? + "\n"))?;
+        text::emit_json(&shown)?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = heading(record, &shape, whole.as_ref(), args.rank);
@@ -131,7 +131,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(reason) = skipped {
         out += &format!("a later step is not complete and was passed over: {}\n", text::safe(&reason));
     }
-    text::emit(&out)?;
+    text::paint(&out)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -140,13 +140,14 @@ fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&
     let of_module: Vec<&Record> = run.records.iter().filter(|r| filter.wants(r)).collect();
     if of_module.is_empty() {
         let names = run.modules();
-        let near: Vec<&str> = nearest(module, &names, 3).into_iter().map(display_module).collect();
+        let near = nearest(module, &names, 3).into_iter().map(|name| text::safe(&text::clip(display_module(name))));
+        let near: Vec<String> = near.collect();
         match near.is_empty() {
             true => bail!("{}: no records at all", args.run.display()),
             false => bail!(
                 "{}: no records of module {}; the nearest are {} (`flexmodel ls` shows all {})",
                 args.run.display(),
-                display_module(module),
+                text::safe(display_module(module)),
                 near.join(", "),
                 names.len()
             ),
@@ -172,7 +173,7 @@ fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&
         bail!(
             "{}: no such record of {}; there is {}",
             args.run.display(),
-            display_module(module),
+            text::safe(display_module(module)),
             choices(&of_module, None)
         );
     }
@@ -239,11 +240,11 @@ fn choose<'a>(run: &Run, args: &Args, found: &[&'a Record]) -> anyhow::Result<Ch
             Err(e @ ReadError::Incomplete(_)) if args.step.is_none() => {
                 skipped.get_or_insert_with(|| e.to_string());
             }
-            Err(ReadError::Damage(e)) => bail!(e),
-            Err(e) => bail!("{e}; --rank N shows what one rank captured"),
+            Err(ReadError::Damage(e)) => bail!(text::safe(&e)),
+            Err(e) => bail!("{}; --rank N shows what one rank captured", text::safe(&e.to_string())),
         }
     }
-    bail!("{}; --rank N shows what one rank captured", skipped.unwrap_or_default())
+    bail!("{}; --rank N shows what one rank captured", text::safe(&skipped.unwrap_or_default()))
 }
 
 fn of_rank(record: &Record, rank: u32) -> Option<&Part> {

@@ -1,16 +1,17 @@
 //! `flexmodel verify`: whether a run is what its writer wrote.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use serde::Serialize;
+use wire::dtype::DType;
 
 use crate::{
     read::{LayoutError, Problem, ReadError, Run, sealed, text},
-    store::format::{Location, Part},
+    store::format::{Identity, Location, Part},
 };
 
 /// Options of `flexmodel verify`.
@@ -39,7 +40,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     let run = Run::open(&args.run)?;
     let report = verify(&run);
     if args.json {
-        text::emit(&(serde_json::to_string_pretty(&report)? + "\n"))?;
+        text::emit_json(&report)?;
     } else {
         let mut out = String::new();
         for problem in &report.problems {
@@ -55,7 +56,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
             0 => format!("ok: {checked}\n"),
             n => format!("{} ({checked})\n", text::count(n, "problem")),
         };
-        report.notes.iter().for_each(|note| eprintln!("note: {}", text::safe(note)));
+        report.notes.iter().for_each(|note| text::complain("note", note));
         text::emit(&out)?;
     }
     Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -68,33 +69,18 @@ fn verify(run: &Run) -> Report {
         records: run.records.len() as u64,
         ..Report::default()
     };
-    let mut spans: BTreeMap<&str, BTreeSet<Span>> = BTreeMap::new();
-    let mut damaged = BTreeSet::new();
-    let served = run.records.iter().enumerate().flat_map(|(number, r)| r.parts.iter().map(move |p| (Some(number), p)));
-    for (number, part) in served.chain(run.replaced.iter().map(|p| (None, p))) {
-        report.parts += 1;
-        let Some(at) = part.at.as_ref() else { continue };
-        spans.entry(&at.shard).or_default().insert(Span::of(at));
-        match run.shards().check(part) {
-            Ok(bytes) => report.bytes += bytes.len() as u64,
-            Err(e) => {
-                damaged.extend(number);
-                report.problems.push(part_problem(run, at, part, &e));
-            }
-        }
-    }
+    let damaged = check_parts(run, &mut report);
+    let diverged: HashSet<&Identity> = run.lost.divergences.iter().map(|(what, _)| &what.id).collect();
     for (number, record) in run.records.iter().enumerate() {
         match record.shape() {
             Err(LayoutError::Missing(_)) => report.incomplete += 1,
             // Parts that are kept apart are what was asked for.
             Ok(_) | Err(LayoutError::Unknown { .. } | LayoutError::Apart(_)) => {}
             Err(_) if damaged.contains(&number) => {}
-            Err(e) if is_divergence(run, number) => report.notes.push(format!("{}: {e}", record.id)),
+            // Differing replicas were recorded as such when they came: a finding about the job, not damage.
+            Err(e) if diverged.contains(&record.id) => report.notes.push(format!("{}: {e}", record.id)),
             Err(e) => report.problems.push(Problem::new(record.id.to_string(), e.to_string())),
         }
-    }
-    for (shard, spans) in &spans {
-        overlaps(&run.shards().name(shard), spans, &mut report.problems);
     }
     match run.nodes.is_empty() {
         true => sealed::check(run, &mut report.problems),
@@ -111,6 +97,46 @@ fn verify(run: &Run) -> Report {
     report
 }
 
+/// Checks the bytes of every part; returns the records that have damaged ones. Bytes that several parts have are read once,
+/// and where parts overlap, which is damage, no more than the file has: it takes as long as there is to read.
+fn check_parts(run: &Run, report: &mut Report) -> BTreeSet<usize> {
+    let mut spans: BTreeMap<&str, BTreeSet<Span>> = BTreeMap::new();
+    let mut read: HashMap<(&Location, DType, &[u64]), Result<usize, ReadError>> = HashMap::new();
+    let mut damaged = BTreeSet::new();
+    let mut left: HashMap<&str, u64> = HashMap::new();
+    let served = run.records.iter().enumerate().flat_map(|(number, r)| r.parts.iter().map(move |p| (Some(number), p)));
+    for (number, part) in served.chain(run.replaced.iter().map(|p| (None, p))) {
+        report.parts += 1;
+        let Some(at) = part.at.as_ref() else { continue };
+        spans.entry(&at.shard).or_default().insert(Span::of(at));
+        let key = (at, part.what.dtype, part.what.shape.as_slice());
+        let found = read.entry(key).or_insert_with(|| {
+            let left = left.entry(&at.shard).or_insert_with(|| run.shards().len(&at.shard));
+            match left.checked_sub(at.len) {
+                // A part that is longer than its shard is told so, and takes no time.
+                None if at.len <= run.shards().len(&at.shard) => {
+                    Err(ReadError::Damage("not compared: parts of this shard overlap and are more than it has".into()))
+                }
+                rest => {
+                    *left = rest.unwrap_or(*left);
+                    run.shards().check(part).map(|bytes| bytes.len())
+                }
+            }
+        });
+        match found {
+            Ok(bytes) => report.bytes = report.bytes.saturating_add(*bytes as u64),
+            Err(e) => {
+                damaged.extend(number);
+                report.problems.push(part_problem(run, at, part, e));
+            }
+        }
+    }
+    for (shard, spans) in &spans {
+        overlaps(&run.shards().name(shard), spans, &mut report.problems);
+    }
+    damaged
+}
+
 /// A node's sealed shards, by its own manifest.
 fn check_node(node: &str, folder: &Path, problems: &mut Vec<Problem>) {
     let mut found = Vec::new();
@@ -120,11 +146,6 @@ fn check_node(node: &str, folder: &Path, problems: &mut Vec<Problem>) {
         Err(e) => found.push(Problem::new("", e.to_string())),
     }
     problems.extend(found.into_iter().map(|problem| problem.within(node)));
-}
-
-/// Differing replicas were recorded as such when they came: a finding about the job, not damage.
-fn is_divergence(run: &Run, record: usize) -> bool {
-    run.lost.divergences.iter().any(|(what, _)| what.id == run.records[record].id)
 }
 
 fn part_problem(run: &Run, at: &Location, part: &Part, e: &ReadError) -> Problem {

@@ -1,26 +1,21 @@
 //! A run that is there already: its manifest fills the live state, under the same bounds as the ingest threads do.
 
-use std::{
-    fs::File,
-    io::{self, BufReader},
-    path::Path,
-};
+use std::{io, path::Path};
 
 use super::{Ended, Live};
 use crate::store::{
     format::{Line, MANIFEST_FILE, RunInfo, Totals},
-    manifest::Reader,
+    manifest,
 };
 
 impl Live {
     /// Takes in what a run captured so far, one line of its manifest at a time; `totals` are those of all of it.
     pub fn replay(&self, run: &Path, totals: Totals) -> io::Result<()> {
-        let manifest = match File::open(run.join(MANIFEST_FILE)) {
-            Ok(file) => file,
+        let mut lines = match manifest::open(&run.join(MANIFEST_FILE)) {
+            Ok(lines) => lines,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(e),
         };
-        let mut lines = Reader::new(BufReader::with_capacity(1 << 18, manifest));
         while let Some(entry) = lines.next_line()? {
             // What does not read is left out; verify names it.
             let Ok(line) = entry.line else { continue };

@@ -2,19 +2,19 @@
 
 use std::{ops::Range, sync::Arc};
 
-use memmap2::Mmap;
 use wire::dtype::DType;
 
 use super::{
     layout::{Node, byte_len},
     number,
+    shards::Map,
 };
 
 /// Bytes of a tensor: a range of a mapped shard where they lie there in one piece, else a copy.
 #[derive(Clone)]
 pub enum Bytes {
     /// In a shard.
-    Mapped(Arc<Mmap>, Range<usize>),
+    Mapped(Arc<Map>, Range<usize>),
     /// Put together.
     Owned(Vec<u8>),
 }
@@ -24,7 +24,7 @@ impl std::ops::Deref for Bytes {
     fn deref(&self) -> &[u8] {
         match self {
             // Ranges are checked against the map when they are made; an empty slice stands for a broken promise.
-            Bytes::Mapped(map, range) => map.get(range.clone()).unwrap_or_default(),
+            Bytes::Mapped(map, range) => map.get(range.clone()),
             Bytes::Owned(bytes) => bytes,
         }
     }

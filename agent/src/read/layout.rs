@@ -4,14 +4,18 @@
 //! group is planned over the remaining axes, and the axis's [`Place`] says how the groups combine. The result is a tree
 //! that [`super::assemble`] carries out. `python-shim/flexmodel/_assemble.py` says the same in Python.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use wire::{
     dtype::DType,
     record::{Axis, MICRO, Place},
 };
 
-use crate::store::format::{Part, Stats};
+use super::text::{clip, few};
+use crate::store::{
+    format::{Location, Part, Stats},
+    limits::{BYTES, NAMED},
+};
 
 /// Coordinates on a mesh: axis name, index, size.
 pub type Coordinates = Vec<(String, u32, u32)>;
@@ -73,6 +77,19 @@ impl Node {
     }
 }
 
+impl Node {
+    /// The parts that it is made of.
+    pub fn leaves(&self) -> Vec<usize> {
+        match self {
+            Node::Leaf { part, .. } => vec![*part],
+            Node::Flat { child, .. } => child.leaves(),
+            Node::Concat { children, .. } | Node::HeadTail { children, .. } | Node::Sum { children, .. } => {
+                children.iter().flat_map(Node::leaves).collect()
+            }
+        }
+    }
+}
+
 /// `len` of `node` from `start` on, along one dimension.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece<'a> {
@@ -117,11 +134,12 @@ pub enum LayoutError {
     Conflict(String),
 }
 
+/// At most [`NAMED`] of them are there.
 fn missing_text(missing: &[Coordinates]) -> String {
     let one = |c: &Coordinates| {
         c.iter().map(|(name, index, size)| format!("{name} {index} of {size}")).collect::<Vec<_>>().join(", ")
     };
-    format!("no part from {}", missing.iter().map(one).collect::<Vec<_>>().join("; "))
+    clip(&format!("no part from {}", missing.iter().map(one).collect::<Vec<_>>().join("; ")))
 }
 
 /// Where a part sits on the mesh.
@@ -244,14 +262,20 @@ fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
 
 /// Gives parts of which another rank sent the bytes, and this one their checksum, the place of these bytes.
 pub fn lend(parts: &mut [Part]) {
-    for i in 0..parts.len() {
-        let lends =
-            |other: &&Part| other.at.is_some() && other.what.dtype == parts[i].what.dtype && alike(other, &parts[i]);
-        if parts[i].same.is_some()
-            && parts[i].at.is_none()
-            && let Some(lender) = parts.iter().find(lends)
-        {
-            (parts[i].at, parts[i].stats) = (lender.at.clone(), lender.stats);
+    let borrows = |part: &Part| part.at.is_none() && part.same.is_some();
+    if !parts.iter().any(borrows) {
+        return;
+    }
+    let key = |part: &Part, crc: u32| (part.what.dtype, part.what.shape.clone(), crc);
+    let mut lenders: HashMap<_, (Location, Option<Stats>)> = HashMap::new();
+    for part in parts.iter() {
+        if let Some(at) = &part.at {
+            lenders.entry(key(part, at.crc)).or_insert_with(|| (at.clone(), part.stats));
+        }
+    }
+    for part in parts.iter_mut().filter(|part| borrows(part)) {
+        if let Some((at, stats)) = part.same.and_then(|crc| lenders.get(&key(part, crc))) {
+            (part.at, part.stats) = (Some(at.clone()), *stats);
         }
     }
 }
@@ -308,7 +332,7 @@ impl Planner<'_> {
             at.push((axis.name.clone(), index, axis.size));
             match self.group(group, depth + 1, at) {
                 Ok(node) => nodes.push(node),
-                Err(LayoutError::Missing(more)) => missing.extend(more),
+                Err(LayoutError::Missing(more)) => missing.extend(more.into_iter().take(NAMED - missing.len())),
                 Err(other) => return Err(other),
             }
             at.pop();
@@ -326,7 +350,7 @@ impl Planner<'_> {
         // A hostile axis may claim four billion members; a few names are enough.
         (0..axis.size)
             .filter(|i| !groups.contains_key(i))
-            .take(16)
+            .take(NAMED)
             .map(|i| at.iter().cloned().chain([(axis.name.clone(), i, axis.size)]).collect())
             .collect()
     }
@@ -372,11 +396,7 @@ impl Planner<'_> {
     fn describe(&self, groups: &[Vec<usize>]) -> String {
         let members: Vec<usize> = groups.iter().flatten().copied().collect();
         let one = |&m: &usize| format!("rank {} {:?}", self.parts[m].what.rank, self.parts[m].what.shape);
-        let mut text = members.iter().take(16).map(one).collect::<Vec<_>>().join(", ");
-        if members.len() > 16 {
-            text += &format!(" and {} more", members.len() - 16);
-        }
-        text
+        few(members.iter().map(one))
     }
 }
 
@@ -424,6 +444,9 @@ fn concat(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError
             .ok_or_else(|| LayoutError::Conflict(format!("dimension {dim} along {} is too long", axis.name)))?;
     }
     shape[dim] = total;
+    if !shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d.max(1))).is_some_and(|n| n <= BYTES) {
+        return Err(LayoutError::Apart(format!("pieces along {} make {shape:?}, the shape of no tensor", axis.name)));
+    }
     Ok(Node::Concat { dim, children: nodes, shape })
 }
 

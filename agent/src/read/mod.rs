@@ -14,7 +14,7 @@ mod shards;
 pub mod text;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::{self, File},
     io::{self, BufReader},
     path::{Path, PathBuf},
@@ -27,7 +27,9 @@ use serde::Serialize;
 pub use shards::{ReadError, Shards};
 
 use crate::store::{
+    files::read_whole,
     format::{FORMAT, Identity, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo, Stats, What},
+    limits::{PROBLEMS, RUN_FILE_BYTES},
     manifest::{self, LineError},
     owners::Scattered,
 };
@@ -92,15 +94,12 @@ impl Record {
 
     /// Tensor bytes that its parts take in the store.
     pub fn stored_bytes(&self) -> u64 {
-        let mut seen: Vec<(&str, u64)> = Vec::new();
-        let mut total = 0u64;
-        for at in self.parts.iter().filter_map(|p| p.at.as_ref()) {
-            if !seen.contains(&(at.shard.as_str(), at.offset)) {
-                seen.push((&at.shard, at.offset));
-                total = total.saturating_add(at.len);
-            }
+        let mut seen = HashSet::new();
+        let mut places = self.parts.iter().filter_map(|p| p.at.as_ref());
+        if let [Part { at: Some(only), .. }] = self.parts.as_slice() {
+            return only.len;
         }
-        total
+        text::total(places.by_ref().filter(|at| seen.insert((at.shard.as_str(), at.offset))).map(|at| at.len))
     }
 }
 
@@ -138,7 +137,7 @@ pub struct Run {
     /// Bytes of the manifest's complete lines.
     pub manifest_len: u64,
     shards: Shards,
-    ranks: HashMap<layout::Coordinates, u32>,
+    ranks: BTreeMap<layout::Coordinates, u32>,
 }
 
 /// Why a path is no run.
@@ -182,12 +181,12 @@ impl Run {
             let reason = if path.exists() { "not a directory; give the run's folder" } else { "no such run directory" };
             return Err(refuse(reason.into()));
         }
-        let info_bytes = read_optional(&path.join(RUN_FILE))?;
-        let journal = open_optional(&path.join(MANIFEST_FILE))?;
         let (mut problems, mut notes) = (Vec::new(), Vec::new());
-        let info = match (&info_bytes, &journal) {
+        let info = read_info(path, &mut problems);
+        let journal = open_optional(&path.join(MANIFEST_FILE))?;
+        let info = match (info, &journal) {
             (None, None) => return Err(refuse(foreign(path))),
-            (None, Some(journal)) if is_empty(journal, &path.join(MANIFEST_FILE))? && !has_shards(path) => {
+            (None, Some(journal)) if journal.is_empty()? && !has_shards(path) => {
                 notes.push("nothing was captured: the agent was stopped before the first record".to_owned());
                 RunInfo::default()
             }
@@ -195,12 +194,13 @@ impl Run {
                 problems.push(Problem::new(RUN_FILE, "missing; what the command and the world were is not known"));
                 RunInfo::default()
             }
-            (Some(bytes), _) => read_info(bytes, &mut problems),
+            (Some(info), _) => info,
         };
         if info.format > FORMAT {
             return Err(refuse(format!(
                 "written by flexmodel {} in format {}, and this one reads up to {FORMAT}; use a newer flexmodel",
-                info.flexmodel, info.format
+                text::clip(&info.flexmodel),
+                info.format
             )));
         }
         if journal.is_none() {
@@ -221,10 +221,10 @@ impl Run {
             notes,
             manifest_len: 0,
             shards: Shards::new(path),
-            ranks: HashMap::new(),
+            ranks: BTreeMap::new(),
         };
         if let Some(journal) = journal {
-            run.take_journal(journal).map_err(|source| io_error(&path.join(MANIFEST_FILE), source))?;
+            run.take_journal(journal.lines).map_err(|source| io_error(&path.join(MANIFEST_FILE), source))?;
         }
         run.settle();
         Ok(run)
@@ -240,9 +240,9 @@ impl Run {
         }
     }
 
-    fn take_journal(&mut self, journal: File) -> io::Result<()> {
+    fn take_journal(&mut self, mut lines: Lines) -> io::Result<()> {
         let mut by_id: HashMap<Identity, usize> = HashMap::new();
-        let mut lines = manifest::Reader::new(BufReader::with_capacity(1 << 18, journal));
+        let mut unread = 0u64;
         while let Some(entry) = lines.next_line()? {
             if matches!(entry.line, Err(LineError::Torn)) {
                 self.notes.push(format!("the last line of {MANIFEST_FILE} is not complete; its part is not served"));
@@ -254,11 +254,19 @@ impl Run {
                 Ok(Line::Divergence { what, against }) => self.lost.divergences.push((what, against)),
                 Ok(Line::Dropped { rank, count, reason, .. }) => self.lost.dropped.push((rank, count, reason)),
                 Ok(Line::Sealed { shard, len }) => self.sealed.push((shard, len)),
+                Err(_) if unread >= PROBLEMS as u64 => unread += 1,
                 Err(e) => {
+                    unread += 1;
                     self.problems.push(Problem::new(format!("{MANIFEST_FILE} line {}", entry.number), e.to_string()));
                 }
             }
             self.manifest_len = lines.offset();
+        }
+        if let Some(more @ 1..) = unread.checked_sub(PROBLEMS as u64) {
+            self.problems.push(Problem::new(MANIFEST_FILE, format!("and {more} more lines do not read")));
+        }
+        for record in &mut self.records {
+            in_seats(&mut record.parts, &mut self.replaced);
         }
         if !self.replaced.is_empty() {
             self.notes.push(format!(
@@ -275,11 +283,7 @@ impl Run {
             self.records.push(Record { id: part.what.id.clone(), parts: Vec::new() });
             self.records.len() - 1
         });
-        let parts = &mut self.records[at].parts;
-        match parts.binary_search_by_key(&part.what.seat(), |p| p.what.seat()) {
-            Ok(old) => self.replaced.push(std::mem::replace(&mut parts[old], part)),
-            Err(new) => parts.insert(new, part),
-        }
+        self.records[at].parts.push(part);
     }
 
     /// Whether its agent closed it.
@@ -295,6 +299,7 @@ impl Run {
     /// The whole tensor of a record, checksums compared; one range of the mapped shard where it lies there in one piece.
     pub fn whole(&self, record: &Record) -> Result<Whole, ReadError> {
         let node = layout::plan(&record.parts).map_err(|e| self.layout_error(record, e))?;
+        expect_apart(&node, &record.parts).map_err(|e| e.about(&record.id.to_string()))?;
         let dtype = record.what().dtype;
         let name = record.id.to_string();
         let bytes = assemble::assemble(&node, dtype, &mut |i: usize| self.shards.part(&record.parts[i]))
@@ -307,9 +312,7 @@ impl Run {
     pub fn part(&self, record: &Record, rank: u32) -> Result<Whole, ReadError> {
         let own: Vec<Part> = record.parts.iter().filter(|p| p.what.rank == rank).cloned().collect();
         if own.is_empty() {
-            let mut have: Vec<String> = record.parts.iter().map(|p| p.what.rank.to_string()).collect();
-            have.dedup();
-            let have = have.join(", ");
+            let have = text::few(record.parts.iter().map(|p| p.what.rank).collect::<BTreeSet<_>>());
             return Err(ReadError::Layout(format!("{}: no part from rank {rank}; there is {have}", record.id)));
         }
         self.whole(&Record { id: record.id.clone(), parts: layout::of_one_rank(own) })
@@ -334,54 +337,100 @@ impl Run {
     }
 
     fn rank_at(&self, place: &layout::Coordinates) -> Option<u32> {
-        self.ranks.iter().filter(|(full, _)| full.starts_with(place)).map(|(_, &rank)| rank).min()
+        // What begins with it comes right behind it.
+        self.ranks.range(place.clone()..).next().filter(|(full, _)| full.starts_with(place)).map(|(_, &rank)| rank)
     }
 
     /// Modules that have records, in natural order.
     pub fn modules(&self) -> Vec<&str> {
-        let unique: BTreeMap<Vec<select::Piece<'_>>, &str> =
-            self.records.iter().map(|r| (natural(&r.id.module), r.id.module.as_str())).collect();
-        unique.into_values().collect()
+        let unique: HashSet<&str> = self.records.iter().map(|r| r.id.module.as_str()).collect();
+        let mut names: Vec<&str> = unique.into_iter().collect();
+        names.sort_by_cached_key(|name| (natural(name), *name));
+        names
     }
 }
 
-fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, OpenError> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
+/// Pieces of one whole have bytes of their own: otherwise a small file would make a whole of any size.
+fn expect_apart(node: &layout::Node, parts: &[Part]) -> Result<(), ReadError> {
+    let leaves = node.leaves();
+    if leaves.len() < 2 {
+        return Ok(());
+    }
+    let at = leaves.iter().filter_map(|&leaf| parts.get(leaf)?.at.as_ref()).filter(|at| at.len > 0);
+    let mut places: Vec<(&str, u64, u64)> = at.map(|at| (at.shard.as_str(), at.offset, at.len)).collect();
+    places.sort_unstable();
+    match places.windows(2).find(|two| two[0].0 == two[1].0 && two[1].1 - two[0].1 < two[0].2) {
+        Some(two) => Err(ReadError::Damage(format!("two of its pieces have the byte {} of {}", two[1].1, two[1].0))),
+        None => Ok(()),
+    }
+}
+
+/// Puts parts in order of their seats; one that a later one of the same seat takes the place of goes to `replaced`.
+fn in_seats(parts: &mut Vec<Part>, replaced: &mut Vec<Part>) {
+    if parts.is_sorted_by(|a, b| a.what.seat() < b.what.seat()) {
+        return;
+    }
+    // Stable: of one seat the last that came is the last.
+    parts.sort_by_key(|part| part.what.seat());
+    let mut kept: Vec<Part> = Vec::with_capacity(parts.len());
+    for part in parts.drain(..) {
+        match kept.last_mut().filter(|last| last.what.seat() == part.what.seat()) {
+            Some(last) => replaced.push(std::mem::replace(last, part)),
+            None => kept.push(part),
+        }
+    }
+    *parts = kept;
+}
+
+type Lines = manifest::Reader<BufReader<File>>;
+
+/// A manifest that is there.
+struct Journal {
+    path: PathBuf,
+    lines: Lines,
+}
+
+impl Journal {
+    fn is_empty(&self) -> Result<bool, OpenError> {
+        fs::metadata(&self.path).map(|meta| meta.len() == 0).map_err(|source| io_error(&self.path, source))
+    }
+}
+
+fn open_optional(path: &Path) -> Result<Option<Journal>, OpenError> {
+    match manifest::open(path) {
+        Ok(lines) => Ok(Some(Journal { path: path.to_owned(), lines })),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(io_error(path, source)),
     }
-}
-
-fn open_optional(path: &Path) -> Result<Option<File>, OpenError> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(file)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(io_error(path, source)),
-    }
-}
-
-fn is_empty(file: &File, path: &Path) -> Result<bool, OpenError> {
-    file.metadata().map(|m| m.len() == 0).map_err(|source| io_error(path, source))
 }
 
 fn io_error(path: &Path, source: io::Error) -> OpenError {
     OpenError::Io { path: path.display().to_string(), source }
 }
 
-fn read_info(bytes: &[u8], problems: &mut Vec<Problem>) -> RunInfo {
-    match serde_json::from_slice::<RunInfo>(bytes) {
-        Ok(info) => info,
-        Err(e) => {
-            problems.push(Problem::new(RUN_FILE, format!("damaged ({e})")));
-            // The format alone may still be readable, and decides whether the rest can be.
-            let format = serde_json::from_slice::<serde_json::Value>(bytes)
-                .ok()
-                .and_then(|v| v.get("format")?.as_u64())
-                .and_then(|n| u32::try_from(n).ok());
-            RunInfo { format: format.unwrap_or(FORMAT), flexmodel: "?".into(), ..RunInfo::default() }
-        }
-    }
+/// What a run's `run.json` says; `None` if there is none. One that does not read is a problem, and says nothing.
+fn read_info(run: &Path, problems: &mut Vec<Problem>) -> Option<RunInfo> {
+    let mut damaged = |why: String| {
+        problems.push(Problem::new(RUN_FILE, format!("damaged ({})", text::clip(&why))));
+        RunInfo { format: FORMAT, flexmodel: "?".into(), ..RunInfo::default() }
+    };
+    let bytes = match read_whole(&run.join(RUN_FILE), RUN_FILE_BYTES) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return None,
+        Err(e) => return Some(damaged(e.to_string())),
+    };
+    let read = serde_json::from_slice::<RunInfo>(&bytes).map_err(|e| e.to_string());
+    Some(read.and_then(|info| info.check().map(|()| info)).unwrap_or_else(|why| {
+        // The format alone may still be readable, and decides whether the rest can be.
+        let format = serde_json::from_slice::<Version>(&bytes).map_or(FORMAT, |version| version.format);
+        RunInfo { format, ..damaged(why) }
+    }))
+}
+
+/// The one field of `run.json` that later formats have too.
+#[derive(serde::Deserialize)]
+struct Version {
+    format: u32,
 }
 
 /// Why a directory is no run, naming the one that is in it.

@@ -5,23 +5,27 @@
 //! whichever node they came from. A shard is then named with its node's folder (`node-a/shard-00000`).
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs,
     path::{Path, PathBuf},
 };
 
-use super::{Lost, OpenError, Problem, Record, Run, Shards, layout, read_info, read_optional};
-use crate::store::format::{Identity, MANIFEST_FILE, ModelInfo, RUN_FILE, RunInfo, Totals, What};
+use super::{Lost, OpenError, Problem, Record, Run, Shards, layout, read_info, text};
+use crate::store::{
+    format::{Identity, MANIFEST_FILE, ModelInfo, RUN_FILE, RunInfo, Totals},
+    limits::NODES,
+};
 
 /// Whether a folder is a run itself.
 pub fn is_run(path: &Path) -> bool {
     path.join(RUN_FILE).is_file() || path.join(MANIFEST_FILE).is_file()
 }
 
-/// Names of the folders in `path` that are runs, in order.
+/// Names of the folders in `path` that are runs, in order; of too many, [`NODES`] and one.
 pub fn inside(path: &Path) -> Vec<String> {
     let name = |entry: fs::DirEntry| entry.file_name().into_string().ok().filter(|_| is_run(&entry.path()));
-    let mut names: Vec<String> = fs::read_dir(path).into_iter().flatten().flatten().filter_map(name).collect();
+    let names = fs::read_dir(path).into_iter().flatten().flatten().filter_map(name);
+    let mut names: Vec<String> = names.take(NODES + 1).collect();
     names.sort();
     names
 }
@@ -34,8 +38,13 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
             "not a FlexModel run, and the runs in it are not the nodes of one job: {why}; give one of them"
         ),
     };
+    if names.len() > NODES {
+        return Err(refuse(format!("it holds more than {NODES}")));
+    }
     // What `run.json` says first: a folder of a hundred other runs is refused without reading them.
-    let infos = names.iter().map(|name| Ok((name.as_str(), info(&path.join(name))?))).collect::<Result<Vec<_>, _>>()?;
+    // Damage is told when the run itself is opened.
+    let info = |name: &String| read_info(&path.join(name), &mut Vec::new()).unwrap_or_default();
+    let infos: Vec<(&str, RunInfo)> = names.iter().map(|name| (name.as_str(), info(name))).collect();
     same_job(&infos).map_err(refuse)?;
     let mut all = Run {
         path: path.to_owned(),
@@ -49,7 +58,7 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
         notes: Vec::new(),
         manifest_len: 0,
         shards: Shards::of_nodes(path, &names),
-        ranks: HashMap::new(),
+        ranks: BTreeMap::new(),
     };
     let mut owners: BTreeMap<u32, String> = BTreeMap::new();
     let mut by_id: HashMap<Identity, usize> = HashMap::new();
@@ -71,13 +80,6 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
     Ok(all)
 }
 
-fn info(run: &Path) -> Result<RunInfo, OpenError> {
-    let file = run.join(RUN_FILE);
-    let bytes = read_optional(&file)?;
-    // Damage is told when the run itself is opened.
-    Ok(bytes.map(|bytes| read_info(&bytes, &mut Vec::new())).unwrap_or_default())
-}
-
 /// Why these are not the runs of one job's nodes. One that no rank has attached to (yet) says nothing.
 fn same_job(infos: &[(&str, RunInfo)]) -> Result<(), String> {
     let mut known = infos.iter().filter(|(_, info)| info.world > 0);
@@ -93,7 +95,7 @@ fn same_job(infos: &[(&str, RunInfo)]) -> Result<(), String> {
             ("Python", a.python.clone(), b.python.clone()),
         ];
         if let Some((what, x, y)) = fields.into_iter().find(|(_, x, y)| x != y) {
-            return Err(format!("{first} has {what} {x} and {name} {y}"));
+            return Err(format!("{first} has {what} {} and {name} {}", text::clip(&x), text::clip(&y)));
         }
     }
     Ok(())
@@ -102,6 +104,7 @@ fn same_job(infos: &[(&str, RunInfo)]) -> Result<(), String> {
 /// What is true of the job.
 fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
     let mut all = RunInfo::default();
+    let mut said = HashSet::new();
     let (mut nodes, mut finished): (Vec<String>, Vec<Option<u64>>) = (Vec::new(), Vec::new());
     for info in infos {
         if all.world == 0 {
@@ -124,18 +127,18 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
         info.models.into_iter().for_each(|model| add_model(&mut all.models, model));
         all.owners.extend(info.owners);
         for notice in info.notices {
-            if !all.notices.contains(&notice) {
+            if said.insert(notice.clone()) {
                 all.notices.push(notice);
             }
         }
         let (sum, one) = (&mut all.totals, info.totals);
         *sum = Totals {
             records: 0,
-            parts: sum.parts + one.parts,
-            bytes: sum.bytes + one.bytes,
-            dropped: sum.dropped + one.dropped,
-            refused: sum.refused + one.refused,
-            divergences: sum.divergences + one.divergences,
+            parts: sum.parts.saturating_add(one.parts),
+            bytes: sum.bytes.saturating_add(one.bytes),
+            dropped: sum.dropped.saturating_add(one.dropped),
+            refused: sum.refused.saturating_add(one.refused),
+            divergences: sum.divergences.saturating_add(one.divergences),
         };
     }
     nodes.dedup();
@@ -182,17 +185,18 @@ impl Run {
     /// No agent saw replicas of two nodes side by side: it is noticed here where they differ.
     fn compare_replicas(&mut self) {
         let mut found = Vec::new();
+        let told: HashSet<_> = self.lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
         for Record { parts, .. } in &mut self.records {
             parts.sort_by_key(|p| p.what.rank);
             for (first, other) in layout::differing_replicas(parts) {
                 let (what, against) = (&parts[other].what, parts[first].what.rank);
-                let told = |(known, _): &(What, u32)| known.rank == what.rank && known.id == what.id;
-                if !self.lost.divergences.iter().any(told) {
+                if !told.contains(&(&what.id, what.rank)) {
                     found.push((what.clone(), against));
                 }
             }
         }
-        self.info.totals.divergences += found.len() as u64;
+        let all = &mut self.info.totals.divergences;
+        *all = all.saturating_add(found.len() as u64);
         self.lost.divergences.extend(found);
     }
 

@@ -1,7 +1,7 @@
 //! Sealed shards, checked as any safetensors reader sees them, and against the manifest.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     io::{Read, Seek},
     path::Path,
@@ -9,8 +9,12 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{Problem, Run};
-use crate::store::format::{FILLER, HEADER_SPACE, Location};
+use super::{Problem, Run, text::clip};
+use crate::store::{
+    files::open_to_read,
+    format::{FILLER, HEADER_SPACE, Location},
+    limits::PROBLEMS,
+};
 
 /// One entry of a safetensors header.
 #[derive(Deserialize)]
@@ -22,7 +26,8 @@ struct Entry {
 
 /// Checks every sealed shard of a run.
 pub fn check(run: &Run, problems: &mut Vec<Problem>) {
-    let mut stems: BTreeSet<&str> = run.sealed.iter().map(|(stem, _)| stem.as_str()).collect();
+    let sealed: HashMap<&str, u64> = run.sealed.iter().map(|(stem, len)| (stem.as_str(), *len)).collect();
+    let mut stems: BTreeSet<&str> = sealed.keys().copied().collect();
     let files = file_stems(&run.path);
     stems.extend(files.iter().map(String::as_str));
     let mut parts: BTreeMap<&str, Vec<&Location>> = BTreeMap::new();
@@ -30,11 +35,17 @@ pub fn check(run: &Run, problems: &mut Vec<Problem>) {
     for at in all.filter_map(|p| p.at.as_ref()) {
         parts.entry(&at.shard).or_default().push(at);
     }
+    let mut bad = 0;
     for stem in stems {
-        let said = run.sealed.iter().rev().find(|(s, _)| s == stem).map(|(_, len)| *len);
+        let said = sealed.get(stem).copied();
         let here = parts.get(stem).map_or(&[][..], Vec::as_slice);
         if let Err(what) = check_one(&run.path, stem, said, here) {
-            problems.push(Problem::new(format!("{stem}.safetensors"), what));
+            problems.push(Problem::new(format!("{}.safetensors", clip(stem)), clip(&what)));
+            bad += 1;
+        }
+        if bad == PROBLEMS {
+            problems.push(Problem::new("shards", "others were not looked at"));
+            return;
         }
     }
 }
@@ -52,7 +63,7 @@ fn check_one(path: &Path, stem: &str, said: Option<u64>, parts: &[&Location]) ->
         return Err("the manifest seals a shard with a name that cannot be one".into());
     }
     let file = path.join(format!("{stem}.safetensors"));
-    let mut open = fs::File::open(&file).map_err(|e| match e.kind() {
+    let mut open = open_to_read(&file).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => "missing, though the manifest says that it was sealed".into(),
         _ => e.to_string(),
     })?;
@@ -65,6 +76,9 @@ fn check_one(path: &Path, stem: &str, said: Option<u64>, parts: &[&Location]) ->
     let mut starts = BTreeMap::new();
     for (name, entry) in in_order(&header) {
         let (from, to) = entry.data_offsets;
+        if to > len - start {
+            return Err(format!("its header speaks of byte {to}, and it has {} of tensors", len - start));
+        }
         if from != at || to < from {
             return Err(format!("its header leaves a hole or an overlap before {name} (byte {from} after {at})"));
         }
@@ -99,9 +113,12 @@ fn header(open: &mut fs::File, len: u64) -> Result<(u64, BTreeMap<String, Entry>
     let mut prefix = [0u8; 8];
     open.rewind().and_then(|()| open.read_exact(&mut prefix)).map_err(|_| "shorter than a header".to_owned())?;
     let header_len = u64::from_le_bytes(prefix);
-    let limit = len.saturating_sub(8).min(100_000_000);
-    if header_len > limit {
+    if header_len > len.saturating_sub(8) {
         return Err(format!("its header claims {header_len} bytes of the file's {len}"));
+    }
+    // Ours are all of one length: no other is read.
+    if header_len + 8 != HEADER_SPACE {
+        return Err(format!("its data starts at byte {}, not at {HEADER_SPACE}", header_len + 8));
     }
     let mut bytes = vec![0u8; header_len as usize];
     open.read_exact(&mut bytes).map_err(|e| e.to_string())?;
@@ -112,9 +129,6 @@ fn header(open: &mut fs::File, len: u64) -> Result<(u64, BTreeMap<String, Entry>
         let entry =
             serde_json::from_value(value).map_err(|e| format!("its header's entry {name} does not read ({e})"))?;
         entries.insert(name, entry);
-    }
-    if header_len + 8 != HEADER_SPACE {
-        return Err(format!("its data starts at byte {}, not at {HEADER_SPACE}", header_len + 8));
     }
     Ok((header_len + 8, entries))
 }

@@ -61,11 +61,18 @@ pub enum Piece<'a> {
     Text(&'a str),
 }
 
+/// Pieces of a name that are told apart when names are ordered.
+const MAX_PIECES: usize = 128;
+
 /// The key by which `layers.2` comes before `layers.10`.
 pub fn natural(name: &str) -> Vec<Piece<'_>> {
     let mut pieces = Vec::new();
     let mut rest = name;
     while let Some(first) = rest.chars().next() {
+        if pieces.len() == MAX_PIECES {
+            pieces.push(Piece::Text(rest));
+            break;
+        }
         let digits = first.is_ascii_digit();
         let end = rest.find(|c: char| c.is_ascii_digit() != digits).unwrap_or(rest.len());
         let (piece, tail) = rest.split_at(end);

@@ -4,14 +4,19 @@ use std::{
     collections::HashMap,
     fs::File,
     io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 
+use super::text::clip;
 use super::{assemble::Bytes, layout::byte_len};
-use crate::store::format::{HEADER_SPACE, Location, Part};
+use crate::store::{
+    files::open_to_read,
+    format::{HEADER_SPACE, Location, Part},
+};
 
 /// Why a tensor cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,12 +49,15 @@ impl From<String> for ReadError {
     }
 }
 
+/// Bytes of the longest stem.
+const LONGEST_STEM: usize = 200;
+
 /// Shards by stem.
 pub struct Shards {
     path: PathBuf,
     /// Folders of `path` that shards may be in, as `NODE/STEM`; empty: they are in `path`.
     nodes: Vec<String>,
-    open: Mutex<HashMap<String, Arc<Mmap>>>,
+    open: Mutex<HashMap<String, Arc<Map>>>,
 }
 
 impl Shards {
@@ -69,14 +77,15 @@ impl Shards {
             Some((node, name)) if self.nodes.iter().any(|known| known == node) => (node, name),
             _ => ("", stem),
         };
-        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']) {
-            return Err(ReadError::Damage(format!("'{}' is not the name of a shard", stem.escape_debug())));
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if name.is_empty() || name.len() > LONGEST_STEM || !name.chars().all(plain) {
+            return Err(ReadError::Damage(format!("'{}' is not the name of a shard", clip(stem))));
         }
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         // Sealed once more at the end: it may have been sealed between the first two looks.
         for ext in ["safetensors", "open", "safetensors"] {
             let path = self.path.join(node).join(format!("{name}.{ext}"));
-            match File::open(&path) {
+            match open_to_read(&path) {
                 Ok(file) => return Ok((path, file)),
                 Err(e) => last = e,
             }
@@ -87,17 +96,22 @@ impl Shards {
         })
     }
 
+    /// Bytes of a shard's file; 0 where it does not open.
+    pub fn len(&self, stem: &str) -> u64 {
+        self.file(stem).ok().and_then(|(_, file)| file.metadata().ok()).map_or(0, |meta| meta.len())
+    }
+
     /// The name of a shard's file, for messages.
     pub fn name(&self, stem: &str) -> String {
         let ext = self.file(stem).ok().and_then(|(path, _)| Some(path.extension()?.to_str()?.to_owned()));
-        format!("{stem}.{}", ext.as_deref().unwrap_or("safetensors"))
+        format!("{}.{}", clip(stem), ext.as_deref().unwrap_or("safetensors"))
     }
 
-    /// A shard's map that reaches at least to `end`.
-    fn map(&self, stem: &str, end: u64) -> Result<Arc<Mmap>, ReadError> {
+    /// A map of a shard that has the bytes from `start` to `end`.
+    fn map(&self, stem: &str, start: u64, end: u64) -> Result<Arc<Map>, ReadError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(map) = open.get(stem)
-            && map.len() as u64 >= end
+            && map.has(start, end)
         {
             return Ok(map.clone());
         }
@@ -108,9 +122,13 @@ impl Shards {
                 "the file ends at byte {len}, before byte {end}; it was cut short or copied in part"
             )));
         }
-        // SAFETY: shards are written once: bytes that a manifest line speaks of never change and the file never shrinks
-        // (STORE's rule). Who truncates a shard by hand meanwhile gets SIGBUS, as with every mmap reader.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| ReadError::Damage(e.to_string()))?;
+        // All of it, so that neighbours lie side by side; what is too large for that, because somebody made a hole of it or
+        // memory is short, piece by piece.
+        let map = Map::new(&file, 0, len).or_else(|_| {
+            open.clear();
+            Map::new(&file, start, end)
+        });
+        let map = map.map_err(|e| ReadError::Damage(format!("bytes {start}..{end} cannot be mapped ({e})")))?;
         let map = Arc::new(map);
         open.insert(stem.to_owned(), map.clone());
         Ok(map)
@@ -123,9 +141,10 @@ impl Shards {
         let end = at.offset.checked_add(at.len).filter(|_| at.offset >= HEADER_SPACE);
         let end =
             end.ok_or_else(|| ReadError::Damage(format!("bytes {}+{} are outside of every shard", at.offset, at.len)))?;
-        let map = self.map(&at.shard, end)?;
-        // The map reaches to `end`, so both fit into usize.
-        Ok(Bytes::Mapped(map, at.offset as usize..end as usize))
+        let map = self.map(&at.shard, at.offset, end)?;
+        // The map has these bytes, so both fit into usize.
+        let from = (at.offset - map.start) as usize;
+        Ok(Bytes::Mapped(map, from..from + at.len as usize))
     }
 
     /// A part's bytes, length and checksum compared; damage with its place and the way out.
@@ -166,6 +185,33 @@ impl Shards {
         Ok(bytes)
     }
 }
+
+/// Bytes of a shard in memory, from `start` on.
+pub struct Map {
+    start: u64,
+    bytes: Mmap,
+}
+
+impl Map {
+    fn new(file: &File, start: u64, end: u64) -> io::Result<Self> {
+        let length = usize::try_from(end - start).map_err(io::Error::other)?;
+        let mut options = MmapOptions::new();
+        // SAFETY: shards are written once: bytes that a manifest line speaks of never change and the file never shrinks
+        // (STORE's rule). Who truncates a shard by hand meanwhile gets SIGBUS, as with every mmap reader.
+        let bytes = unsafe { options.offset(start).len(length).map(file) }?;
+        Ok(Self { start, bytes })
+    }
+
+    fn has(&self, start: u64, end: u64) -> bool {
+        self.start <= start && end <= self.start.saturating_add(self.bytes.len() as u64)
+    }
+
+    /// The bytes in a range that counts from the start of the map.
+    pub fn get(&self, range: Range<usize>) -> &[u8] {
+        self.bytes.get(range).unwrap_or_default()
+    }
+}
+
 /// Why a part has no bytes.
 fn without_bytes(part: &Part) -> &'static str {
     match part.same {

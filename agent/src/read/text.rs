@@ -1,9 +1,46 @@
 //! How numbers, shapes and tables read in a terminal.
+//!
+//! A run may hold any text, and a terminal obeys some of it. Whatever the commands write goes through [`emit`] and
+//! [`complain`], and neither lets a character through that a terminal would obey, but for the colours of [`paint`].
 
-use std::io::{self, Write};
+use std::{
+    fmt::{Display, Write as _},
+    io::{self, Write},
+};
 
-/// Writes to stdout. A reader that went away (`| head`) is no error.
+use serde::Serialize;
+
+use crate::{
+    say,
+    store::limits::{MESSAGE, NAMED},
+};
+
+/// Writes lines to stdout. A reader that went away (`| head`) is no error.
 pub fn emit(text: &str) -> io::Result<()> {
+    paint(&plain(text))
+}
+
+/// Writes JSON to stdout. It escapes C0 alone by itself.
+pub fn emit_json(value: &impl Serialize) -> io::Result<()> {
+    paint(&(json(&serde_json::to_string_pretty(value)?) + "\n"))
+}
+
+/// Hidden characters are in strings only, but for line breaks.
+fn json(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_hidden(c) && c != '\n' {
+            // Writing to a String cannot fail.
+            c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| _ = write!(out, "\\u{unit:04x}"));
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// Writes what is safe already to stdout, colours with it.
+pub fn paint(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -58,6 +95,8 @@ pub fn count(n: u64, one: &str) -> String {
 
 /// Rows under a header, columns as wide as their longest cell; those in `right` are aligned to the right.
 pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
+    // A line break in a name would make a line of its own.
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| safe(cell)).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().map(|r| r.get(column).map_or(0, |c| c.chars().count()));
         cells.chain([header[column].chars().count()]).max().unwrap_or(0)
@@ -78,15 +117,83 @@ pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
         out.push('\n');
     };
     line(&mut header.iter().copied());
-    for row in rows {
+    for row in &rows {
         line(&mut row.iter().map(String::as_str));
     }
     out
 }
 
-/// Text from a file or a job, safe to print: control characters are spelled out.
+/// Writes one line to stderr: what it is (`note`, `problem`, `flexmodel`), and what is to be said.
+pub fn complain(kind: &str, what: impl Display) {
+    complain_in_lines(safe(&format!("{kind}: {what}")));
+}
+
+/// Writes what may have several lines of its own, such as a compiler's, to stderr.
+pub fn complain_in_lines(what: impl Display) {
+    say::lines(&format!("{what}\n"));
+}
+
+/// The same for the first `count` of several, and how many more there are.
+pub fn complain_of<T: Display>(kind: &str, all: &[T], count: usize, more: &str) {
+    all.iter().take(count).for_each(|what| complain(kind, what));
+    if all.len() > count {
+        complain(kind, format!("and {} more{more}", all.len() - count));
+    }
+}
+
+/// Text from a file or a job for one line: what is no printable character is spelled out.
 pub fn safe(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+    spelled(text, false)
+}
+
+/// Text of several lines, as for one.
+pub fn plain(text: &str) -> String {
+    spelled(text, true)
+}
+
+fn spelled(text: &str, lines: bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_hidden(c) && !(lines && c == '\n') {
+            // Writing to a String cannot fail.
+            let _ = write!(out, "{}", c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// Whether a terminal obeys a character, or shows nothing or something else for it: controls (C0 and C1), marks that
+/// change the direction of text, separators of lines, and what has no width.
+fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
+        || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e0fff}')
+}
+
+/// The start of a text that is too long for a message.
+pub fn clip(text: &str) -> String {
+    match text.char_indices().nth(MESSAGE) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// The first of many values, and how many more there are.
+pub fn few<T: Display>(values: impl IntoIterator<Item = T>) -> String {
+    let mut values = values.into_iter();
+    let mut out = values.by_ref().take(NAMED).map(|v| v.to_string()).collect::<Vec<_>>().join(", ");
+    let more = values.count();
+    if more > 0 {
+        out += &format!(" and {more} more");
+    }
+    out
+}
+
+/// The sum of numbers that a file may have made up.
+pub fn total(numbers: impl IntoIterator<Item = u64>) -> u64 {
+    numbers.into_iter().fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]
@@ -105,6 +212,18 @@ mod tests {
         assert_eq!(number(120000.0), "120000");
         assert_eq!(number(1e-9), "1.000e-9");
         assert_eq!(number(f64::INFINITY), "inf");
+    }
+
+    #[test]
+    fn a_terminal_gets_nothing_to_obey() {
+        for c in ['\x1b', '\x07', '\r', '\u{7f}', '\u{85}', '\u{9b}', '\u{202e}', '\u{2066}', '\u{200f}', '\u{2028}'] {
+            for out in [safe(&format!("a{c}b")), plain(&format!("a{c}b"))] {
+                assert!(!out.contains(c) && out.starts_with("a\\"), "{out:?}");
+            }
+        }
+        assert_eq!(json("\"\u{9b}\u{e0001}\"\n"), "\"\\u009b\\udb40\\udc01\"\n");
+        assert_eq!(safe("a\nb"), "a\\nb");
+        assert_eq!(plain("a\nb é 層 😀"), "a\nb é 層 😀");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::CString,
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, BufWriter, Read, Seek, Write},
     mem::MaybeUninit,
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
@@ -13,7 +13,9 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 
 use super::{
+    files::{ToWrite, open_to_write, read_whole},
     format::{FORMAT, LOCK_FILE, MANIFEST_FILE, RUN_FILE, RunInfo},
+    limits::RUN_FILE_BYTES,
     seal::sync_dir,
 };
 use crate::owner_only;
@@ -63,13 +65,7 @@ impl RunDir {
         if !is_empty(&path)? && !is_run(&path) {
             bail!("{}", give_another(&path, "holds other files than a run's"));
         }
-        let lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(folder.place().join(LOCK_FILE))
-            .map_err(|e| cannot_write(&path, &e))?;
+        let lock = open_to_write(&folder.place().join(LOCK_FILE), ToWrite::Any).map_err(|e| cannot_write(&path, &e))?;
         // SAFETY: the descriptor is open.
         if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
             let error = io::Error::last_os_error();
@@ -111,9 +107,10 @@ impl RunDir {
 
     /// What `run.json` says; nothing if there is none that reads.
     pub fn read_info(&self) -> RunInfo {
-        fs::read(self.folder.place().join(RUN_FILE))
-            .ok()
+        let bytes = read_whole(&self.folder.place().join(RUN_FILE), RUN_FILE_BYTES).ok();
+        bytes
             .and_then(|b| serde_json::from_slice(&b).ok())
+            .filter(|info: &RunInfo| info.check().is_ok())
             .unwrap_or_default()
     }
 
@@ -122,7 +119,7 @@ impl RunDir {
     pub fn write_info(&self, info: &RunInfo) -> io::Result<()> {
         let place = self.folder.place();
         let new = place.join(format!("{RUN_FILE}.new"));
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&new)?;
+        let file = open_to_write(&new, ToWrite::Any)?;
         // Piece by piece: it may be long.
         let mut json = BufWriter::new(&file);
         serde_json::to_writer_pretty(&mut json, info)?;
@@ -143,7 +140,8 @@ impl RunDir {
 }
 
 fn reserve(path: &Path, bytes: i64) -> io::Result<()> {
-    let file = File::create(path)?;
+    let file = open_to_write(path, ToWrite::Any)?;
+    file.set_len(0)?;
     // SAFETY: the descriptor is open.
     match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes) } {
         0 => Ok(()),
@@ -192,7 +190,7 @@ pub fn check_fresh(path: &Path) -> anyhow::Result<Fresh> {
     owner_only::make_folders(path).map_err(|e| cannot_write(path, &e))?;
     let folder = Folder::open(path)?;
     let probe = folder.place().join(LOCK_FILE);
-    File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))?;
+    open_to_write(&probe, ToWrite::New).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))?;
     Ok(fresh)
 }
 

@@ -71,13 +71,16 @@ pub struct RunInfo {
     pub wrapper: String,
     /// The module tree of every model, by model number, as far as it is within [`names`](super::names) and
     /// [`owners`](super::owners).
+    #[serde(deserialize_with = "objects::list")]
     pub models: Vec<ModelInfo>,
     /// Which modules the ranks have that said so. They differ where a pipeline or experts are distributed over them. None
     /// where these lists were too long.
+    #[serde(deserialize_with = "objects::list")]
     pub owners: Vec<Owners>,
     /// What the user should read once.
     pub notices: Vec<String>,
     /// Counters over all ranks; final once `finished_ns` is set.
+    #[serde(deserialize_with = "objects::one")]
     pub totals: Totals,
 }
 
@@ -87,6 +90,7 @@ pub struct ModelInfo {
     /// Its number.
     pub model: u32,
     /// Its modules.
+    #[serde(deserialize_with = "objects::shared_list")]
     pub modules: Arc<Vec<Module>>,
 }
 
@@ -180,8 +184,10 @@ pub struct Part {
     #[serde(flatten)]
     pub what: What,
     /// Where its bytes are; `None` for statistics only, and where another rank sent them.
+    #[serde(default, deserialize_with = "objects::optional")]
     pub at: Option<Location>,
     /// Statistics of this part; `None` for dtypes without (bool, integers have them).
+    #[serde(default, deserialize_with = "objects::optional")]
     pub stats: Option<Stats>,
     /// crc32c of the bytes where this rank sent no more: those of a replica that another rank sent, if all is well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -196,7 +202,7 @@ impl Part {
 }
 
 /// Where bytes are.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Location {
     /// Stem of the shard; the file is `STEM.safetensors`, or `STEM.open` before it is sealed.
     pub shard: String,
@@ -250,6 +256,7 @@ pub struct What {
     /// Global rank.
     pub rank: u32,
     /// Layout.
+    #[serde(deserialize_with = "objects::list")]
     pub axes: Vec<Axis>,
     /// Data-parallel size.
     pub dp_size: u32,
@@ -351,5 +358,57 @@ impl std::fmt::Display for Identity {
             write!(f, ".recompute")?;
         }
         Ok(())
+    }
+}
+
+/// Structs out of JSON objects alone: what serde derives would take an array of the fields as well.
+mod objects {
+    use std::{fmt, marker::PhantomData, sync::Arc};
+
+    use serde::{
+        Deserialize, Deserializer,
+        de::{MapAccess, Visitor, value::MapAccessDeserializer},
+    };
+
+    struct Object<T>(T);
+
+    impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+        fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+            from.deserialize_map(Fields(PhantomData)).map(Self)
+        }
+    }
+
+    struct Fields<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+
+    /// One.
+    pub fn one<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+        Object::deserialize(from).map(|object: Object<T>| object.0)
+    }
+
+    /// One, or `null`.
+    pub fn optional<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
+        Option::<Object<T>>::deserialize(from).map(|object| object.map(|object| object.0))
+    }
+
+    /// An array of them, shared.
+    pub fn shared_list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Arc<Vec<T>>, D::Error> {
+        list(from).map(Arc::new)
+    }
+
+    /// An array of them.
+    pub fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+        Vec::<Object<T>>::deserialize(from).map(|objects| objects.into_iter().map(|object| object.0).collect())
     }
 }

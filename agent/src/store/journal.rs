@@ -2,13 +2,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Write},
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use super::{
+    files::{ToWrite, open_to_write},
     format::{Line, MANIFEST_FILE, Origin},
     manifest::encode_line,
 };
@@ -47,7 +48,7 @@ struct Inner {
 impl Journal {
     /// Opens the manifest of `dir`, or makes it.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().append(true).create(true).open(dir.join(MANIFEST_FILE))?;
+        let file = open_to_write(&dir.join(MANIFEST_FILE), ToWrite::Append)?;
         let len = file.metadata()?.len();
         Ok(Self { inner: Mutex::new(Inner { file, len, torn: false, pending: BTreeMap::new() }) })
     }

@@ -3,15 +3,19 @@
 //! A line is written with one `write` and ends in a newline. What an interrupted write leaves behind is a last line
 //! without one: [`Reader`] gives it as [`LineError::Torn`], which is no damage. Anything else that does not read is.
 
-use std::io::{self, BufRead};
+use std::{
+    borrow::Cow,
+    fs::File,
+    io::{self, BufRead, BufReader, Seek, SeekFrom},
+    os::fd::AsRawFd,
+    path::Path,
+};
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
-
-use super::format::Line;
-
-/// Longest line that is taken for one; names, shapes and axes of a part cannot exceed it.
-pub const MAX_LINE: usize = 1 << 20;
+use super::{
+    files::open_to_read,
+    format::Line,
+    limits::{LINE, MESSAGE},
+};
 
 /// Why a line does not read.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +25,7 @@ pub enum LineError {
     Torn,
     /// Not `{"crc":...,"rec":...}`.
     #[error("not a manifest line: {0}")]
-    Malformed(String),
+    Malformed(Cow<'static, str>),
     /// The checksum does not match.
     #[error("its checksum is {found:08x}, the line says {said}")]
     Checksum {
@@ -33,13 +37,9 @@ pub enum LineError {
     /// Checksum right, but not something this version knows.
     #[error("not a known kind of line: {0}")]
     Unknown(String),
-}
-
-#[derive(Deserialize)]
-struct Outer<'a> {
-    crc: &'a str,
-    #[serde(borrow)]
-    rec: &'a RawValue,
+    /// Checksum right, but it says what cannot be.
+    #[error("{0}")]
+    Impossible(String),
 }
 
 /// The line with its newline.
@@ -58,13 +58,20 @@ pub fn encode_line(line: &Line) -> Vec<u8> {
 /// Reads a line, with or without its newline. Takes hostile bytes.
 pub fn decode_line(bytes: &[u8]) -> Result<Line, LineError> {
     let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
-    let outer: Outer = serde_json::from_slice(bytes).map_err(|e| LineError::Malformed(e.to_string()))?;
-    let rec = outer.rec.get();
-    let found = crc32c::crc32c(rec.as_bytes());
-    if u32::from_str_radix(outer.crc, 16) != Ok(found) {
-        return Err(LineError::Checksum { found, said: outer.crc.chars().take(16).collect() });
+    let framed = || bytes.strip_prefix(b"{\"crc\":\"")?.strip_suffix(b"}")?.split_at_checked(8);
+    let frame = framed().and_then(|(crc, rest)| Some((crc, rest.strip_prefix(b"\",\"rec\":")?)));
+    let (crc, rec) = frame.ok_or(LineError::Malformed("it is not {\"crc\":...,\"rec\":...}".into()))?;
+    let found = crc32c::crc32c(rec);
+    if crc != format!("{found:08x}").as_bytes() {
+        return Err(LineError::Checksum { found, said: String::from_utf8_lossy(crc).into_owned() });
     }
-    serde_json::from_str(rec).map_err(|e| LineError::Unknown(e.to_string()))
+    if !rec.starts_with(b"{") || !rec.ends_with(b"}") {
+        return Err(LineError::Malformed("it is not one object".into()));
+    }
+    let clipped = |text: String| text.chars().take(MESSAGE).collect();
+    let line: Line = serde_json::from_slice(rec).map_err(|e| LineError::Unknown(clipped(e.to_string())))?;
+    line.check().map_err(|why| LineError::Impossible(clipped(why)))?;
+    Ok(line)
 }
 
 /// A line and where it stands.
@@ -78,7 +85,39 @@ pub struct Entry {
     pub line: Result<Line, LineError>,
 }
 
-/// Goes through a manifest line by line, holding one line at a time.
+/// What lines are read from.
+pub trait Source: BufRead {
+    /// Passes over a hole in a file, which has no line's end; how many bytes. The buffer is empty.
+    fn skip_hole(&mut self) -> io::Result<u64> {
+        Ok(0)
+    }
+}
+
+impl Source for &[u8] {}
+
+impl Source for BufReader<File> {
+    fn skip_hole(&mut self) -> io::Result<u64> {
+        let at = self.stream_position()?;
+        // SAFETY: the descriptor is open.
+        let data = unsafe { libc::lseek(self.get_ref().as_raw_fd(), at as libc::off_t, libc::SEEK_DATA) };
+        let nothing_more = data < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO);
+        let to = match u64::try_from(data) {
+            Ok(data) => SeekFrom::Start(data),
+            Err(_) if nothing_more => SeekFrom::End(0),
+            // A file system that does not know holes.
+            Err(_) => SeekFrom::Start(at),
+        };
+        Ok(self.seek(to)?.saturating_sub(at))
+    }
+}
+
+/// Opens a manifest; special files are refused.
+pub fn open(path: &Path) -> io::Result<Reader<BufReader<File>>> {
+    Ok(Reader::new(BufReader::with_capacity(1 << 18, open_to_read(path)?)))
+}
+
+/// Goes through a manifest line by line, holding one line at a time. It takes as long as what is on the disk, and no
+/// longer for a hole in a line.
 #[derive(Debug)]
 pub struct Reader<R> {
     from: R,
@@ -87,7 +126,7 @@ pub struct Reader<R> {
     buffer: Vec<u8>,
 }
 
-impl<R: BufRead> Reader<R> {
+impl<R: Source> Reader<R> {
     /// From the start of a manifest.
     pub fn new(from: R) -> Self {
         Self { from, number: 0, offset: 0, buffer: Vec::new() }
@@ -108,9 +147,9 @@ impl<R: BufRead> Reader<R> {
             if available.is_empty() {
                 break false;
             }
-            let newline = available.iter().position(|&b| b == b'\n');
+            let newline = memchr::memchr(b'\n', available);
             let used = newline.map_or(available.len(), |at| at + 1);
-            if self.buffer.len() + used <= MAX_LINE {
+            if self.buffer.len() + used <= LINE {
                 self.buffer.extend_from_slice(available.get(..used).unwrap_or(available));
             } else {
                 overlong = true;
@@ -120,6 +159,9 @@ impl<R: BufRead> Reader<R> {
             if newline.is_some() {
                 break true;
             }
+            if overlong {
+                self.offset += self.from.skip_hole()?;
+            }
         };
         if self.offset == start {
             return Ok(None);
@@ -127,14 +169,14 @@ impl<R: BufRead> Reader<R> {
         self.number += 1;
         let line = match (ended, overlong) {
             (false, _) => Err(LineError::Torn),
-            (true, true) => Err(LineError::Malformed(format!("longer than {MAX_LINE} bytes"))),
+            (true, true) => Err(LineError::Malformed(format!("longer than {LINE} bytes").into())),
             (true, false) => decode_line(&self.buffer),
         };
         Ok(Some(Entry { number: self.number, offset: start, line }))
     }
 }
 
-impl<R: BufRead> Iterator for Reader<R> {
+impl<R: Source> Iterator for Reader<R> {
     type Item = io::Result<Entry>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -224,12 +266,12 @@ mod tests {
 
     #[test]
     fn an_endless_line_is_damage_and_costs_no_memory() {
-        let mut bytes = vec![b'x'; MAX_LINE * 3];
+        let mut bytes = vec![b'x'; LINE * 3];
         bytes.push(b'\n');
         bytes.extend_from_slice(&encode_line(&sealed()));
         let mut reader = Reader::new(&bytes[..]);
         assert!(matches!(reader.next_line().unwrap().unwrap().line, Err(LineError::Malformed(_))));
-        assert!(reader.buffer.capacity() <= 2 * MAX_LINE);
+        assert!(reader.buffer.capacity() <= 2 * LINE);
         assert!(reader.next_line().unwrap().unwrap().line.is_ok());
         assert!(reader.next_line().unwrap().is_none());
     }

@@ -3,6 +3,8 @@
 //! | module | subject |
 //! |---|---|
 //! | [`format`] | the one definition of a run directory |
+//! | [`limits`], [`check`] | bounds of what is read |
+//! | [`files`] | opening files that somebody may have planted |
 //! | [`manifest`] | lines of the manifest, read and written |
 //! | [`dir`] | making, locking and refusing directories; `run.json` |
 //! | [`writer`] | [`Store`]: where a part goes, its bytes, its line |
@@ -33,9 +35,12 @@
 //! usual length that is a few MiB in all.
 
 pub mod account;
+pub mod check;
 pub mod dir;
+pub mod files;
 pub mod format;
 mod journal;
+pub mod limits;
 pub mod manifest;
 pub mod names;
 pub mod owners;
@@ -50,6 +55,7 @@ pub mod stats;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+pub mod unique;
 mod writer;
 
 pub use part::{Outcome, PartWriter};

@@ -1,13 +1,18 @@
 //! Which ranks have which modules: a pipeline's stages and a layer's experts are not on all of them.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap},
+    rc::Rc,
     sync::Arc,
 };
 
 use wire::record::{Axis, MICRO, Place};
 
-use super::format::{ModelInfo, Module, Owners, Part};
+use super::{
+    format::{ModelInfo, Module, Owners, Part},
+    limits::{DEPTH, OWNED},
+};
 use crate::read::natural;
 
 /// Most modules of all models of a run together.
@@ -113,7 +118,22 @@ impl ModelInfo {
 
 /// The modules that some ranks of a job lack, by model and name, and who has them.
 #[derive(Debug, Default)]
-pub struct Scattered(HashMap<u32, HashMap<Arc<str>, BTreeSet<u32>>>);
+pub struct Scattered {
+    /// By model (`None`: of all of which the ranks capture nothing) and module: the groups that have it.
+    having: HashMap<Option<u32>, HashMap<Arc<str>, Vec<usize>>>,
+    groups: Vec<BTreeSet<u32>>,
+    /// Ranks in all.
+    told: usize,
+    unions: RefCell<Unions>,
+}
+
+/// The ranks of sets of groups, as far as they were asked for.
+#[derive(Debug, Default)]
+struct Unions {
+    known: HashMap<Vec<usize>, Option<Rc<BTreeSet<u32>>>>,
+    /// Ranks gone through.
+    spent: usize,
+}
 
 impl Scattered {
     /// Nothing, unless every rank of `world` has said what it has.
@@ -125,45 +145,61 @@ impl Scattered {
     pub fn of_module(owners: &[Owners], world: u32, model: u32, name: &str) -> Self {
         let holds =
             |module: &str| name.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        Self::of(owners, world, |other, module| other == model && holds(module))
+        Self::of(owners, world, |other, module| other.is_none_or(|other| other == model) && holds(module))
     }
 
-    fn of(owners: &[Owners], world: u32, wanted: impl Fn(u32, &str) -> bool) -> Self {
+    fn of(owners: &[Owners], world: u32, wanted: impl Fn(Option<u32>, &str) -> bool) -> Self {
         let told: BTreeSet<u32> = owners.iter().flat_map(|group| &group.ranks).copied().collect();
         if owners.len() < 2 || world < 2 || !(0..world).all(|rank| told.contains(&rank)) {
             return Self::default();
         }
-        let mut all: HashMap<u32, HashMap<Arc<str>, BTreeSet<u32>>> = HashMap::new();
-        for model in owners.iter().filter_map(|group| group.model) {
-            all.entry(model).or_default();
-        }
-        for (&model, modules) in &mut all {
-            // A model that has no number on a rank may be any.
-            for group in owners.iter().filter(|group| group.model.is_none_or(|other| other == model)) {
-                for module in group.modules.iter().filter(|module| wanted(model, module)) {
-                    modules.entry(module.clone()).or_default().extend(&group.ranks);
-                }
+        let mut all = Self { told: told.len(), ..Self::default() };
+        for (number, group) in owners.iter().enumerate() {
+            all.groups.push(group.ranks.iter().copied().collect());
+            let having = all.having.entry(group.model).or_default();
+            for module in group.modules.iter().filter(|module| wanted(group.model, module)) {
+                having.entry(module.clone()).or_default().push(number);
             }
-            modules.retain(|_, ranks| ranks.len() < told.len());
         }
-        all.retain(|_, modules| !modules.is_empty());
-        Self(all)
+        all
     }
 
-    /// Whether every rank has every module, as far as is known.
+    /// Whether nothing is known.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.groups.is_empty()
     }
 
     /// The ranks that have a module, or the one that a parameter is in; `None`: all.
-    fn owners(&self, model: u32, mut name: &str) -> Option<&BTreeSet<u32>> {
-        let modules = self.0.get(&model)?;
-        loop {
-            if let Some(ranks) = modules.get(name) {
+    fn owners(&self, model: u32, mut name: &str) -> Option<Rc<BTreeSet<u32>>> {
+        let own = self.having.get(&Some(model))?;
+        for _ in 0..DEPTH {
+            // A model that has no number on a rank may be any.
+            let others = self.having.get(&None).and_then(|having| having.get(name));
+            let groups: Vec<usize> = own.get(name).into_iter().chain(others).flatten().copied().collect();
+            if let Some(ranks) = self.union(groups) {
                 return Some(ranks);
             }
             name = name.rsplit_once('.')?.0;
         }
+        None
+    }
+
+    /// The ranks in any of these groups; `None` where there are none, or all, or too many to be told.
+    fn union(&self, groups: Vec<usize>) -> Option<Rc<BTreeSet<u32>>> {
+        if groups.is_empty() {
+            return None;
+        }
+        let Unions { known, spent } = &mut *self.unions.borrow_mut();
+        if let Some(ranks) = known.get(&groups) {
+            return ranks.clone();
+        }
+        *spent =
+            groups.iter().filter_map(|&n| self.groups.get(n)).fold(*spent, |n, ranks| n.saturating_add(ranks.len()));
+        let ranks = (*spent < OWNED)
+            .then(|| groups.iter().filter_map(|&n| self.groups.get(n)).flatten().copied().collect::<BTreeSet<u32>>());
+        let ranks = ranks.filter(|ranks| ranks.len() < self.told).map(Rc::new);
+        known.insert(groups, ranks.clone());
+        ranks
     }
 
     /// Makes the parts of a record lie among those ranks alone that have its module, once all of these are there: along an
@@ -260,10 +296,10 @@ mod tests {
     fn what_is_known_for_one_module_is_as_much_as_it_needs() {
         let all = [group(&[0], "a b b.c"), group(&[1], "a")];
         let known = Scattered::of_module(&all, 2, 0, "b.c.weight");
-        assert_eq!(known.owners(0, "b.c.weight"), Some(&BTreeSet::from([0])));
-        assert!(Scattered::of_module(&all, 2, 0, "a.b").is_empty());
-        assert!(Scattered::of_module(&all, 2, 0, "bc").is_empty());
-        assert!(Scattered::of_module(&all, 2, 1, "b").is_empty());
+        assert_eq!(known.owners(0, "b.c.weight").as_deref(), Some(&BTreeSet::from([0])));
+        for (model, name) in [(0, "a.b"), (0, "bc"), (1, "b")] {
+            assert_eq!(Scattered::of_module(&all, 2, model, name).owners(model, name), None, "{name}");
+        }
     }
 
     #[test]
@@ -271,11 +307,12 @@ mod tests {
         let all = [group(&[0], "a b"), group(&[1], "a")];
         assert!(Scattered::new(&all, 3).is_empty());
         let known = Scattered::new(&all, 2);
-        assert_eq!(known.owners(0, "b.weight"), Some(&BTreeSet::from([0])));
+        assert_eq!(known.owners(0, "b.weight").as_deref(), Some(&BTreeSet::from([0])));
         assert_eq!(known.owners(0, "a.weight"), None);
         assert_eq!(known.owners(1, "b.weight"), None);
         let unnumbered = Owners { model: None, ..group(&[1], "b") };
-        assert!(Scattered::new(&[group(&[0], "a b"), group(&[1], "a"), unnumbered], 2).is_empty());
+        let known = Scattered::new(&[group(&[0], "a b"), group(&[1], "a"), unnumbered], 2);
+        assert_eq!(known.owners(0, "b.weight"), None);
     }
 
     fn parts(ranks: &[u32], size: u32) -> Vec<Part> {

@@ -2,16 +2,17 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::{self, File, OpenOptions},
-    io::{self, BufReader, Write},
+    fs::{self, File},
+    io::{self, BufReader, Seek, Write},
     path::Path,
 };
 
 use super::{
     account::{Account, Accounts},
     dir::cannot_write,
+    files::{ToWrite, open_to_write},
     format::{HEADER_SPACE, Line, Location, MANIFEST_FILE, Part, Totals},
-    manifest::{LineError, Reader, encode_line},
+    manifest::{LineError, Reader, Source, encode_line},
     place::Seen,
     seal,
     shard::{Entry, Lie, ShardFile, number_of, open_path, sealed_path, stem},
@@ -44,15 +45,13 @@ pub fn recover(dir: &Path, shown: &Path) -> anyhow::Result<Found> {
         damaged: false,
     };
     let mut unsealed = BTreeMap::new();
-    match File::open(&path) {
-        Ok(file) => {
-            let keep = scan(&mut Reader::new(BufReader::new(file)), &mut found, &mut unsealed).map_err(io)?;
-            let file = OpenOptions::new().append(true).open(&path).map_err(io)?;
-            file.set_len(keep).map_err(io)?;
-            seal_left_over(dir, file, &unsealed).map_err(io)?;
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(io(e)),
+    if path.symlink_metadata().is_ok() {
+        let mut file = open_to_write(&path, ToWrite::Append).map_err(io)?;
+        file.rewind().map_err(io)?;
+        let lines = file.try_clone().map_err(io)?;
+        let keep = scan(&mut Reader::new(BufReader::new(lines)), &mut found, &mut unsealed).map_err(io)?;
+        file.set_len(keep).map_err(io)?;
+        seal_left_over(dir, file, &unsealed).map_err(io)?;
     }
     found.next_shard = found.next_shard.max(clean_up(dir, found.damaged).map_err(io)?);
     Ok(found)
@@ -87,7 +86,7 @@ impl Shares {
 }
 
 /// Reads every line; returns how long the manifest is without its torn end.
-fn scan<R: io::BufRead>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unsealed) -> io::Result<u64> {
+fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unsealed) -> io::Result<u64> {
     while let Some(entry) = lines.next_line()? {
         let line = match entry.line {
             Ok(line) => line,

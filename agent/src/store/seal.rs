@@ -11,7 +11,11 @@ use std::{
 use super::{
     format::{FILLER, FORMAT, HEADER_SPACE},
     shard::{Entry, Lie, ShardFile, open_path, sealed_path},
+    unique::Unique,
 };
+
+/// Bytes that an entry's dtype, shape and offsets take at least.
+const SHORTEST: usize = 50;
 
 /// A named range of the sealed file.
 #[derive(Debug)]
@@ -43,8 +47,10 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 /// the manifest.
 fn header(entries: &[Entry], end: u64) -> Vec<u8> {
     let space = HEADER_SPACE as usize - 8;
-    let mut json = render(&named(entries), end);
-    if json.len() > space {
+    // The shortest entry alone is longer than this: a file of so many is not spelled out in vain.
+    let few = entries.len() <= space / SHORTEST;
+    let mut json = if few { render(&named(entries), end) } else { String::new() };
+    if !few || json.len() > space {
         json = render(&[], end);
     }
     let mut out = Vec::with_capacity(HEADER_SPACE as usize);
@@ -65,17 +71,11 @@ fn named(entries: &[Entry]) -> Vec<Named> {
         });
         groups[at].1.push(entry);
     }
-    let mut taken = HashSet::new();
+    let mut names = Unique::default();
     let mut out = Vec::with_capacity(groups.len());
     let mut push = |name: String, entry: &Entry, shape: Vec<u64>, len: u64| {
         // The same part twice (a job that was started again): names must differ.
-        let mut unique = name.clone();
-        let mut n = 2;
-        while !taken.insert(unique.clone()) {
-            unique = format!("{name}~{n}");
-            n += 1;
-        }
-        out.push(Named { name: unique, dtype: entry.dtype, shape, offset: entry.offset, len });
+        out.push(Named { name: names.name(name), dtype: entry.dtype, shape, offset: entry.offset, len });
     };
     for (name, mut parts) in groups {
         parts.sort_by_key(|e| (e.offset, e.len, piece_index(e)));

@@ -1,7 +1,7 @@
 //! A shard that is being written.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io,
     os::{fd::AsRawFd, unix::fs::FileExt},
     path::{Path, PathBuf},
@@ -10,7 +10,11 @@ use std::{
 
 use wire::{dtype::DType, record::Place};
 
-use super::format::{HEADER_SPACE, What};
+use super::{
+    files::{ToWrite, open_to_write},
+    format::{HEADER_SPACE, What},
+    limits::SHARDS,
+};
 
 /// Bytes of an entry in the header beside its name and its shape: field names, dtype and offsets.
 const ENTRY_JSON: usize = 110;
@@ -24,9 +28,10 @@ pub fn stem(number: u32) -> String {
     format!("shard-{number:05}")
 }
 
-/// Number of the shard with this stem.
-pub fn number_of(stem: &str) -> Option<u32> {
-    stem.strip_prefix("shard-")?.parse().ok()
+/// Number of the shard with this stem; `None` where that is no stem of ours.
+pub fn number_of(name: &str) -> Option<u32> {
+    let number = name.strip_prefix("shard-")?.parse().ok()?;
+    (number <= SHARDS && stem(number) == name).then_some(number)
 }
 
 /// Path of a shard before it is sealed.
@@ -51,7 +56,7 @@ impl ShardFile {
     /// Makes the file, with room on disk for its header: sealing must work when the disk is full.
     pub fn create(dir: &Path, number: u32) -> io::Result<Self> {
         let path = open_path(dir, number);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        let file = open_to_write(&path, ToWrite::New)?;
         // SAFETY: the descriptor is open for writing.
         let reserved = unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, HEADER_SPACE as libc::off_t) };
         let outcome = match reserved {
@@ -75,7 +80,7 @@ impl ShardFile {
 
     /// Opens a file that another agent left.
     pub fn open(dir: &Path, number: u32) -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).open(open_path(dir, number))?;
+        let file = open_to_write(&open_path(dir, number), ToWrite::Old)?;
         Ok(Self { number, file })
     }
 

@@ -13,7 +13,7 @@ use wire::dtype::DType;
 use super::Outcome;
 use crate::{
     read::{Record, Run},
-    store::format::Identity,
+    store::{format::Identity, unique::Unique},
 };
 
 /// Longest file name before its ending; file systems allow 255 bytes.
@@ -43,7 +43,7 @@ struct Manifest<'a> {
 pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Outcome> {
     fs::create_dir_all(dest)?;
     let mut outcome = Outcome::default();
-    let mut taken = BTreeSet::new();
+    let mut names = Unique::ignoring_case();
     let mut entries = Vec::new();
     let mut renamed = BTreeSet::new();
     for record in records {
@@ -58,7 +58,7 @@ pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Out
         if !same {
             renamed.insert((whole.dtype.name(), npy));
         }
-        let file = unique(&file_name(&record.id), &mut taken) + ".npy";
+        let file = names.name(file_name(&record.id)) + ".npy";
         let shape = whole.shape.iter().copied().chain(extra).collect::<Vec<_>>();
         replace(&dest.join(&file), |out| {
             out.write_all(&header(npy, &shape))?;
@@ -91,7 +91,7 @@ pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Out
 /// Writes a file beside its place and renames it there.
 fn replace(path: &Path, write: impl FnOnce(&mut File) -> std::io::Result<()>) -> std::io::Result<()> {
     let partial = path.with_extension("partial");
-    let made = File::create(&partial).and_then(|mut file| write(&mut file)).and_then(|()| fs::rename(&partial, path));
+    let made = super::partial(&partial).and_then(|mut file| write(&mut file)).and_then(|()| fs::rename(&partial, path));
     if made.is_err() {
         // The first error is the one to tell.
         let _ = fs::remove_file(&partial);
@@ -162,17 +162,6 @@ fn file_name(id: &Identity) -> String {
     text
 }
 
-/// `name`, numbered if another took it; names that differ only in case are one name to some file systems.
-fn unique(name: &str, taken: &mut BTreeSet<String>) -> String {
-    let mut candidate = name.to_owned();
-    let mut n = 1u64;
-    while !taken.insert(candidate.to_ascii_lowercase()) {
-        n += 1;
-        candidate = format!("{name}~{n}");
-    }
-    candidate
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn file_names_are_safe_and_unique() {
+    fn file_names_are_safe() {
         assert_eq!(
             file_name(&id("layers.0.mlp", "out[0]")),
             "layers.0.mlp-forward-out_0_-model0-step3-micro0-call1-eval"
@@ -210,8 +199,5 @@ mod tests {
         assert!(!file_name(&id("../../etc", "out")).contains('/'));
         assert!(file_name(&id("../x", "out")).starts_with("_.."));
         assert!(file_name(&id(&"é".repeat(500), "out")).len() <= NAME);
-        let mut taken = BTreeSet::new();
-        assert_eq!(unique("a", &mut taken), "a");
-        assert_eq!(unique("A", &mut taken), "A~2");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
+    fs,
     io::{self, BufWriter},
     path::{Path, PathBuf},
 };
@@ -35,7 +35,7 @@ fn beside(dest: &Path) -> PathBuf {
 }
 
 fn write(run: &Run, records: &[&Record], path: &Path) -> io::Result<Outcome> {
-    let mut zip = Zip::new(BufWriter::with_capacity(1 << 16, File::create(path)?));
+    let mut zip = Zip::new(BufWriter::with_capacity(1 << 16, super::partial(path)?));
     let mut outcome = Outcome::default();
     let mut tensors: Vec<Tensor> = Vec::new();
     for record in records {

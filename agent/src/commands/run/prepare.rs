@@ -19,6 +19,7 @@ use crate::{
     cli::Usage,
     commands::bridge,
     home, owner_only,
+    read::text::{complain, complain_in_lines},
     store::dir::{Fresh, check_fresh, of_this_node},
 };
 
@@ -67,7 +68,7 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
     }
     let Some(path) = interpreter::find(&program) else {
         let shown = Path::new(&program).display();
-        eprintln!("flexmodel: {shown}: command not found");
+        complain("flexmodel", format_args!("{shown}: command not found"));
         return Ok(Prepared::Exit(ExitCode::from(127)));
     };
     let library = home::library()?;
@@ -94,7 +95,7 @@ fn untapped(command: &[OsString]) -> ExitCode {
     use std::os::unix::process::CommandExt;
     let Some((program, arguments)) = command.split_first() else { return ExitCode::from(2) };
     let error = owner_only::as_before(Command::new(program).args(arguments)).exec();
-    eprintln!("flexmodel: {}: {error}", Path::new(program).display());
+    complain("flexmodel", format_args!("{}: {error}", Path::new(program).display()));
     ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 })
 }
 
@@ -123,7 +124,8 @@ fn on_full_of(given: Option<String>) -> anyhow::Result<OnFull> {
 /// The bridge for the interpreter that the command uses, built first if it is missing.
 fn bridge_for(program: &Path) -> anyhow::Result<Option<PathBuf>> {
     let Some(found) = interpreter::of(program) else {
-        eprintln!("flexmodel: {} is no Python and there is none on PATH: nothing may be captured", program.display());
+        let shown = program.display();
+        complain("flexmodel", format_args!("{shown} is no Python and there is none on PATH: nothing may be captured"));
         return Ok(None);
     };
     match bridge::ensure(&found.python) {
@@ -132,7 +134,8 @@ fn bridge_for(program: &Path) -> anyhow::Result<Option<PathBuf>> {
         Ok(_) => Ok(None),
         Err(e) if found.is_command || e.is::<Distrust>() => Err(e),
         Err(e) => {
-            eprintln!("flexmodel: {e:#}; the command runs, and captures only if it uses another Python");
+            let then = "the command runs, and captures only if it uses another Python";
+            complain_in_lines(format_args!("flexmodel: {e:#}; {then}"));
             Ok(None)
         }
     }

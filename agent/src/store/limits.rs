@@ -1,0 +1,36 @@
+//! Bounds of what is read of a run directory, whoever made it. `python-shim/flexmodel/_limits.py` has the same.
+//!
+//! A line of the manifest that is beyond one of them costs what it tells of, and is named; everything else is served. All
+//! are far beyond what an agent writes: jobs have names of 4096 bytes, 8 mesh axes and 64 models at most
+//! ([`wire::record`], [`wire::control`]).
+
+/// Bytes of a line of the manifest, with its newline.
+pub const LINE: usize = 1 << 20;
+/// Characters of a name, a path or a reason.
+pub const TEXT: usize = 1 << 14;
+/// Dimensions of a tensor.
+pub const DIMS: usize = 64;
+/// Mesh axes of a layout.
+pub const AXES: usize = 64;
+/// Bytes of a tensor (dimensions of size 0 count as 1), and of a shard.
+pub const BYTES: u64 = i64::MAX as u64;
+/// Bytes of `run.json`.
+pub const RUN_FILE_BYTES: u64 = 64 << 20;
+/// Models in `run.json`.
+pub const MODELS: usize = 1024;
+/// Notices in `run.json`.
+pub const NOTICES: usize = 4096;
+/// Runs of nodes in one folder.
+pub const NODES: usize = 4096;
+/// Names within each other in a module's name.
+pub const DEPTH: usize = 127;
+/// Ranks counted while it is told which of them have a module.
+pub const OWNED: usize = 1 << 24;
+/// Number of the last shard.
+pub const SHARDS: u32 = 99_999_999;
+/// Problems of one kind that are named one by one; others are counted.
+pub const PROBLEMS: usize = 1000;
+/// Ranks, pieces or values that a message names one by one.
+pub const NAMED: usize = 16;
+/// Characters of somebody else's text in a message.
+pub const MESSAGE: usize = 500;
