@@ -11,10 +11,12 @@ ALL = "forward,forward_pre,backward,backward_pre"
 # Two jobs' hooks, of which one edits. `first` is a graph without taps.
 HOOKS = f"block:{ALL};block.up:{ALL}"
 OTHERS = f"block:forward|scale(0.5);block.down:{ALL}"
+# What a model that is called twice gives with HOOKS, before it is compiled ahead of time.
+CALLED = {(module, "forward", call) for module in ("block", "block.up") for call in range(2)}
 CASES = {
-    "train": (harness.python("cached.py", "train"), {}),
-    "precompiled": (harness.python("cached.py", "infer"), {"TORCH_CACHING_PRECOMPILE": "1"}),
-    "with a profile": (harness.python("cached.py", "train"), {"TORCH_COMPILE_JOB_ID": "job"}),
+    # The job's name has torch keep a profile of shapes, too.
+    "graphs": (harness.python("cached.py", "train"), {"TORCH_COMPILE_JOB_ID": "job"}),
+    "packages": (harness.python("cached.py", "infer"), {"TORCH_CACHING_PRECOMPILE": "1"}),
 }
 
 
@@ -35,8 +37,8 @@ class Folder:
         return harness.tapped(self.argv, hooks, self.path / f"run{self.runs}", **self.env).expect(0)
 
     def files(self) -> dict[str, bytes]:
-        """What the jobs saved; a kernel's text is named by its digest."""
-        return {str(file.relative_to(self.path)): file.read_bytes() for file in (self.path / "cache").rglob("*") if file.is_file()}
+        """What the jobs saved."""
+        return {str(file): file.read_bytes() for file in (self.path / "cache").rglob("*") if file.is_file()}
 
 
 def caches(outcome: harness.Outcome) -> list[str]:
@@ -69,16 +71,16 @@ def test_a_tapped_job_captures_all_after_others(case, alone, tmp_path):
     folder = Folder(tmp_path, case)
     found = folder.untapped()
     assert (found.losses, caches(found)) == (first.losses, caches(first))
-    for hooks in (HOOKS, OTHERS, HOOKS):
+    for hooks in (HOOKS, OTHERS):
         expect_as_alone(folder.tapped(hooks), tapped[hooks])
     found = folder.untapped()
-    assert (found.losses, caches(found), found.err) == (again.losses, caches(again), again.err)
+    assert (found.losses, caches(found)) == (again.losses, caches(again))
 
 
 def test_an_untapped_job_is_as_if_no_tapped_one_had_been(case, alone, tmp_path):
     (first, again), tapped = alone
     folder = Folder(tmp_path, case)
-    for hooks in (OTHERS, HOOKS):
+    for hooks in (HOOKS, HOOKS):
         expect_as_alone(folder.tapped(hooks), tapped[hooks])
     before = folder.files()
     found = folder.untapped()
@@ -90,7 +92,7 @@ def test_an_untapped_job_is_as_if_no_tapped_one_had_been(case, alone, tmp_path):
 
 
 def test_hooks_that_match_nothing_leave_torchs_own_keys(tmp_path):
-    folder = Folder(tmp_path, "train")
+    folder = Folder(tmp_path, "graphs")
     folder.untapped()
     again = folder.untapped()
     found = folder.tapped("nothing.of.it")
@@ -112,7 +114,8 @@ def test_what_is_compiled_ahead_of_time_goes_from_job_to_job_without_taps(tmp_pa
     assert len({tuple(outcome.losses) for outcome in (*saved, *loaded)}) == 1
     for tapped in (saved[1], loaded[2]):
         assert "compiled ahead of time (aot_compile) are not captured" in tapped.err
-        assert captures.expect_sound(tapped.run).records == []
+        run = captures.expect_sound(tapped.run)
+        assert {(r.module, r.kind, r.micro) for r in run.records if r.path == "out"} == CALLED
 
 
 def test_vllms_keys_have_the_hooks_in_them(tmp_path):
@@ -130,5 +133,6 @@ def test_vllms_keys_have_the_hooks_in_them(tmp_path):
         return next(line for line in outcome.out.splitlines() if line.startswith("factors"))
 
     assert factors(None) == "factors ('VLLM_X', '1')"
-    assert "FLEXMODEL" in factors(HOOKS, "one") and factors(HOOKS, "two") == factors(HOOKS, "three")
-    assert len({factors(None), factors(HOOKS, "four"), factors(OTHERS, "five")}) == 3
+    found = factors(HOOKS, "one")
+    assert "('VLLM_X', '1')" in found and "FLEXMODEL" in found
+    assert factors(HOOKS, "two") == found and factors(OTHERS, "three") != found

@@ -119,8 +119,8 @@ class Caches:
         if self._bridge.active() and not self._keyed and not self._said:
             self._said = True
             self._bridge.notice(
-                "modules inside what is compiled ahead of time (aot_compile) are not captured, since that is saved for jobs "
-                "without taps; torch.compile by itself is captured"
+                "modules inside what is compiled ahead of time (aot_compile) are not captured, since that is saved for "
+                "jobs without taps; torch.compile by itself is captured"
             )
 
 

@@ -181,7 +181,8 @@ class Family:
 
 def _is_whole(module: nn.Module) -> bool:
     """Not so is what torch.compile restores of a module that it has guards on: it saves no more than these need."""
-    return all(hasattr(own(module, name, None), "items") for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"))
+    names = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+    return all(hasattr(own(module, name, None), "items") for name in names)
 
 
 def _live(members: list[Member]) -> list[nn.Module]:

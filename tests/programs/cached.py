@@ -79,14 +79,16 @@ def main(how: str, *args: str) -> None:
     elif how == "infer":
         infer(torch.compile(model.eval(), fullgraph=True))
     elif how == "save":
+        infer(model.eval())  # whoever has hooks on it has them now
         with torch.no_grad():
-            compiled = torch.compile(model.eval().forward, fullgraph=True).aot_compile(((batch(0),), {}))
+            compiled = torch.compile(model.forward, fullgraph=True).aot_compile(((batch(0),), {}))
         compiled.save_compiled_function(*args)
         infer(lambda x: compiled(model, x))
     elif how == "load":
+        infer(model.eval())
         with open(*args, "rb") as file:
             compiled = torch.compiler.load_compiled_function(file)
-        infer(lambda x: compiled(model.eval(), x))
+        infer(lambda x: compiled(model, x))
     elif how == "factors":
         import vllm.envs
 
