@@ -53,7 +53,7 @@ class Caches:
             ("torch._dynamo.aot_compile", self._follow_ahead_of_time),
             ("vllm.envs", self._follow_vllm),
         ):
-            imports.when_imported([name], guarded(functools.partial(follow, guarded)))
+            imports.when_imported([name], guarded(lambda follow=follow: follow(guarded)))
 
     @functools.cached_property
     def _ours(self) -> str:
