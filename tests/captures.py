@@ -47,9 +47,9 @@ _TOLERANCES = {
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal shape and type, and values that differ from those of `b` by no more than a few sums in another order do.
 
-    Which order that is depends on the processor, and an element near zero may be the sum of large addends. So the absolute
-    tolerance is for the whole tensor, in proportion to its largest magnitude as in `flexmodel certify`: gradients are
-    smaller than any fixed one.
+    Which order that is depends on the processor, and an element near zero may be the sum of large addends. So the
+    absolute tolerance is for the whole tensor, in proportion to its largest magnitude as in `flexmodel certify`:
+    gradients are smaller than any fixed one.
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False

@@ -3,7 +3,6 @@
 import engines
 import flexmodel
 import pytest
-import torch
 
 import captures
 import harness

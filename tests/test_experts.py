@@ -3,7 +3,6 @@
 import flexmodel
 import moe
 import pytest
-import torch
 
 import captures
 import harness

@@ -23,7 +23,7 @@ def test_a_gradient_divided_by_its_loss_scale_is_that_of_the_loss(how, scales, r
     assert [r.loss_scale for r in sorted(gradients, key=lambda r: (r.kind, r.step, r.micro))] == scales * 2
     expected = first_gradients()
     found = {r.kind: r.tensor() / r.loss_scale for r in gradients if (r.step, r.micro) == (0, 0)}
-    captures.expect_close(found, expected)
+    captures.expect_close(found, {kind: expected[kind] for kind in ("backward", "backward_pre")})
 
 
 def first_gradients() -> dict[str, torch.Tensor]:

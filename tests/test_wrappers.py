@@ -56,8 +56,6 @@ def test_one_process_without_torch_distributed(run_once):
 
 
 def test_the_dp_size_turns_gradients_into_those_of_the_whole_batch(run_once):
-    import torch
-
     whole, _ = reference_runs.data_parallel(tiny.build(), TAPPED.__contains__, steps=1, whole=True)
     outcome = run_once(harness.torchrun("ddp.py"), HOOKS).expect(0)
     import flexmodel

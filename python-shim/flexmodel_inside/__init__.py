@@ -8,6 +8,7 @@
 | `family.py` | knows every module from construction on, and which are in no other |
 | `hooks.py` | our hooks on modules, and who must not see them |
 | `compiler.py` | has torch.compile know our operations, and mends what it does wrong with them |
+| `caches.py` | keeps what of ours is in graphs out of what others load |
 | `compiled.py` | what these hooks are in graphs of torch.compile |
 | `alike.py` | makes modules that may share a graph alike in their hooks |
 | `naming.py` | the names the user wrote, without those of wrappers |

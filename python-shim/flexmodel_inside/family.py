@@ -79,9 +79,12 @@ class Family:
         return torch.compiler.is_compiling() or (self.deaf is not None and self.deaf == threading.get_ident())
 
     def _restored(self, module: nn.Module) -> None:
+        if not _is_whole(module):
+            return
         # What it holds is there already, and need not have been restored by torch.
         for each in (module, *(child for _, child in held_by(module))):
-            hooks.drop_strays(each)
+            if _is_whole(each):
+                hooks.drop_strays(each)
         if self._is_deaf():
             return
         self.member(module)
@@ -131,6 +134,10 @@ class Family:
         """All of them, in order of construction."""
         return sorted(self._members.values(), key=lambda member: member.serial)
 
+    def modules(self) -> list[nn.Module]:
+        """All that live, in order of construction."""
+        return _live(self.members())
+
     def tops(self) -> list[nn.Module]:
         """Live modules that are in no other, in order of construction.
 
@@ -143,7 +150,7 @@ class Family:
             if self._are_single(live):
                 return live
         # Read off the modules: what holds children may put them there without a word, as `nn.ModuleList.insert` does.
-        live = _live(self.members())
+        live = self.modules()
         seen = set(map(id, live))
         held: set[int] = set()
         stack = list(live)
@@ -164,6 +171,12 @@ class Family:
             return True
         everything = _live(list(self._members.values()))
         return all(wanted.isdisjoint(map(id, own(module, "_modules", {}).values())) for module in everything)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Not so is what torch.compile restores of a module that it has guards on: it saves no more than these need."""
+    names = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+    return all(hasattr(own(module, name, None), "items") for name in names)
 
 
 def _live(members: list[Member]) -> list[nn.Module]:

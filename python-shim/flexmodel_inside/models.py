@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import alike, compiled, compiler, guarded, hooks, imports, steps
+from .caches import Caches
 from .communicators import Communicators
 from .contexts import Contexts
 from .family import Family
@@ -333,18 +334,22 @@ class Models:
 
         follow(handler, "clear", self._faults.guard, after=register)
         register()
+        Caches(self._bridge, self._settle, self._family.modules).watch(functools.partial(guarded, self._bridge))
 
-    def _compiling(self, *_args: Any) -> None:
+    def _settle(self) -> None:
+        """Has every hook of ours in place."""
         if self._armed:
             self._disarm(self._original)
             self._look(None)
         if self._uneven:
             self._uneven = False
-            modules = [module for member in self._family.members() if (module := member.module()) is not None]
+            modules = self._family.modules()
             for module in modules:
                 hooks.drop_strays(module)
             alike.even_out(modules)
 
+    def _compiling(self, *_args: Any) -> None:
+        self._settle()
         # The compiler makes modules of its own.
         self._family.deaf = threading.get_ident()
 

@@ -1,0 +1,141 @@
+"""Keeps what torch.compile saves for later processes apart from what of ours is in a graph.
+
+A graph with a tap in it is in neither of torch's caches that are asked by a graph (FX graph cache, AOTAutograd's): our
+operations are effects, and torch takes no graph with effects. All others of a tapped job have the keys that they have
+everywhere. Here are the caches that are asked before there is a graph, by a key which knows nothing of hooks:
+
+| cache | |
+|---|---|
+| torch's precompiled packages (`torch._dynamo.config.caching_precompile`) | have the job's hooks in their keys |
+| vLLM's compiled graphs and models | have them too, as one of its factors |
+| functions compiled ahead of time (`aot_compile`), where the job chooses the place | are made without our hooks |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hooks, imports
+from .naming import own
+
+_OPERATIONS = ("tap", "gradient", "factors", "scope")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Caches:
+    """The caches of a process in which torch.compile knows our operations.
+
+    `settle` puts hooks in place that modules still lack, and `modules` are all there are.
+    """
+
+    def __init__(self, bridge: Any, settle: Callable[[], object], modules: Callable[[], Iterable[nn.Module]]) -> None:
+        self._bridge = bridge
+        self._settle = settle
+        self._modules = modules
+        self._text = os.environ.get("FLEXMODEL_HOOKS", "")
+        # Whether what is compiled ahead of time goes to places of which we are a part.
+        self._keyed = False
+        self._said = False
+
+    def watch(self, guarded: Callable[[Any], Any]) -> None:
+        """Follow each of them, once it is imported."""
+        for name, follow in (
+            ("torch._dynamo.package", self._follow_packages),
+            ("torch._dynamo.aot_compile", self._follow_ahead_of_time),
+            ("vllm.envs", self._follow_vllm),
+        ):
+            imports.when_imported([name], guarded(lambda follow=follow: follow(guarded)))
+
+    @functools.cached_property
+    def _ours(self) -> str:
+        """A digest of what a graph of this job may have of ours: what is in it by these sources, for these hooks."""
+        digest = hashlib.sha256(self._text.encode(errors="surrogateescape"))
+        for name in _OPERATIONS:
+            digest.update(str(getattr(torch.ops.flexmodel, name).default._schema).encode())
+        digest.update(str(self._bridge.call_words).encode())
+        for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def _key(self) -> str | None:
+        """What is to be in a key; None where nothing can be tapped."""
+        return self._ours if self._bridge.active() else None
+
+    def _follow_packages(self, guarded: Callable[[Any], Any]) -> None:
+        """They are looked up by the name of a function, when that is decorated: it may then call models that are yet to
+        be made."""
+        package = torch._dynamo.package.CompilePackage
+        original, key = package.source_id_from_fn, guarded(self._key)
+
+        def source_id_from_fn(fn: Any) -> str:
+            found, ours = original(fn), key()
+            return found if ours is None else hashlib.sha256(f"{found} {ours}".encode()).hexdigest()
+
+        package.source_id_from_fn = staticmethod(source_id_from_fn)
+
+    def _follow_vllm(self, guarded: Callable[[Any], Any]) -> None:
+        """Its keys are digests of its settings, and of the files that torch.compile read."""
+        import vllm.envs
+
+        original, key = vllm.envs.compile_factors, guarded(self._key)
+
+        @functools.wraps(original)
+        def compile_factors(*args: Any, **kwargs: Any) -> Any:
+            factors, ours = original(*args, **kwargs), key()
+            return factors if ours is None else {**factors, "FLEXMODEL": ours}
+
+        vllm.envs.compile_factors = compile_factors
+        self._keyed = True
+
+    def _follow_ahead_of_time(self, guarded: Callable[[Any], Any]) -> None:
+        """What is saved there is loaded where we are not."""
+        ahead = torch._dynamo.aot_compile
+        original, settle, tell = ahead.aot_compile_fullgraph, guarded(self._settle), guarded(self._tell)
+        made = ahead.AOTCompiledFunction.__post_init__
+
+        @functools.wraps(original)
+        def aot_compile_fullgraph(*args: Any, **kwargs: Any) -> Any:
+            settle()
+            with _hidden([] if self._keyed else self._modules()):
+                return original(*args, **kwargs)
+
+        def __post_init__(self: Any) -> None:
+            made(self)
+            tell()
+
+        ahead.aot_compile_fullgraph = aot_compile_fullgraph
+        ahead.AOTCompiledFunction.__post_init__ = __post_init__
+
+    def _tell(self) -> None:
+        if self._bridge.active() and not self._keyed and not self._said:
+            self._said = True
+            self._bridge.notice(
+                "modules inside what is compiled ahead of time (aot_compile) are not captured, since that is saved for "
+                "jobs without taps; torch.compile by itself is captured"
+            )
+
+
+@contextlib.contextmanager
+def _hidden(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Our hooks are on none of the modules."""
+    kept: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in modules:
+            for name in _HOOKS:
+                there = own(module, name, None)
+                if there and any(map(hooks.is_ours, there.values())):
+                    kept.append((module, name, there))
+                    setattr(module, name, type(there)((k, h) for k, h in there.items() if not hooks.is_ours(h)))
+        yield
+    finally:
+        for module, name, there in kept:
+            setattr(module, name, there)
