@@ -108,6 +108,7 @@ WHY = {
     "wrapper.weight": "Rude: aten.detach",
     "giving.keyed out": "Rude: a key without a name",
     "giving.shy out.hidden": "Rude: hidden",
+    "Proud.training": "Rude: training",
     "zero": "a zero byte",
     "half": "surrogates",
 }

@@ -46,6 +46,7 @@ std::string why() {
   try {
     throw;
   } catch (const PyError&) {
+    const Gil gil;  // whoever took it to call Python may have left it
     return why_python_raised();
   } catch (python_error& e) {
     const Gil gil;

@@ -64,10 +64,10 @@ PyObject* none() { Py_RETURN_NONE; }
 
 bool training(PyObject* module) {
   static PyObject* const name = PyUnicode_InternFromString("training");
-  const Ref value(PyObject_GetAttr(module, name));
-  if (!value && PyErr_ExceptionMatches(PyExc_Exception) == 0) throw PyError{};
-  if (!value) PyErr_Clear();
-  return value.get() == Py_True;
+  bool is_training = false;
+  const auto look = [&] { is_training = checked(PyObject_GetAttr(module, name)).get() == Py_True; };
+  attempt(look, [&] { return std::string(Py_TYPE(module)->tp_name) + ".training"; });
+  return is_training;
 }
 
 // `inputs` are the arguments and keyword arguments of the module.

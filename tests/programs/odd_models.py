@@ -34,6 +34,14 @@ class Proud(nn.Linear):
         raise Rude("batch_first")
 
     @property
+    def training(self):
+        raise Rude("training")
+
+    @training.setter
+    def training(self, value):
+        pass
+
+    @property
     def layer_number(self):
         raise RuntimeError("layer_number")
 
