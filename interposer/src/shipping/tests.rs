@@ -294,7 +294,7 @@ fn a_full_slab_that_an_agent_reads_is_followed_by_one_that_it_is_told_of() {
     shipper.link.tried = None;
     assert!(shipper.link.alive(&shipper.slabs));
     let (mut agent, _) = listener.accept().unwrap();
-    assert_eq!(slabs_told(&heard(&mut agent)), []);
+    assert!(slabs_told(&heard(&mut agent)).is_empty());
 }
 
 #[test]
