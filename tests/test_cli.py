@@ -178,13 +178,17 @@ def test_a_truncated_run_is_said_and_the_rest_is_served(finished):
     assert first.tensor().shape == first.shape
 
 
-def test_the_index_is_made_again(finished):
-    index = finished / "index.sqlite"
-    before = harness.run([harness.FLEXMODEL, "ls", str(finished), "--json"]).expect(0).out
-    index.unlink(missing_ok=True)
-    assert harness.run([harness.FLEXMODEL, "ls", str(finished), "--json"]).expect(0).out == before
-    index.write_bytes(b"not a database")
-    assert harness.run([harness.FLEXMODEL, "ls", str(finished), "--json"]).expect(0).out == before
+def test_a_run_with_the_index_that_older_versions_made_reads_and_stays_as_it_is(finished):
+    def files() -> dict:
+        return {path.name: path.read_bytes() for path in finished.iterdir()}
+
+    assert not [name for name in files() if "sqlite" in name]
+    (finished / "index.sqlite").write_bytes(b"SQLite format 3\0 of a manifest that is longer by now")
+    before = files()
+    for command in ("ls", "verify"):
+        harness.run([harness.FLEXMODEL, command, str(finished)]).expect(0)
+    assert len(flexmodel.open(finished).records) == 2 * 2 * 3 + 3
+    assert files() == before
 
 
 def test_doctor_speaks_of_torch_and_the_bridge():

@@ -26,7 +26,7 @@ enum Command {
     Show(commands::show::Args),
     /// Write a run's tensors in another format
     Export(commands::export::Args),
-    /// Check every checksum, layout and the index of a run
+    /// Check every checksum and layout of a run
     Verify(commands::verify::Args),
     /// Compare a run with another, record by record; exit code 1 where they differ
     Certify(commands::certify::Args),

@@ -4,7 +4,6 @@ mod cli;
 mod commands;
 mod dashboard;
 mod home;
-mod index;
 mod live;
 mod read;
 mod server;

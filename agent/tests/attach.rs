@@ -5,7 +5,12 @@ mod rank;
 use std::{io::Write, os::unix::net::UnixStream, sync::atomic::Ordering, time::Duration};
 
 use rank::*;
-use wire::control::{FromAgent, ModuleInfo, ToAgent};
+use wire::{
+    control::{FromAgent, ModuleInfo, ToAgent},
+    hooks::Kind,
+    loss_scale::LossScale,
+    record::RecordMeta,
+};
 
 const SLAB: u64 = 1 << 20;
 
@@ -40,6 +45,26 @@ fn what_ranks_ship_is_there_when_the_agent_finishes() {
         record.rank = part["rank"].as_u64().unwrap() as u32;
         assert_eq!(bytes_at(&out, &part), bytes_of(&record));
     }
+}
+
+#[test]
+fn a_loss_scale_that_is_no_number_is_kept_and_no_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let out = agent.out.clone();
+    let mut rank = Rank::attached(&agent, 0, 1, SLAB);
+    let scales = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 0.0, 1.0 / 3.0];
+    for (step, scale) in scales.into_iter().enumerate() {
+        let record = RecordMeta { kind: Kind::Backward, loss_scale: LossScale(scale), ..meta("a", step as u64, 3) };
+        rank.ship_record(&record, &bytes_of(&record));
+    }
+    rank.drained();
+    agent.finish();
+    verify(&out);
+    assert_eq!((total(&out, "records"), total(&out, "dropped")), (5, 0));
+    let kept: Vec<LossScale> =
+        parts(&out).iter().map(|part| serde_json::from_value(part["loss_scale"].clone()).unwrap()).collect();
+    assert_eq!(kept, scales.map(LossScale));
 }
 
 /// AGENT-1.

@@ -14,7 +14,7 @@ use std::{
 use fixture::*;
 use format::{Identity, Line};
 use tempfile::TempDir;
-use wire::{dtype::DType, hooks::Kind, record::Place};
+use wire::{dtype::DType, hooks::Kind, loss_scale::LossScale, record::Place};
 
 fn certify(run: &TempDir, reference: &TempDir, more: &[&str]) -> Output {
     let paths = [run.path(), reference.path()];
@@ -214,6 +214,35 @@ fn gradients_far_below_the_absolute_tolerance_are_not_close_for_that() {
     assert!(refused(&run(2.0), &run(1.0), &[]).contains("worst: m:backward:in[0]"));
     certified(&run(1.000001), &run(1.0), &[]);
     certified(&run(2.0), &run(1.0), &["--atol", "1e-5"]);
+}
+
+/// One gradient of a loss that was scaled.
+fn scaled(scale: f64, values: &[f32]) -> TempDir {
+    let mut f = Fixture::default();
+    f.loss_scale = LossScale(scale);
+    f.part(of(Kind::Backward, "m"), DType::Float32, &[values.len() as u64], 0, Vec::new(), &f32s(values));
+    f.finish()
+}
+
+#[test]
+fn gradients_of_losses_that_were_scaled_differently_are_divided() {
+    let out = certified(&scaled(4.0, &[8.0, -2.0]), &scaled(0.5, &[1.0, -0.25]), &["--exact"]);
+    assert!(out.contains("1 equal"), "{out}");
+    refused(&scaled(4.0, &[8.0, -2.0]), &scaled(0.5, &[1.0, -0.5]), &[]);
+}
+
+#[test]
+fn a_loss_scale_that_nothing_can_be_divided_by_hides_no_difference() {
+    for scale in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 0.0, -0.0] {
+        let (run, other) = (scaled(scale, &[f32::INFINITY, 2.0]), scaled(scale, &[f32::INFINITY, 3.0]));
+        certified(&run, &run, &["--exact"]);
+        assert!(refused(&run, &other, &[]).contains("1 different"), "{scale}");
+        for finite in [&[f32::NAN, f32::NAN][..], &[0.0, 0.0], &[f32::INFINITY, 2.0]] {
+            let out = refused(&run, &scaled(1.0, finite), &[]);
+            let why = format!("m:backward:in[0]@model0.step0.micro0.call0: the loss was scaled by {scale} in the run");
+            assert!(out.contains(&why) && out.contains("1 not comparable"), "{out}");
+        }
+    }
 }
 
 #[test]

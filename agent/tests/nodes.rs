@@ -87,10 +87,6 @@ fn ls_and_show_speak_of_the_whole_job() {
     assert_eq!(listing["nodes"], serde_json::json!(["node-a", "node-b"]));
     let out = ends(0, &["show", at(job.path()), "mlp"]);
     assert!(out.contains("float32 [4, 2]") && out.contains("whole, from 4 ranks") && out.contains("max 12 "), "{out}");
-    for name in ["node-a", "node-b"] {
-        assert!(job.path().join(name).join("index.sqlite").is_file(), "no index of {name}");
-    }
-    assert!(!job.path().join("index.sqlite").exists());
 }
 
 #[test]
@@ -139,9 +135,6 @@ fn verify_checks_every_nodes_files_and_names_the_node() {
     let out = ends(1, &["verify", at(job.path())]);
     assert!(out.contains("node-b/shard-00000.safetensors: ") && out.contains("as when it was sealed"), "{out}");
     fs::write(&shard, sound).unwrap();
-    fs::write(job.path().join("node-a/index.sqlite"), "no database").unwrap();
-    assert!(ends(1, &["verify", at(job.path())]).contains("node-a/index.sqlite: does not read"));
-    fs::remove_file(job.path().join("node-a/index.sqlite")).unwrap();
     fs::write(job.path().join("node-a").join(RUN_FILE), "{").unwrap();
     assert!(ends(1, &["verify", at(job.path())]).contains("node-a/run.json: damaged"));
 }

@@ -9,6 +9,7 @@ use wire::{
     control::ModuleInfo,
     env,
     hooks::{Assemble, Hook, Kind, Reduce, nearest},
+    loss_scale::LossScale,
     record::{MICRO, RecordMeta},
     tap_abi::{Call, Firing, LeafEdit, ModelDesc, Order, Rank, Refusal, Role, Selected, Str, TensorDesc},
 };
@@ -532,7 +533,7 @@ impl Engine {
             rank: self.rank.rank,
             axes,
             dp_size: layout::data_size(&model.mesh),
-            loss_scale: if kind.bit() & GRADIENTS != 0 { self.loss_scale } else { 1.0 },
+            loss_scale: LossScale(if kind.bit() & GRADIENTS != 0 { self.loss_scale } else { 1.0 }),
             same: None,
             time_ns: shipping::now_ns(),
             refused: refusal.reason().to_owned(),

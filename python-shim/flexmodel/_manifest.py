@@ -1,8 +1,7 @@
 """The manifest: JSON lines that carry their own checksum, appended while the job runs.
 
 Nothing is written here. A line without its end is one that is being written (or that a dead agent left); it is read
-once it is whole. The agent's `index.sqlite` is not used: it holds parts alone, so refusals, divergences and damage take
-the manifest anyway, and for a hundred thousand parts its rows are read only a few tenths of a second faster than these.
+once it is whole.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import operator
 import os
 from collections.abc import Callable, Iterator
@@ -29,6 +29,7 @@ _HEAD = len('{"crc":"1a2b3c4d","rec":')
 _LONGEST = 1 << 20  # bytes; no line of ours comes near
 _CHUNK = 16 << 20
 _LF = 10
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan, None: math.nan}
 _STATS = operator.itemgetter(*(field.name for field in dataclasses.fields(Stats)))
 
 
@@ -151,7 +152,7 @@ class Manifest:
         axes = tuple([_axis(a, _ndim(shape, raw["axes"])) for a in raw["axes"]])
         part = Part(
             raw["rank"], raw["dtype"], shape, axes, at,
-            raw["class"], raw["group"], raw["dp_size"], raw.get("loss_scale", 1.0), raw["time_ns"],
+            raw["class"], raw["group"], raw["dp_size"], _loss_scale(raw.get("loss_scale", 1.0)), raw["time_ns"],
             None if stats is None else _STATS(stats), raw.get("same"),
         )  # fmt: skip
         identity = _identity(raw)
@@ -182,6 +183,15 @@ class Manifest:
         """What `problem` says of each shard that the manifest names."""
         found = (problem(stem, end) for stem, end in sorted(self.shard_ends.items()))
         return [text for text in found if text]
+
+
+def _loss_scale(raw: Any) -> float:
+    """JSON has no number for a scale that is infinite or none; null is what older versions wrote for them."""
+    if type(raw) in (int, float):
+        return float(raw)
+    if not (raw is None or isinstance(raw, str)) or raw not in _NOT_FINITE:
+        raise ValueError(f"its loss scale {raw!r} is no number")
+    return _NOT_FINITE[raw]
 
 
 def _identity(raw: dict[str, Any]) -> Identity:

@@ -48,7 +48,7 @@ class Writer:
     def part(
         self, module: str, data: np.ndarray | bytes, *, dtype: str | None = None, shape: tuple[int, ...] | None = None,
         rank: int = 0, axes: list[dict] | None = None, align: int = 64, stats: dict | None = None, store: bool = True,
-        **identity: object,
+        loss_scale: object = 1.0, **identity: object,
     ) -> dict:  # fmt: skip
         """Appends a part; `align=1` lays it beside the one before."""
         if isinstance(data, np.ndarray):
@@ -61,7 +61,7 @@ class Writer:
                 at = {"shard": self.stem, "offset": file.tell(), "len": len(data), "crc": crc32c(data)}
                 file.write(data)
         what = self.what(module, dtype, shape, rank, axes or [], **identity)
-        self.line({"t": "part", **what, "at": at, "stats": stats})
+        self.line({"t": "part", **what, "loss_scale": loss_scale, "at": at, "stats": stats})
         return what
 
     @staticmethod

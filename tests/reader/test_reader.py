@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -433,6 +434,36 @@ def test_garbage_in_the_manifest_costs_only_itself(run_dir: Writer):
     run = flexmodel.open(run_dir.root)
     assert run.get("n").tolist() == [1] and run.get("mé" * 3000).tolist() == [0]
     assert len(run.problems) == 8
+
+
+@pytest.mark.parametrize(
+    ("written", "scale"),
+    [
+        (0.5, 0.5),
+        (65536, 65536.0),
+        (0.0, 0.0),
+        ("inf", math.inf),
+        ("-inf", -math.inf),
+        ("nan", math.nan),
+        pytest.param(None, math.nan, id="older versions' null"),
+    ],
+)
+def test_a_loss_scale_is_what_the_job_used(run_dir: Writer, written: object, scale: float):
+    run_dir.part("fc", np.ones(2, np.float32), kind="backward", loss_scale=written)
+    run = flexmodel.open(run_dir.root)
+    assert not run.problems
+    (record,) = run.records
+    assert type(record.loss_scale) is float
+    np.testing.assert_equal(record.loss_scale, scale)
+
+
+@pytest.mark.parametrize("written", ["Infinity", "2", True, []])
+def test_a_loss_scale_that_is_no_number_costs_its_line(run_dir: Writer, written: object):
+    run_dir.part("fc", np.ones(2, np.float32), kind="backward", loss_scale=written)
+    run_dir.part("other", np.ones(2, np.float32))
+    run = flexmodel.open(run_dir.root)
+    assert [record.module for record in run.records] == ["other"]
+    assert len(run.problems) == 1 and "loss scale" in run.problems[0]
 
 
 def test_a_torn_last_line_of_a_finished_run_is_a_problem(run_dir: Writer):

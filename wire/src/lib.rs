@@ -5,6 +5,7 @@
 //! | [`env`] | environment variables | launcher, interposer |
 //! | [`hooks`] | the `FLEXMODEL_HOOKS` grammar and selector matching | launcher, interposer |
 //! | [`dtype`] | element types and their names | all |
+//! | [`loss_scale`] | by how much a job scaled its loss, also in JSON | interposer, agent |
 //! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
 //! | [`control`] | messages on the unix socket | interposer, agent |
@@ -21,6 +22,7 @@ pub mod control;
 pub mod dtype;
 pub mod env;
 pub mod hooks;
+pub mod loss_scale;
 pub mod record;
 pub mod slab;
 pub mod tap_abi;

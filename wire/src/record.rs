@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{dtype::DType, hooks::Kind};
+use crate::{dtype::DType, hooks::Kind, loss_scale::LossScale};
 
 /// Version of the encoding below.
 pub const RECORD_VERSION: u16 = 4;
@@ -118,7 +118,7 @@ pub struct RecordMeta {
     pub dp_size: u32,
     /// For gradients of activations: how many times the gradient of the loss that the script computed it is, where a
     /// GradScaler or DeepSpeed scaled that loss; otherwise 1.
-    pub loss_scale: f64,
+    pub loss_scale: LossScale,
     /// crc32c of the bytes, which do not follow: a replica that another rank sends.
     pub same: Option<u32>,
     /// Nanoseconds since the Unix epoch when the tap fired.
@@ -155,7 +155,7 @@ impl RecordMeta {
             rank: 0,
             axes: Vec::new(),
             dp_size: 1,
-            loss_scale: 1.0,
+            loss_scale: LossScale::ONE,
             same: None,
             time_ns: 0,
             refused: String::new(),
@@ -183,7 +183,7 @@ impl RecordMeta {
         }
         out.extend_from_slice(&self.step.to_le_bytes());
         out.extend_from_slice(&self.time_ns.to_le_bytes());
-        out.extend_from_slice(&self.loss_scale.to_le_bytes());
+        out.extend_from_slice(&self.loss_scale.0.to_le_bytes());
         out.extend_from_slice(&self.same.unwrap_or_default().to_le_bytes());
         out.push(self.shape.len().min(MAX_DIMS) as u8);
         for d in self.shape.iter().take(MAX_DIMS) {
@@ -231,7 +231,7 @@ impl RecordMeta {
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
         let step = r.u64()?;
         let time_ns = r.u64()?;
-        let loss_scale = f64::from_bits(r.u64()?);
+        let loss_scale = LossScale(f64::from_bits(r.u64()?));
         let same = Some(r.u32()?).filter(|_| flags & 8 != 0);
         let ndim = usize::from(r.u8()?);
         if ndim > MAX_DIMS {
@@ -366,7 +366,7 @@ mod tests {
                 Axis { name: "tp".into(), index: 0, size: 2, place: Place::Flat { shape: vec![3, 4] }, given: None },
             ],
             dp_size: 2,
-            loss_scale: 1024.0,
+            loss_scale: LossScale(1024.0),
             same: Some(7),
             time_ns: 99,
             ..RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 0, 5])
@@ -378,6 +378,16 @@ mod tests {
         let mut bytes = Vec::new();
         example().encode(&mut bytes);
         assert_eq!(RecordMeta::decode(&bytes), Ok(example()));
+    }
+
+    #[test]
+    fn every_loss_scale_round_trips() {
+        for scale in [0.0, -0.0, 1.0 / 3.0, f64::MIN_POSITIVE, f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+            let meta = RecordMeta { loss_scale: LossScale(scale), ..example() };
+            let mut bytes = Vec::new();
+            meta.encode(&mut bytes);
+            assert_eq!(RecordMeta::decode(&bytes), Ok(meta));
+        }
     }
 
     #[test]

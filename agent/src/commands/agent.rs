@@ -18,7 +18,7 @@ use tokio::{
 
 use super::run::private;
 use crate::{
-    dashboard, index,
+    dashboard,
     server::{
         PATIENCE, Server, attach,
         board::Board,
@@ -132,12 +132,7 @@ impl Agent {
             // Nothing came: how the run ended stays as it is.
             self.server.store.dir().read_info()
         } else {
-            let info = self.server.board.finish(&self.server.store, exit_code);
-            if let Err(e) = index::build(run) {
-                // Derived, and made again when it is asked for.
-                eprintln!("flexmodel: {e:#}");
-            }
-            info
+            self.server.board.finish(&self.server.store, exit_code)
         };
         if self.child {
             say(&FromAgent::Done { totals: info.totals });
@@ -323,7 +318,5 @@ pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>) -> anyhow::Result<
     let board = Board::new(before);
     board.notice("the agent died during the run; what came after is not captured");
     store.finish();
-    let info = board.finish(&store, exit_code);
-    index::build(run)?;
-    Ok(info)
+    Ok(board.finish(&store, exit_code))
 }

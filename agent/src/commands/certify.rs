@@ -183,6 +183,10 @@ impl<'a> Certifier<'a> {
             row(&mut self.rows, |row| row.different += 1);
             return;
         }
+        if let Some(what) = scaled_apart(a, b) {
+            self.report.not_comparable.push(Finding { record: b.id.to_string(), what });
+            return;
+        }
         let (whole, wanted) = match (self.run.run.whole(a), self.reference.run.whole(b)) {
             (Ok(whole), Ok(wanted)) => (whole, wanted),
             (Err(_), Err(_)) if self.run.refused.contains_key(&a.id) && self.reference.refused.contains_key(&b.id) => {
@@ -240,8 +244,7 @@ impl<'a> Certifier<'a> {
     fn divisors(&mut self, a: &Record, b: &Record) -> (f64, f64) {
         let sizes = (a.data_size(), b.data_size());
         let scales = (a.what().loss_scale, b.what().loss_scale);
-        let (activation, real) = (matches!(b.id.kind, Kind::Backward | Kind::BackwardPre), b.what().dtype);
-        if !activation || (sizes.0 == sizes.1 && scales.0 == scales.1) || !(real.is_float() || real.is_complex()) {
+        if !is_divided(b) || (sizes.0 == sizes.1 && scales.0 == scales.1) {
             return (1.0, 1.0);
         }
         if sizes.0 != sizes.1 {
@@ -250,7 +253,9 @@ impl<'a> Certifier<'a> {
         if scales.0 != scales.1 {
             self.report.unscaled += 1;
         }
-        (f64::from(sizes.0) * scales.0, f64::from(sizes.1) * scales.1)
+        // Both have one that nothing can be divided by: then it tells them apart in nothing.
+        let (scale, reference_scale) = scales.0.divisor().zip(scales.1.divisor()).unwrap_or((1.0, 1.0));
+        (f64::from(sizes.0) * scale, f64::from(sizes.1) * reference_scale)
     }
 
     fn tolerance(&self, dtype: DType, reference: Side<'_>) -> Tolerance {
@@ -264,6 +269,19 @@ impl<'a> Certifier<'a> {
             None => Tolerance { rtol, ..default }.at(largest(dtype, reference)),
         }
     }
+}
+
+/// Whether gradients like this one are divided before they are compared.
+fn is_divided(record: &Record) -> bool {
+    let (kind, dtype) = (record.id.kind, record.what().dtype);
+    matches!(kind, Kind::Backward | Kind::BackwardPre) && (dtype.is_float() || dtype.is_complex())
+}
+
+/// Why two gradients cannot be brought to one loss, if they cannot.
+fn scaled_apart(a: &Record, b: &Record) -> Option<String> {
+    let (run, reference) = (a.what().loss_scale, b.what().loss_scale);
+    let apart = is_divided(b) && run != reference && run.divisor().zip(reference.divisor()).is_none();
+    apart.then(|| format!("the loss was scaled by {run} in the run and by {reference} in the reference"))
 }
 
 /// A reason without the record's name, which is beside it.

@@ -5,10 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 use serde::Serialize;
 use wire::{dtype::DType, hooks::Kind};
 
-use crate::{
-    index,
-    read::{LayoutError, Record, Run, display_module, natural, text},
-};
+use crate::read::{LayoutError, Record, Run, display_module, natural, text};
 
 /// Options of `flexmodel ls`.
 #[derive(clap::Args, Debug)]
@@ -62,7 +59,6 @@ struct Listing<'a> {
 /// Runs the command.
 pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     let run = Run::open(&args.run)?;
-    index::refresh(&run);
     let listing = list(&run);
     if args.json {
         text::emit(&(serde_json::to_string_pretty(&listing)? + "\n"))?;

@@ -9,7 +9,6 @@ use std::{
 use serde::Serialize;
 
 use crate::{
-    index,
     read::{LayoutError, Problem, ReadError, Run, sealed, text},
     store::format::{Location, Part},
 };
@@ -98,7 +97,7 @@ fn verify(run: &Run) -> Report {
         overlaps(&run.shards().name(shard), spans, &mut report.problems);
     }
     match run.nodes.is_empty() {
-        true => check_files(run, &mut report.problems),
+        true => sealed::check(run, &mut report.problems),
         false => run.folders().iter().for_each(|(node, folder)| check_node(node, folder, &mut report.problems)),
     }
     if report.incomplete > 0 {
@@ -112,17 +111,11 @@ fn verify(run: &Run) -> Report {
     report
 }
 
-/// Files as wholes: sealed shards, and the index.
-fn check_files(run: &Run, problems: &mut Vec<Problem>) {
-    sealed::check(run, problems);
-    problems.extend(index::check(run).err());
-}
-
-/// Those of a node, which are about its own manifest.
+/// A node's sealed shards, by its own manifest.
 fn check_node(node: &str, folder: &Path, problems: &mut Vec<Problem>) {
     let mut found = Vec::new();
     match Run::open_one(folder) {
-        Ok(run) => check_files(&run, &mut found),
+        Ok(run) => sealed::check(&run, &mut found),
         // It was opened a moment ago.
         Err(e) => found.push(Problem::new("", e.to_string())),
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use wire::{dtype::DType, record::Axis};
+use wire::{dtype::DType, loss_scale::LossScale, record::Axis};
 
 use super::{
     MAX_PARTS, MAX_RECORDS,
@@ -27,7 +27,7 @@ struct Kept {
     rank: u32,
     axes: Arc<[Axis]>,
     dp_size: u32,
-    loss_scale: f64,
+    loss_scale: LossScale,
     time_ns: u64,
     at: Option<(Arc<str>, u64, u64, u32)>,
     stats: Option<Stats>,

@@ -5,7 +5,6 @@
 //! RUN/manifest.jsonl                one Line per line; appended, never changed
 //! RUN/shard-00000.safetensors       sealed: any safetensors reader opens it
 //! RUN/shard-00001.open              being written: header space is zero, bytes as the manifest says
-//! RUN/index.sqlite                  derived from the manifest; delete it and it is made again
 //! RUN/agent.lock                    flock()ed by the agent that writes here
 //! ```
 //!
@@ -22,6 +21,7 @@ use wire::{
     control::ModuleInfo,
     dtype::DType,
     hooks::Kind,
+    loss_scale::LossScale,
     record::{Axis, MICRO, RecordMeta},
 };
 
@@ -31,8 +31,6 @@ pub const FORMAT: u32 = 1;
 pub const RUN_FILE: &str = "run.json";
 /// `manifest.jsonl`.
 pub const MANIFEST_FILE: &str = "manifest.jsonl";
-/// `index.sqlite`.
-pub const INDEX_FILE: &str = "index.sqlite";
 /// `agent.lock`.
 pub const LOCK_FILE: &str = "agent.lock";
 /// Bytes at the start of every shard that are kept for its safetensors header (8 bytes of length, JSON, spaces).
@@ -239,8 +237,8 @@ pub struct What {
     /// Data-parallel size.
     pub dp_size: u32,
     /// By how much the job scaled the loss, for gradients of activations; otherwise 1.
-    #[serde(default = "one")]
-    pub loss_scale: f64,
+    #[serde(default)]
+    pub loss_scale: LossScale,
     /// When the tap fired, nanoseconds since the Unix epoch.
     pub time_ns: u64,
 }
@@ -303,10 +301,6 @@ impl What {
             time_ns: m.time_ns,
         }
     }
-}
-
-fn one() -> f64 {
-    1.0
 }
 
 impl std::fmt::Display for Identity {

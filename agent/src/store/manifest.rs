@@ -145,6 +145,7 @@ impl<R: BufRead> Iterator for Reader<R> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use wire::loss_scale::LossScale;
 
     use super::*;
 
@@ -163,6 +164,37 @@ mod tests {
     fn every_part_of_a_part_round_trips() {
         let line = Line::Part(crate::store::testing::part("layers.0.mlp", 1, 2));
         assert_eq!(decode_line(&encode_line(&line)).unwrap(), line);
+    }
+
+    #[test]
+    fn a_loss_scale_that_json_has_no_number_for_round_trips() {
+        for (scale, json) in [
+            (f64::INFINITY, "\"inf\""),
+            (f64::NEG_INFINITY, "\"-inf\""),
+            (f64::NAN, "\"nan\""),
+            (0.0, "0.0"),
+            (-0.0, "-0.0"),
+            (65536.0, "65536.0"),
+        ] {
+            let mut part = crate::store::testing::part("layers.0.mlp", 1, 2);
+            part.what.loss_scale = LossScale(scale);
+            let line = Line::Part(part);
+            let bytes = encode_line(&line);
+            let text = String::from_utf8(bytes.clone()).unwrap();
+            assert!(text.contains(&format!("\"loss_scale\":{json},")), "{text}");
+            assert_eq!(decode_line(&bytes).unwrap(), line);
+        }
+    }
+
+    #[test]
+    fn a_loss_scale_of_other_writers_is_read_for_what_it_says() {
+        let read = |json: &str| serde_json::from_str::<LossScale>(json);
+        for (json, scale) in [("2", 2.0), ("-1", -1.0), ("1e3", 1000.0), ("null", f64::NAN)] {
+            assert_eq!(read(json).unwrap(), LossScale(scale), "{json}");
+        }
+        for json in ["\"Infinity\"", "\"2\"", "true", "[]", "{}"] {
+            assert!(read(json).is_err(), "{json}");
+        }
     }
 
     #[test]
@@ -206,6 +238,13 @@ mod tests {
         #[test]
         fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode_line(&bytes);
+        }
+
+        #[test]
+        fn any_loss_scale_round_trips(bits: u64) {
+            let scale = LossScale(f64::from_bits(bits));
+            let json = serde_json::to_string(&scale).unwrap();
+            prop_assert_eq!(serde_json::from_str::<LossScale>(&json).unwrap(), scale, "{}", json);
         }
     }
 }
