@@ -6,6 +6,7 @@ mod dashboard;
 mod home;
 mod live;
 mod read;
+mod say;
 mod server;
 mod store;
 mod summary;

@@ -15,6 +15,8 @@ use crate::{
 
 /// Divergences that are named.
 const NAMED: usize = 5;
+/// Lines of the manifest that are looked at for what is named: the summary does not wait for a long run to be read.
+const LOOKED_AT: usize = 100_000;
 
 /// What was captured, what was not, where it is, and how to look at it.
 pub fn text(run: &Path, t: &Totals) -> String {
@@ -41,36 +43,43 @@ pub fn counts(t: &Totals) -> String {
 }
 
 /// Replicas that differ, the first of them by name.
-fn divergences(run: &Path, count: u64) -> String {
-    if count == 0 {
+fn divergences(run: &Path, found: u64) -> String {
+    if found == 0 {
         return String::new();
     }
-    let Ok(manifest) = File::open(run.join(MANIFEST_FILE)) else { return String::new() };
     let mut out = String::new();
-    let found = Reader::new(BufReader::new(manifest)).flatten().filter_map(|entry| match entry.line {
-        Ok(Line::Divergence { what, against }) => Some((what, against)),
+    let mut named = 0;
+    let some = lines(run).filter_map(|line| match line {
+        Line::Divergence { what, against } => Some((what, against)),
         _ => None,
     });
-    for (what, against) in found.take(NAMED) {
+    for (what, against) in some.take(NAMED) {
+        named += 1;
         let (module, kind) = (display_module(&what.id.module), what.id.kind.name());
         out += &format!(
             "flexmodel: rank {}'s {module} {kind} {} at step {} should be rank {against}'s and differs\n",
             what.rank, what.id.path, what.id.step
         );
     }
-    if count > NAMED as u64 {
-        out += &format!("flexmodel: and {} more, all in the run and on the dashboard\n", count - NAMED as u64);
+    if found > named {
+        let more = if named == 0 { count(found, "divergence") } else { format!("and {} more", found - named) };
+        out += &format!("flexmodel: {more}, all in the run and on the dashboard\n");
     }
     out
 }
 
 /// The module of the first part in a run.
 fn some_module(run: &Path) -> Option<String> {
-    let manifest = File::open(run.join(MANIFEST_FILE)).ok()?;
-    Reader::new(BufReader::new(manifest)).flatten().find_map(|entry| match entry.line {
-        Ok(Line::Part(part)) => Some(display_module(&part.what.id.module).to_owned()),
+    lines(run).find_map(|line| match line {
+        Line::Part(part) => Some(display_module(&part.what.id.module).to_owned()),
         _ => None,
     })
+}
+
+/// The first lines of the manifest that read.
+fn lines(run: &Path) -> impl Iterator<Item = Line> {
+    let manifest = File::open(run.join(MANIFEST_FILE)).ok().map(|file| Reader::new(BufReader::new(file)));
+    manifest.into_iter().flatten().take(LOOKED_AT).flatten().filter_map(|entry| entry.line.ok())
 }
 
 /// A word for a shell.

@@ -8,6 +8,8 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use rank::{info, total, verify, wait_until};
@@ -132,9 +134,7 @@ fn the_summary_says_what_was_captured_and_stdout_is_the_jobs() {
 fn an_agent_that_is_killed_costs_captures_and_is_said_once() {
     let dir = tempfile::tempdir().unwrap();
     let stop = dir.path().join("stop");
-    let script =
-        format!("{} & while ! [ -e {} ]; do sleep 0.02; done; kill $!; exit 7", produce(100_000), stop.display());
-    let run = Run::start(dir.path(), &script);
+    let run = Run::start(dir.path(), &until(&stop));
     let out = run.out.clone();
     wait_until("some parts", || run.parts() > 30);
     kill(run.agent(), libc::SIGKILL);
@@ -147,6 +147,65 @@ fn an_agent_that_is_killed_costs_captures_and_is_said_once() {
     assert_eq!(total(&out, "parts") as usize, rank::parts(&out).len());
     assert_eq!(info(&out)["exit_code"], 7);
     assert!(!rank::lines(&out, "sealed").is_empty());
+}
+
+/// A rank that captures until `stop` is there; then the command ends with 7.
+fn until(stop: &Path) -> String {
+    format!("{} & while ! [ -e {} ]; do sleep 0.02; done; kill $!; exit 7", produce(100_000), stop.display())
+}
+
+#[test]
+fn an_agent_that_is_stopped_goes_on_at_the_end_and_takes_in_what_came_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let stop = dir.path().join("stop");
+    let run = Run::start(dir.path(), &until(&stop));
+    let out = run.out.clone();
+    wait_until("some parts", || run.parts() > 30);
+    let agent = run.agent();
+    kill(agent, libc::SIGSTOP);
+    wait_until("the stop", || fs::read_to_string(format!("/proc/{agent}/stat")).unwrap().contains(") T "));
+    let before = run.parts();
+    // There is room for some thousand tensors more, and nobody who reads them.
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(run.parts(), before);
+    fs::write(&stop, "").unwrap();
+    let (code, _, stderr) = run.wait();
+    assert_eq!(code, Some(7), "{stderr}");
+    assert!(!stderr.contains("does not get on"), "{stderr}");
+    assert!(rank::parts(&out).len() > before + 20, "{stderr}");
+    verify(&out);
+    assert_eq!(info(&out)["exit_code"], 7);
+}
+
+#[test]
+fn an_agent_that_does_not_go_on_is_left_and_what_is_lost_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let stop = dir.path().join("stop");
+    let err = dir.path().join("err");
+    // Not a pipe, which the agent would keep open.
+    let run = Run::with(dir.path(), &until(&stop), |command| _ = command.stderr(fs::File::create(&err).unwrap()));
+    wait_until("some parts", || run.parts() > 30);
+    let agent = run.agent();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Whoever stops it does so again and again.
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                kill(agent, libc::SIGSTOP);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        fs::write(&stop, "").unwrap();
+        let mut child = run.child;
+        let code = child.wait().unwrap().code();
+        ended.store(true, Ordering::Relaxed);
+        let stderr = fs::read_to_string(&err).unwrap();
+        assert_eq!(code, Some(7), "{stderr}");
+        let said = format!("the agent (process {agent}) does not get on with writing to ");
+        assert!(stderr.contains(&said) && stderr.contains(" records, "), "{stderr}");
+    });
+    kill(agent, libc::SIGCONT);
+    wait_until("the agent's end", || !is_alive(agent));
 }
 
 #[test]

@@ -36,19 +36,25 @@ pub fn who() -> String {
     }
 }
 
-/// Writes one line. errno is preserved.
+/// Writes one line. errno is preserved. At a terminal it begins with a line break: the job may have left the cursor behind
+/// the first half of a number, or behind a progress bar.
 pub fn line(text: &str) {
+    // SAFETY: errno is a thread-local integer.
+    let errno = unsafe { *libc::__errno_location() };
+    write(text);
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+fn write(text: &str) {
     if stderr_identity() != Some((DEVICE.load(Ordering::Relaxed), INODE.load(Ordering::Relaxed))) {
         return;
     }
     let rank = RANK.load(Ordering::Relaxed);
     let who = if rank == u32::MAX { String::new() } else { format!("rank {rank}: ") };
-    let bytes = format!("flexmodel: {who}{}\n", text.replace('\n', " "));
-    // SAFETY: errno is a thread-local integer.
-    let errno = unsafe { *libc::__errno_location() };
+    // SAFETY: isatty only asks.
+    let start = if unsafe { libc::isatty(2) } == 1 { "\n" } else { "" };
+    let bytes = format!("{start}flexmodel: {who}{}\n", text.replace('\n', " "));
     // SAFETY: the buffer is valid for its length; a failed write is no concern of the job's.
-    unsafe {
-        libc::write(2, bytes.as_ptr().cast(), bytes.len());
-        *libc::__errno_location() = errno;
-    }
+    unsafe { libc::write(2, bytes.as_ptr().cast(), bytes.len()) };
 }

@@ -4,7 +4,7 @@ use std::{
     io::{self, BufRead, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, mpsc::RecvTimeoutError},
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use tokio::{
 
 use super::run::private;
 use crate::{
-    dashboard,
+    dashboard, say,
     server::{
         PATIENCE, Server, attach,
         board::Board,
@@ -77,7 +77,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     let child = args.child;
     match Agent::start(args) {
         Err(e) if child => {
-            say(&FromAgent::Failed(format!("{e:#}")));
+            tell(&FromAgent::Failed(format!("{e:#}")));
             Ok(ExitCode::FAILURE)
         }
         Err(e) => Err(e),
@@ -96,6 +96,9 @@ struct Agent {
 impl Agent {
     fn start(args: Args) -> anyhow::Result<Self> {
         give_way();
+        if args.child {
+            say::beside_a_job();
+        }
         let dashboard = bind(args.port)?;
         let token = token().context("no random numbers for the dashboard's token")?;
         let listening = Listening::bind(&args.socket)?;
@@ -103,7 +106,7 @@ impl Agent {
         let told = board.clone();
         let notify = move |text: &str| match told.get() {
             Some(board) => board.trouble(text),
-            None => eprintln!("flexmodel: {text}"),
+            None => say::line(text),
         };
         let options = Options { shard_bytes: args.shard_bytes, notify: Box::new(notify) };
         let (store, before) = Store::open(&of_this_node(&args.out), options)?;
@@ -124,6 +127,7 @@ impl Agent {
             .build()
             .context("cannot start the agent's threads")?;
         let end = runtime.block_on(self.serve())?;
+        let pulse = self.child.then(|| Pulse::start(self.server.clone()));
         self.server.drain();
         self.server.store.finish();
         let exit_code = if let End::Finish(code) = end { code } else { None };
@@ -134,10 +138,11 @@ impl Agent {
         } else {
             self.server.board.finish(&self.server.store, exit_code)
         };
+        drop(pulse);
         if self.child {
-            say(&FromAgent::Done { totals: info.totals });
+            tell(&FromAgent::Done { totals: info.totals });
         } else {
-            eprint!("{}", summary::text(run, &info.totals));
+            say::lines(&summary::text(run, &info.totals));
         }
         runtime.shutdown_background();
         if self.child {
@@ -164,7 +169,7 @@ impl Agent {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let mut words = if self.child { listen_to_parent() } else { mpsc::unbounded_channel().1 };
         if self.child {
-            say(&FromAgent::Ready { run, dashboard: url });
+            tell(&FromAgent::Ready { run, dashboard: url });
         } else {
             let socket = self.listening.path().display();
             announce(&format!("flexmodel agent: socket unix:{socket}, run {}, dashboard {url}\n", run.display()));
@@ -212,7 +217,7 @@ impl Agent {
         // It writes a file. If that thread panicked, run.json is written at the end.
         let _ = tokio::task::spawn_blocking(move || save(&server.store, &server.board)).await;
         if self.child {
-            say(&FromAgent::Progress(self.server.store.totals()));
+            tell(&FromAgent::Progress(self.server.store.totals()));
         }
     }
 
@@ -226,6 +231,26 @@ impl Agent {
         };
         // Bounded, whoever keeps connecting.
         let _ = tokio::time::timeout(PATIENCE, rest).await;
+    }
+}
+
+/// Tells the parent how far finishing is, until it is dropped.
+struct Pulse {
+    _stop: std::sync::mpsc::Sender<()>,
+}
+
+impl Pulse {
+    fn start(server: Arc<Server>) -> Self {
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let beat = move || {
+            while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+                let (totals, unsealed) = (server.store.totals(), server.store.unsealed());
+                tell(&FromAgent::Finishing { totals, read: server.read(), unsealed });
+            }
+        };
+        // Without the thread the parent does not wait as long.
+        let _ = std::thread::Builder::new().name("pulse".into()).spawn(beat);
+        Self { _stop: stop }
     }
 }
 
@@ -284,20 +309,21 @@ fn listen_to_parent() -> mpsc::UnboundedReceiver<Word> {
         let _ = send.send(Word::Gone);
     });
     if let Err(e) = heard {
-        eprintln!("flexmodel: the agent cannot hear what started it: {e}");
+        say::line(&format!("the agent cannot hear what started it: {e}"));
     }
     receive
 }
 
 /// One JSON line on stdout. A parent that is stopped must not stop its agent: what does not fit its pipe is left out.
-fn say(word: &FromAgent) {
+fn tell(word: &FromAgent) {
     if let Ok(mut line) = serde_json::to_vec(word) {
         line.push(b'\n');
         // SAFETY: stdout's descriptor; poll and write take a valid buffer. Short lines are written whole or not at all
         // (PIPE_BUF).
         unsafe {
             let mut poll = libc::pollfd { fd: 1, events: libc::POLLOUT, revents: 0 };
-            let patience = if matches!(word, FromAgent::Progress(_)) { 0 } else { 5000 };
+            let again = matches!(word, FromAgent::Progress(_) | FromAgent::Finishing { .. });
+            let patience = if again { 0 } else { 5000 };
             if libc::poll(&mut poll, 1, patience) > 0 {
                 libc::write(1, line.as_ptr().cast(), line.len());
             }
@@ -313,7 +339,7 @@ fn announce(line: &str) {
 
 /// Closes the run of an agent that died: recovers, seals, counts.
 pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>) -> anyhow::Result<RunInfo> {
-    let notify = Box::new(|text: &str| eprintln!("flexmodel: {text}"));
+    let notify = Box::new(say::line);
     let (store, before) = Store::open(run, Options { shard_bytes: DEFAULT_SHARD_BYTES, notify })?;
     let board = Board::new(before);
     board.notice("the agent died during the run; what came after is not captured");

@@ -8,13 +8,13 @@ mod sidecar;
 
 use std::{
     ffi::OsString,
-    io::{IsTerminal, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::mpsc::channel,
     time::Duration,
 };
 
-use crate::{commands::agent::close_for_the_dead, store::format::Totals, summary};
+use crate::{commands::agent::close_for_the_dead, say, store::format::Totals, summary};
 use job::{Ended, Job};
 use prepare::{Plan, Prepared};
 use sidecar::{News, Sidecar};
@@ -39,8 +39,8 @@ pub struct Args {
     pub command: Vec<OsString>,
 }
 
-/// Longest time between two signs of life of an agent that is finishing.
-const FINISHING: Duration = Duration::from_secs(300);
+/// Longest time for closing the run of an agent that died. It grows with the manifest, and waits for the disk.
+const CLOSING: Duration = Duration::from_secs(30);
 
 /// Runs it.
 pub fn main(args: Args) -> anyhow::Result<ExitCode> {
@@ -54,85 +54,65 @@ fn run(plan: Plan) -> anyhow::Result<ExitCode> {
     // From here on signals are for the command.
     let signals = job::block_signals()?;
     let mut agent = Sidecar::start(&plan)?;
-    eprintln!("flexmodel: live at {}", agent.dashboard());
+    say::line(&format!("live at {}", agent.dashboard()));
+    say::beside_a_job();
     let job = match Job::start(&plan, &agent, &signals) {
         Ok(job) => job,
         Err(e) => {
             agent.finish(Some(i32::from(e.code)));
-            agent.wait_for_totals(FINISHING);
-            eprintln!("flexmodel: {}", e.text);
+            agent.wait_for_totals();
+            say::line(&e.text);
             return Ok(ExitCode::from(e.code));
         }
     };
     agent.tell_job(&plan, job.pid());
-    let mut progress = Progress::new();
     let ended = loop {
         match agent.news() {
-            News::Progress(totals) => progress.show(&totals),
             News::AgentDied(how) => {
-                progress.clear();
-                eprintln!("flexmodel: the agent {how}; the job goes on, and what it captures from now on is lost");
+                say::line(&format!("the agent {how}; the job goes on, and what it captures from now on is lost"));
             }
             News::JobEnded(ended) => break ended,
         }
     };
-    progress.clear();
-    let totals = conclude(&mut agent, ended)?;
-    eprint!("{}", summary::text(agent.run(), &totals));
+    let totals = conclude(&mut agent, ended);
+    say::lines(&summary::text(agent.run(), &totals));
     Ok(ExitCode::from(ended.exit_code()))
 }
 
-/// Final counters: the agent's, or if it died those that it leaves behind.
-fn conclude(agent: &mut Sidecar, ended: Ended) -> anyhow::Result<Totals> {
+/// Final counters: the agent's, or if it died those that it leaves behind. Whatever fails here is said, and the command's
+/// exit code counts.
+fn conclude(agent: &mut Sidecar, ended: Ended) -> Totals {
     let exit_code = Some(i32::from(ended.exit_code()));
     agent.finish(exit_code);
-    if let Some(totals) = agent.wait_for_totals(FINISHING) {
-        return Ok(totals);
+    if let Some(totals) = agent.wait_for_totals() {
+        return totals;
     }
-    if agent.is_alive() {
-        eprintln!("flexmodel: the agent is still writing to {}; it ends by itself", summary::relative(agent.run()));
-        return Ok(agent.last_totals());
+    let run = summary::relative(agent.run());
+    if let Some(pid) = agent.alive() {
+        say::line(&format!(
+            "the agent (process {pid}) does not get on with writing to {run}: what is not there yet is lost, \
+             unless the agent goes on after this; it ends by itself then"
+        ));
+        return agent.last_totals();
     }
     if let Some(how) = agent.untold_death() {
-        eprintln!("flexmodel: the agent {how}; what it had captured is kept");
+        say::line(&format!("the agent {how}; what it had captured is kept"));
     }
-    match close_for_the_dead(agent.run(), exit_code) {
-        Ok(info) => Ok(info.totals),
-        Err(e) => {
-            // The command's exit code counts, not ours.
-            eprintln!("flexmodel: {e:#}");
-            Ok(agent.last_totals())
+    let (send, closed) = channel();
+    let path = agent.run().to_owned();
+    let close = move || _ = send.send(close_for_the_dead(&path, exit_code));
+    let started = std::thread::Builder::new().name("close".into()).spawn(close);
+    match started.map_err(anyhow::Error::from).and_then(|_| Ok(closed.recv_timeout(CLOSING)?)) {
+        Ok(Ok(info)) => info.totals,
+        Ok(Err(e)) => {
+            say::line(&format!("{e:#}"));
+            agent.last_totals()
         }
-    }
-}
-
-/// One line that is written over, on a terminal only.
-struct Progress {
-    terminal: bool,
-    shown: Option<Totals>,
-}
-
-impl Progress {
-    fn new() -> Self {
-        Self { terminal: std::io::stderr().is_terminal(), shown: None }
-    }
-
-    fn show(&mut self, totals: &Totals) {
-        if self.terminal && self.shown != Some(*totals) && totals.parts > 0 {
-            self.shown = Some(*totals);
-            self.write(&format!("\r\x1b[Kflexmodel: {}\r", summary::counts(totals)));
+        Err(_) => {
+            let seconds = CLOSING.as_secs();
+            say::line(&format!("{run} could not be closed within {seconds} s; it can be read as it is"));
+            agent.last_totals()
         }
-    }
-
-    fn clear(&mut self) {
-        if self.shown.take().is_some() {
-            self.write("\r\x1b[K");
-        }
-    }
-
-    fn write(&self, text: &str) {
-        // A terminal that is gone is no reason to stop.
-        let _ = std::io::stderr().write_all(text.as_bytes());
     }
 }
 

@@ -13,6 +13,7 @@ use wire::control::{Hello, MAX_MODELS, MAX_NOTICES, ModuleInfo, clip};
 
 use crate::{
     live::Live,
+    say,
     store::{
         Store,
         format::{FORMAT, ModelInfo, RunInfo},
@@ -56,7 +57,7 @@ impl Board {
 
     /// Something went wrong in the agent: one line on stderr and in the run.
     pub fn trouble(&self, text: &str) {
-        eprintln!("flexmodel: {text}");
+        say::line(text);
         self.notice(text);
     }
 

@@ -139,10 +139,13 @@ impl Server {
 
     /// Changes whenever anything moves.
     fn progress(&self) -> (usize, u64, u64) {
-        let sessions = self.sessions();
-        let open = sessions.values().filter(|s| !s.is_done()).count();
-        let tails = sessions.values().fold(0u64, |sum, s| sum.wrapping_add(s.tail()));
-        (open, tails, self.store.totals().bytes)
+        let open = self.sessions().values().filter(|s| !s.is_done()).count();
+        (open, self.read(), self.store.totals().bytes)
+    }
+
+    /// Bytes read from the slabs that are known.
+    pub fn read(&self) -> u64 {
+        self.sessions().values().fold(0u64, |sum, s| sum.wrapping_add(s.tail()))
     }
 }
 

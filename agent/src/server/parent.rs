@@ -41,6 +41,15 @@ pub enum FromAgent {
     Failed(String),
     /// Counters so far.
     Progress(Totals),
+    /// The command is over and the slabs are being emptied; said again and again until it is done.
+    Finishing {
+        /// Counters so far.
+        totals: Totals,
+        /// Bytes that were read from the slabs.
+        read: u64,
+        /// Shards that are not sealed yet.
+        unsealed: usize,
+    },
     /// The run directory is complete.
     Done {
         /// Final counters.

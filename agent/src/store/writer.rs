@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
     thread::JoinHandle,
@@ -53,6 +53,8 @@ pub struct Store {
     broken: AtomicBool,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
     sealer: Mutex<Option<(mpsc::Sender<Shard>, JoinHandle<()>)>>,
+    /// Shards that the sealer was given and has not sealed.
+    unsealed: Arc<AtomicUsize>,
 }
 
 impl Store {
@@ -64,7 +66,8 @@ impl Store {
         let Found { next_shard, totals, last_seen, lost_by_job, seen, damaged: _ } = recover::recover(dir.path())?;
         let journal = Arc::new(Journal::open(dir.path()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
         let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
-        let sealer = sealer(dir.path().to_owned(), journal.clone(), notify.clone())?;
+        let unsealed = Arc::default();
+        let sealer = sealer(dir.path().to_owned(), journal.clone(), notify.clone(), Arc::clone(&unsealed))?;
         let store = Arc::new(Self {
             alloc: Mutex::new(Allocator::new(dir.path().to_owned(), options.shard_bytes, next_shard, seen)),
             journal,
@@ -74,6 +77,7 @@ impl Store {
             broken: AtomicBool::new(false),
             notify,
             sealer: Mutex::new(Some(sealer)),
+            unsealed,
             dir,
         });
         Ok((store, info))
@@ -128,6 +132,11 @@ impl Store {
     /// Counters so far.
     pub fn totals(&self) -> Totals {
         *lock(&self.totals)
+    }
+
+    /// Shards that wait to be sealed, or are being sealed.
+    pub fn unsealed(&self) -> usize {
+        self.unsealed.load(Ordering::Relaxed)
     }
 
     /// Seals everything and makes it last. No part may be under way any more; later ones are lost.
@@ -186,6 +195,7 @@ impl Store {
         }
         if let Some((send, _)) = &*lock(&self.sealer) {
             for shard in complete {
+                self.unsealed.fetch_add(1, Ordering::Relaxed);
                 // It only fails when the sealer is gone; then the next agent seals.
                 let _ = send.send(shard);
             }
@@ -204,6 +214,7 @@ fn sealer(
     dir: PathBuf,
     journal: Arc<Journal>,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
+    unsealed: Arc<AtomicUsize>,
 ) -> io::Result<(mpsc::Sender<Shard>, JoinHandle<()>)> {
     let (send, receive) = mpsc::channel::<Shard>();
     let thread = std::thread::Builder::new().name("sealer".into()).spawn(move || {
@@ -212,6 +223,7 @@ fn sealer(
                 let name = stem(shard.file.number);
                 notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", dir.display()));
             }
+            unsealed.fetch_sub(1, Ordering::Relaxed);
         }
     })?;
     Ok((send, thread))

@@ -4,9 +4,9 @@ use std::{
     io::{BufRead, BufReader, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, anyhow, bail};
@@ -19,11 +19,15 @@ use crate::{
 
 /// Longest time an agent may take to be ready.
 const STARTING: Duration = Duration::from_secs(60);
+/// Longest time without a word of an agent that is finishing: it says one twice a second, unless it is stopped.
+const SILENT: Duration = Duration::from_secs(10);
+/// Longest time in which an agent that is finishing has read nothing and sealed no shard.
+const STUCK: Duration = Duration::from_secs(60);
+/// Longest time for a process to be gone that has said its last.
+const GONE: Duration = Duration::from_secs(10);
 
 /// What happens while the command runs.
 pub enum News {
-    /// Counters.
-    Progress(Totals),
     /// The agent is dead, and how that came; told once.
     AgentDied(String),
     /// The command is over.
@@ -43,7 +47,7 @@ pub enum Event {
 /// The agent, in a process group of its own: what kills or interrupts it does not reach the job, nor the other way.
 pub struct Sidecar {
     child: Child,
-    words: Option<ChildStdin>,
+    words: Sender<ToAgent>,
     events: Receiver<Event>,
     sender: Sender<Event>,
     run: PathBuf,
@@ -51,6 +55,7 @@ pub struct Sidecar {
     socket: PathBuf,
     library: PathBuf,
     totals: Totals,
+    finishing: (u64, usize),
     done: bool,
     silent: bool,
     told: bool,
@@ -68,7 +73,8 @@ impl Sidecar {
         command.arg("--port").arg(plan.port.to_string());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         let mut child = command.spawn().context("cannot start the agent")?;
-        let (words, said) = (child.stdin.take(), child.stdout.take().context("the agent has no stdout")?);
+        let words = speaker(child.stdin.take().context("the agent has no stdin")?)?;
+        let said = child.stdout.take().context("the agent has no stdout")?;
         let (sender, events) = channel();
         let send = sender.clone();
         std::thread::Builder::new().name("agent".into()).spawn(move || {
@@ -87,12 +93,12 @@ impl Sidecar {
             Ok(Event::Said(FromAgent::Ready { run, dashboard })) => (run, dashboard),
             Ok(Event::Said(FromAgent::Failed(why))) => {
                 // It exits by itself.
-                let _ = child.wait();
+                reap(&mut child);
                 bail!("{why}");
             }
             Err(RecvTimeoutError::Timeout) => {
                 let _ = child.kill();
-                let _ = child.wait();
+                reap(&mut child);
                 bail!("the agent did not start within {} seconds; is the disk of --out very slow?", STARTING.as_secs());
             }
             _ => return Err(anyhow!("the agent {} before it was ready", how(&mut child))),
@@ -107,6 +113,7 @@ impl Sidecar {
             socket,
             library,
             totals: Totals::default(),
+            finishing: (0, 0),
             done: false,
             silent: false,
             told: false,
@@ -146,24 +153,21 @@ impl Sidecar {
 
     /// Tells the agent what was started.
     pub fn tell_job(&mut self, plan: &Plan, pid: u32) {
-        self.tell(&ToAgent::Job { command: words(&plan.command), hooks: plan.hooks.clone(), pid });
+        self.tell(ToAgent::Job { command: words(&plan.command), hooks: plan.hooks.clone(), pid });
     }
 
-    /// Tells the agent that the command is over.
+    /// Tells the agent that the command is over. If somebody has stopped it, it goes on: it has to write what it has.
     pub fn finish(&mut self, exit_code: Option<i32>) {
-        self.tell(&ToAgent::Finish { exit_code });
+        self.tell(ToAgent::Finish { exit_code });
+        if let Some(pid) = self.alive() {
+            // SAFETY: plain system call; a child that was not waited for keeps its number.
+            unsafe { libc::kill(pid as libc::pid_t, libc::SIGCONT) };
+        }
     }
 
-    fn tell(&mut self, word: &ToAgent) {
-        let Some(stdin) = self.words.as_mut() else { return };
-        let told = serde_json::to_vec(word).map_err(std::io::Error::from).and_then(|mut line| {
-            line.push(b'\n');
-            stdin.write_all(&line)
-        });
-        if told.is_err() {
-            // It is dead, which its stdout tells.
-            self.words = None;
-        }
+    fn tell(&self, word: ToAgent) {
+        // One that cannot be told anything any more is dead, which its stdout tells.
+        let _ = self.words.send(word);
     }
 
     /// The next thing that happens.
@@ -172,10 +176,7 @@ impl Sidecar {
             // This struct holds a sender: receiving cannot fail.
             let Ok(event) = self.events.recv() else { continue };
             match event {
-                Event::Said(said) => {
-                    self.hear(said);
-                    return News::Progress(self.totals);
-                }
+                Event::Said(said) => _ = self.hear(said),
                 Event::Silent => {
                     (self.silent, self.told) = (true, true);
                     return News::AgentDied(how(&mut self.child));
@@ -185,20 +186,23 @@ impl Sidecar {
         }
     }
 
-    /// The final counters; `None` if the agent died, or if nothing was heard of it for `patience`.
-    pub fn wait_for_totals(&mut self, patience: Duration) -> Option<Totals> {
+    /// The final counters; `None` if the agent died, has not said a word for [`SILENT`] or has not got on for [`STUCK`].
+    pub fn wait_for_totals(&mut self) -> Option<Totals> {
+        let mut moved = Instant::now();
         while !self.done && !self.silent {
-            match self.events.recv_timeout(patience) {
-                Ok(Event::Said(said)) => self.hear(said),
-                Ok(Event::Silent) => self.silent = true,
+            match self.events.recv_timeout(SILENT.min(STUCK.saturating_sub(moved.elapsed()))) {
+                Ok(Event::Said(said)) => {
+                    if self.hear(said) {
+                        moved = Instant::now();
+                    }
+                }
                 Ok(Event::JobEnded(_)) => {}
+                Ok(Event::Silent) => self.silent = true,
                 Err(_) => return None,
             }
         }
-        if self.done || self.silent {
-            // It has said its last, and only exits now.
-            let _ = self.child.wait();
-        }
+        // It has said its last, and only exits now.
+        reap(&mut self.child);
         self.done.then_some(self.totals)
     }
 
@@ -210,31 +214,64 @@ impl Sidecar {
         })
     }
 
-    fn hear(&mut self, said: FromAgent) {
+    /// Whether the agent got on since its last word.
+    fn hear(&mut self, said: FromAgent) -> bool {
+        let before = (self.totals, self.finishing);
         match said {
             FromAgent::Progress(totals) => self.totals = totals,
+            FromAgent::Finishing { totals, read, unsealed } => {
+                (self.totals, self.finishing) = (totals, (read, unsealed))
+            }
             FromAgent::Done { totals } => {
                 self.totals = totals;
                 self.done = true;
             }
             FromAgent::Ready { .. } | FromAgent::Failed(_) => {}
         }
+        before != (self.totals, self.finishing)
     }
 
-    /// Whether its process is there.
-    pub fn is_alive(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+    /// Its process, if it is there.
+    pub fn alive(&mut self) -> Option<u32> {
+        matches!(self.child.try_wait(), Ok(None)).then(|| self.child.id())
     }
+}
+
+/// A thread that says what the agent is told: one that is stopped, and whose pipe is full, holds up nobody else.
+fn speaker(mut stdin: ChildStdin) -> std::io::Result<Sender<ToAgent>> {
+    let (send, words) = channel();
+    std::thread::Builder::new().name("words".into()).spawn(move || {
+        for word in words {
+            let line = serde_json::to_vec(&word).map(|line| [&line[..], b"\n"].concat());
+            if line.map_err(std::io::Error::from).and_then(|line| stdin.write_all(&line)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(send)
+}
+
+/// Waits for a process that is about to end.
+fn reap(child: &mut Child) -> Option<ExitStatus> {
+    let start = Instant::now();
+    while start.elapsed() < GONE {
+        match child.try_wait() {
+            Ok(None) => std::thread::sleep(Duration::from_millis(5)),
+            Ok(status) => return status,
+            Err(_) => return None,
+        }
+    }
+    None
 }
 
 /// How a child that closed its stdout ended.
 fn how(child: &mut Child) -> String {
     use std::os::unix::process::ExitStatusExt;
-    match child.wait() {
-        Ok(status) => match status.signal() {
+    match reap(child) {
+        Some(status) => match status.signal() {
             Some(signal) => format!("was killed by signal {signal}"),
             None => format!("ended with code {}", status.code().unwrap_or(-1)),
         },
-        Err(e) => format!("is gone ({e})"),
+        None => "is gone".into(),
     }
 }
