@@ -1,6 +1,9 @@
 """Bridges: one for each torch, built with a C++ compiler alone, refused by name where they do not fit."""
 
+import os
 import shutil
+
+import pytest
 
 import captures
 import harness
@@ -65,3 +68,39 @@ def test_an_environment_without_torch_is_told_so(tmp_path):
     assert outcome.code != 0
     assert len(outcome.err.strip().splitlines()) == 1
     assert "torch" in outcome.err
+
+
+@pytest.mark.parametrize("how", ["writable", "another user's"])
+def test_a_job_loads_no_bridge_that_others_could_have_put_there(how, tmp_path, untapped_once):
+    argv, ours = harness.python("plain.py", "1"), harness.bridge()
+    cache = tmp_path / "cache"
+    (cache / ours.parent.name).mkdir(parents=True)
+    shutil.copy(ours, cache / ours.parent.name)
+    if how == "writable":
+        cache.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(cache, 65534, -1)
+    else:
+        pytest.skip("NOT TESTED without root: a cache of another user's")
+    for name, env in (
+        ("cache", {"FLEXMODEL_BRIDGE_CACHE": str(cache)}),
+        ("bridge", {"FLEXMODEL_BRIDGE": str(cache / ours.parent.name / ours.name)}),
+    ):
+        run = tmp_path / f"{name}.run"
+        with harness.agent(run, tmp_path / f"{name}.sock"):
+            outcome = harness.run(argv, harness.preloaded("lm_head", tmp_path / f"{name}.sock", **env)).expect(0)
+        assert outcome.out == untapped_once(argv).out
+        (line,) = [line for line in outcome.err.splitlines() if line.startswith("flexmodel:")]
+        assert f"the bridge is not loaded: {cache} " in line and "who could put other code there" in line
+        assert captures.read(run) == {}
+
+
+def test_a_cache_below_a_folder_like_tmp_is_used(tmp_path):
+    argv, ours = harness.python("plain.py", "1"), harness.bridge()
+    (tmp_path / "tmp" / "cache" / ours.parent.name).mkdir(parents=True)
+    (tmp_path / "tmp").chmod(0o1777)
+    shutil.copy(ours, tmp_path / "tmp" / "cache" / ours.parent.name)
+    cache = {"FLEXMODEL_BRIDGE_CACHE": str(tmp_path / "tmp" / "cache")}
+    outcome = harness.tapped(argv, "lm_head", tmp_path / "x", **cache).expect(0)
+    assert "building" not in outcome.err
+    assert len(captures.read(tmp_path / "x")) == 1

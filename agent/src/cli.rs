@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, error::ErrorKind};
 
-use crate::commands;
+use crate::{commands, owner_only};
 
 /// Whole activations, gradients and parameters out of unmodified distributed PyTorch jobs.
 #[derive(Debug, Parser)]
@@ -75,6 +75,9 @@ pub fn exit_code_of(error: &anyhow::Error) -> u8 {
 impl Cli {
     /// Runs the command.
     pub fn dispatch(self) -> anyhow::Result<ExitCode> {
+        if matches!(self.command, Command::Run(_) | Command::Agent(_) | Command::Bridge(_)) {
+            owner_only::begin();
+        }
         match self.command {
             Command::Run(args) => commands::run::main(args),
             Command::Agent(args) => commands::agent::main(args),

@@ -5,6 +5,7 @@ mod commands;
 mod dashboard;
 mod home;
 mod live;
+mod owner_only;
 mod read;
 mod say;
 mod server;

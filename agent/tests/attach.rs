@@ -2,7 +2,7 @@
 
 mod rank;
 
-use std::{io::Write, os::unix::net::UnixStream, sync::atomic::Ordering, time::Duration};
+use std::{fs, io::Write, os::unix::net::UnixStream, sync::atomic::Ordering, time::Duration};
 
 use rank::*;
 use wire::{
@@ -65,6 +65,35 @@ fn a_loss_scale_that_is_no_number_is_kept_and_no_damage() {
     let kept: Vec<LossScale> =
         parts(&out).iter().map(|part| serde_json::from_value(part["loss_scale"].clone()).unwrap()).collect();
     assert_eq!(kept, scales.map(LossScale));
+}
+
+/// Who may write to the folder above can do that.
+#[test]
+fn a_run_whose_place_is_taken_is_written_to_the_end_and_nothing_else_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::with(dir.path(), &["--shard-bytes", "1K"]);
+    let (out, moved, other) = (agent.out.clone(), dir.path().join("moved"), dir.path().join("other"));
+    let mut rank = Rank::attached(&agent, 0, 1, SLAB);
+    rank.ship("a", 0, 30);
+    rank.drained();
+    fs::rename(&out, &moved).unwrap();
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("run.json"), "precious").unwrap();
+    std::os::unix::fs::symlink(&other, &out).unwrap();
+    for step in 1..5 {
+        rank.ship("a", step, 30);
+    }
+    rank.drained();
+    agent.finish();
+    let left: Vec<_> = fs::read_dir(&other).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["run.json"]);
+    assert_eq!(fs::read(other.join("run.json")).unwrap(), b"precious");
+    verify(&moved);
+    assert_eq!(
+        (total(&moved, "records"), total(&moved, "dropped"), info(&moved)["finished_ns"].is_u64()),
+        (5, 0, true)
+    );
+    assert!(moved.join("shard-00003.safetensors").is_file());
 }
 
 /// AGENT-1.

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -141,6 +141,90 @@ fn flexmodels_of_different_sources_share_a_cache_without_building_again() {
         })
         .collect();
     assert_eq!((stamps[0], stamps[1]), (stamps[2], stamps[3]));
+}
+
+#[test]
+fn what_a_build_makes_is_its_owners_alone_under_any_umask_also_while_it_compiles() {
+    for mask in [0o000, 0o022, 0o777] {
+        let site = Site::new();
+        // What is there while the compiler runs, and what it made before.
+        let seen = site.path("seen");
+        site.write(
+            "compiler",
+            &format!(
+                "#!/bin/sh\nfind {} -perm /077 -printf '%m %p\\n' >> {}\ng++ \"$@\"\n",
+                site.path("cache").display(),
+                seen.display()
+            ),
+        );
+        fs::set_permissions(site.path("compiler"), fs::Permissions::from_mode(0o755)).unwrap();
+        let python = site.path("python3");
+        let mut command = site.command(&["bridge", "build", "--python", python.to_str().unwrap()]);
+        command.env("CXX", site.path("compiler"));
+        // SAFETY: umask is async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                libc::umask(mask);
+                Ok(())
+            })
+        };
+        done(&mut command);
+        assert_eq!(fs::read_to_string(seen).unwrap(), "", "umask {mask:o}");
+        let left = Command::new("find").arg(site.path("cache")).args(["-perm", "/077"]).output().unwrap();
+        assert_eq!(text(&left.stdout), "", "umask {mask:o}");
+        assert!(site.built().is_file());
+    }
+}
+
+#[test]
+fn a_cache_that_others_may_write_to_is_refused_at_every_step_by_every_command() {
+    let site = Site::new();
+    site.write("home/libflexmodel.so", "");
+    assert!(site.build(&[]).status.success());
+    let (library, cache) = (site.built(), site.path("cache"));
+    let mode = |path: &Path, mode: u32| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let refused_for = |step: &Path, why: &str| {
+        let said = format!("{} {why}", step.display());
+        let line = refused(&site.build(&[]));
+        assert!(line.lines().count() == 1 && line.contains(&said), "{line}");
+        assert!(line.contains("FLEXMODEL_BRIDGE_CACHE"), "{line}");
+        let (python, out) = (site.path("python3"), site.path("run"));
+        for program in ["python3", "launcher"].map(|name| site.path(name)) {
+            site.write("launcher", &format!("#!{}\n", python.display()));
+            mode(&site.path("launcher"), 0o755);
+            let mut command = site.command(&["run", "--hooks", "a", "--out", out.to_str().unwrap(), "--"]);
+            let output = command.arg(program).env_remove("FLEXMODEL_DISABLE").output().unwrap();
+            let line = refused(&output);
+            assert!(line.contains(&said) && !out.exists(), "{line}");
+        }
+        let list = text(&site.command(&["bridge", "list"]).output().unwrap().stdout);
+        assert!(list.contains("not trusted") && list.contains(&said), "{list}");
+        let mut named = site.command(&["bridge", "build", "--python", python.to_str().unwrap()]);
+        let line = refused(&named.env("FLEXMODEL_BRIDGE", &library).output().unwrap());
+        assert!(line.contains(&said), "{line}");
+    };
+    for (step, private) in
+        [(site.dir.path(), 0o700), (&cache, 0o700), (library.parent().unwrap(), 0o700), (&library, 0o700)]
+    {
+        for others in [0o020, 0o002] {
+            mode(step, private | others);
+            refused_for(step, "may be written to by others");
+        }
+        mode(step, private);
+    }
+    // SAFETY: geteuid has no effects.
+    if unsafe { libc::geteuid() } == 0 {
+        for step in [&cache, &library] {
+            std::os::unix::fs::chown(step, Some(65534), None).unwrap();
+            refused_for(step, "belongs to user 65534");
+            std::os::unix::fs::chown(step, Some(0), None).unwrap();
+        }
+    } else {
+        eprintln!("NOT TESTED without root: a cache that belongs to another user");
+    }
+    mode(site.dir.path(), 0o1777);
+    let again = site.build(&[]);
+    assert!(again.status.success(), "a folder like /tmp above it: {}", text(&again.stderr));
 }
 
 #[test]

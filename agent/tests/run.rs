@@ -5,7 +5,7 @@ mod rank;
 use std::{
     fs,
     io::Read,
-    os::unix::process::CommandExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
@@ -206,6 +206,85 @@ fn an_agent_that_does_not_go_on_is_left_and_what_is_lost_is_said() {
     });
     kill(agent, libc::SIGCONT);
     wait_until("the agent's end", || !is_alive(agent));
+}
+
+/// Root could open what its own umask closes.
+fn as_an_ordinary_user(command: &mut Command, umask: libc::mode_t, folder: &Path) {
+    // SAFETY: geteuid has no effects.
+    let root = unsafe { libc::geteuid() } == 0;
+    if root {
+        std::os::unix::fs::chown(folder, Some(65534), None).unwrap();
+    }
+    // SAFETY: these calls are async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            libc::umask(umask);
+            if root && (libc::setgid(65534) != 0 || libc::setuid(65534) != 0) {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        })
+    };
+}
+
+#[test]
+fn a_run_is_its_owners_alone_under_any_umask_and_the_command_keeps_its_own() {
+    for mask in [0o000, 0o022, 0o777] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let group = dir.path().join("group");
+        home(&group);
+        fs::set_permissions(&group, fs::Permissions::from_mode(0o777)).unwrap();
+        let script = format!(
+            "umask; {} > /dev/null; socket=${{FLEXMODEL_AGENT#unix:}}; find $(dirname $socket) {}/run -perm /077; exit 5",
+            produce(5),
+            group.display()
+        );
+        let run = Run::with(&group, &script, |command| as_an_ordinary_user(command, mask, &group));
+        let out = run.out.clone();
+        let (code, stdout, stderr) = run.wait();
+        assert_eq!((code, stdout), (Some(5), format!("{mask:04o}\n")), "{stderr}");
+        assert!(stderr.contains("55 records"), "{stderr}");
+        let found =
+            Command::new("find").arg(&out).args(["-perm", "/077", "-o", "!", "-perm", "-600"]).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&found.stdout), "", "umask {mask:o}");
+        assert!(out.join("shard-00000.safetensors").is_file());
+        verify(&out);
+    }
+}
+
+#[test]
+fn a_folder_that_others_may_write_to_or_own_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let refused = |way_out: &str| {
+        let (code, stdout, stderr) = Run::start(dir.path(), "echo ran").wait();
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
+        assert!(stderr.lines().count() == 1 && stderr.contains(way_out), "{stderr}");
+        let mut agent = Command::new(env!("CARGO_BIN_EXE_flexmodel"));
+        agent.args(["agent", "--socket"]).arg(dir.path().join("s")).arg("--out").arg(&out);
+        let done = agent.output().unwrap();
+        assert!(!done.status.success() && String::from_utf8_lossy(&done.stderr).contains(way_out), "{done:?}");
+    };
+    fs::create_dir(&out).unwrap();
+    for mode in [0o770, 0o707, 0o1777] {
+        fs::set_permissions(&out, fs::Permissions::from_mode(mode)).unwrap();
+        refused(&format!("may be written to by others (mode {mode:o})"));
+    }
+    fs::set_permissions(&out, fs::Permissions::from_mode(0o755)).unwrap();
+    // SAFETY: geteuid has no effects.
+    if unsafe { libc::geteuid() } == 0 {
+        std::os::unix::fs::chown(&out, Some(65534), None).unwrap();
+        refused("belongs to user 65534");
+        fs::rename(&out, dir.path().join("theirs")).unwrap();
+        std::os::unix::fs::symlink("theirs", &out).unwrap();
+        refused("belongs to user 65534");
+        fs::remove_file(&out).unwrap();
+        fs::create_dir(&out).unwrap();
+    } else {
+        eprintln!("NOT TESTED without root: a folder that belongs to another user");
+    }
+    assert_eq!(Run::start(dir.path(), "exit 3").wait().0, Some(3));
 }
 
 #[test]

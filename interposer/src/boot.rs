@@ -16,6 +16,7 @@ use wire::{
     bridge_sources::{self, Sources},
     env,
     tap_abi::{BridgeTable, OPEN_SYMBOL, OpenBridge, TAP_ABI},
+    trust,
 };
 
 use crate::{engine, host, python, state};
@@ -157,7 +158,7 @@ fn find_bridge(torch: &Torch, home: &Path) -> Result<PathBuf, String> {
     let digest = Sources::read(&folder).map_err(|e| format!("{}: {e}; run scripts/setup", folder.display()))?.digest;
     if let Some(path) = std::env::var_os(env::BRIDGE).filter(|p| !p.is_empty()) {
         let path = PathBuf::from(path);
-        return match marker(&path) {
+        return match marker(&path).map_err(|e| format!("{e}; or unset {}", env::BRIDGE))? {
             None => Err(format!("{} is not a FlexModel bridge", path.display())),
             Some(m) if !keys.contains(&m.key) => Err(format!(
                 "the bridge {} is for {}, this process has {wanted}; run: flexmodel bridge build",
@@ -173,16 +174,23 @@ fn find_bridge(torch: &Torch, home: &Path) -> Result<PathBuf, String> {
         };
     }
     let cache = cache_folder(|name| std::env::var_os(name)).ok_or("there is no home folder to look for a bridge in")?;
-    let fitting = keys
-        .iter()
-        .map(|key| (key, cache.join(folder_name(key, &digest)).join(LIBRARY)))
-        .find(|(key, path)| marker(path).is_some_and(|m| m.fits(key, &digest)));
-    let missing = || format!("no bridge of ours for {wanted} in {}; run: flexmodel bridge build", cache.display());
-    fitting.map(|(_, path)| path).ok_or_else(missing)
+    for key in &keys {
+        let path = cache.join(folder_name(key, &digest)).join(LIBRARY);
+        let found = marker(&path).map_err(|e| format!("{e}; or set {} to a folder of yours", env::BRIDGE_CACHE))?;
+        if found.is_some_and(|m| m.fits(key, &digest)) {
+            return Ok(path);
+        }
+    }
+    Err(format!("no bridge of ours for {wanted} in {}; run: flexmodel bridge build", cache.display()))
 }
 
-fn marker(path: &Path) -> Option<Marker> {
-    Marker::find(&fs::read(path).ok()?)
+/// What a library says that it is, before it is run as code. It is an error where others may have put it there.
+fn marker(path: &Path) -> Result<Option<Marker>, String> {
+    match trust::check(path) {
+        Err(e) if e.is_absent() => Ok(None),
+        Err(e) => Err(format!("the bridge is not loaded: {e}")),
+        Ok(()) => Ok(fs::read(path).ok().and_then(|bytes| Marker::find(&bytes))),
+    }
 }
 
 #[cfg(test)]

@@ -11,10 +11,11 @@
 //! | [`control`] | messages on the unix socket | interposer, agent |
 //! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
+//! | [`trust`] | what may be run as code | launcher, interposer |
 //! | [`tap_abi`] | the C tables between interposer and bridge, inside one process | interposer, bridge |
 //!
-//! Every decoder takes hostile bytes and does no I/O. Two definitions are of files, and read them: [`hooks::parse`] a TOML
-//! file that is named instead of clauses, and [`bridge_sources`] a folder.
+//! Every decoder takes hostile bytes and does no I/O. Three definitions are of files, and read them: [`hooks::parse`] a TOML
+//! file that is named instead of clauses, [`bridge_sources`] a folder, and [`trust`] whose a file and the folders above are.
 
 pub mod bridge_marker;
 pub mod bridge_sources;
@@ -26,3 +27,4 @@ pub mod loss_scale;
 pub mod record;
 pub mod slab;
 pub mod tap_abi;
+pub mod trust;

@@ -13,9 +13,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use serde_json::json;
-use wire::env as names;
+use wire::{env as names, trust};
 
-use crate::read::text;
+use crate::{owner_only, read::text, say};
 
 /// Options of `flexmodel bridge`.
 #[derive(clap::Args, Debug)]
@@ -77,7 +77,7 @@ fn up_to_date(python: &Path, force: bool) -> anyhow::Result<(PathBuf, bool)> {
     let key = found.key().context("no torch")?;
     let sources = build::installed()?;
     if let Some(given) = env::var_os(names::BRIDGE).filter(|v| !v.is_empty()).map(PathBuf::from) {
-        let marker = cache::marker(&given).with_context(|| names::BRIDGE.to_string())?;
+        let marker = cache::marker(&given).with_context(|| format!("{}, which may be unset", names::BRIDGE))?;
         if marker.key != key {
             bail!(
                 "{}: {} was built for {}, and the job has {key}; unset it",
@@ -96,6 +96,7 @@ fn up_to_date(python: &Path, force: bool) -> anyhow::Result<(PathBuf, bool)> {
         return Ok((given, false));
     }
     let path = cache::place(&key, &sources.digest)?;
+    trust::check_up_to(&path).with_context(cache::not_used)?;
     let current = || cache::marker(&path).is_ok_and(|m| m.fits(&key, &sources.digest));
     if !force && current() {
         return Ok((path, false));
@@ -113,10 +114,13 @@ fn up_to_date(python: &Path, force: bool) -> anyhow::Result<(PathBuf, bool)> {
 fn lock(library: &Path) -> anyhow::Result<File> {
     let folder = library.parent().context("the cache has no folder")?;
     let place = || format!("{}: cannot be written; set {} to a folder of yours", folder.display(), names::BRIDGE_CACHE);
-    fs::create_dir_all(folder).with_context(place)?;
-    let file = File::create(folder.join("lock")).with_context(place)?;
+    owner_only::make_folders(folder).with_context(place)?;
+    // Somebody else may have made it a moment before.
+    trust::check(folder).with_context(cache::not_used)?;
+    let file = owner_only::file().write(true).create(true).truncate(false).open(folder.join("lock"));
+    let file = file.with_context(place)?;
     if file.try_lock().is_err() {
-        eprintln!("flexmodel: waiting for another process that builds this bridge ...");
+        say::line("waiting for another process that builds this bridge ...");
         file.lock().with_context(place)?;
     }
     Ok(file)
@@ -127,6 +131,7 @@ fn list(json: bool) -> anyhow::Result<()> {
     let digest = build::installed().ok().map(|s| s.digest);
     let wanted = probe::default_python().ok().and_then(|p| probe::probe(&p).ok()).and_then(|p| p.key());
     let state = |marker: &anyhow::Result<cache::Marker>| match (marker, &digest) {
+        (Err(e), _) if e.is::<trust::Distrust>() => "not trusted",
         (Err(_), _) => "damaged",
         (Ok(m), Some(d)) if m.digest == *d => "current",
         (Ok(_), Some(_)) => "from other sources",
@@ -151,6 +156,9 @@ fn list(json: bool) -> anyhow::Result<()> {
             vec![mine.into(), key.to_owned(), state(marker).into(), text::bytes(size), path.display().to_string()]
         };
         out += &text::table(&["", "bridge", "state", "size", "file"], &all.iter().map(row).collect::<Vec<_>>(), &[3]);
+    }
+    for distrust in all.iter().filter_map(|(_, marker)| marker.as_ref().err()?.downcast_ref::<trust::Distrust>()) {
+        out += &format!("not trusted: {distrust}\n");
     }
     if let Some(wanted) = wanted {
         out += &format!("this environment's torch wants {wanted}\n");

@@ -7,6 +7,7 @@ use std::{
     mem::MaybeUninit,
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, anyhow, bail};
@@ -15,28 +16,59 @@ use super::{
     format::{FORMAT, LOCK_FILE, MANIFEST_FILE, RUN_FILE, RunInfo},
     seal::sync_dir,
 };
+use crate::owner_only;
 
 /// A run directory that this process alone writes to, as long as it holds this.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
+    folder: Arc<Folder>,
     _lock: File,
+}
+
+/// A folder that is open, and a path that leads to it as long as it is: who may write to the folder above it (a group's)
+/// can put another in its place.
+#[derive(Debug)]
+pub struct Folder {
+    place: PathBuf,
+    _open: File,
+}
+
+impl Folder {
+    /// Opens it, unless somebody else could make files in it or change ours.
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let opened = File::open(path).and_then(|folder| Ok((owner_only::intruders(&folder)?, folder)));
+        match opened.map_err(|e| cannot_write(path, &e))? {
+            (Some(why), _) => bail!("{}", give_another(path, &why)),
+            (None, open) => {
+                let place = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+                // Where there is no /proc its own path must do.
+                Ok(Self { place: if place.is_dir() { place } else { path.to_owned() }, _open: open })
+            }
+        }
+    }
+
+    /// For everything that is made, renamed or removed in it; not to be shown.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
 }
 
 impl RunDir {
     /// Makes the directory, or takes over a run that nobody writes to.
     pub fn claim(path: &Path) -> anyhow::Result<Self> {
-        fs::create_dir_all(path).map_err(|e| cannot_write(path, &e))?;
+        owner_only::make_folders(path).map_err(|e| cannot_write(path, &e))?;
         let path = path.canonicalize().map_err(|e| cannot_write(path, &e))?;
+        let folder = Folder::open(&path)?;
         if !is_empty(&path)? && !is_run(&path) {
-            bail!("{}", not_empty(&path, "holds other files than a run's"));
+            bail!("{}", give_another(&path, "holds other files than a run's"));
         }
         let lock = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
-            .open(path.join(LOCK_FILE))
+            .open(folder.place().join(LOCK_FILE))
             .map_err(|e| cannot_write(&path, &e))?;
         // SAFETY: the descriptor is open.
         if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
@@ -56,7 +88,7 @@ impl RunDir {
         }
         // Only for the message above.
         let _ = lock.set_len(0).and_then(|()| writeln!(&lock, "{}", std::process::id()));
-        let run = Self { path, _lock: lock };
+        let run = Self { path, folder: Arc::new(folder), _lock: lock };
         let format = run.read_info().format;
         if format > FORMAT {
             bail!(
@@ -67,14 +99,22 @@ impl RunDir {
         Ok(run)
     }
 
-    /// Its absolute path.
+    /// Its absolute path, to be shown and read from.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// The same directory to write in.
+    pub fn folder(&self) -> &Arc<Folder> {
+        &self.folder
+    }
+
     /// What `run.json` says; nothing if there is none that reads.
     pub fn read_info(&self) -> RunInfo {
-        fs::read(self.path.join(RUN_FILE)).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()
+        fs::read(self.folder.place().join(RUN_FILE))
+            .ok()
+            .and_then(|b| serde_json::from_slice(&b).ok())
+            .unwrap_or_default()
     }
 
     /// Replaces `run.json`. While a run is under way the next one's space is kept, so that a disk that fills up in between
@@ -82,13 +122,14 @@ impl RunDir {
     pub fn write_info(&self, info: &RunInfo) -> io::Result<()> {
         let mut json = serde_json::to_vec_pretty(info)?;
         json.push(b'\n');
-        let new = self.path.join(format!("{RUN_FILE}.new"));
+        let place = self.folder.place();
+        let new = place.join(format!("{RUN_FILE}.new"));
         let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(&new)?;
         file.write_all(&json)?;
         file.set_len(json.len() as u64)?;
         file.sync_all()?;
-        fs::rename(&new, self.path.join(RUN_FILE))?;
-        sync_dir(&self.path)?;
+        fs::rename(&new, place.join(RUN_FILE))?;
+        sync_dir(place)?;
         if info.finished_ns.is_none() {
             // Without it the next write may fail, and says so then.
             let _ = reserve(&new, 2 * json.len() as i64);
@@ -139,13 +180,14 @@ impl Drop for Fresh {
 /// Refuses a directory that a new run cannot have: one that is there and not empty, or cannot be written. Makes it.
 pub fn check_fresh(path: &Path) -> anyhow::Result<Fresh> {
     if path.is_dir() && !is_empty(path)? {
-        bail!("{}", not_empty(path, if is_run(path) { "holds a run already" } else { "is not empty" }));
+        bail!("{}", give_another(path, if is_run(path) { "holds a run already" } else { "is not empty" }));
     }
     let absolute = std::path::absolute(path)?;
     let missing = absolute.ancestors().take_while(|folder| !folder.exists());
     let fresh = Fresh { made: missing.map(Path::to_owned).collect() };
-    fs::create_dir_all(path).map_err(|e| cannot_write(path, &e))?;
-    let probe = path.join(LOCK_FILE);
+    owner_only::make_folders(path).map_err(|e| cannot_write(path, &e))?;
+    let folder = Folder::open(path)?;
+    let probe = folder.place().join(LOCK_FILE);
     File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| cannot_write(path, &e))?;
     Ok(fresh)
 }
@@ -172,7 +214,7 @@ pub fn cannot_write(path: &Path, error: &io::Error) -> anyhow::Error {
     anyhow!("cannot write to {}: {error}; give a folder of yours with --out", path.display())
 }
 
-fn not_empty(path: &Path, why: &str) -> String {
+fn give_another(path: &Path, why: &str) -> String {
     format!("{} {why}; give another folder, such as --out {}", path.display(), free_name(path).display())
 }
 

@@ -36,9 +36,9 @@ pub struct Found {
     pub damaged: bool,
 }
 
-/// Mends the directory: truncates the torn line, seals open shards, and tells what is there.
-pub fn recover(dir: &Path) -> anyhow::Result<Found> {
-    let io = |e: io::Error| cannot_write(dir, &e);
+/// Mends the directory: truncates the torn line, seals open shards, and tells what is there. Errors call it `shown`.
+pub fn recover(dir: &Path, shown: &Path) -> anyhow::Result<Found> {
+    let io = |e: io::Error| cannot_write(shown, &e);
     let path = dir.join(MANIFEST_FILE);
     let mut found = Found {
         next_shard: 0,

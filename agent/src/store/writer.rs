@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -63,13 +63,14 @@ impl Store {
     pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo)> {
         let dir = RunDir::claim(path)?;
         let info = dir.read_info();
-        let Found { next_shard, totals, last_seen, lost_by_job, seen, damaged: _ } = recover::recover(dir.path())?;
-        let journal = Arc::new(Journal::open(dir.path()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
+        let Found { next_shard, totals, last_seen, lost_by_job, seen, damaged: _ } =
+            recover::recover(dir.folder().place(), dir.path())?;
+        let journal = Arc::new(Journal::open(dir.folder().place()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
         let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
         let unsealed = Arc::default();
-        let sealer = sealer(dir.path().to_owned(), journal.clone(), notify.clone(), Arc::clone(&unsealed))?;
+        let sealer = sealer(&dir, journal.clone(), notify.clone(), Arc::clone(&unsealed))?;
         let store = Arc::new(Self {
-            alloc: Mutex::new(Allocator::new(dir.path().to_owned(), options.shard_bytes, next_shard, seen)),
+            alloc: Mutex::new(Allocator::new(dir.folder().place().to_owned(), options.shard_bytes, next_shard, seen)),
             journal,
             totals: Mutex::new(totals),
             last_seen: Mutex::new(last_seen),
@@ -211,17 +212,18 @@ impl std::fmt::Debug for Store {
 
 /// The thread that seals: its fsync must not hold up a rank.
 fn sealer(
-    dir: PathBuf,
+    dir: &RunDir,
     journal: Arc<Journal>,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
     unsealed: Arc<AtomicUsize>,
 ) -> io::Result<(mpsc::Sender<Shard>, JoinHandle<()>)> {
     let (send, receive) = mpsc::channel::<Shard>();
+    let (folder, path) = (dir.folder().clone(), dir.path().to_owned());
     let thread = std::thread::Builder::new().name("sealer".into()).spawn(move || {
         for shard in receive {
-            if let Err(e) = seal_one(&dir, &journal, &shard) {
+            if let Err(e) = seal_one(folder.place(), &journal, &shard) {
                 let name = stem(shard.file.number);
-                notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", dir.display()));
+                notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", path.display()));
             }
             unsealed.fetch_sub(1, Ordering::Relaxed);
         }

@@ -5,6 +5,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::Write,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -19,6 +20,7 @@ use super::{
     cache,
     probe::{Python, Torch, on_path},
 };
+use crate::{owner_only, say};
 
 /// What the bridge shows to the world; all else would clash with what torch has loaded.
 const EXPORTS: &str = "{ global: flexmodel_bridge_open; flexmodel_bridge_marker; local: *; };\n";
@@ -74,12 +76,16 @@ pub fn build(python: &Python, torch: &Torch, key: &str, sources: &Sources) -> an
     let target = cache::place(key, &sources.digest)?;
     let folder = target.parent().context("the cache has no folder")?.to_owned();
     let work = folder.join(format!("build-{}", std::process::id()));
-    fs::create_dir_all(&work).with_context(|| {
+    // A process of the same number may have died in one.
+    let _ = fs::remove_dir_all(&work);
+    owner_only::make_folder(&work).with_context(|| {
         format!("{}: cannot be made; set {} to a folder of yours", work.display(), wire::env::BRIDGE_CACHE)
     })?;
-    eprintln!("flexmodel: building the bridge for torch {} (about 1 minute) ...", torch.version);
+    say::line(&format!("building the bridge for torch {} (about 1 minute) ...", torch.version));
     let job = Job { python, torch, key, sources, work: &work, log: folder.join("build.log") };
     let made = job.run().and_then(|library| {
+        // The compiler makes it as it likes.
+        fs::set_permissions(&library, fs::Permissions::from_mode(0o700))?;
         let marker = cache::marker(&library)?;
         if !marker.fits(key, &sources.digest) {
             bail!(
@@ -106,7 +112,8 @@ struct Job<'a> {
 impl Job<'_> {
     fn run(&self) -> anyhow::Result<PathBuf> {
         let compiler = compiler()?;
-        File::create(&self.log).with_context(|| self.log.display().to_string())?;
+        let log = owner_only::file().write(true).create(true).truncate(true).open(&self.log);
+        log.with_context(|| self.log.display().to_string())?;
         let mut objects = Vec::new();
         let mut running: Vec<(PathBuf, Child)> = Vec::new();
         for (number, source) in self.sources.files.iter().filter(|f| is_source(f)).enumerate() {

@@ -10,7 +10,7 @@ use memmap2::Mmap;
 pub use wire::bridge_marker::{LIBRARY, Marker};
 use wire::{
     bridge_marker::{cache_folder, folder_name},
-    env as names,
+    env as names, trust,
 };
 
 /// The folder of all bridges.
@@ -24,8 +24,14 @@ pub fn place(key: &str, digest: &str) -> anyhow::Result<PathBuf> {
     Ok(folder()?.join(folder_name(key, digest)).join(LIBRARY))
 }
 
-/// The marker in a library's bytes.
+/// What to do where the cache is not trusted.
+pub fn not_used() -> String {
+    format!("no bridge is used or built where others could put one (set {} to a folder of yours)", names::BRIDGE_CACHE)
+}
+
+/// The marker in the bytes of a library that may be run as code.
 pub fn marker(path: &Path) -> anyhow::Result<Marker> {
+    trust::check(path)?;
     let file = fs::File::open(path).with_context(|| path.display().to_string())?;
     // SAFETY: a bridge appears by rename and is never written to again; one cut short by hand meanwhile is SIGBUS here as
     // it would be in the dynamic loader.

@@ -14,6 +14,8 @@ use wire::{
     env as names,
 };
 
+use crate::owner_only;
+
 const SCRIPT: &str = include_str!("probe.py");
 
 /// An interpreter's answer.
@@ -79,7 +81,8 @@ impl Python {
 
 /// Asks `python`.
 pub fn probe(python: &Path) -> anyhow::Result<Python> {
-    let output = Command::new(python)
+    // What it compiles of its own modules on the way is the user's, and not our file.
+    let output = owner_only::as_before(&mut Command::new(python))
         .arg("-c")
         .arg(SCRIPT)
         .env_remove("LD_PRELOAD")

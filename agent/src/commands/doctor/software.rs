@@ -124,6 +124,10 @@ fn bridge(key: &str) -> Check {
             Err(e) => Check::no(name, format!("{e:#}"), unset),
         };
     }
+    let distrusted = |place: &PathBuf| wire::trust::check_up_to(place).err();
+    if let Some(e) = cache::place(key, &sources.digest).ok().as_ref().and_then(distrusted) {
+        return Check::no(name, e.to_string(), format!("set {} to a folder of yours", wire::env::BRIDGE_CACHE));
+    }
     let later = "`flexmodel run` builds it before the job starts, or `flexmodel bridge build` now";
     match cache::place(key, &sources.digest).map(|path| (cache::marker(&path), path)) {
         Ok((Ok(m), path)) if m.fits(key, &sources.digest) => Check::ok(name, path.display().to_string()),

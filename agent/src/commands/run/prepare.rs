@@ -11,13 +11,14 @@ use anyhow::Context;
 use wire::{
     env::{self as names, OnFull},
     hooks::{self, HookError},
+    trust::Distrust,
 };
 
 use super::{Args, absolute, interpreter};
 use crate::{
     cli::Usage,
     commands::bridge,
-    home,
+    home, owner_only,
     store::dir::{Fresh, check_fresh, of_this_node},
 };
 
@@ -92,7 +93,7 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
 fn untapped(command: &[OsString]) -> ExitCode {
     use std::os::unix::process::CommandExt;
     let Some((program, arguments)) = command.split_first() else { return ExitCode::from(2) };
-    let error = Command::new(program).args(arguments).exec();
+    let error = owner_only::as_before(Command::new(program).args(arguments)).exec();
     eprintln!("flexmodel: {}: {error}", Path::new(program).display());
     ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 })
 }
@@ -129,7 +130,7 @@ fn bridge_for(program: &Path) -> anyhow::Result<Option<PathBuf>> {
         Ok(path) if found.certain => Ok(Some(path)),
         // A script may start another interpreter; the library looks for its bridge in the cache.
         Ok(_) => Ok(None),
-        Err(e) if found.is_command => Err(e),
+        Err(e) if found.is_command || e.is::<Distrust>() => Err(e),
         Err(e) => {
             eprintln!("flexmodel: {e:#}; the command runs, and captures only if it uses another Python");
             Ok(None)
