@@ -180,6 +180,7 @@ fn what_a_build_makes_is_its_owners_alone_under_any_umask_also_while_it_compiles
 fn a_cache_that_others_may_write_to_is_refused_at_every_step_by_every_command() {
     let site = Site::new();
     site.write("home/libflexmodel.so", "");
+    site.write("home/libflexmodel_engine.so", "");
     assert!(site.build(&[]).status.success());
     let (library, cache) = (site.built(), site.path("cache"));
     let mode = |path: &Path, mode: u32| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
