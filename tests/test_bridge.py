@@ -86,12 +86,13 @@ def test_a_job_loads_no_bridge_that_others_could_have_put_there(how, tmp_path, u
         ("cache", {"FLEXMODEL_BRIDGE_CACHE": str(cache)}),
         ("bridge", {"FLEXMODEL_BRIDGE": str(cache / ours.parent.name / ours.name)}),
     ):
-        with harness.agent(tmp_path / name, tmp_path / f"{name}.sock"):
+        run = tmp_path / f"{name}.run"
+        with harness.agent(run, tmp_path / f"{name}.sock"):
             outcome = harness.run(argv, harness.preloaded("lm_head", tmp_path / f"{name}.sock", **env)).expect(0)
         assert outcome.out == untapped_once(argv).out
         (line,) = [line for line in outcome.err.splitlines() if line.startswith("flexmodel:")]
         assert f"the bridge is not loaded: {cache} " in line and "who could put other code there" in line
-        assert captures.read(tmp_path / name) == {}
+        assert captures.read(run) == {}
 
 
 def test_a_cache_below_a_folder_like_tmp_is_used(tmp_path):

@@ -1,4 +1,4 @@
-"""Whatever is made for a run is its owner's alone, under any umask; the job keeps the umask that it was started with."""
+"""Whatever is made for a run is its owner's alone, under any umask; the job keeps the umask that it had."""
 
 import os
 import subprocess

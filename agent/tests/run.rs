@@ -163,11 +163,13 @@ fn an_agent_that_is_stopped_goes_on_at_the_end_and_takes_in_what_came_meanwhile(
     let run = Run::start(dir.path(), &until(&stop));
     let out = run.out.clone();
     wait_until("some parts", || run.parts() > 30);
-    kill(run.agent(), libc::SIGSTOP);
+    let agent = run.agent();
+    kill(agent, libc::SIGSTOP);
+    wait_until("the stop", || fs::read_to_string(format!("/proc/{agent}/stat")).unwrap().contains(") T "));
     let before = run.parts();
-    // Room for some hundred tensors more, and for none of them is there anybody who reads it.
+    // There is room for some thousand tensors more, and nobody who reads them.
     std::thread::sleep(Duration::from_millis(500));
-    assert!(run.parts() <= before + 1);
+    assert_eq!(run.parts(), before);
     fs::write(&stop, "").unwrap();
     let (code, _, stderr) = run.wait();
     assert_eq!(code, Some(7), "{stderr}");

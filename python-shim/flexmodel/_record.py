@@ -41,8 +41,8 @@ class Record:
     `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
     part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
     over equal shards, or a pipeline's equal microbatches, `dp_size` times that of one process, and `loss_scale` times
-    that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow or
-    fall too far is `inf` or 0, and one that it broke `nan`.
+    that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow
+    or fall too far is `inf` or 0, and one that it broke `nan`.
     """
 
     module: str

@@ -76,8 +76,9 @@ class Caches:
         package = torch._dynamo.package.CompilePackage
         original, key = package.source_id_from_fn, guarded(self._key)
 
-        def source_id_from_fn(fn: Any) -> str:
-            found, ours = original(fn), key()
+        @functools.wraps(original)
+        def source_id_from_fn(*args: Any, **kwargs: Any) -> str:
+            found, ours = original(*args, **kwargs), key()
             return found if ours is None else hashlib.sha256(f"{found} {ours}".encode()).hexdigest()
 
         package.source_id_from_fn = staticmethod(source_id_from_fn)

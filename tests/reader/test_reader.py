@@ -438,8 +438,15 @@ def test_garbage_in_the_manifest_costs_only_itself(run_dir: Writer):
 
 @pytest.mark.parametrize(
     ("written", "scale"),
-    [(0.5, 0.5), (65536, 65536.0), (0.0, 0.0), ("inf", math.inf), ("-inf", -math.inf), ("nan", math.nan)]
-    + [pytest.param(None, math.nan, id="older versions' null")],
+    [
+        (0.5, 0.5),
+        (65536, 65536.0),
+        (0.0, 0.0),
+        ("inf", math.inf),
+        ("-inf", -math.inf),
+        ("nan", math.nan),
+        pytest.param(None, math.nan, id="older versions' null"),
+    ],
 )
 def test_a_loss_scale_is_what_the_job_used(run_dir: Writer, written: object, scale: float):
     run_dir.part("fc", np.ones(2, np.float32), kind="backward", loss_scale=written)

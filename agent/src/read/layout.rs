@@ -13,8 +13,9 @@ use wire::{
 
 use super::text::{clip, few};
 use crate::store::{
+    check::is_possible,
     format::{Location, Part, Stats},
-    limits::{BYTES, NAMED},
+    limits::NAMED,
 };
 
 /// Coordinates on a mesh: axis name, index, size.
@@ -444,7 +445,7 @@ fn concat(dim: usize, nodes: Vec<Node>, axis: &Axis) -> Result<Node, LayoutError
             .ok_or_else(|| LayoutError::Conflict(format!("dimension {dim} along {} is too long", axis.name)))?;
     }
     shape[dim] = total;
-    if !shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d.max(1))).is_some_and(|n| n <= BYTES) {
+    if !is_possible(1, &shape) {
         return Err(LayoutError::Apart(format!("pieces along {} make {shape:?}, the shape of no tensor", axis.name)));
     }
     Ok(Node::Concat { dim, children: nodes, shape })

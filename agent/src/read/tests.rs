@@ -394,7 +394,10 @@ proptest! {
         f.part(id("m", 0), DType::UInt8, &[3], 2, Vec::new(), &[1, 2, 3]);
         for part in &parts {
             let line = line_of(part);
-            prop_assert!(manifest::decode_line(&line).is_ok(), "the test's own line does not read: {part}");
+            // Some of them are beyond the bounds; all are lines.
+            let read = manifest::decode_line(&line);
+            let is_line = matches!(read, Ok(_) | Err(LineError::Impossible(_)));
+            prop_assert!(is_line, "the test's own line does not read: {part}");
             f.lines.extend(line);
         }
         f.lines.extend(junk);

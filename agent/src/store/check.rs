@@ -1,9 +1,6 @@
 //! Whether a line that decodes is one that can be: every value within its bounds.
 
-use wire::{
-    dtype::DType,
-    record::{Axis, Place},
-};
+use wire::record::{Axis, Place};
 
 use super::{
     format::{Line, Location, Part, RunInfo, What},
@@ -26,7 +23,7 @@ impl Line {
 impl Part {
     fn check(&self) -> Result<(), String> {
         self.what.check()?;
-        if !is_possible(self.what.dtype, &self.what.shape) {
+        if !is_possible(self.what.dtype.size(), &self.what.shape) {
             return Err(format!("its shape {:?} is that of no tensor", self.what.shape));
         }
         self.at.as_ref().map_or(Ok(()), Location::check)
@@ -88,9 +85,10 @@ impl RunInfo {
     }
 }
 
-/// Whether a tensor can have this shape: dimensions of size 0 count as 1, as they do where torch computes strides.
-pub fn is_possible(dtype: DType, shape: &[u64]) -> bool {
-    let size = shape.iter().try_fold(dtype.size() as u64, |n, &d| n.checked_mul(d.max(1)));
+/// Whether a tensor of elements of so many bytes can have this shape: dimensions of size 0 count as 1, as they do where torch
+/// computes strides.
+pub fn is_possible(element: usize, shape: &[u64]) -> bool {
+    let size = shape.iter().try_fold(element as u64, |n, &d| n.checked_mul(d.max(1)));
     size.is_some_and(|n| n <= limits::BYTES)
 }
 
