@@ -2,13 +2,18 @@
 
 #[path = "../../agent/src"]
 mod program {
+    pub mod descriptors;
     pub mod live;
+    pub mod newcomers;
+    pub mod owner_only;
     pub mod read;
+    pub mod say;
+    pub mod secrets;
     pub mod server;
     pub mod store;
 }
 // As the program's own paths say.
-pub use program::{live, read, server, store};
+pub use program::{descriptors, live, newcomers, owner_only, read, say, secrets, server, store};
 
 pub mod mutate;
 pub mod ranks;

@@ -98,8 +98,8 @@ fn change(tree: &mut Value, from: &Value, rng: &mut fastrand::Rng) {
             0 => Value::Null,
             1 => json!([]),
             2 => json!({}),
-            3 => json!({"$long": rng.u32(..2_000_000)}),
-            4 => json!({"$deep": rng.u32(..2_000_000)}),
+            3 => json!({"$long": 1 << rng.u32(..21)}),
+            4 => json!({"$deep": 1 << rng.u32(..21)}),
             _ => pick(from, rng),
         };
         return;
@@ -127,7 +127,7 @@ fn change(tree: &mut Value, from: &Value, rng: &mut fastrand::Rng) {
                 0 => _ = values.remove(i),
                 1 => values.swap(i, j),
                 2 => values.insert(j, pick(from, rng)),
-                3 => values[i] = json!({"$times": rng.u32(..5_000), "of": values[i]}),
+                3 => values[i] = json!({"$times": 1 << rng.u32(..13), "of": values[i]}),
                 _ => values.insert(j, values[i].clone()),
             }
         }

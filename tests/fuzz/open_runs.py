@@ -104,7 +104,7 @@ def main(target: str, crashes: str, seconds: str, *inputs: str) -> int:
     """Opens until the time is over; the exit code."""
     end, opened, findings = time.monotonic() + float(seconds), 0, set()
     while True:
-        for folder in folders(pathlib.Path(target), list(inputs), 0 if float(seconds) == 0 else 200 + opened):
+        for folder in folders(pathlib.Path(target), list(inputs), 0 if float(seconds) == 0 else 50 + opened):
             problem = in_a_process_of_its_own(folder)
             opened += 1
             if problem and problem.splitlines()[-1] not in findings:

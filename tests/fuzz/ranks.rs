@@ -64,7 +64,11 @@ impl Agent {
         ours.set_write_timeout(Some(HANG)).expect("an option of a socket");
         let _in_the_runtime = runtime().enter();
         let theirs = tokio::net::UnixStream::from_std(theirs).expect("a socket");
-        runtime().spawn(attach::serve(self.server.clone(), theirs, self.server.arrival()));
+        let server = self.server.clone();
+        runtime().spawn(async move {
+            let arrival = server.arrival().await;
+            attach::serve(server, theirs, arrival).await;
+        });
         ours
     }
 
@@ -149,6 +153,8 @@ enum Act {
     Model { number: u32, modules: u16, long: bool },
     Others { modules: u16 },
     Notice { text: String, times: u8 },
+    Another { lies: bool, with: Brings },
+    Lost { rank: u8, count: u64 },
     Bye,
     Garbage { bytes: Vec<u8> },
     Giant { claims: u32 },
@@ -200,6 +206,14 @@ impl Other {
                 Ok(())
             }
             Act::Hello { with } => return self.hello(agent, &with, input),
+            Act::Another { lies, with } => {
+                let rank = input.int_in_range(0..=4)?;
+                let mut owned = Vec::new();
+                let fds = self.brought(&with, rank, &mut owned);
+                let id = self.slab.as_ref().map_or(0, |slab| slab.mapping().header().id) ^ u64::from(lies);
+                self.stream.iter().try_for_each(|stream| send(stream, &bytes(&ToAgent::Slab { id }), &fds))
+            }
+            Act::Lost { rank, count } => self.say(&ToAgent::Lost { rank: rank.into(), count }),
             Act::Model { number, modules, long } => {
                 let name = "m".repeat(if long { 3000 } else { 1 });
                 let module = |n| ModuleInfo { name: format!("{name}.{n}"), class: name.clone(), kinds: n };
@@ -260,8 +274,17 @@ impl Other {
         if input.ratio(1, 8)? {
             (said.node, said.command) = (input.arbitrary()?, vec!["x".repeat(100); input.int_in_range(0..=500)?]);
         }
-        let mut owned: Vec<OwnedFd> = Vec::new();
-        let fds = match with {
+        let mut owned = Vec::new();
+        let fds = self.brought(with, rank, &mut owned);
+        let stream = self.stream.get_or_insert_with(|| agent.connect());
+        // As for what else is said.
+        let _ = send(stream, &bytes(&ToAgent::Hello(said)), &fds);
+        Ok(())
+    }
+
+    /// The descriptors, of which those in `owned` are open as long as that is.
+    fn brought(&mut self, with: &Brings, rank: u32, owned: &mut Vec<OwnedFd>) -> Vec<RawFd> {
+        match with {
             Brings::Slab | Brings::TheSameSlab => {
                 if self.slab.is_none() || matches!(with, Brings::Slab) {
                     self.slab.take().into_iter().for_each(|slab| Other { slab: Some(slab), stream: None }.end());
@@ -275,17 +298,13 @@ impl Other {
                 owned.extend([OwnedFd::from(read), OwnedFd::from(write)]);
                 vec![owned[0].as_raw_fd()]
             }
-            Brings::Device => keep(&mut owned, File::open("/dev/zero").expect("a device").into()),
-            Brings::Folder => keep(&mut owned, File::open("/").expect("a folder").into()),
-            Brings::Unsealed => keep(&mut owned, memory(1 << 20, None, false)),
-            Brings::Small => keep(&mut owned, memory(100, None, true)),
-            Brings::Lying { ring_len } => keep(&mut owned, memory(1 << 20, Some(*ring_len), true)),
+            Brings::Device => keep(owned, File::open("/dev/zero").expect("a device").into()),
+            Brings::Folder => keep(owned, File::open("/").expect("a folder").into()),
+            Brings::Unsealed => keep(owned, memory(1 << 20, None, false)),
+            Brings::Small => keep(owned, memory(100, None, true)),
+            Brings::Lying { ring_len } => keep(owned, memory(1 << 20, Some(*ring_len), true)),
             Brings::Many => vec![2; 40],
-        };
-        let stream = self.stream.get_or_insert_with(|| agent.connect());
-        // As for what else is said.
-        let _ = send(stream, &bytes(&ToAgent::Hello(said)), &fds);
-        Ok(())
+        }
     }
 
     fn record(&mut self, pieces: u8, lies: Lie, input: &mut Unstructured<'_>) -> Result<()> {
@@ -308,7 +327,7 @@ impl Other {
                 };
                 meta.axes = vec![Axis { name: "dp".into(), index, size, place, given: None }];
             }
-            Lie::Scale(scale) => meta.loss_scale = scale,
+            Lie::Scale(scale) => meta.loss_scale = wire::loss_scale::LossScale(scale),
             Lie::Name(n) => meta.module = "n".repeat(n.into()),
             Lie::Refused => meta.refused = "refused".into(),
             Lie::Replica => meta.same = Some(7),
@@ -372,7 +391,7 @@ fn bytes(message: &ToAgent) -> Vec<u8> {
 }
 
 fn fd_of(slab: &SlabWriter) -> RawFd {
-    slab.mapping().fd().as_raw_fd()
+    slab.mapping().fd().expect("a slab of ours is open").as_raw_fd()
 }
 
 /// Ships a tensor in one piece, if there is room.

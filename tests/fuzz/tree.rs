@@ -35,7 +35,7 @@ use crate::store::format::HEADER_SPACE;
 /// Every byte of a shard's data.
 pub const FILL: u8 = 1;
 /// Most bytes that a text, or a shard's data, grows to.
-const MAX_TEXT: usize = 4 << 20;
+const MAX_TEXT: usize = 2 << 20;
 /// Most bytes of a file with a hole.
 const MAX_SPARSE: u64 = 256 << 20;
 /// Most entries of a tree.

@@ -17,7 +17,7 @@ const RING: u64 = 4096;
 const NUMBERS: [u64; 16] =
     [0, 1, 56, 63, 64, 128, 960, RING - 64, RING, RING + 64, 1 << 16, 1 << 32, 1 << 63, u64::MAX - 63, u64::MAX - 4095, u64::MAX];
 /// Where the header's fields are.
-const FIELDS: [usize; 11] = [
+const FIELDS: [usize; 14] = [
     offset_of!(Header, magic),
     offset_of!(Header, version),
     offset_of!(Header, ring_len),
@@ -27,6 +27,9 @@ const FIELDS: [usize; 11] = [
     offset_of!(Header, dropped),
     offset_of!(Header, tail),
     offset_of!(Header, room),
+    offset_of!(Header, complete),
+    offset_of!(Header, begun),
+    offset_of!(Header, settled),
     offset_of!(Header, waiters),
     offset_of!(Header, agent_waits),
 ];
@@ -122,7 +125,8 @@ fuzz_target!(|bytes: &[u8]| {
     let mut writer = SlabWriter::create(RING, 0).unwrap();
     let (base, len) = writer.mapping().whole();
     let memory = Memory(base, len);
-    let attach = |writer: &SlabWriter| SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).ok();
+    let fd = writer.mapping().fd().unwrap().try_clone_to_owned().unwrap();
+    let attach = || SlabReader::attach(fd.try_clone().unwrap()).ok();
     let within = Within::default();
     let mut meta = Vec::new();
     RecordMeta::output("a", wire::dtype::DType::UInt8, vec![300]).encode(&mut meta);
@@ -148,7 +152,7 @@ fuzz_target!(|bytes: &[u8]| {
             (0, Some(reader)) => look(reader),
             (1, Some(reader)) => _ = reader.release(),
             (2, Some(reader)) => reader.wait(Duration::from_nanos(1)),
-            (0..4, reader) => *reader = attach(&writer),
+            (0..4, reader) => *reader = attach(),
             (4, _) => {
                 meddle::set(None);
                 let payload = u64::from(step.more) % 700;
