@@ -35,8 +35,8 @@ def _ranks(job: harness.Job) -> list[int]:
     return found
 
 
-def test_three_small_records_cost_the_small_slab(tmp_path):
-    """Of 64 bytes each: 16 float32."""
+def test_small_records_cost_the_small_slab(tmp_path):
+    """Some hundred bytes each."""
     stop = tmp_path / "stop"
     program = harness.python("until.py", str(stop))
     with harness.agent(tmp_path / "x", tmp_path / "s") as agent:
