@@ -6,9 +6,9 @@
 //! | what | bound |
 //! |---|---|
 //! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (104 bytes each): at most 28 MB |
-//! | series | [`MAX_SERIES`], with [`MAX_SERIES_TEXT`] of names; later ones are counted in the totals but not charted, and a notice says so |
+//! | series | [`MAX_SERIES`], [`MAX_SERIES_TEXT`] of names; later ones are in the totals but not charted, as a notice says |
 //! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them, [`MAX_PART_BYTES`] in all |
-//! | modules | those of the run, shared with its `run.json`: [`names`](crate::store::names), [`owners`](crate::store::owners) |
+//! | modules | what `run.json` lists, shared with it: [`names`](crate::store::names), [`owners`](crate::store::owners) |
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 

@@ -145,3 +145,16 @@ fn a_shard_that_is_cut_short_is_an_error_on_the_page_and_the_agent_lives() {
     rank.drained();
     wait_until("a capture after that", || agent.parts() == 10);
 }
+
+/// A run of before secrets were left out, or that somebody wrote by hand.
+#[test]
+fn secrets_in_a_run_that_is_shown_again_are_not_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = finished(dir.path());
+    let mut run = info(&out);
+    run["command"] = json!(["train.py", "--api-key", "SECRET123"]);
+    fs::write(out.join("run.json"), run.to_string()).unwrap();
+    let agent = Agent::start(dir.path());
+    let run = ask(&agent, "/api/run");
+    assert_eq!((&run["shown_again"], &run["info"]["command"][2]), (&json!(true), &json!("***")));
+}

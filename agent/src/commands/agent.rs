@@ -123,7 +123,7 @@ impl Agent {
         if let Err(e) = board.live().replay(store.dir().path(), store.totals()) {
             board.trouble(&format!("the dashboard does not show all of {}: {e}", store.dir().path().display()));
         }
-        board.live().show_again(&before);
+        board.show_again(&before);
         save(&store, &board);
         let server = Server::new(store, board).context("cannot start a thread")?;
         Ok(Self { child: args.child, server, listening, dashboard, token })

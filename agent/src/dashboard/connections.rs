@@ -87,7 +87,7 @@ enum Place {
 
 impl Visitor {
     /// It has shown the token. `false`: as many as may be are connected.
-    pub fn is_known(&self) -> bool {
+    pub fn let_in(&self) -> bool {
         let mut place = self.place();
         if let Place::Newcomer { .. } = *place {
             let Ok(permit) = self.0.known.clone().try_acquire_owned() else { return false };

@@ -145,7 +145,7 @@ fn admit(guard: &Guard, visitor: &Visitor, request: &Request) -> Result<(), Resp
         if !same(token.as_bytes(), guard.token.as_bytes()) {
             return refuse(StatusCode::UNAUTHORIZED, wrong_token());
         }
-        return if visitor.is_known() { Err(enter(guard, &rest, elsewhere)) } else { full() };
+        return if visitor.let_in() { Err(enter(guard, &rest, elsewhere)) } else { full() };
     }
     if elsewhere && request.uri().path() != "/" {
         return refuse(StatusCode::FORBIDDEN, "refused: the request comes from another site's page".into());
@@ -153,7 +153,7 @@ fn admit(guard: &Guard, visitor: &Visitor, request: &Request) -> Result<(), Resp
     if !guard.token_ok(headers) {
         return refuse(StatusCode::UNAUTHORIZED, wrong_token());
     }
-    if visitor.is_known() { Ok(()) } else { full() }
+    if visitor.let_in() { Ok(()) } else { full() }
 }
 
 fn wrong_token() -> String {

@@ -70,6 +70,14 @@ impl Board {
         &self.live
     }
 
+    /// The run is over, as `before` says, and is only shown again until a rank attaches.
+    pub fn show_again(&self, before: &RunInfo) {
+        // What is shown of the rest is within the bounds of this agent.
+        let (finished_ns, exit_code) = (before.finished_ns, before.exit_code);
+        let info = RunInfo { finished_ns, exit_code, ..self.known().info.clone() };
+        self.live.show_again(&info);
+    }
+
     /// Ranks of the job, as far as those say that attached.
     pub fn world(&self) -> u32 {
         self.known().info.world
@@ -338,4 +346,59 @@ impl std::fmt::Debug for Board {
 
 fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn modules(from: usize, count: usize) -> Listed<ModuleInfo> {
+        let module = |n: usize| ModuleInfo { name: format!("m.{n}"), class: "C".into(), kinds: 1 };
+        (from..from + count).map(module).collect()
+    }
+
+    #[test]
+    fn a_run_that_is_continued_is_brought_within_bounds() {
+        let module = |n: usize| Module { name: format!("m.{n}").into(), class: "C".into(), kinds: 1 };
+        let modules = Arc::new((0..MAX_NAMES).map(module).collect::<Vec<_>>());
+        let names = Arc::new(modules.iter().map(|m| m.name.clone()).collect());
+        let models = (0..70).map(|model| ModelInfo { model, modules: modules.clone() }).collect();
+        let owners = (0..9).map(|rank| Owners { model: Some(rank), ranks: vec![rank], modules: Arc::clone(&names) });
+        let board = Board::new(RunInfo { models, owners: owners.collect(), ..RunInfo::default() });
+        let known = board.known();
+        assert_eq!((known.info.models.len(), known.info.owners.len(), known.without_owners), (MAX_MODELS, 0, true));
+        assert_eq!(known.info.models.iter().map(|m| m.modules.len()).sum::<usize>(), MAX_MODULES);
+    }
+
+    /// Readers take a rank that has not told of a module for one that lacks it.
+    #[test]
+    fn a_rank_that_could_not_tell_of_all_modules_makes_owners_unknown_for_good() {
+        let board = Board::new(RunInfo::default());
+        board.model(0, 0, &modules(0, 10));
+        board.others(1, &["a".to_owned()].into_iter().collect());
+        assert_eq!(board.known().info.owners.len(), 2);
+        board.model(1, 0, &modules(0, MAX_NAMES + 1));
+        board.model(2, 0, &modules(0, 10));
+        let known = board.known();
+        assert!(known.info.owners.is_empty(), "{:?}", known.info.owners.len());
+        assert_eq!(known.info.notices.len(), 2, "{:?}", known.info.notices);
+    }
+
+    #[test]
+    fn what_every_rank_says_alike_is_there_once() {
+        let board = Board::new(RunInfo::default());
+        (0..4).for_each(|rank| board.model(rank, 0, &modules(0, 10)));
+        board.model(4, 0, &modules(5, 10));
+        let known = board.known();
+        let (all, owners) = (&known.info.models[0].modules, &known.info.owners);
+        assert_eq!((all.len(), owners.len(), owners[0].ranks.len()), (15, 2, 4));
+        assert!(Arc::ptr_eq(&all[7].name, owners[1].modules.iter().find(|n| ***n == *"m.7").unwrap()));
+    }
+
+    #[test]
+    fn a_command_line_is_kept_as_far_as_it_fits() {
+        assert_eq!(short(vec!["a".into(), "b".into()]), ["a", "b"]);
+        assert_eq!(short(vec!["a".into(), "b".repeat(MAX_TEXT), "c".into()]), ["a", "... (2 more arguments)"]);
+        assert_eq!(start_of("aé", 2), "a");
+    }
 }
