@@ -10,6 +10,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 
 import flexmodel
@@ -22,7 +23,7 @@ NOBODY = 65534
 
 
 def _few_descriptors() -> None:
-    """So many that the first of ours, from 7/8 of them on, are among those that the program takes, and some are left."""
+    """So many that ours, from 7/8 of them on, begin among those that the program takes, and some are left."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (1100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
@@ -143,7 +144,11 @@ def test_what_a_filter_forbids_is_said_once_and_the_job_goes_on(name, line, in_t
 
 
 LISTENER = """
-import json, select, socket, sys
+import json, os, select, socket, sys
+user = int(sys.argv[2])
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
 listener.listen()
@@ -167,15 +172,15 @@ print(json.dumps(heard), flush=True)
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user; interposer's tests hold it with another number")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user; interposer's own tests hold it elsewhere")
 @pytest.mark.parametrize("hooks", ["lm_head:forward", "a:b:c@@|"], ids=["captures", "last-words"])
 def test_another_users_listener_gets_nothing_and_is_named_once(hooks, untapped_once):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="flexmodel-open-"))
     folder.chmod(0o777)
     try:
         listener = subprocess.Popen(
-            ["/usr/bin/env", "python3", "-c", LISTENER, str(folder / "s")],
-            user=NOBODY, group=NOBODY, extra_groups=[], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/",
+            [sys.executable, "-c", LISTENER, str(folder / "s"), str(NOBODY)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert listener.stdout.readline() == "listening\n"
         outcome = harness.run(harness.python("plain.py"), harness.preloaded(hooks, folder / "s")).expect(0)

@@ -54,7 +54,8 @@ class Own:
         for path in self.folder.iterdir():
             if path.name.isdigit() and path.read_bytes() != WORD:
                 wrong.append(f"{path.name} was written to: {path.read_bytes()[:80]!r}")
-        for name, number, expected in (("pipe", self.reading, WORD), ("socket", self.near, WORD), ("peer", self.far, b"")):
+        ends = [("pipe", self.reading, WORD), ("socket", self.near, WORD), ("peer", self.far, b"")]
+        for name, number, expected in ends:
             found = _all_of(number)
             if found != expected:
                 wrong.append(f"the {name} has {found[:80]!r}")

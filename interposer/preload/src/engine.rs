@@ -90,8 +90,11 @@ fn say(seen: &Preload, why: &CStr, more: &CStr) {
     unsafe {
         let len = libc::snprintf(to, libc::PATH_MAX, form.as_ptr(), why.as_ptr(), more.as_ptr());
         if len > 0 {
+            let len = (len as usize).min(libc::PATH_MAX - 1);
+            // Also a line that was cut is one.
+            to.add(len - 1).write(b'\n' as c_char);
             // A failed write is no concern of the job's.
-            libc::write(2, to.cast(), (len as usize).min(libc::PATH_MAX - 1));
+            libc::write(2, to.cast(), len);
         }
     }
 }

@@ -38,6 +38,7 @@ pub struct Stat {
 
 #[link(name = "c")]
 unsafe extern "C" {
+    #[cfg(not(panic = "unwind"))]
     pub fn abort() -> !;
     pub fn getenv(name: *const c_char) -> *const c_char;
     pub fn getpid() -> c_int;

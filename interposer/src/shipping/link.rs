@@ -162,7 +162,9 @@ impl Link {
 
     /// Tells whoever listens of tensors that no agent has taken a slab for.
     pub fn leave_losses(&self, count: u64) {
-        leave(&self.socket, &ToAgent::Lost { rank: self.hello.rank, count });
+        if !self.foreign {
+            leave(&self.socket, &ToAgent::Lost { rank: self.hello.rank, count });
+        }
     }
 
     /// Starts anew, as another rank with another slab.
