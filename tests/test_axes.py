@@ -1,8 +1,11 @@
 """The axes of a model's mesh, as rank 5 of 8 sees them (torch's fake process group: one process, no communication)."""
 
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
+from flexmodel_inside.faults import Faults
 from flexmodel_inside.layouts import SHARD, Cut
 from flexmodel_inside.mesh import CONTEXT, DATA, OTHER, SUPPOSED, TENSOR, Meshes
 from torch import nn
@@ -21,8 +24,13 @@ def eight_ranks():
     dist.destroy_process_group()
 
 
+def known_meshes() -> Meshes:
+    """None yet. Whatever raises fails the test."""
+    return Meshes(Faults(types.SimpleNamespace(faults_with=lambda *_: None, notice=pytest.fail)))
+
+
 def axes(model: nn.Module, *noted: DeviceMesh) -> list[tuple[str, int, int, int]]:
-    meshes = Meshes()
+    meshes = known_meshes()
     for mesh in noted:
         meshes.axes_of(mesh)
     return [axis[:4] for axis in meshes.of_model(model, RANK, WORLD, [])]
@@ -34,7 +42,7 @@ def test_a_model_that_nothing_describes_is_only_supposed_to_share_the_batch():
 
 def test_a_model_that_only_a_mesh_of_the_jobs_own_describes_lies_along_that(monkeypatch):
     monkeypatch.setattr(DeviceMesh, "__init__", DeviceMesh.__init__)  # put back afterwards
-    meshes = Meshes()
+    meshes = known_meshes()
     meshes.watch()
 
     def now() -> list[tuple[str, int, int, int]]:
@@ -74,7 +82,7 @@ def _inner(mesh: DeviceMesh) -> DeviceMesh:
 
 def test_an_axis_over_which_torch_cuts_sequences_carries_no_batch_whatever_its_name():
     unnamed = init_device_mesh("cpu", (8,))
-    meshes = Meshes()
+    meshes = known_meshes()
     before = fully_shard(nn.Linear(8, 8), mesh=unnamed)
     assert [axis.role for axis in meshes.of_model(before, RANK, WORLD, [])] == [DATA]
     axis, news = meshes.context_of(unnamed)
@@ -83,7 +91,7 @@ def test_an_axis_over_which_torch_cuts_sequences_carries_no_batch_whatever_its_n
     for model in (before, nn.Linear(8, 8)):
         assert [axis.role for axis in meshes.of_model(model, RANK, WORLD, [])] == [CONTEXT]
     named = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "cp"))
-    meshes = Meshes()
+    meshes = known_meshes()
     meshes.context_of(named["cp"])
     found = [axis[:4] for axis in meshes.of_model(nn.Linear(8, 8), RANK, WORLD, [])]
     assert sorted(found) == [("cp", 1, 2, CONTEXT), ("dp", 2, 4, DATA)]
@@ -118,4 +126,4 @@ def test_an_axis_that_others_are_folded_into_gives_way_to_them():
 
 def test_a_mesh_for_planning_is_nobodys():
     mesh = DeviceMesh("cpu", list(range(8)), mesh_dim_names=("dp",), _init_backend=False)
-    assert Meshes().axes_of(mesh) == []
+    assert known_meshes().axes_of(mesh) == []

@@ -264,7 +264,7 @@ def _scale(value: Any) -> float:
         return float(value)
     if value is None or (type(value) is str and value in _NOT_FINITE):
         return _NOT_FINITE[value]
-    raise ValueError("its loss_scale is no number")
+    raise ValueError("its loss scale is no number")
 
 
 def _is_finite(value: Any) -> bool:
