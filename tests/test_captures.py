@@ -110,3 +110,9 @@ def test_integers_are_equal_or_not():
     whole = torch.arange(10**6, 10**6 + 8)
     assert captures.close(whole.clone(), whole)
     assert not captures.close(whole + (whole == whole.max()), whole)
+
+
+def test_a_sum_that_is_zero_is_any_rounding_and_no_more():
+    one, other = addends(1e-10)[0, :2].clamp(-9e-10, 9e-10)
+    assert captures.close(one, other) and captures.close(one, torch.zeros_like(one))
+    assert not captures.close(one * 100, other)

@@ -34,8 +34,11 @@ def main(threads: int, calls: int, rows: int, stop: str = "") -> None:
     for number, model in enumerate(models):
         model.add_module(f"same{number}", Same())
 
+    for number, model in enumerate(models):  # one after the other, so that they have the same numbers on every rank
+        model(value(rank, number, 0, rows))
+
     def work(number: int) -> None:
-        for call in range(calls):
+        for call in range(1, calls):
             models[number](value(rank, number, call, rows))
             if stop and call % 5 == 0:
                 print(f"at {rank} {number} {call}", flush=True)

@@ -276,8 +276,8 @@ impl Link {
                 Ok(_) => {}
                 Err(e) if socket::is_later(&e) => break,
                 Err(e) if descriptor::is_closed(&e) => {
-                    // The agent is still there, as far as we know, and is attached to again.
-                    self.stream = None;
+                    // The agent is still there, as far as we know, and is attached to again: it did nothing to wait for.
+                    (self.stream, self.pause) = (None, LOOK);
                     return false;
                 }
                 Err(_) => return self.lost(),
