@@ -22,8 +22,9 @@ def watch(home: str) -> None:
     def nothing(*_about) -> None:
         pass
 
-    names = ("forget", "resolved", "stepped", "notice", "finish", "describe_with", "take_with", "wants", "plan")
-    bridge = types.SimpleNamespace(select=select, active=lambda: True, fault=print, **dict.fromkeys(names, nothing))
+    names = ("forget", "resolved", "stepped", "finish", "faults_with", "describe_with", "take_with", "wants", "plan")
+    told = {"fault": print, "notice": print}
+    bridge = types.SimpleNamespace(select=select, active=lambda: True, **told, **dict.fromkeys(names, nothing))
     Models(bridge).watch()
 
 
