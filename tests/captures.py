@@ -33,7 +33,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.numel() == 0 or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-# A tensor of float32 with nothing above this is a sum that is zero, such as the gradient of a key's bias: it is all rounding.
+# A tensor of float32 with nothing above this is a sum that is zero, as the gradient of the bias of keys is.
 _NOTHING = 1e-9
 # Relative and absolute tolerances by type. What is not listed is equal or different.
 _TOLERANCES = {

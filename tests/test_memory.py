@@ -1,4 +1,4 @@
-"""What a rank takes of the machine's memory: a small slab, larger ones where an agent reads, never more than there is."""
+"""What a rank takes of the machine's memory: a small slab, larger ones if an agent reads, never more than there is."""
 
 import os
 import pathlib
@@ -88,8 +88,9 @@ def test_an_agent_that_is_killed_and_started_again_loses_and_doubles_nothing(tmp
     with harness.Job(program, env) as job:
         for parts in (20, 60):
             with harness.agent(out, socket) as agent:
-                done = lambda parts=parts: _parts(out) >= parts or job.out.count("done") == 2  # noqa: E731
-                harness.wait_until(lambda: out.is_dir() and done(), f"{parts} parts", job=job)
+                harness.wait_until(
+                    lambda parts=parts: _parts(out) >= parts or job.out.count("done") == 2, f"{parts} parts", job=job
+                )
                 agent.process.kill()
                 agent.process.wait()
             socket.unlink()
@@ -197,7 +198,8 @@ def test_a_rank_that_an_agent_without_descriptors_cannot_take_in_has_dropped_all
 def test_a_rank_without_shared_memory_says_so_once_and_has_dropped_all(tmp_path):
     # In blocks of 512 bytes: a quarter of a MiB. Python ignores the signal that comes with the error.
     stop, limited = tmp_path / "stop", 'ulimit -f 512; exec "$@"'
-    command = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(tmp_path / "x"), "--", "sh", "-c", limited, "sh"]
+    command = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(tmp_path / "x"), "--"]
+    command += ["sh", "-c", limited, "sh"]
     with harness.Job([*command, *harness.python("until.py", str(stop))], harness.environment()) as job:
         job.wait_for_line("step 20 ")
         stop.touch()
@@ -208,7 +210,7 @@ def test_a_rank_without_shared_memory_says_so_once_and_has_dropped_all(tmp_path)
 
 
 def test_more_than_the_machine_has_is_not_asked_for(tmp_path):
-    """The job is said to be one of so many ranks of this machine that a slab of 1 MiB fits for each, and few larger ones."""
+    """The job is said to be one of so many ranks here that a slab of 1 MiB fits for each, and few larger ones."""
     available = int(re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())[1]) << 10
     ranks = str(available // (6 * MIB))
     outcome = harness.tapped(

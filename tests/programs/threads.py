@@ -1,4 +1,4 @@
-"""Several threads that run a model each, all at once: `threads.py THREADS CALLS ROWS [STOP]`, until STOP is there if given.
+"""Several threads that run a model each, all at once: `threads.py THREADS CALLS ROWS [STOP]`, until STOP is there.
 
 What a model returns tells the rank, the thread and the call: see `value`.
 """
