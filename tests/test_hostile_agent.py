@@ -176,11 +176,12 @@ CASES: dict[str, list[Behaviour]] = {
         _after_a_welcome(WELCOME),
         _after_a_welcome(WELCOME * 10_000),
         *[_after_a_welcome(refusal(b"no")[:length]) for length in range(1, len(refusal(b"no")))],
+        _after_a_welcome(refusal((ESCAPES * 600_000).encode())),
         _silent,
         _with_descriptors,
     ],
     "no-welcome": [lambda visit: visit.say(GARBAGE), lambda visit: None, lambda visit: visit.say(WELCOME[:4])],
-    "refused": [lambda visit: visit.say(refusal((ESCAPES * 600_000).encode()))],
+    "refused": [lambda visit: visit.say(refusal((ESCAPES * 200).encode()))],
     "memory": [
         _scribbling(lambda visit: visit.any_word),
         _scribbling(lambda visit: lambda: (1 << 64) - 1),

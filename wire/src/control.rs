@@ -13,6 +13,8 @@ use crate::env::OnFull;
 pub const CONTROL_VERSION: u32 = 4;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
+/// Most bytes of a [`FromAgent`] with its length prefix: a rank takes no longer one.
+pub const MAX_ANSWER: usize = 8 << 10;
 /// Most notices that a rank keeps and a run takes.
 pub const MAX_NOTICES: usize = 200;
 /// Longest notice in bytes, see [`clip`].
@@ -110,7 +112,7 @@ pub enum FromRank<M, N> {
 pub enum FromAgent {
     /// The slab is mapped; captures flow.
     Welcome,
-    /// The agent will not take this rank; the sentence says why.
+    /// The agent will not take this rank; the sentence, of at most [`MAX_NOTICE`] bytes, says why.
     Refused(String),
 }
 

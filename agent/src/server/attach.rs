@@ -14,7 +14,7 @@ use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
 };
 use wire::{
-    control::{self, CONTROL_VERSION, FromAgent, Hello, MAX_BODY},
+    control::{self, CONTROL_VERSION, FromAgent, Hello, MAX_BODY, clip},
     slab::SlabReader,
 };
 
@@ -89,6 +89,10 @@ impl Line {
         Ok(())
     }
 
+    async fn refuse(&self, why: &str) {
+        self.say(FromAgent::Refused(clip(why).to_owned())).await;
+    }
+
     /// Best effort: a peer that does not read its answer is gone or will be.
     async fn say(&self, message: FromAgent) {
         let Ok(bytes) = control::encode(&message) else { return };
@@ -147,19 +151,19 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
         Ok(None) => return,
         Err(why) => {
             server.board.trouble_once(&why);
-            return line.say(FromAgent::Refused(why)).await;
+            return line.refuse(&why).await;
         }
     };
     let Ok(_seat) = server.connected.try_acquire() else {
         rank.each(Session::hang_up);
-        return line.say(FromAgent::Refused(too_many(server.max_ranks))).await;
+        return line.refuse(&too_many(server.max_ranks)).await;
     };
     line.say(FromAgent::Welcome).await;
     let number = rank.hello.rank;
     loop {
         tokio::select! {
             () = rank.damaged.notified() => {
-                line.say(FromAgent::Refused("its shared memory is damaged".into())).await;
+                line.refuse("its shared memory is damaged").await;
                 break;
             }
             message = line.next() => match message {
@@ -174,7 +178,7 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
                     let fd = line.fds.pop_front();
                     if let Err(why) = rank.take(&server, fd, Some(id)) {
                         server.board.trouble(&why);
-                        line.say(FromAgent::Refused(why)).await;
+                        line.refuse(&why).await;
                         break;
                     }
                 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use wire::{
-    control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent, clip},
+    control::{self, CONTROL_VERSION, FromAgent, Hello, MAX_ANSWER, ToAgent, clip},
     descriptor::{self, Descriptor},
     env::{self, OnFull},
     tap_abi::Rank,
@@ -267,24 +267,29 @@ impl Link {
         self.refused || self.foreign
     }
 
-    /// Reads what the agent said, without waiting. Whether it is still there.
+    /// Reads what the agent said, without waiting. Whether it is still there. What it said before it left counts.
     fn listen(&mut self) -> bool {
-        loop {
+        let mut is_there = true;
+        // An agent that never ends its sentence is not listened to for ever.
+        while self.inbox.len() <= MAX_ANSWER {
             let Some(stream) = self.stream.as_ref() else { return false };
             match socket::receive(stream, &mut self.inbox) {
-                Ok(0) => return self.lost(),
-                Ok(_) => {}
+                Ok(1..) => {}
                 Err(e) if socket::is_later(&e) => break,
                 Err(e) if descriptor::is_closed(&e) => {
                     // The agent is still there, as far as we know, and is attached to again: it did nothing to wait for.
                     (self.stream, self.pause) = (None, LOOK);
                     return false;
                 }
-                Err(_) => return self.lost(),
+                Ok(0) | Err(_) => {
+                    is_there = false;
+                    break;
+                }
             }
         }
         loop {
             match control::decode_next(&mut self.inbox) {
+                Ok(None) if !is_there || self.inbox.len() > MAX_ANSWER => return self.lost(),
                 Ok(None) => return true,
                 Ok(Some(FromAgent::Welcome)) => {
                     self.pause = LOOK;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use wire::{
-    control::{FromAgent, decode_next, encode},
+    control::{self, FromAgent, decode_next, encode},
     env::MIN_SLAB_BYTES,
     slab::{Fetched, SlabReader},
 };
@@ -157,6 +157,39 @@ fn an_agent_that_takes_us_in_and_is_gone_is_tried_ever_less_often() {
         before = pair.link.pause;
         drop(pair.listener.accept().unwrap());
         assert!(!pair.alive(), "not before the pause is over");
+    }
+}
+
+/// It closes without reading the hello, so the connection ends with an error.
+#[test]
+fn the_last_word_of_an_agent_that_has_left_is_heard() {
+    let mut pair = pair();
+    assert!(pair.alive());
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    agent.write_all(&encode(&FromAgent::Welcome).unwrap()).unwrap();
+    agent.write_all(&encode(&FromAgent::Refused("no".repeat(1000))).unwrap()).unwrap();
+    drop(agent);
+    assert!(!pair.alive());
+    pair.listener.set_nonblocking(true).unwrap();
+    assert!(!pair.retry() && pair.listener.accept().is_err(), "it was refused and asks no more");
+}
+
+#[test]
+fn an_agent_that_talks_without_end_is_left() {
+    let mut pair = pair();
+    assert!(pair.alive());
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    agent.set_nonblocking(true).unwrap();
+    let endless = [&(1_u32 << 24).to_le_bytes()[..], &[7; 1 << 16]].concat();
+    assert!(agent.write(&endless).unwrap() > control::MAX_ANSWER);
+    assert!(!pair.alive());
+    assert_eq!(agent.write(&[7]).unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    // Many that are short are no reason to leave; each look hears some of them.
+    assert!(pair.retry());
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    agent.write_all(&encode(&FromAgent::Welcome).unwrap().repeat(2 * control::MAX_ANSWER)).unwrap();
+    for _ in 0..20 {
+        assert!(pair.alive());
     }
 }
 
