@@ -51,13 +51,21 @@ def case(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(case, tmp_path_factory):
-    """Outcomes where nobody else used the folder: untapped twice, and tapped by either hooks."""
-    folder = Folder(tmp_path_factory.mktemp("alone"), case)
-    untapped = folder.untapped(), folder.untapped()
-    assert caches(untapped[0]) != caches(untapped[1]), "torch finds nothing again: nothing is tested"
-    tapped = {hooks: Folder(tmp_path_factory.mktemp("alone"), case).tapped(hooks) for hooks in (HOOKS, OTHERS)}
-    return untapped, tapped
+def untapped_first(case, tmp_path_factory):
+    """A folder that untapped jobs had first, what became of two of them, and of one whose hooks match nothing."""
+    folder = Folder(tmp_path_factory.mktemp("untapped"), case)
+    first, again = folder.untapped(), folder.untapped()
+    assert caches(first) != caches(again), "torch finds nothing again: nothing is tested"
+    matchless = folder.tapped("nothing.of.it")
+    assert [name for name, text in folder.files().items() if b"flexmodel" in text] == []
+    return folder, first, again, matchless
+
+
+@pytest.fixture(scope="module")
+def tapped_first(case, tmp_path_factory):
+    """A folder that tapped jobs had first, and what became of two of them that are alike."""
+    folder = Folder(tmp_path_factory.mktemp("tapped"), case)
+    return folder, folder.tapped(HOOKS), folder.tapped(HOOKS)
 
 
 def expect_as_alone(found: harness.Outcome, expected: harness.Outcome) -> None:
@@ -66,22 +74,27 @@ def expect_as_alone(found: harness.Outcome, expected: harness.Outcome) -> None:
     captures.expect_sound(found.run)
 
 
-def test_a_tapped_job_captures_all_after_others(case, alone, tmp_path):
-    (first, again), tapped = alone
-    folder = Folder(tmp_path, case)
-    found = folder.untapped()
-    assert (found.losses, caches(found)) == (first.losses, caches(first))
-    for hooks in (HOOKS, OTHERS):
-        expect_as_alone(folder.tapped(hooks), tapped[hooks])
+def test_hooks_that_match_nothing_leave_torchs_own_keys(untapped_first):
+    _, _, again, matchless = untapped_first
+    assert (matchless.losses, caches(matchless)) == (again.losses, caches(again))
+
+
+def test_a_tapped_job_captures_all_after_others(case, untapped_first, tapped_first, tmp_path):
+    folder, _, again, _ = untapped_first
+    expect_as_alone(folder.tapped(HOOKS), tapped_first[1])
+    expect_as_alone(folder.tapped(OTHERS), Folder(tmp_path, case).tapped(OTHERS))
     found = folder.untapped()
     assert (found.losses, caches(found)) == (again.losses, caches(again))
 
 
-def test_an_untapped_job_is_as_if_no_tapped_one_had_been(case, alone, tmp_path):
-    (first, again), tapped = alone
-    folder = Folder(tmp_path, case)
-    for hooks in (HOOKS, HOOKS):
-        expect_as_alone(folder.tapped(hooks), tapped[hooks])
+def test_a_tapped_job_finds_its_own_again(tapped_first):
+    _, first, again = tapped_first
+    expect_as_alone(again, first)
+
+
+def test_an_untapped_job_is_as_if_no_tapped_one_had_been(untapped_first, tapped_first):
+    _, first, again, _ = untapped_first
+    folder, _, _ = tapped_first
     before = folder.files()
     found = folder.untapped()
     assert found.losses == first.losses
@@ -89,15 +102,6 @@ def test_an_untapped_job_is_as_if_no_tapped_one_had_been(case, alone, tmp_path):
     assert [name for name, text in written.items() if b"flexmodel" in text] == []
     found = folder.untapped()
     assert (found.losses, caches(found)) == (again.losses, caches(again))
-
-
-def test_hooks_that_match_nothing_leave_torchs_own_keys(tmp_path):
-    folder = Folder(tmp_path, "graphs")
-    folder.untapped()
-    again = folder.untapped()
-    found = folder.tapped("nothing.of.it")
-    assert (found.losses, caches(found)) == (again.losses, caches(again))
-    assert [name for name, text in folder.files().items() if b"flexmodel" in text] == []
 
 
 def test_what_is_compiled_ahead_of_time_goes_from_job_to_job_without_taps(tmp_path):
