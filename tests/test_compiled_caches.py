@@ -45,27 +45,38 @@ def caches(outcome: harness.Outcome) -> list[str]:
     return [line for line in outcome.out.splitlines() if line.startswith("caches")]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request) -> str:
-    return request.param
+def with_taps(files: dict[str, bytes], before: dict[str, bytes]) -> list[str]:
+    """Files that are new or others, and say that there are taps in them."""
+    return [name for name, text in files.items() if before.get(name) != text and b"flexmodel" in text]
 
 
 @pytest.fixture(scope="module")
-def untapped_first(case, tmp_path_factory):
-    """A folder that untapped jobs had first, what became of two of them, and of one whose hooks match nothing."""
-    folder = Folder(tmp_path_factory.mktemp("untapped"), case)
-    first, again = folder.untapped(), folder.untapped()
-    assert caches(first) != caches(again), "torch finds nothing again: nothing is tested"
-    matchless = folder.tapped("nothing.of.it")
-    assert [name for name, text in folder.files().items() if b"flexmodel" in text] == []
-    return folder, first, again, matchless
+def untapped_first(tmp_path_factory):
+    """By case, a folder that untapped jobs had first, and what became of two of them."""
+    done = {}
+
+    def first(case: str) -> tuple[Folder, harness.Outcome, harness.Outcome]:
+        if case not in done:
+            folder = Folder(tmp_path_factory.mktemp("untapped"), case)
+            done[case] = folder, folder.untapped(), folder.untapped()
+            assert caches(done[case][1]) != caches(done[case][2]), "torch finds nothing again: nothing is tested"
+        return done[case]
+
+    return first
 
 
 @pytest.fixture(scope="module")
-def tapped_first(case, tmp_path_factory):
-    """A folder that tapped jobs had first, and what became of two of them that are alike."""
-    folder = Folder(tmp_path_factory.mktemp("tapped"), case)
-    return folder, folder.tapped(HOOKS), folder.tapped(HOOKS)
+def tapped_first(tmp_path_factory):
+    """By case, a folder that tapped jobs had first, and what became of two of them that are alike."""
+    done = {}
+
+    def first(case: str) -> tuple[Folder, harness.Outcome, harness.Outcome]:
+        if case not in done:
+            folder = Folder(tmp_path_factory.mktemp("tapped"), case)
+            done[case] = folder, folder.tapped(HOOKS), folder.tapped(HOOKS)
+        return done[case]
+
+    return first
 
 
 def expect_as_alone(found: harness.Outcome, expected: harness.Outcome) -> None:
@@ -75,31 +86,36 @@ def expect_as_alone(found: harness.Outcome, expected: harness.Outcome) -> None:
 
 
 def test_hooks_that_match_nothing_leave_torchs_own_keys(untapped_first):
-    _, _, again, matchless = untapped_first
-    assert (matchless.losses, caches(matchless)) == (again.losses, caches(again))
+    folder, _, again = untapped_first("graphs")
+    before = folder.files()
+    found = folder.tapped("nothing.of.it")
+    assert (found.losses, caches(found)) == (again.losses, caches(again))
+    assert with_taps(folder.files(), before) == []
 
 
+@pytest.mark.parametrize("case", CASES)
 def test_a_tapped_job_captures_all_after_others(case, untapped_first, tapped_first, tmp_path):
-    folder, _, again, _ = untapped_first
-    expect_as_alone(folder.tapped(HOOKS), tapped_first[1])
+    folder, _, again = untapped_first(case)
+    expect_as_alone(folder.tapped(HOOKS), tapped_first(case)[1])
     expect_as_alone(folder.tapped(OTHERS), Folder(tmp_path, case).tapped(OTHERS))
     found = folder.untapped()
     assert (found.losses, caches(found)) == (again.losses, caches(again))
 
 
-def test_a_tapped_job_finds_its_own_again(tapped_first):
-    _, first, again = tapped_first
+@pytest.mark.parametrize("case", CASES)
+def test_a_tapped_job_finds_its_own_again(case, tapped_first):
+    _, first, again = tapped_first(case)
     expect_as_alone(again, first)
 
 
-def test_an_untapped_job_is_as_if_no_tapped_one_had_been(untapped_first, tapped_first):
-    _, first, again, _ = untapped_first
-    folder, _, _ = tapped_first
+@pytest.mark.parametrize("case", CASES)
+def test_an_untapped_job_is_as_if_no_tapped_one_had_been(case, untapped_first, tapped_first):
+    _, first, again = untapped_first(case)
+    folder, _, _ = tapped_first(case)
     before = folder.files()
     found = folder.untapped()
     assert found.losses == first.losses
-    written = {name: text for name, text in folder.files().items() if before.get(name) != text}
-    assert [name for name, text in written.items() if b"flexmodel" in text] == []
+    assert with_taps(folder.files(), before) == []
     found = folder.untapped()
     assert (found.losses, caches(found)) == (again.losses, caches(again))
 
