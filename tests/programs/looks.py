@@ -17,7 +17,7 @@ def select(serial, entries, *_about) -> tuple[list, list]:
 
 def watch(home: str) -> None:
     sys.path.insert(0, home)
-    from flexmodel_inside.models import Models
+    from flexmodel_inside.discovery import Discovery
 
     def nothing(*_about) -> None:
         pass
@@ -25,7 +25,7 @@ def watch(home: str) -> None:
     names = ("forget", "resolved", "stepped", "finish", "faults_with", "describe_with", "take_with", "wants", "plan")
     told = {"fault": print, "notice": print}
     bridge = types.SimpleNamespace(select=select, active=lambda: True, **told, **dict.fromkeys(names, nothing))
-    Models(bridge).watch()
+    Discovery(bridge).watch()
 
 
 def say(what: str) -> None:

@@ -1,11 +1,12 @@
-"""Every module, known from construction on, so that the tops of all can be told at any time."""
+"""Every live module, known from construction on, and which of them are roots: in no other module."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from .patches import follow, given, undone
 
 
 class Member:
-    """What is known of a module; it goes when the module goes."""
+    """What is known of a module, for as long as that lives."""
 
     __slots__ = ("hooks", "model", "module", "scoped", "serial", "tapped")
 
     def __init__(self, module: weakref.ref[nn.Module], serial: int) -> None:
         self.module = module
-        # A number of its own, in the order in which modules were met.
+        # A number of its own, in the order in which modules became known.
         self.serial = serial
         # Whether it is a model with taps.
         self.model = False
@@ -34,23 +35,24 @@ class Member:
         self.hooks: list[tuple[str, int]] = []
 
 
-class Family:
+class ModuleRegistry:
     """Every live module. Keyed by identity: modules may define `__eq__`."""
 
     def __init__(
-        self, guard: Callable[..., Any], on_change: Callable[[], None], on_gone: Callable[[int], None]
+        self, guard: Callable[..., Any], on_change: Callable[[], None], on_destroyed: Callable[[int], None]
     ) -> None:
         # Makes of a function one that raises nothing.
         self._guard = guard
         self._members: dict[int, Member] = {}
         self._serials = itertools.count()
-        # Those met since `tops` told all, while nothing else has changed; None if something has.
+        # Those met since `roots` was asked, while nothing else has changed; None if something has.
         self._fresh: dict[int, Member] | None = None
-        # The thread whose modules are not the job's.
-        self.deaf: int | None = None
+        # The thread in which torch.compile makes modules of its own, and those in which others do.
+        self.ignored_thread: int | None = None
+        self._ignored: set[int] = set()
         self._on_change = on_change
-        # Told the serial of a model that is no more.
-        self._on_gone = on_gone
+        # Called with the serial of a model that is destroyed.
+        self._on_destroyed = on_destroyed
 
     def watch(self) -> None:
         """Follow every registration, and every copy, which registers nothing.
@@ -64,21 +66,36 @@ class Family:
         follow(nn.Module, "__setstate__", guard, after=lambda _, *call: self._restored(given(*call, 0, "self")))
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if is_module(child) and not self._is_deaf():
+        if is_module(child) and not self._is_ignored():
             self.member(parent)
             self.member(child)
             self.changed()
 
     def _has(self, module: nn.Module, name: str, value: Any) -> None:
         # Also called when one is assigned anew, which some modules do in every forward.
-        if not self._is_deaf() and id(module) not in self._members:
+        if not self._is_ignored() and id(module) not in self._members:
             self._meet(module)
             self._on_change()
 
-    def _is_deaf(self) -> bool:
+    def _is_ignored(self) -> bool:
         if undone() or torch.compiler.is_compiling():
             return True
-        return self.deaf is not None and self.deaf == threading.get_ident()
+        return bool(self._ignored or self.ignored_thread) and threading.get_ident() in {
+            *self._ignored,
+            self.ignored_thread,
+        }
+
+    @contextlib.contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Modules that this thread makes meanwhile are not the job's."""
+        thread = threading.get_ident()
+        is_outermost = thread not in self._ignored
+        self._ignored.add(thread)
+        try:
+            yield
+        finally:
+            if is_outermost:
+                self._ignored.discard(thread)
 
     def _restored(self, module: nn.Module) -> None:
         if not _is_whole(module):
@@ -87,27 +104,18 @@ class Family:
         for each in (module, *(child for _, child in held_by(module))):
             if _is_whole(each):
                 hooks.drop_strays(each)
-        if self._is_deaf():
+        if self._is_ignored():
             return
         self.member(module)
         self.changed()
 
     def changed(self) -> None:
-        """More than single modules that came: from now on `tops` tells all again."""
+        """More than single modules that came: `roots` gives all of them again."""
         self._fresh = None
         self._on_change()
 
-    def follow(self, cls: Any) -> None:
-        """Know every module of a class that puts children into itself without a word, from construction on."""
-
-        def made(_: Any, *call: Any) -> None:
-            self.member(given(*call, 0, "self"))
-            self.changed()
-
-        follow(cls, "__init__", self._guard, after=made)
-
     def called(self, module: nn.Module) -> None:
-        """`module` is known from now on, if nobody told of it before."""
+        """`module` is known from now on, if it was not."""
         if id(module) not in self._members:
             self._meet(module)
 
@@ -121,16 +129,16 @@ class Family:
         key = id(module)
         member = self._members.get(key)
         if member is None:
-            member = Member(weakref.ref(module, lambda _: self._gone(key)), next(self._serials))
+            member = Member(weakref.ref(module, lambda _: self._destroyed(key)), next(self._serials))
             self._members[key] = member
         return member
 
-    def _gone(self, key: int) -> None:
+    def _destroyed(self, key: int) -> None:
         member = self._members.pop(key, None)
         if self._fresh is not None:
             self._fresh.pop(key, None)
         if member is not None and member.model:
-            self._on_gone(member.serial)
+            self._on_destroyed(member.serial)
 
     def members(self) -> list[Member]:
         """All of them, in order of construction."""
@@ -140,7 +148,7 @@ class Family:
         """All that live, in order of construction."""
         return _live(self.members())
 
-    def tops(self) -> list[nn.Module]:
+    def roots(self) -> list[nn.Module]:
         """Live modules that are in no other, in order of construction.
 
         Only those that have come since it was asked last, if they are single modules and nothing else has changed: a
@@ -176,7 +184,7 @@ class Family:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Not so is what torch.compile restores of a module that it has guards on: it saves no more than these need."""
+    """False for what torch.compile restores of a module that it has guards on: it saves only what these need."""
     names = ("_modules", "_forward_hooks", "_forward_pre_hooks")
     return all(hasattr(own(module, name, None), "items") for name in names)
 
