@@ -1,8 +1,11 @@
 //! The one state of this process, and the ways into `Off`.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::atomic::{AtomicU8, Ordering},
+};
 
-use crate::{log, shipping};
+use crate::{instance, log, settings};
 
 /// Nothing of ours runs.
 const OFF: u8 = 0;
@@ -25,7 +28,17 @@ pub fn is_on() -> bool {
 pub fn off(why: &str) {
     if STATE.swap(OFF, Ordering::AcqRel) != OFF {
         log::line(&format!("taps are off in this process: {why}"));
-        shipping::last_words(&format!("{}: taps are off: {why}", log::who()));
+        // A panic here would be one in the handling of a panic.
+        let _ = catch_unwind(AssertUnwindSafe(|| last_words(&format!("{}: taps are off: {why}", log::who()))));
+    }
+}
+
+/// Best effort, also before there is a capture engine.
+fn last_words(text: &str) {
+    match (instance::get(), settings::agent_socket()) {
+        (Some(capture), _) => capture.transport().last_words(text),
+        (None, Some(socket)) => capture::transport::leave_word(&socket, text),
+        (None, None) => {}
     }
 }
 

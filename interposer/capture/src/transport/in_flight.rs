@@ -1,4 +1,4 @@
-//! One tensor's way through one slab.
+//! One record on its way through one slab.
 
 use std::sync::{
     Arc,
@@ -7,8 +7,8 @@ use std::sync::{
 
 use wire::slab::Mapping;
 
-/// Shared by the tap that ships a tensor and the thread that waits for its copies from a device.
-pub struct Voyage {
+/// Shared by the tap that sends a tensor and the thread that waits for its copies from a device.
+pub struct InFlight {
     /// The slab. A process that turns out to be another rank gets another one.
     pub map: Arc<Mapping>,
     /// The tensor's number in it.
@@ -18,8 +18,8 @@ pub struct Voyage {
     lost: AtomicBool,
 }
 
-impl Voyage {
-    /// A tensor that is about to be shipped.
+impl InFlight {
+    /// A tensor that is about to be sent.
     pub fn new(map: Arc<Mapping>, record: u64, max_piece: u64) -> Self {
         Self { map, record, max_piece, lost: AtomicBool::new(false) }
     }

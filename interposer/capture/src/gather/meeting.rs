@@ -2,18 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
 use wire::record::RecordMeta;
 
 use super::{
-    Gather, NEWS, Outgoing, PATIENCE, STALE, Way,
-    agreement::{Agreement, Held, Offer, Part, Told, Verdict, Why},
-    kept::{Communicator, Kept, Move},
-    lock, message,
+    Gather, Outgoing, PATIENCE, Route, STALE, State,
+    agreement::{Agreement, Held, Offer, OfferedPart, Report, Verdict, Why},
+    communicator::{Communicator, Transfer},
+    message,
+    staging::Staged,
 };
-use crate::{engine, shipping, state};
 
 /// How long a rank that has nothing to say lets the others wait, and how long where none has had for a while.
 const TICK: Duration = Duration::from_millis(10);
@@ -26,11 +27,12 @@ const NAMED: u32 = 8;
 /// A part, and the member that its tensor goes to: the first that has a part of it.
 struct Bound {
     to: usize,
-    part: Part,
+    part: OfferedPart,
 }
 
 /// What this rank knows of it.
 pub struct Meeting {
+    gather: Arc<Gather>,
     comm: Communicator,
     agreement: Agreement,
     /// By number.
@@ -38,30 +40,30 @@ pub struct Meeting {
     /// How many there were.
     offered: u64,
     /// Divergences so far.
-    told: u32,
+    named: u32,
     /// How long to wait for something to say.
     tick: Duration,
 }
 
 impl Meeting {
     /// Of so many ranks.
-    pub fn new(comm: Communicator, size: usize) -> Self {
-        Self { comm, agreement: Agreement::new(size), mine: BTreeMap::new(), offered: 0, told: 0, tick: TICK }
+    pub fn new(gather: Arc<Gather>, comm: Communicator, size: usize) -> Self {
+        Self { gather, comm, agreement: Agreement::new(size), mine: BTreeMap::new(), offered: 0, named: 0, tick: TICK }
     }
 
     /// Goes on until the ranks part, and brings to the agent what is left then.
     pub fn run(&mut self) {
         let why = loop {
-            let told = self.news();
-            let leaving = told.leaving;
-            let round = self.comm.exchange(&message::encode(&told));
+            let report = self.news();
+            let leaving = report.leaving;
+            let round = self.comm.exchange(&message::encode(&report));
             let Some(round) =
                 round.and_then(|words| words.iter().map(|w| message::decode(w)).collect::<Option<Vec<_>>>())
             else {
                 break "a rank is gone or stands still";
             };
-            let others = round.iter().any(|told| told.leaving);
-            let busy = round.iter().any(|told| !told.offers.is_empty() || told.closing);
+            let others = round.iter().any(|report| report.leaving);
+            let busy = round.iter().any(|report| !report.offers.is_empty() || report.closing);
             self.tick = if busy { TICK } else { (2 * self.tick).min(IDLE) };
             let verdicts = self.agreement.take(round);
             if !self.carry_out(verdicts) {
@@ -75,46 +77,48 @@ impl Meeting {
         for verdict in self.agreement.dissolve() {
             self.carry_out(vec![verdict]);
         }
-        std::mem::take(&mut self.mine).into_values().for_each(Outgoing::ship);
-        let mut gather = lock();
-        let quiet = why.is_empty() || gather.way == Way::Apart || gather.closing.is_some();
-        gather.way = Way::Apart;
+        self.gather.send_all(std::mem::take(&mut self.mine).into_values());
+        let mut gather = self.gather.lock();
+        let quiet = why.is_empty() || gather.route == Route::PerRank || gather.closing.is_some();
+        gather.route = Route::PerRank;
         let left = std::mem::take(&mut gather.queue);
         drop(gather);
-        left.into_iter().for_each(Outgoing::ship);
+        self.gather.send_all(left);
         if !quiet {
-            shipping::notice(format!("assemble=collective: {why}; from now on the agents assemble"));
+            self.gather.transport.notice(format!("assemble=collective: {why}; from now on the agents assemble"));
         }
-        if self.told > NAMED {
-            shipping::notice(format!("assemble=collective: {} tensors more were not gathered", self.told - NAMED));
+        if self.named > NAMED {
+            self.gather
+                .transport
+                .notice(format!("assemble=collective: {} tensors more were not gathered", self.named - NAMED));
         }
     }
 
     /// What there is to tell, once there is something, or a tick later.
-    fn news(&mut self) -> Told {
-        let gather = lock();
-        let quiet = |gather: &mut Gather| gather.queue.is_empty() && gather.closing.is_none() && !gather.stop;
-        drop(NEWS.wait_timeout_while(gather, self.tick, quiet));
+    fn news(&mut self) -> Report {
+        let state = self.gather.lock();
+        let quiet = |gather: &mut State| gather.queue.is_empty() && gather.closing.is_none() && !gather.stop;
+        drop(self.gather.news.wait_timeout_while(state, self.tick, quiet));
         // Before the queue: what is offered of earlier steps is in it.
-        let step = engine::step();
-        let mut gather = lock();
+        let step = (self.gather.step)();
+        let mut gather = self.gather.lock();
         let queue = std::mem::take(&mut gather.queue);
         let (closing, stop) = (gather.closing, gather.stop);
         drop(gather);
         let mut offers = Vec::with_capacity(queue.len());
         for mut outgoing in queue {
-            if let Some(kept) = outgoing.kept.take_if(|kept| !self.comm.takes(kept)) {
-                Outgoing { kept: Some(kept), meta: outgoing.meta.clone(), ..outgoing }.ship();
+            if let Some(staged) = outgoing.staged.take_if(|staged| !self.comm.takes(staged)) {
+                self.gather.transport.send(staged.captured(outgoing.meta.clone()));
             }
-            let held = outgoing.kept.as_ref().map_or(Held::Not, Kept::held);
+            let held = outgoing.staged.as_ref().map_or(Held::Not, Staged::held);
             offers.push(Offer { meta: outgoing.meta.clone(), held });
             self.mine.insert(self.offered, outgoing);
             self.offered += 1;
         }
         let waited = closing.is_some_and(|since| self.mine.is_empty() || since.elapsed() > PATIENCE);
-        let leaving = stop || waited || !state::is_on();
+        let leaving = stop || waited || !self.gather.process.is_on();
         let stale = self.mine.iter().filter(|(_, mine)| mine.since.elapsed() > STALE);
-        Told { step, closing: closing.is_some(), leaving, offers, withdrawn: stale.map(|(&n, _)| n).collect() }
+        Report { step, closing: closing.is_some(), leaving, offers, withdrawn: stale.map(|(&n, _)| n).collect() }
     }
 
     /// Whether all transfers went well. What they were of is kept where not.
@@ -137,7 +141,7 @@ impl Meeting {
                         batch.push(Bound { to, part });
                     }
                 }
-                Verdict::Apart(parts, why) => self.leave_apart(&parts, why),
+                Verdict::PerRank(parts, why) => self.send_per_rank(&parts, why),
             }
         }
         batch.is_empty() || self.transfer(&batch)
@@ -146,49 +150,50 @@ impl Meeting {
     /// Brings parts where they are bound, and from there on their way.
     fn transfer(&mut self, batch: &[Bound]) -> bool {
         let me = self.comm.index();
-        let mut moves = Vec::new();
+        let mut transfers = Vec::new();
         for Bound { to, part } in batch.iter().filter(|bound| bound.part.member != bound.to) {
             if part.member == me {
-                let Some(kept) = self.mine.get(&part.number).and_then(|mine| mine.kept.as_ref()) else { return false };
-                moves.push(Move::send(*to, kept));
+                let mine = self.mine.get(&part.number).and_then(|mine| mine.staged.as_ref());
+                let Some(staged) = mine else { return false };
+                transfers.push(Transfer::send(*to, staged));
             } else if *to == me {
-                moves.push(Move::receive(part));
+                transfers.push(Transfer::receive(part));
             }
         }
-        let Some(received) = self.comm.transfer(moves) else { return false };
+        let Some(received) = self.comm.transfer(transfers, &self.gather.staged_bytes) else { return false };
         let mut received = received.into_iter();
         for Bound { to, part } in batch {
             if part.member == me {
                 let mine = self.mine.remove(&part.number);
                 if let Some(mine) = mine.filter(|_| *to == me) {
-                    mine.ship();
+                    self.gather.send_one(mine);
                 }
             } else if *to == me
-                && let Some(kept) = received.next()
+                && let Some(staged) = received.next()
             {
-                shipping::ship(kept.cargo(part.meta.clone()));
+                self.gather.transport.send(staged.captured(part.meta.clone()));
             }
         }
         true
     }
 
     /// Each rank's part goes to its agent; the first rank that has one says so.
-    fn leave_apart(&mut self, parts: &[Part], why: Why) {
+    fn send_per_rank(&mut self, parts: &[OfferedPart], why: Why) {
         let me = self.comm.index();
         if parts.iter().map(|part| part.member).min() == Some(me) && why != Why::Withdrawn {
-            self.told += 1;
-            if let Some(part) = parts.first().filter(|_| self.told <= NAMED) {
-                shipping::notice(self.divergence(&part.meta, parts, why));
+            self.named += 1;
+            if let Some(part) = parts.first().filter(|_| self.named <= NAMED) {
+                self.gather.transport.notice(self.divergence(&part.meta, parts, why));
             }
         }
         for part in parts.iter().filter(|part| part.member == me) {
             if let Some(mine) = self.mine.remove(&part.number) {
-                mine.ship();
+                self.gather.send_one(mine);
             }
         }
     }
 
-    fn divergence(&self, meta: &RecordMeta, parts: &[Part], why: Why) -> String {
+    fn divergence(&self, meta: &RecordMeta, parts: &[OfferedPart], why: Why) -> String {
         let list = |ranks: &[usize]| {
             let s = if ranks.len() == 1 { "" } else { "s" };
             format!("rank{s} {}", ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", "))

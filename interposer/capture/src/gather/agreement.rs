@@ -1,6 +1,6 @@
 //! What becomes of each tensor, decided alike on every rank.
 //!
-//! All ranks tell each other, in rounds, what they have ([`Told`]). Every rank feeds the same rounds to a machine of its
+//! All ranks tell each other, in rounds, what they have ([`Report`]). Every rank feeds the same rounds to a machine of its
 //! own, so all come to the same verdicts in the same order, and no transfer begins that one of them does not know of.
 //!
 //! A tensor is gathered once as many ranks have offered a part of it as its layout has members. It is left apart, each
@@ -19,7 +19,7 @@ const REMEMBERED: usize = 4096;
 
 /// What a rank says in a round.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Told {
+pub struct Report {
     /// The step that it is in. All it offers of earlier ones is in this round or an earlier one.
     pub step: u64,
     /// It ends, and offers nothing any more.
@@ -55,7 +55,7 @@ pub struct Offer {
 
 /// A rank's part.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Part {
+pub struct OfferedPart {
     /// Whose: an index into the round.
     pub member: usize,
     /// Which of its offers.
@@ -70,9 +70,9 @@ pub struct Part {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
     /// Every member has its part: the first of them gets all.
-    Gather(Vec<Part>),
+    Gather(Vec<OfferedPart>),
     /// Each part goes to the agent of its rank.
-    Apart(Vec<Part>, Why),
+    PerRank(Vec<OfferedPart>, Why),
 }
 
 /// Why a tensor is not gathered.
@@ -140,7 +140,7 @@ pub struct Agreement {
 
 #[derive(Debug, Default)]
 struct Open {
-    parts: Vec<Part>,
+    parts: Vec<OfferedPart>,
     /// A rank brought its part to its agent.
     given_up: bool,
     /// A rank has waited too long for the others' parts.
@@ -161,12 +161,12 @@ impl Agreement {
     }
 
     /// Takes what all ranks said in a round, in order of the ranks.
-    pub fn take(&mut self, round: Vec<Told>) -> Vec<Verdict> {
-        for (member, told) in round.into_iter().enumerate() {
+    pub fn take(&mut self, round: Vec<Report>) -> Vec<Verdict> {
+        for (member, report) in round.into_iter().enumerate() {
             if let (Some(step), Some(closed)) = (self.steps.get_mut(member), self.closed.get_mut(member)) {
-                (*step, *closed) = (told.step, told.closing || told.leaving);
+                (*step, *closed) = (report.step, report.closing || report.leaving);
             }
-            for offer in told.offers {
+            for offer in report.offers {
                 let Some(next) = self.numbered.get_mut(member) else { continue };
                 let (number, key) = (*next, Key::of(&offer.meta));
                 *next += 1;
@@ -174,9 +174,9 @@ impl Agreement {
                 let given_up = offer.held == Held::Not || self.given_up.contains_key(&key);
                 let open = self.open.entry(key).or_default();
                 open.given_up |= given_up;
-                open.parts.push(Part { member, number, held: offer.held, meta: offer.meta });
+                open.parts.push(OfferedPart { member, number, held: offer.held, meta: offer.meta });
             }
-            for number in told.withdrawn {
+            for number in report.withdrawn {
                 if let Some(open) = self.keys.get(&(member, number)).and_then(|key| self.open.get_mut(key)) {
                     open.stale = true;
                 }
@@ -206,7 +206,7 @@ impl Agreement {
     }
 
     /// Which members have no part of a tensor, where it lies over all of them.
-    pub fn absent(&self, parts: &[Part]) -> Option<Vec<usize>> {
+    pub fn absent(&self, parts: &[OfferedPart]) -> Option<Vec<usize>> {
         let all = parts.first().is_some_and(|part| members(&part.meta) == self.steps.len() as u64);
         let there: BTreeSet<usize> = parts.iter().map(|part| part.member).collect();
         all.then(|| (0..self.steps.len()).filter(|member| !there.contains(member)).collect())
@@ -247,7 +247,7 @@ impl Agreement {
         }
         match why {
             None => Verdict::Gather(parts),
-            Some(why) => Verdict::Apart(parts, why),
+            Some(why) => Verdict::PerRank(parts, why),
         }
     }
 }
@@ -268,20 +268,20 @@ mod tests {
         Offer { meta, held: Held::Host }
     }
 
-    fn says(step: u64, offers: &[Offer]) -> Told {
-        Told { step, offers: offers.to_vec(), ..Told::default() }
+    fn says(step: u64, offers: &[Offer]) -> Report {
+        Report { step, offers: offers.to_vec(), ..Report::default() }
     }
 
-    fn parts(verdict: &Verdict) -> &[Part] {
+    fn parts(verdict: &Verdict) -> &[OfferedPart] {
         match verdict {
-            Verdict::Gather(parts) | Verdict::Apart(parts, _) => parts,
+            Verdict::Gather(parts) | Verdict::PerRank(parts, _) => parts,
         }
     }
 
     fn of(verdicts: &[Verdict]) -> Vec<(String, Option<Why>)> {
         let one = |verdict: &Verdict| match verdict {
             Verdict::Gather(parts) => (parts[0].meta.module.clone(), None),
-            Verdict::Apart(parts, why) => (parts[0].meta.module.clone(), Some(*why)),
+            Verdict::PerRank(parts, why) => (parts[0].meta.module.clone(), Some(*why)),
         };
         verdicts.iter().map(one).collect()
     }
@@ -310,10 +310,11 @@ mod tests {
     fn a_rank_that_ends_is_waited_for_no_longer() {
         let mut agreement = Agreement::new(2);
         agreement.take(vec![says(0, &[part("a", 0, 0, 2)]), says(0, &[])]);
-        let verdicts = agreement.take(vec![says(0, &[]), Told { closing: true, ..Told::default() }]);
+        let verdicts = agreement.take(vec![says(0, &[]), Report { closing: true, ..Report::default() }]);
         assert_eq!(of(&verdicts), [("a".into(), Some(Why::Skipped))]);
         assert!(!agreement.is_over());
-        agreement.take(vec![Told { closing: true, ..Told::default() }, Told { closing: true, ..Told::default() }]);
+        agreement
+            .take(vec![Report { closing: true, ..Report::default() }, Report { closing: true, ..Report::default() }]);
         assert!(agreement.is_over());
     }
 
@@ -328,7 +329,7 @@ mod tests {
     fn a_rank_that_is_late_is_waited_for_no_longer() {
         let mut agreement = Agreement::new(2);
         assert_eq!(agreement.take(vec![says(0, &[part("a", 0, 0, 2)]), says(0, &[])]), []);
-        let withdrawn = Told { withdrawn: vec![0], ..Told::default() };
+        let withdrawn = Report { withdrawn: vec![0], ..Report::default() };
         assert_eq!(of(&agreement.take(vec![withdrawn, says(0, &[])])), [("a".into(), Some(Why::Skipped))]);
         // It comes after all, and stays where it is; that is told already.
         let verdicts = agreement.take(vec![says(0, &[]), says(0, &[part("a", 0, 1, 2)])]);

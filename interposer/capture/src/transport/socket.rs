@@ -16,7 +16,7 @@ use wire::descriptor::Descriptor;
 
 /// Why there is no connection.
 #[derive(Debug)]
-pub enum Refusal {
+pub enum NoConnection {
     /// Nobody listens, or takes anybody in at the moment.
     Absent,
     /// This user listens, who is not the job's.
@@ -26,14 +26,14 @@ pub enum Refusal {
 }
 
 /// Connects at once or not at all, and only to a process of our own user: whoever listens gets the job's tensors.
-pub fn connect(path: &Path) -> Result<Descriptor, Refusal> {
+pub fn connect(path: &Path) -> Result<Descriptor, NoConnection> {
     // SAFETY: geteuid has no effects and cannot fail.
     connect_as(path, unsafe { libc::geteuid() })
 }
 
 /// As [`connect`], for a process of this user.
-pub(super) fn connect_as(path: &Path, own: u32) -> Result<Descriptor, Refusal> {
-    let refused = |call| move |error| Refusal::System(call, error);
+pub(super) fn connect_as(path: &Path, own: u32) -> Result<Descriptor, NoConnection> {
+    let refused = |call| move |error| NoConnection::System(call, error);
     let address = address(path).map_err(refused("its path"))?;
     // SAFETY: known constants.
     let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) };
@@ -51,13 +51,13 @@ pub(super) fn connect_as(path: &Path, own: u32) -> Result<Descriptor, Refusal> {
         let error = io::Error::last_os_error();
         return Err(match error.raw_os_error() {
             // A listener that takes nobody in, because its queue is full, is as good as none.
-            Some(libc::ENOENT | libc::ENOTDIR | libc::ECONNREFUSED | libc::EAGAIN) => Refusal::Absent,
+            Some(libc::ENOENT | libc::ENOTDIR | libc::ECONNREFUSED | libc::EAGAIN) => NoConnection::Absent,
             _ => refused("connect")(error),
         });
     }
     match listener(stream).map_err(refused("getsockopt"))? {
         user if user == own => Ok(socket),
-        user => Err(Refusal::Foreign(user)),
+        user => Err(NoConnection::Foreign(user)),
     }
 }
 
@@ -157,7 +157,7 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
-    use crate::shipping::tests::Folder;
+    use crate::testing::Folder;
 
     #[test]
     fn a_path_too_long_is_an_error() {
@@ -170,12 +170,12 @@ mod tests {
         let listener = UnixListener::bind(folder.path("s")).unwrap();
         // SAFETY: geteuid has no effects.
         let own = unsafe { libc::geteuid() };
-        let refusal = connect_as(&folder.path("s"), own + 1).unwrap_err();
-        assert!(matches!(refusal, Refusal::Foreign(user) if user == own), "{refusal:?}");
+        let why = connect_as(&folder.path("s"), own + 1).unwrap_err();
+        assert!(matches!(why, NoConnection::Foreign(user) if user == own), "{why:?}");
         let (mut peer, _) = listener.accept().unwrap();
         assert_eq!(std::io::Read::read(&mut peer, &mut [0]).unwrap(), 0, "something was sent");
         assert!(connect_as(&folder.path("s"), own).is_ok());
-        assert!(matches!(connect(&folder.path("none")), Err(Refusal::Absent)));
+        assert!(matches!(connect(&folder.path("none")), Err(NoConnection::Absent)));
     }
 
     #[test]

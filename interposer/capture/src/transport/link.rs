@@ -2,24 +2,24 @@
 //! the last word.
 
 use std::{
-    io::{self, Read},
+    io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use wire::{
-    control::{self, CONTROL_VERSION, FromAgent, Hello, MAX_ANSWER, ToAgent, clip},
+    control::{self, FromAgent, Hello, MAX_ANSWER, ToAgent, clip},
     descriptor::{self, Descriptor},
-    env::{self, OnFull},
     tap_abi::Rank,
 };
 
 use super::{
     outbox::Outbox,
     slabs::Slabs,
-    socket::{self, Refusal},
+    socket::{self, NoConnection},
 };
-use crate::log;
+use crate::process::Process;
 
 /// How often an absent agent is looked for, and a present one looked at.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
@@ -35,6 +35,7 @@ const MAX_LINES: u32 = 20;
 pub struct Link {
     socket: PathBuf,
     hello: Hello,
+    process: Arc<dyn Process>,
     stream: Option<Descriptor>,
     outbox: Outbox,
     inbox: Vec<u8>,
@@ -57,24 +58,12 @@ pub struct Link {
 }
 
 impl Link {
-    /// A link that has not looked for its agent yet.
-    pub fn new(socket: &str, hooks: &str, on_full: OnFull) -> Self {
-        let hello = Hello {
-            version: CONTROL_VERSION,
-            rank: 0,
-            world: 1,
-            pid: 0,
-            node: env::node(),
-            torch: String::new(),
-            python: String::new(),
-            command: command(),
-            hooks: hooks.to_owned(),
-            on_full,
-            wrapper: String::new(),
-        };
+    /// A link that has not looked for its agent yet, of a process that calls itself `hello`.
+    pub fn new(socket: &str, hello: Hello, process: Arc<dyn Process>) -> Self {
         Self {
             socket: socket.into(),
             hello,
+            process,
             stream: None,
             outbox: Outbox::default(),
             inbox: Vec::new(),
@@ -91,12 +80,10 @@ impl Link {
     }
 
     /// Fills in who this process is; an agent that is there hears of it.
-    pub fn describe(&mut self, rank: Rank, torch: &str, python: &str, wrapper: &str, slabs: &Slabs) {
+    pub fn describe(&mut self, rank: Rank, wrapper: &str, slabs: &Slabs) {
         let before = self.hello.clone();
         let hello = &mut self.hello;
-        (hello.rank, hello.world, hello.pid) = (rank.rank, rank.world, std::process::id());
-        hello.torch = torch.to_owned();
-        hello.python = python.to_owned();
+        (hello.rank, hello.world) = (rank.rank, rank.world);
         if !wrapper.is_empty() {
             hello.wrapper = wrapper.to_owned();
         }
@@ -193,9 +180,9 @@ impl Link {
         self.tried = Some(Instant::now());
         let stream = match socket::connect(&self.socket) {
             Ok(stream) => stream,
-            Err(refusal) => {
+            Err(why) => {
                 self.pause = LOOK;
-                self.not_connected(refusal);
+                self.not_connected(why);
                 return false;
             }
         };
@@ -222,22 +209,22 @@ impl Link {
         self.send(slabs)
     }
 
-    fn not_connected(&mut self, refusal: Refusal) {
+    fn not_connected(&mut self, why: NoConnection) {
         let socket = self.socket.display().to_string();
-        match refusal {
-            Refusal::Absent if !self.missing => {
+        match why {
+            NoConnection::Absent if !self.missing => {
                 self.missing = true;
                 self.line(&format!("no agent at {socket}: captures wait in memory, then are lost, until one is there"));
             }
-            Refusal::Absent => {}
-            Refusal::Foreign(user) => {
+            NoConnection::Absent => {}
+            NoConnection::Foreign(user) => {
                 self.foreign = true;
                 self.line(&format!(
                     "user {user} listens at {socket} and is not the job's: nothing is sent there and captures are lost; \
                      use a folder that only you can write to"
                 ));
             }
-            Refusal::System(call, error) => {
+            NoConnection::System(call, error) => {
                 self.forbids(&format!("no connection to the agent at {socket} ({call})"), &error);
             }
         }
@@ -248,7 +235,7 @@ impl Link {
         let what = "no shared memory can be sent to the agent (sendmsg)";
         let gone = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
         if !gone && !socket::is_later(error) && self.forbids(what, error) {
-            leave_word(&self.socket, &format!("{}: {what}: {error}; its captures are lost", log::who()));
+            leave_word(&self.socket, &format!("{}: {what}: {error}; its captures are lost", self.process.who()));
         }
     }
 
@@ -365,7 +352,7 @@ impl Link {
     fn line(&mut self, text: &str) {
         self.lines += 1;
         if self.lines <= MAX_LINES {
-            log::line(text);
+            self.process.line(text);
         }
     }
 }
@@ -380,12 +367,4 @@ fn leave(socket: &Path, message: &ToAgent) {
         // Into an empty buffer it goes whole, or there is nobody to read it.
         let _ = socket::send(&stream, &bytes);
     }
-}
-
-fn command() -> Vec<String> {
-    let mut bytes = Vec::new();
-    if let Ok(file) = std::fs::File::open("/proc/self/cmdline") {
-        let _ = file.take(1 << 16).read_to_end(&mut bytes);
-    }
-    bytes.split(|&b| b == 0).filter(|w| !w.is_empty()).map(|w| String::from_utf8_lossy(w).into_owned()).collect()
 }

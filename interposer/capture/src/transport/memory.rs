@@ -176,7 +176,8 @@ fn read(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::tests::Folder, *};
+    use super::*;
+    use crate::testing::Folder;
 
     const MIB: u64 = 1 << 20;
 

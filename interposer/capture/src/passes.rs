@@ -63,13 +63,13 @@ pub enum Caller {
 
 /// A place in the stack of a thread.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct StackPosition {
     thread: usize,
     /// Smaller inside of calls: stacks grow downwards.
     address: usize,
 }
 
-impl Place {
+impl StackPosition {
     /// Where the caller is, given the address of a variable of its own.
     pub fn here<T>(local: &T) -> Self {
         thread_local!(static THREAD: u8 = const { 0 });
@@ -81,7 +81,7 @@ impl Place {
 #[derive(Debug)]
 struct Scope {
     caller: Caller,
-    place: Place,
+    position: StackPosition,
 }
 
 /// The passes of one model.
@@ -101,27 +101,27 @@ pub struct Passes {
 }
 
 impl Passes {
-    /// The forward of the model or of a part begins. `place` must come from one place in the code.
-    pub fn enter(&mut self, clock: &mut Clock, caller: Caller, place: Place, firing: &Firing) {
+    /// The forward of the model or of a part begins. `position` must come from one place in the code.
+    pub fn enter(&mut self, clock: &mut Clock, caller: Caller, position: StackPosition, firing: &Firing) {
         if firing.replay {
             return;
         }
-        self.scopes.retain(|s| s.place.thread != place.thread || s.place.address > place.address);
+        self.scopes.retain(|s| s.position.thread != position.thread || s.position.address > position.address);
         if self.scopes.is_empty() {
             self.begin(clock, caller, firing);
         }
         if self.scopes.len() >= MAX_SCOPES {
             self.scopes.remove(0);
         }
-        self.scopes.push(Scope { caller, place });
+        self.scopes.push(Scope { caller, position });
     }
 
     /// It ends, and with it whatever began inside of it.
-    pub fn exit(&mut self, caller: Caller, place: Place, firing: &Firing) {
+    pub fn exit(&mut self, caller: Caller, position: StackPosition, firing: &Firing) {
         if firing.replay {
             return;
         }
-        let here = |s: &Scope| s.place.thread == place.thread;
+        let here = |s: &Scope| s.position.thread == position.thread;
         if let Some(at) = self.scopes.iter().rposition(|s| here(s) && s.caller == caller) {
             let mut index = 0;
             self.scopes.retain(|s| {
@@ -168,7 +168,7 @@ impl Passes {
     }
 
     /// The digest of that input, as in [`Firing::given`].
-    pub fn given(&self, pass: u64) -> u32 {
+    pub fn input_digest(&self, pass: u64) -> u32 {
         self.batches.iter().find(|(n, ..)| *n == pass).map_or(0, |(.., given)| *given)
     }
 }
@@ -195,7 +195,7 @@ impl Calls {
         wants_gradients: bool,
         firing: &Firing,
     ) -> Option<Call> {
-        let thread = Place::here(&paired).thread;
+        let thread = StackPosition::here(&paired).thread;
         if paired
             && !firing.pre
             && let Some(last) = self.open.iter().rposition(|(t, _)| *t == thread)
@@ -276,8 +276,8 @@ mod tests {
         Firing { grad_enabled: true, train: true, first: [4, 8, -1], ..Firing::default() }
     }
 
-    fn at(depth: usize) -> Place {
-        Place { thread: 0, address: 1000 - depth }
+    fn at(depth: usize) -> StackPosition {
+        StackPosition { thread: 0, address: 1000 - depth }
     }
 
     struct World {

@@ -6,40 +6,17 @@ use std::{
         fd::AsRawFd,
         unix::net::{UnixListener, UnixStream},
     },
-    path::PathBuf,
-    sync::atomic::AtomicU32,
+    path::Path,
 };
 
 use wire::{
-    control::{self, FromAgent, decode_next, encode},
-    env::MIN_SLAB_BYTES,
-    slab::{Fetched, SlabReader},
+    control::{self, CONTROL_VERSION, FromAgent, decode_next, encode},
+    env::{MIN_SLAB_BYTES, OnFull},
+    slab::{Fetched, SlabReader, SlabWriter},
 };
 
 use super::*;
-
-/// A folder that goes with the test.
-pub struct Folder(PathBuf);
-
-impl Folder {
-    pub fn new() -> Self {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let folder = std::env::temp_dir().join(format!("flexmodel-ship-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        Self(folder)
-    }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
+use crate::testing::{Folder, Quiet};
 
 /// A listener and the link of a rank that looks for it.
 struct Pair {
@@ -55,10 +32,30 @@ fn slabs() -> Slabs {
     slabs
 }
 
+fn hello() -> Hello {
+    Hello {
+        version: CONTROL_VERSION,
+        rank: 0,
+        world: 1,
+        pid: 1,
+        node: "node".into(),
+        torch: "2.11".into(),
+        python: "3.11".into(),
+        command: vec!["python".into()],
+        hooks: "*".into(),
+        on_full: OnFull::Wait,
+        wrapper: String::new(),
+    }
+}
+
+fn link_to(socket: &Path) -> Link {
+    Link::new(socket.to_str().unwrap(), hello(), Arc::new(Quiet))
+}
+
 fn pair() -> Pair {
     let folder = Folder::new();
     let listener = UnixListener::bind(folder.path("s")).unwrap();
-    let link = Link::new(folder.path("s").to_str().unwrap(), "*", OnFull::Wait);
+    let link = link_to(&folder.path("s"));
     Pair { folder, listener, link, slabs: slabs() }
 }
 
@@ -208,30 +205,26 @@ fn a_welcomed_agent_that_dies_is_looked_for_at_once() {
 #[test]
 fn what_becomes_known_late_is_said_on_the_same_connection() {
     let mut pair = pair();
-    pair.link.describe(rank(0, 1), "2.11", "3.11", "", &pair.slabs);
+    pair.link.describe(rank(0, 1), "", &pair.slabs);
     assert!(pair.alive());
-    pair.link.describe(rank(0, 1), "2.11", "3.11", "", &pair.slabs);
-    pair.link.describe(rank(0, 2), "2.11", "3.11", "DDP", &pair.slabs);
+    pair.link.describe(rank(0, 1), "", &pair.slabs);
+    pair.link.describe(rank(0, 2), "DDP", &pair.slabs);
     let (mut agent, _) = pair.listener.accept().unwrap();
     assert_eq!(hellos(&heard(&mut agent)), [(0, 1), (0, 2)]);
 }
 
-fn shipper(link: Link, slabs: Slabs) -> Shipper {
-    Shipper {
-        link,
-        slabs,
-        counts: None,
-        replicas_once: true,
-        on_full: OnFull::Wait,
-        stalled: None,
-        refused: None,
-        unseen: 0,
-    }
+fn state(link: Link, slabs: Slabs) -> State {
+    State::new(link, slabs, None, OnFull::Wait, Arc::new(Quiet))
 }
 
-impl Shipper {
+impl State {
     fn describe(&mut self, rank: Rank) {
-        self.link.describe(rank, "", "", "", &self.slabs);
+        self.link.describe(rank, "", &self.slabs);
+    }
+
+    /// A tensor of the CPU begins.
+    fn begin_here(&mut self, total: u64) -> Option<(InFlight, Option<Reservation>)> {
+        self.begin(false, |_| false, b"meta", total)
     }
 
     fn current(&mut self) -> Arc<Mapping> {
@@ -243,16 +236,16 @@ impl Shipper {
 #[test]
 fn another_rank_is_another_slab_after_a_goodbye() {
     let Pair { folder: _folder, listener, link, slabs } = pair();
-    let mut shipper = shipper(link, slabs);
-    shipper.describe(rank(0, 1));
-    let old = shipper.current();
-    shipper.link.say(ToAgent::Notice("said before".into()), &shipper.slabs);
-    shipper.leave_slabs();
-    shipper.describe(rank(1, 2));
-    assert!(shipper.make_slab());
-    let new = shipper.current();
+    let mut state = state(link, slabs);
+    state.describe(rank(0, 1));
+    let old = state.current();
+    state.link.say(ToAgent::Notice("said before".into()), &state.slabs);
+    state.leave_slabs();
+    state.describe(rank(1, 2));
+    assert!(state.make_slab());
+    let new = state.current();
     assert!(!Arc::ptr_eq(&old, &new) && new.header().rank == 1);
-    assert!(shipper.link.alive(&shipper.slabs));
+    assert!(state.link.alive(&state.slabs));
     let [mut first, mut second] = [(); 2].map(|()| listener.accept().unwrap().0);
     let first = heard(&mut first);
     assert_eq!(hellos(&first), [(0, 1)]);
@@ -265,22 +258,22 @@ fn another_rank_is_another_slab_after_a_goodbye() {
 #[test]
 fn what_no_agent_saw_of_the_slab_before_is_counted_in_the_next() {
     let folder = Folder::new();
-    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slabs());
-    shipper.slabs.current().unwrap().begin_record();
-    shipper.slabs.current().unwrap().begin_record();
-    shipper.leave_slabs();
-    assert!(shipper.make_slab());
-    let map = shipper.current();
+    let mut state = state(link_to(&folder.path("absent")), slabs());
+    state.slabs.current().unwrap().begin_record();
+    state.slabs.current().unwrap().begin_record();
+    state.leave_slabs();
+    assert!(state.make_slab());
+    let map = state.current();
     let header = map.header();
     assert_eq!((header.dropped.load(Ordering::Relaxed), header.begun.load(Ordering::Relaxed)), (2, 2));
 }
 
 /// A tensor of 100,000 bytes, whole; the slab that it went to if there was room.
-fn ship(shipper: &mut Shipper) -> Option<Arc<Mapping>> {
-    let (voyage, slot) = shipper.begin(false, b"meta", 100_000).unwrap();
+fn send(state: &mut State) -> Option<Arc<Mapping>> {
+    let (record, slot) = state.begin_here(100_000).unwrap();
     slot.map(|slot| {
         slot.commit();
-        voyage.map
+        record.map
     })
 }
 
@@ -293,58 +286,58 @@ fn a_full_slab_that_an_agent_reads_is_followed_by_one_that_it_is_told_of() {
     let Pair { folder: _folder, listener, link, .. } = pair();
     let mut slabs = Slabs::new(4 << 20, Memory::new(1));
     slabs.begin(0).unwrap();
-    let mut shipper = shipper(link, slabs);
-    let first = shipper.current();
-    while let Some(map) = ship(&mut shipper) {
+    let mut state = state(link, slabs);
+    let first = state.current();
+    while let Some(map) = send(&mut state) {
         assert!(Arc::ptr_eq(&map, &first));
     }
-    assert!(Arc::ptr_eq(&shipper.current(), &first), "nobody reads it");
+    assert!(Arc::ptr_eq(&state.current(), &first), "nobody reads it");
     let mut reader = SlabReader::attach(first.fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
     assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
     reader.release().unwrap();
     drop(first);
-    while shipper.slabs.live().count() == 1 {
-        ship(&mut shipper);
+    while state.slabs.live().count() == 1 {
+        send(&mut state);
     }
-    let second = shipper.current();
+    let second = state.current();
     assert_eq!((second.whole().1, second.header().head.load(Ordering::Relaxed) > 0), (2 << 20, true));
     assert!(reader.is_complete());
     let (mut agent, _) = listener.accept().unwrap();
     assert_eq!(slabs_told(&heard(&mut agent)), [second.header().id]);
     // An agent that comes later is told of both, the first with its hello.
     drop(agent);
-    assert!(!shipper.link.alive(&shipper.slabs), "not before the pause is over");
-    shipper.link.tried = None;
-    assert!(shipper.link.alive(&shipper.slabs));
+    assert!(!state.link.alive(&state.slabs), "not before the pause is over");
+    state.link.tried = None;
+    assert!(state.link.alive(&state.slabs));
     let (mut agent, _) = listener.accept().unwrap();
     let messages = heard(&mut agent);
     assert!(matches!(messages[..2], [ToAgent::Hello(_), ToAgent::Slab { .. }]), "{messages:?}");
     // And one that comes when the first is settled, of the second alone.
     reader.settle();
-    ship(&mut shipper);
+    send(&mut state);
     drop(agent);
-    shipper.link.alive(&shipper.slabs);
-    shipper.link.tried = None;
-    assert!(shipper.link.alive(&shipper.slabs));
+    state.link.alive(&state.slabs);
+    state.link.tried = None;
+    assert!(state.link.alive(&state.slabs));
     let (mut agent, _) = listener.accept().unwrap();
     assert!(slabs_told(&heard(&mut agent)).is_empty());
 }
 
 #[test]
-fn a_rank_without_memory_counts_what_it_cannot_ship_and_asks_rarely() {
+fn a_rank_without_memory_counts_what_it_cannot_send_and_asks_rarely() {
     let folder = Folder::new();
     let slabs = Slabs::new(MIN_SLAB_BYTES, Memory::new(u32::MAX));
-    let mut shipper = shipper(Link::new(folder.path("absent").to_str().unwrap(), "*", OnFull::Wait), slabs);
+    let mut state = state(link_to(&folder.path("absent")), slabs);
     for _ in 0..3 {
-        assert!(shipper.begin(false, b"meta", 64).is_none());
+        assert!(state.begin_here(64).is_none());
     }
-    assert!(shipper.slabs.news.take().unwrap().contains("captures are dropped"));
-    shipper.slabs.shared_by(1);
-    assert!(shipper.begin(false, b"meta", 64).is_none(), "asked for again at once");
-    assert!(shipper.slabs.news.is_none() && shipper.unseen == 4);
-    shipper.refused = None;
-    assert!(shipper.begin(false, b"meta", 64).is_some());
-    let map = shipper.current();
+    assert!(state.slabs.news.take().unwrap().contains("captures are dropped"));
+    state.slabs.shared_by(1);
+    assert!(state.begin_here(64).is_none(), "asked for again at once");
+    assert!(state.slabs.news.is_none() && state.unseen == 4);
+    state.refused = None;
+    assert!(state.begin_here(64).is_some());
+    let map = state.current();
     assert_eq!((map.header().begun.load(Ordering::Relaxed), map.header().dropped.load(Ordering::Relaxed)), (5, 4));
 }
 
@@ -352,13 +345,13 @@ fn a_rank_without_memory_counts_what_it_cannot_ship_and_asks_rarely() {
 #[test]
 fn a_refused_rank_leaves_word_of_all_it_captured() {
     let Pair { folder: _folder, listener, link, slabs } = pair();
-    let mut shipper = shipper(link, slabs);
-    assert!(ship(&mut shipper).is_some());
+    let mut state = state(link, slabs);
+    assert!(send(&mut state).is_some());
     let (mut agent, _) = listener.accept().unwrap();
     agent.write_all(&encode(&FromAgent::Refused("no".into())).unwrap()).unwrap();
-    assert!(!shipper.link.alive(&shipper.slabs));
-    assert!(ship(&mut shipper).is_some());
-    shipper.finish();
+    assert!(!state.link.alive(&state.slabs));
+    assert!(send(&mut state).is_some());
+    state.finish();
     let (mut word, _) = listener.accept().unwrap();
     assert_eq!(heard(&mut word), [ToAgent::Lost { rank: 0, count: 2 }]);
 }
@@ -383,16 +376,16 @@ fn close_memory(slab: &SlabWriter) {
 #[test]
 fn a_slab_whose_descriptor_the_job_has_closed_is_followed_by_another_and_what_was_begun_in_it_is_told() {
     let Pair { folder: _folder, listener, link, slabs } = pair();
-    let mut shipper = shipper(link, slabs);
-    let old = shipper.slabs.current().unwrap().mapping().header().id;
+    let mut state = state(link, slabs);
+    let old = state.slabs.current().unwrap().mapping().header().id;
     for _ in 0..3 {
-        shipper.slabs.current().unwrap().begin_record();
+        state.slabs.current().unwrap().begin_record();
     }
-    close_memory(shipper.slabs.current().unwrap());
-    assert!(ship(&mut shipper).is_some());
-    let new = shipper.slabs.current().unwrap();
+    close_memory(state.slabs.current().unwrap());
+    assert!(send(&mut state).is_some());
+    let new = state.slabs.current().unwrap();
     assert_ne!(new.mapping().header().id, old, "an agent is there, and cannot be given the old one");
-    assert_eq!((shipper.slabs.live().count(), shipper.slabs.current().unwrap().begun()), (1, 1));
+    assert_eq!((state.slabs.live().count(), state.slabs.current().unwrap().begun()), (1, 1));
     let [mut nothing, mut agent] = [(); 2].map(|()| listener.accept().unwrap().0);
     assert_eq!(heard(&mut nothing), []);
     let messages = heard(&mut agent);
@@ -404,11 +397,11 @@ fn a_slab_whose_descriptor_the_job_has_closed_is_followed_by_another_and_what_wa
 fn a_slab_whose_descriptor_the_job_has_closed_is_kept_while_no_agent_is_there() {
     let Pair { folder, listener, link, slabs } = pair();
     drop((listener, folder));
-    let mut shipper = shipper(link, slabs);
-    let old = shipper.slabs.current().unwrap().mapping().header().id;
-    close_memory(shipper.slabs.current().unwrap());
-    assert!(ship(&mut shipper).is_some());
-    assert_eq!(shipper.slabs.current().unwrap().mapping().header().id, old);
+    let mut state = state(link, slabs);
+    let old = state.slabs.current().unwrap().mapping().header().id;
+    close_memory(state.slabs.current().unwrap());
+    assert!(send(&mut state).is_some());
+    assert_eq!(state.slabs.current().unwrap().mapping().header().id, old);
 }
 
 #[test]
