@@ -19,7 +19,7 @@ use wire::{
     trust,
 };
 
-use capture::{Capture, engine};
+use capture::{Capture, plan::HookPlan};
 
 use crate::{
     host,
@@ -66,13 +66,13 @@ fn start() -> Result<(), String> {
     host::injected("panic-in-load");
     let found = suits(python::version().unwrap_or_default())?;
     let text = settings::hooks()?;
-    let hooks = engine::parse(&text)?;
+    let plan = HookPlan::parse(0, &text)?;
     let mut settings = settings::transport(&text)?;
     let home = home()?;
     let torch = Torch::running(found)?;
     let table = open_bridge(&torch, &home)?;
     (settings.hello.torch, settings.hello.python) = (torch.version, format!("{}.{}", found.0, found.1));
-    instance::set(Capture::new(hooks, settings, Arc::new(ThisProcess), table));
+    instance::set(Capture::new(plan, settings, Arc::new(ThisProcess), table));
     // SAFETY: the table is the bridge's and static; the GIL is held in a pending call.
     let module = unsafe { (table.python_module)() };
     if module.is_null() {

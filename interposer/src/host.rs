@@ -43,7 +43,7 @@ pub static HOST: HostTable = HostTable {
 
 /// Runs `f` while taps are on; a panic turns them off and gives the default.
 fn boundary<T: Default>(f: impl FnOnce(&'static Capture) -> T) -> T {
-    let Some(capture) = instance::get().filter(|_| state::is_on()) else { return T::default() };
+    let Some(capture) = instance::get().and_then(Capture::if_on) else { return T::default() };
     catch_unwind(AssertUnwindSafe(|| f(capture))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
@@ -78,7 +78,7 @@ unsafe extern "C" fn select(desc: *const ModelDesc<'_>, rank: Rank, out: *mut Se
 }
 
 unsafe extern "C" fn wants(kinds: u32) -> bool {
-    engine(|e| e.wants(kinds))
+    engine(|e| e.plan().wants(kinds))
 }
 
 unsafe extern "C" fn resolved() {
@@ -169,7 +169,7 @@ unsafe extern "C" fn fault(text: Str<'_>) {
 
 unsafe extern "C" fn plan(out: *mut u8, cap: usize) -> usize {
     engine(|e| {
-        let plan = e.plan().into_bytes();
+        let plan = e.plan().agreed_by_ranks().into_bytes();
         // SAFETY: `cap` bytes of `out` are the bridge's to be written.
         unsafe { std::ptr::copy_nonoverlapping(plan.as_ptr(), out, plan.len().min(cap)) };
         plan.len()

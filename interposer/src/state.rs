@@ -1,32 +1,26 @@
-//! The one state of this process, and the ways into `Off`.
+//! The one switch of this process, and the ways into off.
 
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::atomic::{AtomicU8, Ordering},
-};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use capture::switch::Switch;
 
 use crate::{instance, log, settings};
 
-/// Nothing of ours runs.
-const OFF: u8 = 0;
-/// torch is here; taps may fire.
-const ON: u8 = 1;
-
-static STATE: AtomicU8 = AtomicU8::new(OFF);
+static SWITCH: Switch = Switch::new();
 
 /// torch is about to be loaded.
 pub fn on() {
-    STATE.store(ON, Ordering::Release);
+    SWITCH.turn_on();
 }
 
 /// Whether taps may fire.
 pub fn is_on() -> bool {
-    STATE.load(Ordering::Acquire) == ON
+    SWITCH.is_on()
 }
 
 /// Turns everything off for good, with one line that says why, here and in the run (OPEN-1). Later calls say nothing.
 pub fn off(why: &str) {
-    if STATE.swap(OFF, Ordering::AcqRel) != OFF {
+    if SWITCH.turn_off() {
         log::line(&format!("taps are off in this process: {why}"));
         // A panic here would be one in the handling of a panic.
         let _ = catch_unwind(AssertUnwindSafe(|| last_words(&format!("{}: taps are off: {why}", log::who()))));
@@ -44,7 +38,7 @@ fn last_words(text: &str) {
 
 /// Turns everything off in silence.
 pub fn quiet_off() {
-    STATE.store(OFF, Ordering::Release);
+    SWITCH.turn_off();
 }
 
 /// Makes forked children go off (FORK-1).

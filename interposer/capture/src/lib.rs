@@ -3,28 +3,37 @@
 //!
 //! | module | does |
 //! |---|---|
+//! | [`plan`] | the hooks: a plan with a revision, replaced as a whole |
+//! | [`taps`] | which taps there are: module, kinds, clauses, plan |
+//! | [`clock`] | counts steps, microbatches, passes, calls and replays |
 //! | [`engine`] | decides: which modules, which step, capture or not; describes records |
-//! | [`passes`] | steps, microbatches, calls and replays |
 //! | [`layout`] | infers how a leaf lies over the ranks |
 //! | [`gather`] | brings parts to one rank first, where hooks want that; agrees with the other ranks on it |
 //! | [`transport`] | slab and socket: carries records to the agent, or drops and counts them |
 //! | [`process`] | what the process gives and does |
+//! | [`switch`] | whether taps are on, and the ways into off |
 //!
 //! # Invariants
 //!
+//! - **FORK-1** In a forked child taps are off for good; the child only flips atomics.
 //! - **WAIT-1** No wait is unbounded: see [`transport`].
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic))]
 
+pub mod clock;
 pub mod engine;
 pub mod gather;
 pub mod layout;
-pub mod passes;
+pub mod plan;
 pub mod process;
+pub mod switch;
+pub mod taps;
 pub mod transport;
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::{
     ffi::c_void,
@@ -32,12 +41,13 @@ use std::{
 };
 
 use wire::{
-    hooks::{Hook, Kind},
+    hooks::Kind,
     tap_abi::{BridgeTable, Call, Str, TensorDesc},
 };
 
 use engine::Engine;
 use gather::{Communicator, Gather};
+use plan::{HookPlan, PlanInForce};
 use process::Process;
 use transport::{Settings, Transport};
 
@@ -46,20 +56,27 @@ pub struct Capture {
     engine: Arc<Mutex<Engine>>,
     gather: Arc<Gather>,
     transport: Arc<Transport>,
+    process: Arc<dyn Process>,
     bridge: &'static BridgeTable,
 }
 
 impl Capture {
     /// For the hooks of a job. Nothing is made or connected before the first tap needs it.
-    pub fn new(hooks: Vec<Hook>, settings: Settings, process: Arc<dyn Process>, bridge: &'static BridgeTable) -> Self {
+    pub fn new(plan: HookPlan, settings: Settings, process: Arc<dyn Process>, bridge: &'static BridgeTable) -> Self {
         // Where some ranks alone capture, the one that would send a replica may not be among them.
-        let by_all = hooks.iter().all(|hook| hook.options.ranks.is_none());
-        let transport = Transport::new(settings, by_all, process.clone(), bridge);
-        let engine = Arc::new(Mutex::new(Engine::new(hooks, process.clone(), transport.clone())));
+        let replicas_once = plan.is_for_all_ranks();
+        let plans = Arc::new(PlanInForce::new(plan));
+        let transport = Transport::new(settings, replicas_once, process.clone(), bridge);
+        let engine = Arc::new(Mutex::new(Engine::new(plans, process.clone(), transport.clone())));
         let clock = engine.clone();
         let step = move || clock.lock().unwrap_or_else(PoisonError::into_inner).step();
-        let gather = Gather::new(transport.clone(), process, bridge, step);
-        Self { engine, gather, transport, bridge }
+        let gather = Gather::new(transport.clone(), process.clone(), bridge, step);
+        Self { engine, gather, transport, process, bridge }
+    }
+
+    /// This, while taps are on: nothing may be asked of it after (FORK-1, OPEN-1).
+    pub fn if_on(&self) -> Option<&Self> {
+        self.process.is_on().then_some(self)
     }
 
     /// The engine, for as long as it is held.

@@ -3,23 +3,31 @@
 mod record;
 mod select;
 
-use std::{
-    collections::{HashMap, HashSet, VecDeque},
-    sync::Arc,
-};
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
 
 use wire::{
     control::ModuleInfo,
-    env,
-    hooks::{Assemble, Edit, Hook, Kind},
-    tap_abi::{Call, Firing, LeafEdit, Order, Rank, Role},
+    hooks::{Edit, Kind},
+    tap_abi::{Call, Firing, LeafEdit, Rank, Role},
 };
 
 use crate::{
-    layout::MeshAxis,
-    passes::{Caller, Calls, Clock, Passes, StackPosition},
+    clock::{Caller, Clock, Fired, StackPosition},
+    plan::{HookPlan, PlanInForce},
     process::Process,
+    taps::TapRegistry,
 };
+use select::Findings;
+
+/// Kinds for which a tap fires before the forward.
+const BEFORE: u32 = 1 << Kind::ForwardPre as u32 | 1 << Kind::Backward as u32;
+/// Kinds of parameters; the others are of modules.
+const OF_PARAMETERS: u32 = 1 << Kind::Param as u32 | 1 << Kind::Grad as u32;
+/// Kinds that are captured by gradient hooks.
+const GRADIENTS: u32 = 1 << Kind::Backward as u32 | 1 << Kind::BackwardPre as u32;
 
 /// Who hears what the engine has found out: the user, and the agent.
 pub trait Reports: Send + Sync {
@@ -36,134 +44,64 @@ pub trait Reports: Send + Sync {
     fn notice(&self, text: String);
 }
 
-/// Kinds for which a tap fires before the forward.
-const BEFORE: u32 = 1 << Kind::ForwardPre as u32 | 1 << Kind::Backward as u32;
-/// Kinds of parameters; the others are of modules.
-const OF_PARAMETERS: u32 = 1 << Kind::Param as u32 | 1 << Kind::Grad as u32;
-/// Kinds that are captured by gradient hooks.
-const GRADIENTS: u32 = 1 << Kind::Backward as u32 | 1 << Kind::BackwardPre as u32;
-
-/// Destroyed models kept for late backward passes.
-const REMEMBERED: usize = 64;
-
 /// Everything decided so far.
 pub struct Engine {
-    hooks: Vec<Hook>,
-    matched: Vec<bool>,
-    /// Hooks of which it was said that no rank of the job is theirs.
-    nowhere: Vec<bool>,
-    rank: Rank,
+    plans: Arc<PlanInForce>,
+    taps: TapRegistry,
     clock: Clock,
+    /// What was found of the plan in force.
+    findings: Findings,
+    rank: Rank,
     /// What gradients of activations are multiplied by in the job.
     loss_scale: f64,
-    /// By the shim's serial.
-    models: HashMap<u64, Model>,
-    taps: HashMap<u32, Tap>,
-    /// Models and taps there ever were: the numbers of the next ones.
-    counted: (u32, u32),
-    /// Destroyed models, oldest first. Their gradients may still come.
-    destroyed: VecDeque<u64>,
-    seen: Vec<(String, String)>,
-    /// Pairs of hooks whose disagreement was told.
-    disagree: HashSet<(usize, usize)>,
     process: Arc<dyn Process>,
     reports: Arc<dyn Reports>,
 }
 
-struct Model {
-    number: u32,
-    mesh: Vec<MeshAxis>,
-    /// Into how many microbatches a pipeline cuts the batch of a step; 1 for a model that is no stage.
-    microbatches: u32,
-    /// Batch and length of one, as the pipeline says; negative where it does not.
-    microbatch: [i64; 2],
-    passes: Passes,
-    /// Its taps by module name.
-    taps: HashMap<String, u32>,
-}
-
-struct Tap {
-    /// Serial of its model.
-    model: u64,
-    name: String,
-    class: String,
-    /// Indices into `hooks`, in the order written.
-    hooks: Vec<usize>,
-    kinds: u32,
-    order: Order,
-    calls: Calls,
-    /// Kinds of a parameter, with the last step in which each was captured.
-    captured_in: HashMap<Kind, u64>,
-}
-
-/// The clauses in what the user wrote, or why there can be no taps.
-///
-/// # Errors
-/// A clause does not parse, or is not supported.
-pub fn parse(text: &str) -> Result<Vec<Hook>, String> {
-    let hooks = wire::hooks::parse(text).map_err(|e| e.to_string())?;
-    match hooks.iter().find_map(|h| h.unsupported().map(|why| (h, why))) {
-        Some((hook, why)) => Err(format!("{}: '{}': {why}", env::HOOKS, hook.text)),
-        None => Ok(hooks),
-    }
-}
-
 impl Engine {
     /// No model is known yet.
-    pub fn new(hooks: Vec<Hook>, process: Arc<dyn Process>, reports: Arc<dyn Reports>) -> Self {
+    pub fn new(plans: Arc<PlanInForce>, process: Arc<dyn Process>, reports: Arc<dyn Reports>) -> Self {
         Self {
-            matched: vec![false; hooks.len()],
-            nowhere: vec![false; hooks.len()],
-            hooks,
-            rank: Rank { rank: 0, world: 1 },
+            findings: Findings::of(&plans.get()),
+            plans,
+            taps: TapRegistry::default(),
             clock: Clock::default(),
+            rank: Rank { rank: 0, world: 1 },
             loss_scale: 1.0,
-            models: HashMap::new(),
-            taps: HashMap::new(),
-            counted: (0, 0),
-            destroyed: VecDeque::new(),
-            seen: Vec::new(),
-            disagree: HashSet::new(),
             process,
             reports,
         }
     }
 
+    /// Puts another plan in force. Taps of the one before begin nothing any more, and the models are to be selected from
+    /// again. What calls have begun is captured as the plan says that they were begun under.
+    pub fn replace_plan(&mut self, plan: HookPlan) {
+        self.taps.begin_revision(plan.revision());
+        self.findings = Findings::of(&plan);
+        self.plans.replace(plan);
+    }
+
+    /// The plan in force.
+    pub fn plan(&self) -> Arc<HookPlan> {
+        self.plans.get()
+    }
+
     /// The step under way.
     pub fn step(&self) -> u64 {
-        self.clock.now()
-    }
-
-    /// What all ranks must agree on to gather tensors: their hooks. Empty where none wants that.
-    pub fn plan(&self) -> String {
-        let wanted = self.hooks.iter().any(|hook| hook.options.assemble == Assemble::Collective);
-        if wanted {
-            self.hooks.iter().map(|hook| hook.text.as_str()).collect::<Vec<_>>().join(";")
-        } else {
-            String::new()
-        }
-    }
-
-    /// Whether any hook taps one of these kinds.
-    pub fn wants(&self, kinds: u32) -> bool {
-        self.hooks.iter().any(|h| h.kind_mask() & kinds != 0)
+        self.clock.step()
     }
 
     /// Whether this kind of a parameter is wanted in this step and was not captured in it.
-    pub fn parameter_due(&self, number: u32, kind: Kind) -> bool {
-        let Some(tap) = self.taps.get(&number) else { return false };
-        let step = self.clock.now();
-        let hooks = || tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
-        tap.captured_in.get(&kind) != Some(&step) && hooks().any(|h| h.kinds.contains(&kind) && h.wants_step(step))
+    pub fn parameter_due(&mut self, tap: u32, kind: Kind) -> bool {
+        let step = self.clock.step();
+        self.taps.in_force(tap).is_some_and(|(tap, _)| tap.is_due(step, kind))
     }
 
-    /// What a parameter is captured under; then it is not due any more.
+    /// What a parameter is captured under, if it is due; then it is not due in this step any more.
     pub fn begin_parameter(&mut self, number: u32, kind: Kind) -> Option<Call> {
-        if !self.parameter_due(number, kind) {
-            return None;
-        }
-        let step = self.clock.now();
-        self.taps.get_mut(&number)?.captured_in.insert(kind, step);
+        let step = self.clock.step();
+        let (tap, _) = self.taps.in_force(number).filter(|(tap, _)| tap.is_due(step, kind))?;
+        tap.captured_in.insert(kind, step);
         Some(Call { tap: number, step, train: true, capture: kind.bit(), ..Call::default() })
     }
 
@@ -174,7 +112,7 @@ impl Engine {
 
     /// The model is a stage of a pipeline. `microbatch` is [batch, length], negative where not known.
     pub fn microbatches(&mut self, serial: u64, count: u32, microbatch: [i64; 2]) {
-        if let Some(model) = self.models.get_mut(&serial) {
+        if let Some(model) = self.taps.model(serial) {
             model.microbatches = count.max(1);
             model.microbatch = microbatch;
         }
@@ -182,49 +120,47 @@ impl Engine {
 
     /// The forward of a model, or of a part of it that holds tapped modules, begins or ends. Part 0 is the model itself.
     pub fn pass(&mut self, serial: u64, part: u64, enter: bool, firing: &Firing) {
-        let Some(model) = self.models.get_mut(&serial) else { return };
+        if self.taps.model(serial).is_none() {
+            return;
+        }
         let caller = match part {
             0 => Caller::Model,
             part => Caller::Part(part),
         };
-        let place = StackPosition::here(&caller);
+        let position = StackPosition::here(&caller);
         if enter {
-            model.passes.enter(&mut self.clock, caller, place, firing);
+            self.clock.enter(serial, caller, position, firing);
         } else {
-            model.passes.exit(caller, place, firing);
+            self.clock.exit(serial, caller, position, firing);
         }
     }
 
-    /// An optimizer stepped: a forward that raised before cannot be open any more.
+    /// An optimizer stepped.
     pub fn stepped(&mut self) {
         self.clock.stepped();
-        for model in self.models.values_mut() {
-            model.passes.none_open();
+    }
+
+    /// A model was destroyed.
+    pub fn forget(&mut self, serial: u64) {
+        if let Some(gone) = self.taps.destroy(serial) {
+            self.clock.forget(gone);
         }
     }
 
     /// What a tap that fires has to do; `None`: nothing.
     pub fn triggered(&mut self, number: u32, firing: &Firing) -> Option<Call> {
-        let tap = self.taps.get_mut(&number)?;
-        let model = self.models.get_mut(&tap.model)?;
-        let paired = tap.kinds & BEFORE != 0;
-        let wants_gradients = tap.kinds & GRADIENTS != 0;
-        let placed = tap.calls.place(&mut model.passes, &mut self.clock, number, paired, wants_gradients, firing);
-        let phase = if firing.pre { BEFORE } else { !BEFORE };
-        // What was begun elsewhere is told to be missing.
-        let phase = if firing.split { phase | Kind::Backward.bit() } else { phase };
-        let hooks = tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
+        let (tap, model) = self.taps.in_force(number)?;
+        let fired =
+            Fired { tap: number, paired: tap.kinds & BEFORE != 0, wants_gradients: tap.kinds & GRADIENTS != 0, firing };
+        let placed = self.clock.place(tap.model, &mut tap.calls, fired);
         // A replay nobody waits for repeats the edits of its forward, which ran in this step.
-        let step = placed.map_or(self.clock.now(), |c| c.step);
+        let step = placed.map_or(self.clock.step(), |call| call.step);
         let (mut capture, mut edit) = (0, 0);
-        for hook in hooks.filter(|h| h.wants_step(step)) {
-            capture |= hook.kind_mask();
-            edit |= if hook.edit.is_some() { hook.kind_mask() } else { 0 };
+        for clause in tap.active(step) {
+            capture |= clause.kind_mask();
+            edit |= if clause.edit.is_some() { clause.kind_mask() } else { 0 };
         }
-        let mut possible = phase;
-        if !firing.grad_enabled {
-            possible &= !GRADIENTS;
-        }
+        let possible = possible(firing);
         edit &= possible;
         capture &= possible;
         if firing.replay {
@@ -239,14 +175,11 @@ impl Engine {
     /// How a leaf is edited: all edits on it multiply.
     pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
         let mut out = LeafEdit { op: 0, factor: 1.0 };
-        let Some(tap) = self.taps.get(&call.tap) else { return out };
-        for hook in tap.hooks.iter().filter_map(|&h| self.hooks.get(h)) {
-            let here = hook.kinds.contains(&kind)
-                && hook.wants_step(call.step)
-                && hook.options.path.as_deref().is_none_or(|p| p == path);
-            match &hook.edit {
-                Some(Edit::Zero) if here => out.op = 2,
-                Some(Edit::Scale(x)) if here => {
+        let Some((tap, _)) = self.taps.get(call.tap) else { return out };
+        for clause in tap.for_leaf(call.step, kind, path) {
+            match &clause.edit {
+                Some(Edit::Zero) => out.op = 2,
+                Some(Edit::Scale(x)) => {
                     out.factor *= x;
                     out.op = out.op.max(1);
                 }
@@ -255,4 +188,12 @@ impl Engine {
         }
         out
     }
+}
+
+/// Kinds that can be captured where a tap fires.
+fn possible(firing: &Firing) -> u32 {
+    let phase = if firing.pre { BEFORE } else { !BEFORE };
+    // What was begun elsewhere is said to be missing.
+    let phase = if firing.split { phase | Kind::Backward.bit() } else { phase };
+    if firing.grad_enabled { phase } else { phase & !GRADIENTS }
 }

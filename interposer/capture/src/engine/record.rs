@@ -2,28 +2,19 @@
 
 use wire::{
     dtype::DType,
-    hooks::{Assemble, Hook, Kind, Reduce},
+    hooks::{Assemble, Kind, Reduce},
     loss_scale::LossScale,
     record::{MICRO, RecordMeta},
     tap_abi::{Call, Refusal, Str, TensorDesc},
 };
 
-use super::{Engine, GRADIENTS, OF_PARAMETERS, Tap};
+use super::{Engine, GRADIENTS, OF_PARAMETERS};
 use crate::{
     layout::{self, Known, Leaf},
     transport::Captured,
 };
 
 impl Engine {
-    /// The hook that captures this leaf: the first one that keeps its bytes, or else the first.
-    fn hook_for(&self, tap: &Tap, call: &Call, kind: Kind, path: &str) -> Option<&Hook> {
-        let hooks = tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
-        let wants = |h: &&Hook| {
-            h.kinds.contains(&kind) && h.wants_step(call.step) && h.options.path.as_deref().is_none_or(|p| p == path)
-        };
-        hooks.filter(wants).min_by_key(|h| h.options.reduce == Reduce::Stats)
-    }
-
     /// Describes a leaf for its way to the agent; `None` if nobody asked for it.
     ///
     /// # Safety
@@ -36,24 +27,24 @@ impl Engine {
         repeat: u32,
         tensor: &TensorDesc<'_>,
     ) -> Option<Captured> {
-        let tap = self.taps.get(&call.tap)?;
-        let model = self.models.get(&tap.model)?;
+        let (tap, model) = self.taps.get(call.tap)?;
         // SAFETY: the caller's string lives through the call.
         let path = unsafe { path.get() };
-        let hook = self.hook_for(tap, call, kind, path)?;
+        let clause = tap.captures(call.step, kind, path)?;
         // SAFETY: the caller vouches for sizes and ndim.
         let sizes = unsafe { std::slice::from_raw_parts(tensor.sizes, tensor.ndim as usize) };
         let shape: Vec<u64> = sizes.iter().map(|&n| n.max(0) as u64).collect();
         let own = DType::from_code(tensor.dtype);
         let refusal = if own.is_none() && tensor.refusal == Refusal::None { Refusal::Dtype } else { tensor.refusal };
         let own = own.unwrap_or(DType::UInt8);
-        let dtype = hook.options.dtype.unwrap_or(own);
+        let dtype = clause.options.dtype.unwrap_or(own);
+        let input = self.clock.input(tap.model, call.pass);
         let known = Known {
             batch: match model.microbatch {
                 [batch, length] if batch >= 0 => [batch, length, -1],
-                _ => model.passes.batch(call.pass),
+                _ => input.sizes,
             },
-            input_digest: model.passes.input_digest(call.pass),
+            input_digest: input.digest,
             own: call.first,
             order: tap.order,
             kind,
@@ -62,12 +53,12 @@ impl Engine {
         // SAFETY: the caller vouches for the axes.
         let from_torch = unsafe { layout::from_torch(tensor) };
         let leaf = Leaf { shape: &shape, module: &tap.name, path };
-        let axes = match &hook.options.ranks {
+        let axes = match &clause.options.ranks {
             // Torch says all of a parameter; nothing about it is inferred from a batch.
             _ if kind.bit() & OF_PARAMETERS != 0 => from_torch,
-            None => layout::infer(leaf, known, hook.options.shard.as_ref(), &model.mesh, from_torch),
+            None => layout::infer(leaf, known, clause.options.shard.as_ref(), &model.mesh, from_torch),
             Some(ranks) => {
-                layout::of_some(leaf, known, hook.options.shard.as_ref(), (&model.mesh, from_torch), self.rank, ranks)
+                layout::of_some(leaf, known, clause.options.shard.as_ref(), (&model.mesh, from_torch), self.rank, ranks)
             }
         };
         // What a pipeline cuts comes out as one.
@@ -77,7 +68,7 @@ impl Engine {
             class: tap.class.clone(),
             kind,
             path: path.to_owned(),
-            group: hook.options.group.clone().unwrap_or_default(),
+            group: clause.options.group.clone().unwrap_or_default(),
             model: model.number,
             step: call.step,
             micro: if is_cut { call.micro / model.microbatches } else { call.micro },
@@ -85,7 +76,7 @@ impl Engine {
             repeat,
             train: call.train,
             recompute: false,
-            stats_only: hook.options.reduce == Reduce::Stats,
+            stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,
             rank: self.rank.rank,
@@ -96,7 +87,7 @@ impl Engine {
             time_ns: self.process.now_ns(),
             refused: refusal.reason().to_owned(),
         };
-        let collective = hook.options.assemble == Assemble::Collective;
+        let collective = clause.options.assemble == Assemble::Collective;
         Some(Captured { meta, handle: tensor.handle, on_device: tensor.on_device, staged: false, collective })
     }
 }

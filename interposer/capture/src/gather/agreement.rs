@@ -1,10 +1,10 @@
-//! What becomes of each tensor, decided alike on every rank.
+//! What becomes of each tensor, decided in the same way on every rank.
 //!
 //! All ranks tell each other, in rounds, what they have ([`Report`]). Every rank feeds the same rounds to a machine of its
 //! own, so all come to the same verdicts in the same order, and no transfer begins that one of them does not know of.
 //!
-//! A tensor is gathered once as many ranks have offered a part of it as its layout has members. It is left apart, each
-//! part for the rank that has it to bring to its agent, if that cannot happen any more: a rank went on to the next step
+//! A tensor is gathered once as many ranks have offered a part of it as its layout has members. Each part goes
+//! to the agent of the rank that has it where that cannot happen any more: a rank went on to the next step
 //! without its part, or gave it up, or describes another layout, or has it on the CPU where others have it on a device.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -14,7 +14,7 @@ use wire::{
     record::{MICRO, RecordMeta},
 };
 
-/// Most tensors of which that is remembered, as in a job without steps whose ranks do not do alike.
+/// Most tensors of which that is remembered, as in a job without steps whose ranks do different things.
 const REMEMBERED: usize = 4096;
 
 /// What a rank says in a round.
@@ -82,11 +82,11 @@ pub enum Why {
     Skipped,
     /// Parts describe different layouts or are of the same place, or are not all on a device.
     Differs,
-    /// A rank has brought its part to its agent, which is told by itself.
+    /// A rank has brought its part to its agent, which is said by itself.
     Withdrawn,
 }
 
-/// What tells tensors apart.
+/// What identifies a tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Key {
     step: u64,
@@ -148,7 +148,7 @@ struct Open {
 }
 
 impl Agreement {
-    /// Of so many ranks.
+    /// Of `size` ranks.
     pub fn new(size: usize) -> Self {
         Self {
             steps: vec![0; size],
@@ -194,7 +194,7 @@ impl Agreement {
         verdicts
     }
 
-    /// All that is open is left apart.
+    /// All that is open goes to the agents of its ranks.
     pub fn dissolve(&mut self) -> Vec<Verdict> {
         let keys: Vec<Key> = self.open.keys().cloned().collect();
         keys.iter().map(|key| self.close(key, Some(Why::Withdrawn))).collect()
@@ -219,10 +219,10 @@ impl Agreement {
         }
         let wanted = open.parts.iter().map(|part| members(&part.meta));
         let held = open.parts.first().map(|part| part.held);
-        let alike = wanted.clone().min() == wanted.clone().max() && open.parts.iter().all(|p| Some(p.held) == held);
+        let uniform = wanted.clone().min() == wanted.clone().max() && open.parts.iter().all(|p| Some(p.held) == held);
         let there: BTreeSet<_> = open.parts.iter().map(|part| coordinates(&part.meta)).collect();
-        let apart = open.parts.len() == there.len();
-        if alike && apart && wanted.max() == Some(there.len() as u64) {
+        let distinct = open.parts.len() == there.len();
+        if uniform && distinct && wanted.max() == Some(there.len() as u64) {
             return Some(None);
         }
         let over = |member: usize| {
@@ -231,7 +231,7 @@ impl Agreement {
                 || self.steps.get(member).is_none_or(|&step| step > key.step)
         };
         let skipped = open.stale || (0..self.steps.len()).all(over);
-        skipped.then_some(Some(if alike && apart { Why::Skipped } else { Why::Differs }))
+        skipped.then_some(Some(if uniform && distinct { Why::Skipped } else { Why::Differs }))
     }
 
     fn close(&mut self, key: &Key, why: Option<Why>) -> Verdict {
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_goes_on_without_a_part_leaves_the_others_apart_and_is_named() {
+    fn a_rank_that_goes_on_without_a_part_leaves_the_others_to_their_agents_and_is_named() {
         let mut agreement = Agreement::new(2);
         assert_eq!(agreement.take(vec![says(3, &[part("a", 3, 0, 2)]), says(3, &[])]), []);
         // Its parts of the step are in this round or before it.
@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(agreement.take(vec![says(0, &[part("a", 0, 0, 2)]), says(0, &[])]), []);
         let withdrawn = Report { withdrawn: vec![0], ..Report::default() };
         assert_eq!(of(&agreement.take(vec![withdrawn, says(0, &[])])), [("a".into(), Some(Why::Skipped))]);
-        // It comes after all, and stays where it is; that is told already.
+        // It comes after all, and stays where it is; that is said already.
         let verdicts = agreement.take(vec![says(0, &[]), says(0, &[part("a", 0, 1, 2)])]);
         assert_eq!(of(&verdicts), [("a".into(), Some(Why::Withdrawn))]);
     }

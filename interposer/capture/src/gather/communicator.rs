@@ -88,7 +88,7 @@ impl Communicator {
         self.index
     }
 
-    /// Tells all members `mine`; what each of them told, in order. `None`: the communicator is of no use any more.
+    /// Sends `mine` to all members; what each of them sent, in order. `None`: the communicator is of no use any more.
     pub fn exchange(&self, mine: &[u8]) -> Option<Vec<Vec<u8>>> {
         unsafe extern "C" fn hear(heard: *mut c_void, bytes: *const u8, len: usize) {
             // SAFETY: `heard` is the list below, and the bytes live through the call.

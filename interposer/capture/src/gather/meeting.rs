@@ -46,7 +46,7 @@ pub struct Meeting {
 }
 
 impl Meeting {
-    /// Of so many ranks.
+    /// Of `size` ranks.
     pub fn new(gather: Arc<Gather>, comm: Communicator, size: usize) -> Self {
         Self { gather, comm, agreement: Agreement::new(size), mine: BTreeMap::new(), offered: 0, named: 0, tick: TICK }
     }
@@ -121,7 +121,7 @@ impl Meeting {
         Report { step, closing: closing.is_some(), leaving, offers, withdrawn: stale.map(|(&n, _)| n).collect() }
     }
 
-    /// Whether all transfers went well. What they were of is kept where not.
+    /// Whether all transfers went well. Where not, the tensors are still staged.
     fn carry_out(&mut self, verdicts: Vec<Verdict>) -> bool {
         let mut batch: Vec<Bound> = Vec::new();
         let mut bytes = 0;

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | a rank skips a module, or describes another layout | named in the run; the others' parts go to their own agents |
 //! | a rank does not take part in its step for [`STALE`] | the same |
-//! | there is no communicator: other hooks on a rank, no process group | told once; every part goes to its own agent |
+//! | there is no communicator: other hooks on a rank, no process group | said once; every part goes to its own agent |
 //! | more is staged than a slab holds | what is more goes to its own agent |
 //! | a rank ends, dies or stands still, a transfer fails | within the communicator's bound, as without a communicator |
 //! | the process ends | the others are waited for at most [`PATIENCE`] |

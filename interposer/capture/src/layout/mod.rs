@@ -87,7 +87,7 @@ pub unsafe fn from_torch(tensor: &TensorDesc<'_>) -> Vec<Axis> {
             LeafPlace::Partial => Place::Partial,
             LeafPlace::HeadTail => Place::HeadTail { dim: axis.dim },
             LeafPlace::Unknown => Place::Unknown,
-            // SAFETY: so many sizes, which live as long as the description.
+            // SAFETY: `dim` sizes, which live as long as the description.
             LeafPlace::Flat => unsafe {
                 Place::Flat { shape: std::slice::from_raw_parts(axis.sizes, axis.dim as usize).to_vec() }
             },

@@ -92,7 +92,7 @@ impl Link {
         }
     }
 
-    /// Whether other ranks' tensors cannot be told without knowing which modules this one has.
+    /// Whether readers need to know which modules this rank has, to understand other ranks' tensors.
     pub fn tells_others(&self) -> bool {
         self.hello.world > 1 && self.outbox.tells_modules()
     }

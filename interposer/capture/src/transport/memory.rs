@@ -32,7 +32,7 @@ pub struct Shortage {
 }
 
 impl Memory {
-    /// Of this machine, for so many ranks of the job on it.
+    /// Of this machine, for this number of ranks of the job on it.
     pub fn new(ranks: u32) -> Self {
         Self { proc: "/proc".into(), ranks: u64::from(ranks.max(1)) }
     }

@@ -1,4 +1,4 @@
-//! What an agent has to be told, and how much of it this one was told. Knows no socket.
+//! What an agent has to hear, and how much of it this one has heard. Knows no socket.
 
 use std::io;
 
@@ -10,10 +10,10 @@ use super::socket::is_later;
 /// by what is worth telling: the last word on each of some models, and some notices.
 #[derive(Default)]
 pub struct Outbox {
-    /// Everything that a new agent has to be told.
-    kept: Vec<ToAgent>,
-    /// How many of them this agent was told.
-    told: usize,
+    /// Everything that a new agent has to hear.
+    messages: Vec<ToAgent>,
+    /// How many of them were sent to this agent, or are being sent.
+    sent: usize,
     /// The message that is being sent, how far it is, and the slab whose descriptor rides on its first byte.
     bytes: Vec<u8>,
     at: usize,
@@ -23,15 +23,17 @@ pub struct Outbox {
 impl Outbox {
     /// One more message. What was said before is not said again; news of a model replaces what was said of it.
     pub fn push(&mut self, message: ToAgent) {
-        if self.kept.contains(&message) {
+        if self.messages.contains(&message) {
             return;
         }
-        let count = |like: fn(&ToAgent) -> bool| self.kept.iter().filter(|m| like(m)).count();
+        let count = |like: fn(&ToAgent) -> bool| self.messages.iter().filter(|m| like(m)).count();
         let old = match &message {
-            ToAgent::Hello(_) => self.kept.iter().position(|m| matches!(m, ToAgent::Hello(_))),
+            ToAgent::Hello(_) => self.messages.iter().position(|m| matches!(m, ToAgent::Hello(_))),
             ToAgent::Model { model, .. } => {
-                let old =
-                    self.kept.iter().position(|m| matches!(m, ToAgent::Model { model: other, .. } if other == model));
+                let old = self
+                    .messages
+                    .iter()
+                    .position(|m| matches!(m, ToAgent::Model { model: other, .. } if other == model));
                 if old.is_none() && count(|m| matches!(m, ToAgent::Model { .. })) >= MAX_MODELS {
                     return;
                 }
@@ -48,29 +50,29 @@ impl Outbox {
             | ToAgent::Lost { .. } => None,
         };
         if let Some(old) = old {
-            self.kept.remove(old);
-            self.told -= usize::from(old < self.told);
+            self.messages.remove(old);
+            self.sent -= usize::from(old < self.sent);
         }
-        self.kept.push(message);
+        self.messages.push(message);
     }
 
     /// Whether it says which modules this rank has.
     pub fn tells_modules(&self) -> bool {
-        self.kept.iter().any(|m| matches!(m, ToAgent::Model { .. } | ToAgent::Others { .. }))
+        self.messages.iter().any(|m| matches!(m, ToAgent::Model { .. } | ToAgent::Others { .. }))
     }
 
     /// There is a new agent: it gets the rest of a message that was begun outside of here, the slabs with these numbers,
     /// then everything else.
     pub fn restart(&mut self, rest: Vec<u8>, slabs: impl Iterator<Item = u64>) {
         // Its own hello comes first, and says what a later one said.
-        self.kept.retain(|m| !matches!(m, ToAgent::Hello(_) | ToAgent::Bye | ToAgent::Slab { .. }));
-        self.kept.splice(0..0, slabs.map(|id| ToAgent::Slab { id }));
-        (self.bytes, self.at, self.slab, self.told) = (rest, 0, None, 0);
+        self.messages.retain(|m| !matches!(m, ToAgent::Hello(_) | ToAgent::Bye | ToAgent::Slab { .. }));
+        self.messages.splice(0..0, slabs.map(|id| ToAgent::Slab { id }));
+        (self.bytes, self.at, self.slab, self.sent) = (rest, 0, None, 0);
     }
 
-    /// Whether this agent was told everything.
+    /// Whether everything was sent to this agent.
     pub fn is_empty(&self) -> bool {
-        self.at >= self.bytes.len() && self.told >= self.kept.len()
+        self.at >= self.bytes.len() && self.sent >= self.messages.len()
     }
 
     /// Sends what goes now, by bytes and the number of the slab whose descriptor goes with the first of them. An error other
@@ -86,11 +88,11 @@ impl Outbox {
                 }
             }
             (self.bytes, self.at) = (Vec::new(), 0);
-            let Some(message) = self.kept.get(self.told) else { return Ok(()) };
+            let Some(message) = self.messages.get(self.sent) else { return Ok(()) };
             // A message too long for the protocol is left out.
             self.bytes = control::encode(message).unwrap_or_default();
             self.slab = if let ToAgent::Slab { id } = message { Some(*id) } else { None };
-            self.told += 1;
+            self.sent += 1;
         }
     }
 }
@@ -146,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_agent_is_told_everything_once_and_the_newest_of_each_model() {
+    fn a_new_agent_hears_everything_once_and_the_newest_of_each_model() {
         let mut outbox = Outbox::default();
         for message in [model(0, "A"), notice("n"), model(1, "C"), model(0, "B"), ToAgent::Bye] {
             outbox.push(message);
@@ -210,6 +212,6 @@ mod tests {
             outbox.push(model(n, "A"));
             outbox.push(model(0, &n.to_string()));
         }
-        assert_eq!(outbox.kept.len(), MAX_NOTICES + MAX_MODELS);
+        assert_eq!(outbox.messages.len(), MAX_NOTICES + MAX_MODELS);
     }
 }

@@ -42,10 +42,10 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_refuses_is_told_of_once() {
+    fn a_device_that_refuses_is_reported_once() {
         let mut pinning = Pinning::new(|| false);
         assert!(pinning.device_copied(|| false));
-        assert!(!pinning.device_copied(|| false), "told once more");
+        assert!(!pinning.device_copied(|| false), "said once more");
         assert!(!Pinning::new(|| true).device_copied(|| false));
     }
 }

@@ -29,7 +29,7 @@ pub struct Slabs {
     pinning: Option<Pinning>,
     /// A tensor found the current one full.
     pub full: bool,
-    /// What the user should be told.
+    /// What the user should hear.
     pub news: Option<String>,
 }
 
@@ -40,7 +40,7 @@ impl Slabs {
         Self { bound, memory, current: None, retiring: Vec::new(), pinning: None, full: false, news: None }
     }
 
-    /// So many ranks have slabs on this machine.
+    /// The number of ranks that have slabs on this machine.
     pub fn shared_by(&mut self, ranks: u32) {
         self.memory = Memory::new(ranks);
     }
@@ -194,7 +194,7 @@ impl Slabs {
         id
     }
 
-    /// No more is asked for; the user is told why.
+    /// No more is asked for; the user hears why.
     fn stay(&mut self, why: &str) {
         let live: u64 = self.live().map(size).sum();
         self.bound = live;
@@ -394,7 +394,7 @@ mod tests {
         assert!(news.contains("GiB") && news.contains("FLEXMODEL_SLAB"), "{news}");
         assert!(slabs.bound() < 1 << 50);
         let current = slabs.current().unwrap().mapping().clone();
-        assert!(slabs.device_copied(&current, || false), "it is slow, which is told");
+        assert!(slabs.device_copied(&current, || false), "it is slow, which is said");
     }
 
     /// A device may still write to it.

@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn another_users_listener_is_told_by_its_number_and_hears_nothing() {
+    fn another_users_listener_is_named_by_its_number_and_hears_nothing() {
         let folder = Folder::new();
         let listener = UnixListener::bind(folder.path("s")).unwrap();
         // SAFETY: geteuid has no effects.

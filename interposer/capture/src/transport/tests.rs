@@ -2,21 +2,18 @@
 
 use std::{
     io::{Read, Write},
-    os::{
-        fd::AsRawFd,
-        unix::net::{UnixListener, UnixStream},
-    },
+    os::{fd::AsRawFd, unix::net::UnixListener},
     path::Path,
 };
 
 use wire::{
-    control::{self, CONTROL_VERSION, FromAgent, decode_next, encode},
+    control::{self, FromAgent, decode_next, encode},
     env::{MIN_SLAB_BYTES, OnFull},
     slab::{Fetched, SlabReader, SlabWriter},
 };
 
 use super::*;
-use crate::testing::{Folder, Quiet};
+use crate::testing::{Folder, StandInProcess, heard, hello};
 
 /// A listener and the link of a rank that looks for it.
 struct Pair {
@@ -32,24 +29,8 @@ fn slabs() -> Slabs {
     slabs
 }
 
-fn hello() -> Hello {
-    Hello {
-        version: CONTROL_VERSION,
-        rank: 0,
-        world: 1,
-        pid: 1,
-        node: "node".into(),
-        torch: "2.11".into(),
-        python: "3.11".into(),
-        command: vec!["python".into()],
-        hooks: "*".into(),
-        on_full: OnFull::Wait,
-        wrapper: String::new(),
-    }
-}
-
 fn link_to(socket: &Path) -> Link {
-    Link::new(socket.to_str().unwrap(), hello(), Arc::new(Quiet))
+    Link::new(socket.to_str().unwrap(), hello(OnFull::Wait), StandInProcess::on())
 }
 
 fn pair() -> Pair {
@@ -78,18 +59,6 @@ fn modules(count: usize) -> Vec<ModuleInfo> {
 
 fn rank(rank: u32, world: u32) -> Rank {
     Rank { rank, world }
-}
-
-/// What has come so far.
-fn heard(stream: &mut UnixStream) -> Vec<ToAgent> {
-    stream.set_nonblocking(true).unwrap();
-    let (mut bytes, mut out) = (Vec::new(), Vec::new());
-    // An error is "nothing more now".
-    let _ = stream.read_to_end(&mut bytes);
-    while let Some(message) = decode_next(&mut bytes).unwrap() {
-        out.push(message);
-    }
-    out
 }
 
 fn hellos(messages: &[ToAgent]) -> Vec<(u32, u32)> {
@@ -214,7 +183,7 @@ fn what_becomes_known_late_is_said_on_the_same_connection() {
 }
 
 fn state(link: Link, slabs: Slabs) -> State {
-    State::new(link, slabs, None, OnFull::Wait, Arc::new(Quiet))
+    State::new(link, slabs, None, OnFull::Wait, StandInProcess::on())
 }
 
 impl State {
