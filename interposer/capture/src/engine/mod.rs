@@ -9,7 +9,7 @@ mod tests;
 use std::sync::Arc;
 
 use wire::{
-    control::ModuleInfo,
+    control::ToAgent,
     hooks::{Edit, Kind},
     tap_abi::{Call, Firing, LeafEdit, Rank, Role},
 };
@@ -34,11 +34,8 @@ pub trait Reports: Send + Sync {
     /// Who this process is, and how the job wraps its model, if that is known.
     fn describe(&self, rank: Rank, wrapper: &str);
 
-    /// The modules of a model with this number.
-    fn model(&self, model: u32, modules: Vec<ModuleInfo>);
-
-    /// The modules of a model of which nothing is captured here.
-    fn other_model(&self, modules: Vec<String>);
+    /// A message for the agent.
+    fn say(&self, message: ToAgent);
 
     /// One line for the user.
     fn notice(&self, text: String);
