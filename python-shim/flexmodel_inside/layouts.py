@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .mesh import TENSOR, Meshes, megatron_state
 from .naming import stored
-from .replaced import follow, given
+from .patches import follow, given
 from .wrappers import is_instance, is_megatron
 
 # Codes of wire::tap_abi::LeafPlace.

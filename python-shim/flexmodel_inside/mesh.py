@@ -16,7 +16,7 @@ from torch import nn
 
 from .faults import Faults
 from .naming import all_in, own, stored
-from .replaced import follow, given
+from .patches import follow, given
 from .wrappers import fsdp2_groups, is_instance
 
 MODULE = "torch.distributed.device_mesh"
