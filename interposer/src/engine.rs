@@ -6,12 +6,13 @@ use std::{
 };
 
 use wire::{
+    codes::{Code, EditOp, Order, Refusal, Role},
     control::ModuleInfo,
     env,
     hooks::{Assemble, Hook, Kind, Reduce, nearest},
     loss_scale::LossScale,
     record::{MICRO, RecordMeta},
-    tap_abi::{Call, Firing, LeafEdit, ModelDesc, Order, Rank, Refusal, Role, Selected, Str, TensorDesc},
+    tap_abi::{Call, Firing, LeafEdit, ModelDesc, Rank, Selected, Str, TensorDesc},
 };
 use wire::{dtype::DType, hooks::Edit};
 
@@ -23,13 +24,6 @@ use crate::{
 };
 
 static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
-
-/// Kinds for which a tap fires before the forward.
-const BEFORE: u32 = 1 << Kind::ForwardPre as u32 | 1 << Kind::Backward as u32;
-/// Kinds of parameters; the others are of modules.
-const OF_PARAMETERS: u32 = 1 << Kind::Param as u32 | 1 << Kind::Grad as u32;
-/// Kinds that are captured by gradient hooks.
-const GRADIENTS: u32 = 1 << Kind::Backward as u32 | 1 << Kind::BackwardPre as u32;
 
 /// Models that are remembered when they are no more.
 const REMEMBERED: usize = 64;
@@ -163,11 +157,11 @@ impl Engine {
                     (*desc.names.add(i)).get(),
                     (*desc.classes.add(i)).get(),
                     (*desc.qualified.add(i)).get(),
-                    Order::from_code(*desc.orders.add(i)),
+                    Order::from_code(*desc.orders.add(i)).unwrap_or_default(),
                 )
             };
             let hooks = self.matching(name, class, qualified, !0);
-            let kinds = self.kinds(&hooks) & !OF_PARAMETERS;
+            let kinds = self.kinds(&hooks) & !Kind::OF_PARAMETERS;
             let edited = hooks.iter().filter_map(|&h| self.hooks.get(h)).filter(|h| h.edit.is_some());
             let edits = edited.fold(0, |mask, h| mask | h.kind_mask());
             selected.insert(name, hooks.clone());
@@ -183,7 +177,7 @@ impl Engine {
             // SAFETY: i < parameter_count; the string lives through the call (caller).
             let name = unsafe { (*desc.parameters.add(i)).get() };
             let hooks = self.of_parameter(name, &selected);
-            let kinds = self.kinds(&hooks) & OF_PARAMETERS;
+            let kinds = self.kinds(&hooks) & Kind::OF_PARAMETERS;
             if kinds != 0 {
                 self.tell_disagreement(&hooks, name);
                 let tap = self.tap(desc, name, "Parameter", hooks, kinds, Order::Unstated);
@@ -294,13 +288,13 @@ impl Engine {
     /// Hooks that select a parameter, by its own name or by that of a module it is in, in the order written. `modules`
     /// has what was selected of these.
     fn of_parameter(&mut self, name: &str, modules: &HashMap<&str, Vec<usize>>) -> Vec<usize> {
-        let own = self.matching(name, "", "", OF_PARAMETERS);
+        let own = self.matching(name, "", "", Kind::OF_PARAMETERS);
         let holders = name.match_indices('.').map(|(at, _)| name.get(..at).unwrap_or_default()).chain([""]);
         let mut out: Vec<usize> =
             holders.filter_map(|holder| modules.get(holder)).flatten().copied().chain(own).collect();
         out.sort_unstable();
         out.dedup();
-        out.retain(|&h| self.hooks.get(h).is_some_and(|h| h.kind_mask() & OF_PARAMETERS != 0));
+        out.retain(|&h| self.hooks.get(h).is_some_and(|h| h.kind_mask() & Kind::OF_PARAMETERS != 0));
         out
     }
 
@@ -390,10 +384,10 @@ impl Engine {
     pub fn fire(&mut self, number: u32, firing: &Firing) -> Option<Call> {
         let tap = self.taps.get_mut(&number)?;
         let model = self.models.get_mut(&tap.model)?;
-        let paired = tap.kinds & BEFORE != 0;
-        let wants_gradients = tap.kinds & GRADIENTS != 0;
+        let paired = tap.kinds & Kind::BEFORE != 0;
+        let wants_gradients = tap.kinds & Kind::GRADIENTS != 0;
         let placed = tap.calls.place(&mut model.passes, &mut self.clock, number, paired, wants_gradients, firing);
-        let phase = if firing.pre { BEFORE } else { !BEFORE };
+        let phase = if firing.pre { Kind::BEFORE } else { !Kind::BEFORE };
         // What was begun elsewhere is told to be missing.
         let phase = if firing.split { phase | Kind::Backward.bit() } else { phase };
         let hooks = tap.hooks.iter().filter_map(|&h| self.hooks.get(h));
@@ -406,13 +400,13 @@ impl Engine {
         }
         let mut possible = phase;
         if !firing.grad_enabled {
-            possible &= !GRADIENTS;
+            possible &= !Kind::GRADIENTS;
         }
         edit &= possible;
         capture &= possible;
         if firing.replay {
-            capture &= if placed.is_some() { GRADIENTS } else { 0 };
-            edit &= if placed.is_some() { !0 } else { !GRADIENTS };
+            capture &= if placed.is_some() { Kind::GRADIENTS } else { 0 };
+            edit &= if placed.is_some() { !0 } else { !Kind::GRADIENTS };
         }
         let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
         let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Supposed));
@@ -448,17 +442,17 @@ impl Engine {
 
     /// How a leaf is edited: all edits on it multiply.
     pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
-        let mut out = LeafEdit { op: 0, factor: 1.0 };
+        let mut out = LeafEdit { op: EditOp::Keep, factor: 1.0 };
         let Some(tap) = self.taps.get(&call.tap) else { return out };
         for hook in tap.hooks.iter().filter_map(|&h| self.hooks.get(h)) {
             let here = hook.kinds.contains(&kind)
                 && hook.wants_step(call.step)
                 && hook.options.path.as_deref().is_none_or(|p| p == path);
             match &hook.edit {
-                Some(Edit::Zero) if here => out.op = 2,
+                Some(Edit::Zero) if here => out.op = EditOp::Zero,
                 Some(Edit::Scale(x)) if here => {
                     out.factor *= x;
-                    out.op = out.op.max(1);
+                    out.op = out.op.max(EditOp::Scale);
                 }
                 _ => {}
             }
@@ -487,7 +481,10 @@ impl Engine {
         let sizes = unsafe { std::slice::from_raw_parts(tensor.sizes, tensor.ndim as usize) };
         let shape: Vec<u64> = sizes.iter().map(|&n| n.max(0) as u64).collect();
         let own = DType::from_code(tensor.dtype);
-        let refusal = if own.is_none() && tensor.refusal == Refusal::None { Refusal::Dtype } else { tensor.refusal };
+        let refusal = match Refusal::from_code(tensor.refusal).unwrap_or(Refusal::Subclass) {
+            Refusal::None if own.is_none() => Refusal::Dtype,
+            refusal => refusal,
+        };
         let own = own.unwrap_or(DType::UInt8);
         let dtype = hook.options.dtype.unwrap_or(own);
         let known = Known {
@@ -506,7 +503,7 @@ impl Engine {
         let leaf = Leaf { shape: &shape, module: &tap.name, path };
         let axes = match &hook.options.ranks {
             // Torch says all of a parameter; nothing about it is inferred from a batch.
-            _ if kind.bit() & OF_PARAMETERS != 0 => told,
+            _ if kind.bit() & Kind::OF_PARAMETERS != 0 => told,
             None => layout::infer(leaf, known, hook.options.shard.as_ref(), &model.mesh, told),
             Some(ranks) => {
                 layout::of_some(leaf, known, hook.options.shard.as_ref(), (&model.mesh, told), self.rank, ranks)
@@ -533,7 +530,7 @@ impl Engine {
             rank: self.rank.rank,
             axes,
             dp_size: layout::data_size(&model.mesh),
-            loss_scale: LossScale(if kind.bit() & GRADIENTS != 0 { self.loss_scale } else { 1.0 }),
+            loss_scale: LossScale(if kind.bit() & Kind::GRADIENTS != 0 { self.loss_scale } else { 1.0 }),
             same: None,
             time_ns: shipping::now_ns(),
             refused: refusal.reason().to_owned(),

@@ -37,6 +37,7 @@ use std::{
 };
 
 use wire::{
+    codes::CopyState,
     control::{ModuleInfo, ToAgent},
     counts::Counts,
     env::{self, OnFull},
@@ -252,13 +253,13 @@ fn fill(slot: Reservation, cargo: &Cargo, first: u64, elements: u64, voyage: &Ar
     // SAFETY: the handle is the tensor of the tap that is firing, or is kept; the slot holds elements * item bytes.
     let copied =
         unsafe { (bridge.copy)(cargo.handle, cargo.kept, cargo.meta.dtype as u8, first, elements, slot.payload()) };
-    match copied.code {
-        0 => slot.commit(),
-        1 => {
+    match copied.state {
+        CopyState::Done => slot.commit(),
+        CopyState::Pending => {
             pending::finish_later(copied.ticket, slot, voyage.clone());
             device_copied(&voyage.map);
         }
-        _ => voyage.lose(),
+        CopyState::Failed => voyage.lose(),
     }
 }
 
