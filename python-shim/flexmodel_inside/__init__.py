@@ -32,6 +32,7 @@ job goes on.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from . import imports, patches
@@ -41,8 +42,10 @@ from .faults import reason
 def start(bridge: Any) -> None:
     """Wait for `torch.nn` and `torch.optim`, then watch for models.
 
-    `bridge` is the module that `cxx-bridge/cpp/module.cc` makes.
+    `bridge` is the module that `cxx-bridge/cpp/module.cc` makes. It is imported as `flexmodel_inside._bridge`,
+    and has the codes that we share with Rust (`wire/src/codes.rs`) as constants.
     """
+    sys.modules[bridge.__name__] = bridge
 
     def watch() -> None:
         from . import contexts, layouts, mesh, pipelines

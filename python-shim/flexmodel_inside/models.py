@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import alike, compiled, compiler, guarded, hooks, imports, patches, steps
+from ._bridge import KINDS_GRADIENTS, KINDS_OF_PARAMETERS
 from .caches import Caches
 from .communicators import Communicators
 from .contexts import Contexts
@@ -39,7 +40,7 @@ from .naming import (
     own,
     stored,
 )
-from .parameters import BACKWARD, BACKWARD_PRE, GRAD, PARAM, Parameter, Parameters
+from .parameters import GRAD, PARAM, Parameter, Parameters
 from .pipelines import MEGATRON, Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
 from .scaling import DEEPSPEED, GRAD_SCALER, SHARDED, Scaling
@@ -186,7 +187,7 @@ class Models:
         unknown = supposed(rank, world)
         mesh = of("the mesh of a model", self._meshes.of_model, over, rank, world, stages, otherwise=unknown)
         parameters: dict[str, Parameter] = {}
-        if self._bridge.wants(1 << PARAM | 1 << GRAD):
+        if self._bridge.wants(KINDS_OF_PARAMETERS):
             found = Parameters(top, modules, self._meshes, self._layouts, mesh, self._faults).by_name
             parameters = {name: each for name, each in found.items() if not of(name, each.is_in, theirs)}
         axes = [axis[:4] for axis in mesh]
@@ -259,7 +260,7 @@ class Models:
         """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this
         computes, when it is called first. Parameters still are what the forward used, which torch.compile may have run
         without us where it knows no effects."""
-        if not self._bridge.wants(1 << PARAM | 1 << GRAD) or steps.has_stand_in(args, kwargs):
+        if not self._bridge.wants(KINDS_OF_PARAMETERS) or steps.has_stand_in(args, kwargs):
             return None
         # The model may be called in the closure for the first time.
         take = functools.partial(self._faults.of, "the gradients of an optimizer", self._take_of, optimizer)
@@ -400,7 +401,7 @@ class Models:
 
     def follow_scaling(self) -> None:
         """Follow what scales losses, as it is imported, if gradients are wanted at all."""
-        if self._bridge.wants(1 << BACKWARD | 1 << BACKWARD_PRE):
+        if self._bridge.wants(KINDS_GRADIENTS):
             scaling = Scaling(self._bridge.loss_scale, self._faults.guard)
             for name, watch in (
                 (GRAD_SCALER, scaling.watch_scaler),

@@ -6,7 +6,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{dtype::DType, hooks::Kind, loss_scale::LossScale};
+use crate::{
+    codes::{Code, Placement},
+    dtype::DType,
+    hooks::Kind,
+    loss_scale::LossScale,
+};
 
 /// Version of the encoding below.
 pub const RECORD_VERSION: u16 = 4;
@@ -195,15 +200,15 @@ impl RecordMeta {
             out.extend_from_slice(&axis.index.to_le_bytes());
             out.extend_from_slice(&axis.size.to_le_bytes());
             let (code, dim, offset) = match &axis.place {
-                Place::Replicate => (0, 0, u64::MAX),
-                Place::Shard { dim, offset } => (1, *dim, offset.unwrap_or(u64::MAX)),
-                Place::ReplicateOrShard { dim } => (2, *dim, u64::MAX),
-                Place::Partial => (3, 0, u64::MAX),
-                Place::Unknown => (4, 0, u64::MAX),
-                Place::Flat { shape } => (5, shape.len().min(MAX_DIMS) as u32, u64::MAX),
-                Place::HeadTail { dim } => (6, *dim, u64::MAX),
+                Place::Replicate => (Placement::Replicate, 0, u64::MAX),
+                Place::Shard { dim, offset } => (Placement::Shard, *dim, offset.unwrap_or(u64::MAX)),
+                Place::ReplicateOrShard { dim } => (Placement::ReplicateOrShard, *dim, u64::MAX),
+                Place::Partial => (Placement::Partial, 0, u64::MAX),
+                Place::Unknown => (Placement::Unknown, 0, u64::MAX),
+                Place::Flat { shape } => (Placement::Flat, shape.len().min(MAX_DIMS) as u32, u64::MAX),
+                Place::HeadTail { dim } => (Placement::HeadTail, *dim, u64::MAX),
             };
-            out.push(code);
+            out.push(code as u8);
             out.extend_from_slice(&dim.to_le_bytes());
             out.extend_from_slice(&offset.to_le_bytes());
             out.extend_from_slice(&axis.given.map_or(u64::MAX, u64::from).to_le_bytes());
@@ -254,18 +259,18 @@ impl RecordMeta {
                 u64::MAX => None,
                 digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
             };
-            let place = match code {
-                0 => Place::Replicate,
-                1 if (dim as usize) < ndim => Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) },
-                1 => return Err(RecordError("shard of a dimension the tensor does not have")),
-                2 => Place::ReplicateOrShard { dim },
-                3 => Place::Partial,
-                4 => Place::Unknown,
-                5 if dim as usize <= MAX_DIMS => {
-                    Place::Flat { shape: (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()? }
+            let place = match Placement::from_code(code).ok_or(RecordError("unknown placement"))? {
+                Placement::Replicate => Place::Replicate,
+                Placement::Shard | Placement::HeadTail if dim as usize >= ndim => {
+                    return Err(RecordError("pieces of a dimension the tensor does not have"));
                 }
-                6 if (dim as usize) < ndim => Place::HeadTail { dim },
-                _ => return Err(RecordError("unknown placement")),
+                Placement::Shard => Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) },
+                Placement::ReplicateOrShard => Place::ReplicateOrShard { dim },
+                Placement::Partial => Place::Partial,
+                Placement::Unknown => Place::Unknown,
+                Placement::Flat if dim as usize > MAX_DIMS => return Err(RecordError("too many dimensions")),
+                Placement::Flat => Place::Flat { shape: (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()? },
+                Placement::HeadTail => Place::HeadTail { dim },
             };
             axes.push(Axis { name, index, size, place, given });
         }

@@ -1,11 +1,11 @@
 //! Captures from tap to agent, in one process: what arrives, what is counted as lost, and when nothing happens.
 
 use wire::{
+    codes::{Refusal, Role},
     counts::Counts,
     env::{MIN_SLAB_BYTES, OnFull},
     record::RecordMeta,
     slab::{Fetched, SlabReader},
-    tap_abi::{Refusal, Role},
 };
 
 use super::*;

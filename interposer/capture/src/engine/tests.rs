@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use wire::{
+    codes::Refusal,
     record::{Axis, Place, RecordMeta},
-    tap_abi::{Refusal, Str},
+    tap_abi::Str,
 };
 
 use super::*;
@@ -141,12 +142,12 @@ fn edits_multiply_and_zero_wins() {
     let mut w = engine("a|scale(2); a@steps=0..0|scale(3); b|scale(5); b|zero");
     let taps = w.taps(&Model::of(1, &["", "a", "b"]));
     let first: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&first[0], Kind::Forward, "out"), LeafEdit { op: 1, factor: 6.0 });
-    assert_eq!(w.engine.edit(&first[1], Kind::Forward, "out").op, 2);
+    assert_eq!(w.engine.edit(&first[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 6.0 });
+    assert_eq!(w.engine.edit(&first[1], Kind::Forward, "out").op, EditOp::Zero);
     w.engine.stepped();
     let second: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&second[0], Kind::Forward, "out"), LeafEdit { op: 1, factor: 2.0 });
-    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre, "in[0]").op, 0);
+    assert_eq!(w.engine.edit(&second[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 2.0 });
+    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre, "in[0]").op, EditOp::Keep);
 }
 
 #[test]
@@ -220,7 +221,7 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     let begun = w.calls(1, &old, &Firing { pre: true, ..training() })[0].unwrap();
     w.engine.replace_plan(HookPlan::parse(1, "b@every=2,group=new").unwrap());
     assert_eq!(w.pass(1, &old, &training()), [0, 0], "old taps begin nothing");
-    assert_eq!(w.engine.edit(&begun, Kind::Backward, "in[0]").op, 0);
+    assert_eq!(w.engine.edit(&begun, Kind::Backward, "in[0]").op, EditOp::Keep);
     let gradient = w.record(&begun, Kind::Backward, "in[0]").unwrap();
     assert_eq!((gradient.module.as_str(), gradient.group.as_str()), ("a", ""), "as its own plan says");
     let new = w.taps(&model);
