@@ -1,7 +1,7 @@
-"""What a line of the manifest says, as `agent/src/store/format.rs` defines it, or why it says nothing.
+"""What a line of the manifest says, as `agent/run/src/format.rs` defines it, or why it says nothing.
 
 A line is taken if every field that is known has its type and lies within its bounds (`_limits.py`), and is refused
-otherwise, so that nothing behind this module meets a value that cannot be. `agent/src/store/manifest.rs` takes and
+otherwise, so that nothing behind this module meets a value that cannot be. `agent/run/src/manifest.rs` takes and
 refuses the same lines.
 """
 

@@ -1,4 +1,4 @@
-"""The plain values that a run directory holds. They mirror `agent/src/store/format.rs`, which defines them."""
+"""The plain values that a run directory holds. They mirror `agent/run/src/format.rs`, which defines them."""
 
 from __future__ import annotations
 

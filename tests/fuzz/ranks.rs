@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flexmodel_run::{Options, Run, Store};
 use libfuzzer_sys::arbitrary::{self, Arbitrary, Result, Unstructured};
 use tokio::runtime::{Builder, Runtime};
 use wire::{
@@ -22,11 +23,7 @@ use wire::{
     slab::SlabWriter,
 };
 
-use crate::{
-    read::Run,
-    server::{Server, attach, board::Board},
-    store::{Options, Store},
-};
+use crate::server::{Server, attach, board::Board};
 
 /// A bound for hangs.
 const HANG: Duration = Duration::from_secs(30);

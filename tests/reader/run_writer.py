@@ -1,4 +1,4 @@
-"""Writes run directories as `agent/src/store/format.rs` says, in as little Python as that takes."""
+"""Writes run directories as `agent/run/src/format.rs` says, in as little Python as that takes."""
 
 from __future__ import annotations
 

@@ -2,10 +2,14 @@
 
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
+use flexmodel_run::{
+    Record, Run,
+    read::{LayoutError, display_module, natural},
+};
 use serde::Serialize;
 use wire::{dtype::DType, hooks::Kind};
 
-use crate::read::{LayoutError, Record, Run, display_module, natural, text};
+use crate::text;
 
 /// Options of `flexmodel ls`.
 #[derive(clap::Args, Debug)]

@@ -5,16 +5,16 @@ mod picture;
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
+use flexmodel_run::{
+    ReadError, Record, Run, Whole,
+    format::{Identity, Part, Stats},
+    read::{Filter, display_module, natural, nearest},
+    stats,
+};
 use serde::Serialize;
 use wire::hooks::Kind;
 
-use crate::{
-    read::{Filter, ReadError, Record, Run, Whole, display_module, natural, nearest, text},
-    store::{
-        format::{Identity, Part, Stats},
-        stats,
-    },
-};
+use crate::text;
 
 /// Options of `flexmodel show`.
 #[derive(clap::Args, Debug)]

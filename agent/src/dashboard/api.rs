@@ -8,15 +8,13 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
+use flexmodel_run::format::Identity;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use wire::hooks::Kind;
 
 use super::{Shared, tensor::layout_lines};
-use crate::{
-    live::{Picked, RunView, SeriesQuery},
-    store::format::Identity,
-};
+use crate::live::{Picked, RunView, SeriesQuery};
 
 /// Most records of one answer.
 const MAX_RECORDS: usize = 500;

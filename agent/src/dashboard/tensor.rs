@@ -11,6 +11,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use flexmodel_run::{
+    format::{Identity, Line, Location, MANIFEST_FILE, Part},
+    manifest::Reader,
+    read::{
+        Shards,
+        layout::{self, Node},
+    },
+};
 use serde::Serialize;
 use wire::record::{Axis, Place};
 
@@ -19,17 +27,7 @@ use super::{
     source::Source,
     windows::Windows,
 };
-use crate::{
-    live::Live,
-    read::{
-        Shards,
-        layout::{self, Node},
-    },
-    store::{
-        format::{Identity, Line, Location, MANIFEST_FILE, Part},
-        manifest::Reader,
-    },
-};
+use crate::live::Live;
 
 /// The tensors of a run directory.
 pub struct Tensors {

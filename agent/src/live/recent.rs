@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use flexmodel_run::format::{Identity, Location, Part, Stats, What};
 use wire::{
     dtype::DType,
     loss_scale::LossScale,
@@ -12,7 +13,6 @@ use super::{
     MAX_PART_BYTES, MAX_PARTS, MAX_RECORDS,
     series::{Coord, Series},
 };
-use crate::store::format::{Identity, Location, Part, Stats, What};
 
 /// Layouts and shard names repeat from part to part: this many are remembered to share them.
 const SHARED: usize = 64;

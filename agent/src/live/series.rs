@@ -2,15 +2,14 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use flexmodel_run::{
+    format::{Identity, Part, Stats, What},
+    names::Names,
+};
 use wire::{
     dtype::DType,
     hooks::Kind,
     record::{Axis, Place},
-};
-
-use crate::store::{
-    format::{Identity, Part, Stats, What},
-    names::Names,
 };
 
 /// What tells one series from another, and what all of its records have in common.

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use flexmodel_run::format::{Identity, ModelInfo, Module, Part, RunInfo, Totals};
 use serde::{Serialize, Serializer};
 use wire::hooks::Kind;
 
 use super::{Coord, Divergence, Live, Rank, Refusal, series::Series};
-use crate::store::format::{Identity, ModelInfo, Module, Part, RunInfo, Totals};
 
 /// The run as a whole.
 #[derive(Clone, Debug, Serialize)]
