@@ -1,8 +1,8 @@
 //! The umask of this process, and the one that the user's commands get.
 //!
-//! What FlexModel makes is its owner's alone, by the modes that it is made with ([`flexmodel_run::owner_only`]); but a umask
-//! that takes the owner's own bits away (0777) would leave files that not even we can open. What a user asks to be written
-//! elsewhere (`flexmodel export`) is made as that user's umask says.
+//! What FlexModel makes is its owner's alone, by the modes that it is made with ([`flexmodel_run::owner_only`]); but a
+//! umask that takes the owner's own bits away (0777) would leave files that not even we can open. What a user asks to be
+//! written elsewhere (`flexmodel export`) is made as that user's umask says.
 
 use std::{
     os::unix::process::CommandExt,

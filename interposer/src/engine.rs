@@ -526,7 +526,6 @@ impl Engine {
             call: call.call,
             repeat,
             train: call.train,
-            recompute: false,
             stats_only: hook.options.reduce == Reduce::Stats,
             dtype,
             shape,

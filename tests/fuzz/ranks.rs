@@ -316,7 +316,7 @@ impl Other {
             Lie::Shape(shape) => meta.shape = shape,
             Lie::Axes { index, size, place } => {
                 let place = match place % 5 {
-                    0 => Place::Shard { dim: 0, offset: None },
+                    0 => Place::Shard { dim: 0 },
                     1 => Place::Replicate,
                     2 => Place::Flat { shape: vec![index.into(), size.into()] },
                     3 => Place::HeadTail { dim: 0 },

@@ -62,9 +62,7 @@ fn check_axis(axis: &Axis, dims: usize) -> Result<(), String> {
         return Err(format!("it says {} {} of {}", axis.name, axis.index, axis.size));
     }
     match &axis.place {
-        Place::Shard { dim, .. } | Place::ReplicateOrShard { dim } | Place::HeadTail { dim }
-            if *dim as usize >= dims =>
-        {
+        Place::Shard { dim } | Place::ReplicateOrShard { dim } | Place::HeadTail { dim } if *dim as usize >= dims => {
             Err(format!("it shards dimension {dim} of a tensor that has {dims}"))
         }
         Place::Flat { shape } if shape.len() > limits::DIMS => {

@@ -26,8 +26,9 @@ use wire::{
     record::{Axis, MICRO, RecordMeta},
 };
 
-/// Version of everything in this module.
-pub const FORMAT: u32 = 1;
+/// Version of everything in this module. In 1, parts had a `recompute`, always false, and shards of a dimension an
+/// `offset`, always null: neither is read.
+pub const FORMAT: u32 = 2;
 /// `run.json`.
 pub const RUN_FILE: &str = "run.json";
 /// `manifest.jsonl`.
@@ -235,8 +236,6 @@ pub struct Identity {
     pub repeat: u32,
     /// Training mode.
     pub train: bool,
-    /// Replay of activation checkpointing.
-    pub recompute: bool,
 }
 
 /// What a part is: an identity, and this rank's piece of it.
@@ -319,7 +318,6 @@ impl What {
                 call: m.call,
                 repeat: m.repeat,
                 train: m.train,
-                recompute: m.recompute,
             },
             class: m.class,
             group: m.group,
@@ -353,9 +351,6 @@ impl std::fmt::Display for Identity {
         }
         if !self.train {
             write!(f, ".eval")?;
-        }
-        if self.recompute {
-            write!(f, ".recompute")?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! | [`format`] | the one definition of a run directory |
 //! | [`limits`], `check` | bounds of what is read |
 //! | [`manifest`] | lines of the manifest, read and written |
-//! | [`files`], [`owner_only`] | opening files that somebody may have planted; making files and folders that are ours alone |
+//! | [`files`], [`owner_only`] | opening files that somebody may have planted; making files that are ours alone |
 //! | [`names`], [`unique`], [`text`] | the names of modules, each kept once; names that differ; text in messages |
 //! | [`owners`] | which ranks have which modules |
 //! | [`stats`] | statistics of tensors |

@@ -209,6 +209,21 @@ mod tests {
     }
 
     #[test]
+    fn a_line_of_an_older_version_says_the_same() {
+        let shard = wire::record::Place::Shard { dim: 0 };
+        let mut part = crate::testing::part("layers.0.mlp", 1, 2);
+        part.what.axes = crate::testing::on_rank(crate::testing::meta("", 0, 2), 0, 2, shard).axes;
+        let line = Line::Part(part);
+        let new = serde_json::to_string(&line).unwrap();
+        let older = new
+            .replace("\"train\":true", "\"train\":true,\"recompute\":false")
+            .replace("{\"dim\":0}", "{\"dim\":0,\"offset\":null}");
+        assert!(older.len() == new.len() + ",\"recompute\":false".len() + ",\"offset\":null".len());
+        let framed = format!("{{\"crc\":\"{:08x}\",\"rec\":{older}}}\n", crc32c::crc32c(older.as_bytes()));
+        assert_eq!(decode_line(framed.as_bytes()).unwrap(), line);
+    }
+
+    #[test]
     fn a_loss_scale_that_json_has_no_number_for_round_trips() {
         for (scale, json) in [
             (f64::INFINITY, "\"inf\""),

@@ -1,7 +1,7 @@
 //! What FlexModel makes is its owner's alone: runs, bridges, locks, sockets and the folders that they are in.
 //!
-//! Modes are given where a file is made, since a folder's default ACL overrides the umask. A program that writes sets its
-//! umask too, since one that takes the owner's own bits away (0777) would leave files that not even we can open.
+//! Modes are given where a file is made, since a folder's default ACL overrides the umask. A program that writes sets
+//! its umask too, since one that takes the owner's own bits away (0777) would leave files that not even we can open.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions},

@@ -316,7 +316,7 @@ mod tests {
     }
 
     fn parts(ranks: &[u32], size: u32) -> Vec<Part> {
-        let place = || Place::Shard { dim: 0, offset: None };
+        let place = || Place::Shard { dim: 0 };
         let meta = |rank| testing::on_rank(testing::meta("b", 0, 4), rank, size, place());
         ranks
             .iter()

@@ -177,7 +177,7 @@ pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
     let line = |axis: &Axis| {
         let how = match &axis.place {
             Place::Replicate => "replicated".to_owned(),
-            Place::Shard { dim, .. } => format!("shard of dim {dim}"),
+            Place::Shard { dim } => format!("shard of dim {dim}"),
             Place::ReplicateOrShard { dim } => format!("shard of dim {dim}, or replicated where equal"),
             Place::Flat { shape } => format!("run of the elements of {shape:?}"),
             Place::HeadTail { dim } => format!("two pieces of dim {dim}, from its head and its tail"),

@@ -85,7 +85,7 @@ fn check(case: Case) {
 }
 
 fn shard(dim: u32) -> Place {
-    Place::Shard { dim, offset: None }
+    Place::Shard { dim }
 }
 
 #[test]

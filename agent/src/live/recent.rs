@@ -144,21 +144,10 @@ impl Kept {
 impl Recent {
     /// What the record is.
     pub fn identity(&self, series: &Series) -> Identity {
-        let Coord { step, micro, call, repeat, recompute } = self.coord;
+        let Coord { step, micro, call, repeat } = self.coord;
         let key = &series.key;
         let (module, path) = (key.module.to_string(), key.path.to_string());
-        Identity {
-            module,
-            kind: key.kind,
-            path,
-            model: key.model,
-            step,
-            micro,
-            call,
-            repeat,
-            train: key.train,
-            recompute,
-        }
+        Identity { module, kind: key.kind, path, model: key.model, step, micro, call, repeat, train: key.train }
     }
 
     /// Its parts, as they were journalled.

@@ -60,14 +60,12 @@ pub struct Coord {
     pub call: u32,
     /// Backward pass over the same forward.
     pub repeat: u32,
-    /// Replay of activation checkpointing.
-    pub recompute: bool,
 }
 
 impl Coord {
     /// The coordinate of an identity.
     pub fn of(id: &Identity) -> Self {
-        Self { step: id.step, micro: id.micro, call: id.call, repeat: id.repeat, recompute: id.recompute }
+        Self { step: id.step, micro: id.micro, call: id.call, repeat: id.repeat }
     }
 }
 

@@ -206,9 +206,9 @@ pub fn stats(node: &Node, parts: &[Part]) -> Option<Stats> {
 
 fn same_place(a: &Place, b: &Place) -> bool {
     match (a, b) {
-        (Place::Shard { dim: x, .. }, Place::Shard { dim: y, .. }) => x == y,
-        (Place::Shard { dim: x, .. }, Place::ReplicateOrShard { dim: y })
-        | (Place::ReplicateOrShard { dim: x }, Place::Shard { dim: y, .. }) => x == y,
+        (Place::Shard { dim: x }, Place::Shard { dim: y }) => x == y,
+        (Place::Shard { dim: x }, Place::ReplicateOrShard { dim: y })
+        | (Place::ReplicateOrShard { dim: x }, Place::Shard { dim: y }) => x == y,
         _ => a == b,
     }
 }
@@ -218,9 +218,9 @@ fn settled(parts: &[Part], axes: &[Axis]) -> Vec<Axis> {
     let mut axes = axes.to_vec();
     for (depth, axis) in axes.iter_mut().enumerate() {
         let Place::ReplicateOrShard { dim } = axis.place else { continue };
-        let is_shard = |place: &Place| matches!(place, Place::Shard { dim: d, .. } if *d == dim);
+        let is_shard = |place: &Place| matches!(place, Place::Shard { dim: d } if *d == dim);
         if parts.iter().any(|p| p.what.axes.get(depth).is_some_and(|a| is_shard(&a.place))) {
-            axis.place = Place::Shard { dim, offset: None };
+            axis.place = Place::Shard { dim };
         }
     }
     axes
@@ -366,7 +366,7 @@ impl Planner<'_> {
             return Ok(nodes.remove(0));
         }
         match axis.place {
-            Place::Shard { dim, .. } => concat(dim as usize, nodes, axis),
+            Place::Shard { dim } => concat(dim as usize, nodes, axis),
             Place::ReplicateOrShard { .. } if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
             Place::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
             Place::HeadTail { dim } => head_tail(dim as usize, nodes, axis),

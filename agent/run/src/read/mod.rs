@@ -134,8 +134,6 @@ pub struct Run {
     pub problems: Vec<Problem>,
     /// Worth saying, not damage.
     pub notes: Vec<String>,
-    /// Bytes of the manifest's complete lines.
-    pub manifest_len: u64,
     shards: Shards,
     ranks: BTreeMap<layout::Coordinates, u32>,
 }
@@ -219,7 +217,6 @@ impl Run {
             sealed: Vec::new(),
             problems,
             notes,
-            manifest_len: 0,
             shards: Shards::new(path),
             ranks: BTreeMap::new(),
         };
@@ -260,7 +257,6 @@ impl Run {
                     self.problems.push(Problem::new(format!("{MANIFEST_FILE} line {}", entry.number), e.to_string()));
                 }
             }
-            self.manifest_len = lines.offset();
         }
         if let Some(more @ 1..) = unread.checked_sub(PROBLEMS as u64) {
             self.problems.push(Problem::new(MANIFEST_FILE, format!("and {more} more lines do not read")));

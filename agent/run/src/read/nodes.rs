@@ -57,7 +57,6 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
         sealed: Vec::new(),
         problems: Vec::new(),
         notes: Vec::new(),
-        manifest_len: 0,
         shards: Shards::of_nodes(path, &names),
         ranks: BTreeMap::new(),
     };

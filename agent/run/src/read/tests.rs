@@ -269,7 +269,6 @@ fn a_damaged_line_costs_its_part_and_a_torn_one_is_a_note() {
     let at = from + f.lines[from..].windows(3).position(|w| w == b"\"b\"").unwrap() + 1;
     f.lines[at] = b'x';
     f.part(id("c", 0), DType::UInt8, &[1], 0, Vec::new(), &[3]);
-    let complete = f.lines.len() as u64;
     f.lines.extend_from_slice(b"{\"crc\":\"0000");
     let dir = f.kill();
     let run = open(&dir);
@@ -277,7 +276,6 @@ fn a_damaged_line_costs_its_part_and_a_torn_one_is_a_note() {
     assert_eq!(run.problems.len(), 1);
     assert_eq!(run.problems[0].place, "manifest.jsonl line 2");
     assert_eq!(run.notes.len(), 1);
-    assert_eq!(run.manifest_len, complete);
     assert_eq!(&*run.whole(&run.records[1]).unwrap().bytes, [3]);
 }
 
@@ -362,7 +360,7 @@ fn hostile_part() -> impl Strategy<Value = String> {
         Just("\"partial\"".to_owned()),
         Just("\"unknown\"".to_owned()),
         Just("{\"replicate_or_shard\":{\"dim\":0}}".to_owned()),
-        (0u32..70).prop_map(|dim| format!("{{\"shard\":{{\"dim\":{dim},\"offset\":null}}}}")),
+        (0u32..70).prop_map(|dim| format!("{{\"shard\":{{\"dim\":{dim}}}}}")),
     ];
     let axis = (0u32..3, prop_oneof![0u32..4, Just(u32::MAX)], place).prop_map(|(index, size, place)| {
         format!("{{\"name\":\"dp\",\"index\":{index},\"size\":{size},\"place\":{place}}}")
@@ -375,7 +373,7 @@ fn hostile_part() -> impl Strategy<Value = String> {
             let offset = offset.saturating_add(crate::format::HEADER_SPACE);
             format!(
                 "{{\"t\":\"part\",\"module\":\"m\",\"kind\":\"forward\",\"path\":\"out\",\"model\":0,\"step\":0,\"micro\":0,\
-                 \"call\":0,\"repeat\":0,\"train\":true,\"recompute\":false,\"class\":\"\",\"group\":\"\",\"dtype\":\"{dtype}\",\
+                 \"call\":0,\"repeat\":0,\"train\":true,\"class\":\"\",\"group\":\"\",\"dtype\":\"{dtype}\",\
                  \"shape\":{shape:?},\"rank\":{rank},\"axes\":[{}],\"dp_size\":1,\"time_ns\":0,\"at\":{{\"shard\":\"{shard}\",\
                  \"offset\":{offset},\"len\":{len},\"crc\":{crc}}},\"stats\":null}}",
                 axes.join(",")

@@ -37,7 +37,6 @@ pub fn id(module: &str, step: u64) -> Identity {
         call: 0,
         repeat: 0,
         train: true,
-        recompute: false,
     }
 }
 
@@ -48,7 +47,7 @@ pub fn dp(index: u32, size: u32, place: Place) -> Vec<Axis> {
 
 /// Pieces of a dimension, lengths telling the offsets.
 pub fn shard(dim: u32) -> Place {
-    Place::Shard { dim, offset: None }
+    Place::Shard { dim }
 }
 
 /// Little-endian bytes of float32.

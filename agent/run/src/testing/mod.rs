@@ -24,7 +24,7 @@ pub fn on_rank(mut meta: RecordMeta, rank: u32, world: u32, place: Place) -> Rec
 
 /// Consecutive pieces of the batch.
 pub fn batch() -> Place {
-    Place::Shard { dim: 0, offset: None }
+    Place::Shard { dim: 0 }
 }
 
 /// A stored part.

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`dir`] | making, locking and refusing directories; `run.json` |
 //! | `writer` | [`Store`]: where a part goes, its bytes, its line |
-//! | `part`, `place`, `shard`, `recent` | a part under way; which bytes of which shard it gets; identities seen of late |
+//! | `part`, `place`, `shard`, `recent` | a part under way; which bytes of which shard it gets; recent identities |
 //! | [`account`] | which of a slab's tensors have a line |
 //! | `journal` | the manifest as it grows, on a disk that may fill up |
 //! | `seal` | turning a written shard into a safetensors file |

@@ -150,7 +150,7 @@ impl Lie {
         match (axes.next(), axes.next()) {
             (None, _) => Self::Whole,
             (Some(axis), None) if !what.shape.is_empty() => match &axis.place {
-                Place::Shard { dim: 0, .. } | Place::ReplicateOrShard { dim: 0 } => Self::Piece {
+                Place::Shard { dim: 0 } | Place::ReplicateOrShard { dim: 0 } => Self::Piece {
                     index: axis.index,
                     size: axis.size,
                     ambiguous: matches!(axis.place, Place::ReplicateOrShard { .. }),

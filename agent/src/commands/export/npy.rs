@@ -174,7 +174,6 @@ mod tests {
             call: 1,
             repeat: 0,
             train: false,
-            recompute: false,
         }
     }
 
