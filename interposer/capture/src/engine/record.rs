@@ -79,7 +79,6 @@ impl Engine {
             call: call.call,
             repeat,
             train: call.train,
-            recompute: false,
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,

@@ -222,7 +222,7 @@ const PACKED: [&str; 4] = [".data", ".batch_sizes", ".sorted_indices", ".unsorte
 fn hinted(ndim: usize, dim: i32) -> Place {
     let dim = if dim < 0 { dim + ndim as i32 } else { dim };
     match u32::try_from(dim) {
-        Ok(dim) if (dim as usize) < ndim => Place::Shard { dim, offset: None },
+        Ok(dim) if (dim as usize) < ndim => Place::Shard { dim },
         _ => Place::Unknown,
     }
 }
@@ -276,7 +276,7 @@ fn by_order(shape: &[u64], path: &str, known: Known) -> Place {
 }
 
 fn shard(dim: u32) -> Place {
-    Place::Shard { dim, offset: None }
+    Place::Shard { dim }
 }
 
 /// A module that was given `[length, batch, ...]`.
