@@ -6,6 +6,7 @@ use std::{
 };
 
 use wire::{
+    codes::{Code, EditOp},
     env,
     hooks::Kind,
     tap_abi::{Call, Firing, HostTable, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI, TensorDesc},
@@ -117,13 +118,13 @@ unsafe extern "C" fn fire(tap: u32, firing: *const Firing, out: *mut Call) -> bo
     })
 }
 
-unsafe extern "C" fn due(tap: u32, kind: u32) -> bool {
-    engine(|e| Kind::from_code(kind as u8).is_some_and(|kind| e.parameter_due(tap, kind)))
+unsafe extern "C" fn due(tap: u32, kind: u8) -> bool {
+    engine(|e| Kind::from_code(kind).is_some_and(|kind| e.parameter_due(tap, kind)))
 }
 
-unsafe extern "C" fn taken(tap: u32, kind: u32, out: *mut Call) -> bool {
+unsafe extern "C" fn taken(tap: u32, kind: u8, out: *mut Call) -> bool {
     engine(|e| {
-        let Some(call) = Kind::from_code(kind as u8).and_then(|kind| e.begin_parameter(tap, kind)) else {
+        let Some(call) = Kind::from_code(kind).and_then(|kind| e.begin_parameter(tap, kind)) else {
             return false;
         };
         // SAFETY: `out` is the bridge's to be written.
@@ -140,21 +141,21 @@ fn injected_in_tap() {
     }
 }
 
-unsafe extern "C" fn capture(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>) {
+unsafe extern "C" fn capture(call: *const Call, kind: u8, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>) {
     boundary(|capture| {
-        let Some(kind) = Kind::from_code(kind as u8) else { return };
+        let Some(kind) = Kind::from_code(kind) else { return };
         // SAFETY: the bridge's call and tensor live through this call, and its sizes are ndim long.
         unsafe { capture.capture(&*call, kind, path, repeat, &*tensor) };
     });
 }
 
-unsafe extern "C" fn edit(call: *const Call, kind: u32, path: Str<'_>) -> LeafEdit {
+unsafe extern "C" fn edit(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdit {
     engine(|e| {
-        let kind = Kind::from_code(kind as u8)?;
+        let kind = Kind::from_code(kind)?;
         // SAFETY: as in capture.
         Some(e.edit(unsafe { &*call }, kind, unsafe { path.get() }))
     })
-    .unwrap_or(LeafEdit { op: 0, factor: 1.0 })
+    .unwrap_or(LeafEdit { op: EditOp::Keep, factor: 1.0 })
 }
 
 unsafe extern "C" fn notice(text: Str<'_>) {

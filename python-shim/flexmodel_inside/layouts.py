@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._bridge import PLACEMENT_HEAD_TAIL as HEAD_TAIL
+from ._bridge import PLACEMENT_PARTIAL as PARTIAL
+from ._bridge import PLACEMENT_REPLICATE as REPLICATE
+from ._bridge import PLACEMENT_SHARD as SHARD
+from ._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from .mesh import TENSOR, Meshes, megatron_state
 from .naming import stored
-from .replaced import follow, given
+from .patches import follow, given
 from .wrappers import is_instance, is_megatron
-
-# Codes of wire::tap_abi::LeafPlace.
-REPLICATE, SHARD, PARTIAL, UNKNOWN, FLAT, HEAD_TAIL = range(6)
 
 # Places of a piece of one dimension.
 _PIECES = (SHARD, HEAD_TAIL)

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ._bridge import ROLE_CONTEXT as CONTEXT
+from ._bridge import ROLE_DATA as DATA
+from ._bridge import ROLE_OTHER as OTHER
+from ._bridge import ROLE_PIPELINE as PIPELINE
+from ._bridge import ROLE_SUPPOSED as SUPPOSED
+from ._bridge import ROLE_TENSOR as TENSOR
 from .faults import Faults
 from .naming import all_in, own, stored
-from .replaced import follow, given
+from .patches import follow, given
 from .wrappers import fsdp2_groups, is_instance
 
 MODULE = "torch.distributed.device_mesh"
-
-# Codes of wire::tap_abi::Role; members of a pipeline axis have different modules, so it is no axis of a tensor.
-DATA, TENSOR, CONTEXT, OTHER, SUPPOSED, PIPELINE = range(6)
 
 # What the names that people give to mesh axes are made of.
 _WORDS = {

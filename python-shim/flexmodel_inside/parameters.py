@@ -24,14 +24,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ._bridge import KIND_GRAD as GRAD
+from ._bridge import KIND_PARAM as PARAM
 from .faults import Faults
 from .layouts import FLAT, MODULE, REPLICATE, SHARD, UNKNOWN, Layouts
 from .mesh import DATA, TENSOR, Axis, Meshes
 from .naming import all_in, authored, own, stored
 from .wrappers import fsdp2_groups, is_instance, wrapper_name
-
-# Codes of wire::hooks::Kind.
-BACKWARD, BACKWARD_PRE, PARAM, GRAD = 2, 3, 4, 5
 
 # A tensor and how it lies along each axis.
 Piece = tuple[torch.Tensor, list[Any]]

@@ -10,6 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from ._bridge import ORDER_BATCH_FIRST as _BATCH_FIRST
+from ._bridge import ORDER_IN_SEQUENCE_FIRST as _IN_SEQUENCE_FIRST
+from ._bridge import ORDER_MIXED as _MIXED
+from ._bridge import ORDER_RECURRENT as _RECURRENT
+from ._bridge import ORDER_SEQUENCE_FIRST as _SEQUENCE_FIRST
+from ._bridge import ORDER_TURNED as _TURNED
+from ._bridge import ORDER_UNSTATED as UNSTATED
 from .naming import all_in, held_by, own
 
 
@@ -47,10 +54,6 @@ def fsdp2_groups(module: nn.Module) -> list[Any]:
     state = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
-
-
-# Codes of wire::tap_abi::Order.
-UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED, _TURNED = range(7)
 
 
 def _batch_first(module: nn.Module) -> bool | None:

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flexmodel_run::{Options, Run, Store};
 use libfuzzer_sys::arbitrary::{self, Arbitrary, Result, Unstructured};
 use tokio::runtime::{Builder, Runtime};
 use wire::{
@@ -22,11 +23,7 @@ use wire::{
     slab::SlabWriter,
 };
 
-use crate::{
-    read::Run,
-    server::{Server, attach, board::Board},
-    store::{Options, Store},
-};
+use crate::server::{Server, attach, board::Board};
 
 /// A bound for hangs.
 const HANG: Duration = Duration::from_secs(30);
@@ -324,7 +321,7 @@ impl Other {
             Lie::Shape(shape) => meta.shape = shape,
             Lie::Axes { index, size, place } => {
                 let place = match place % 5 {
-                    0 => Place::Shard { dim: 0, offset: None },
+                    0 => Place::Shard { dim: 0 },
                     1 => Place::Replicate,
                     2 => Place::Flat { shape: vec![index.into(), size.into()] },
                     3 => Place::HeadTail { dim: 0 },

@@ -5,13 +5,12 @@
 
 use std::{fmt, marker::PhantomData};
 
+use flexmodel_run::names::{MAX_NAME_BYTES, MAX_NAMES};
 use serde::{
     Deserialize, Deserializer,
     de::{SeqAccess, Visitor},
 };
 use wire::control::{FromRank, ModuleInfo};
-
-use crate::store::names::{MAX_NAME_BYTES, MAX_NAMES};
 
 /// What a rank says, as the agent takes it in.
 pub type Heard = FromRank<Listed<ModuleInfo>, Listed<String>>;

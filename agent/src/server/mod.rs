@@ -27,7 +27,7 @@
 //! own it has, for each slab, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
 //! unfinished tensors; for each connection a message that has not come in full (64 KiB, and 16 MiB of longer ones for all
 //! connections together); what [`board`] lists of modules, whose names are shared and bounded
-//! ([`names`](crate::store::names), [`owners`](crate::store::owners)); the [`store`](crate::store)'s and the
+//! ([`names`](flexmodel_run::names), [`owners`](flexmodel_run::owners)); the [`store`](flexmodel_run::write)'s and the
 //! [`dashboard`](crate::live)'s bounded tables. Together that stays below 64 MiB beside the slabs for a node of ordinary
 //! size, and below 256 MiB whatever a job does.
 
@@ -49,13 +49,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flexmodel_run::{
+    format::Origin,
+    write::{Store, account},
+};
 use tokio::sync::Semaphore;
 use wire::slab::SlabReader;
 
 use crate::{
     descriptors::Shares,
     newcomers::{Newcomer, Newcomers},
-    store::{Store, account, format::Origin},
 };
 use board::Board;
 use ranks::Ranks;

@@ -251,7 +251,7 @@ impl Rank {
         record.rank = self.rank;
         record.dp_size = self.world;
         if self.world > 1 {
-            let place = Place::Shard { dim: 0, offset: None };
+            let place = Place::Shard { dim: 0 };
             record.axes = vec![Axis { name: "dp".into(), index: self.rank, size: self.world, place, given: None }];
         }
         self.ship_record(&record, &bytes_of(&record));

@@ -6,8 +6,8 @@ use std::{
 };
 
 use wire::{
+    codes::Order,
     hooks::{Hook, Kind, Reduce},
-    tap_abi::Order,
 };
 
 use crate::{clock::Calls, layout::MeshAxis, plan::HookPlan};

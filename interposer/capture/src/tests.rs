@@ -6,12 +6,12 @@ use std::{
 };
 
 use wire::{
+    codes::{Refusal, Role},
     control::{Answer, FromAgent, Question, ToAgent, encode},
     counts::Counts,
     env::{MIN_SLAB_BYTES, OnFull},
     record::RecordMeta,
     slab::{Fetched, SlabReader},
-    tap_abi::{Refusal, Role},
 };
 
 use super::*;

@@ -9,9 +9,10 @@ mod tests;
 use std::sync::Arc;
 
 use wire::{
+    codes::{EditOp, Role},
     control::ToAgent,
     hooks::{Edit, Kind},
-    tap_abi::{Call, Firing, LeafEdit, Rank, Role},
+    tap_abi::{Call, Firing, LeafEdit, Rank},
 };
 
 use crate::{
@@ -21,13 +22,6 @@ use crate::{
     taps::TapRegistry,
 };
 use select::Findings;
-
-/// Kinds for which a tap fires before the forward.
-const BEFORE: u32 = 1 << Kind::ForwardPre as u32 | 1 << Kind::Backward as u32;
-/// Kinds of parameters; the others are of modules.
-const OF_PARAMETERS: u32 = 1 << Kind::Param as u32 | 1 << Kind::Grad as u32;
-/// Kinds that are captured by gradient hooks.
-const GRADIENTS: u32 = 1 << Kind::Backward as u32 | 1 << Kind::BackwardPre as u32;
 
 /// Who hears what the engine has found out: the user, and the agent.
 pub trait Reports: Send + Sync {
@@ -147,8 +141,12 @@ impl Engine {
     /// What a tap that fires has to do; `None`: nothing.
     pub fn triggered(&mut self, number: u32, firing: &Firing) -> Option<Call> {
         let (tap, model) = self.taps.in_force(number)?;
-        let fired =
-            Fired { tap: number, paired: tap.kinds & BEFORE != 0, wants_gradients: tap.kinds & GRADIENTS != 0, firing };
+        let fired = Fired {
+            tap: number,
+            paired: tap.kinds & Kind::BEFORE != 0,
+            wants_gradients: tap.kinds & Kind::GRADIENTS != 0,
+            firing,
+        };
         let placed = self.clock.place(tap.model, &mut tap.calls, fired);
         // A replay nobody waits for repeats the edits of its forward, which ran in this step.
         let step = placed.map_or(self.clock.step(), |call| call.step);
@@ -161,8 +159,8 @@ impl Engine {
         edit &= possible;
         capture &= possible;
         if firing.replay {
-            capture &= if placed.is_some() { GRADIENTS } else { 0 };
-            edit &= if placed.is_some() { !0 } else { !GRADIENTS };
+            capture &= if placed.is_some() { Kind::GRADIENTS } else { 0 };
+            edit &= if placed.is_some() { !0 } else { !Kind::GRADIENTS };
         }
         let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
         let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Supposed));
@@ -171,14 +169,14 @@ impl Engine {
 
     /// How a leaf is edited: all edits on it multiply.
     pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
-        let mut out = LeafEdit { op: 0, factor: 1.0 };
+        let mut out = LeafEdit { op: EditOp::Keep, factor: 1.0 };
         let Some((tap, _)) = self.taps.get(call.tap) else { return out };
         for clause in tap.for_leaf(call.step, kind, path) {
             match &clause.edit {
-                Some(Edit::Zero) => out.op = 2,
+                Some(Edit::Zero) => out.op = EditOp::Zero,
                 Some(Edit::Scale(x)) => {
                     out.factor *= x;
-                    out.op = out.op.max(1);
+                    out.op = out.op.max(EditOp::Scale);
                 }
                 _ => {}
             }
@@ -189,8 +187,8 @@ impl Engine {
 
 /// Kinds that can be captured where a tap fires.
 fn possible(firing: &Firing) -> u32 {
-    let phase = if firing.pre { BEFORE } else { !BEFORE };
+    let phase = if firing.pre { Kind::BEFORE } else { !Kind::BEFORE };
     // What was begun elsewhere is said to be missing.
     let phase = if firing.split { phase | Kind::Backward.bit() } else { phase };
-    if firing.grad_enabled { phase } else { phase & !GRADIENTS }
+    if firing.grad_enabled { phase } else { phase & !Kind::GRADIENTS }
 }

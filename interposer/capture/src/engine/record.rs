@@ -1,14 +1,15 @@
 //! What a captured leaf is: its record, and how it lies over the ranks.
 
 use wire::{
+    codes::{Code, Refusal},
     dtype::DType,
     hooks::{Assemble, Kind, Reduce},
     loss_scale::LossScale,
     record::{MICRO, RecordMeta},
-    tap_abi::{Call, Refusal, Str, TensorDesc},
+    tap_abi::{Call, Str, TensorDesc},
 };
 
-use super::{Engine, GRADIENTS, OF_PARAMETERS};
+use super::Engine;
 use crate::{
     layout::{self, Known, Leaf},
     transport::Captured,
@@ -35,7 +36,10 @@ impl Engine {
         let sizes = unsafe { std::slice::from_raw_parts(tensor.sizes, tensor.ndim as usize) };
         let shape: Vec<u64> = sizes.iter().map(|&n| n.max(0) as u64).collect();
         let own = DType::from_code(tensor.dtype);
-        let refusal = if own.is_none() && tensor.refusal == Refusal::None { Refusal::Dtype } else { tensor.refusal };
+        let refusal = match Refusal::from_code(tensor.refusal).unwrap_or(Refusal::Subclass) {
+            Refusal::None if own.is_none() => Refusal::Dtype,
+            refusal => refusal,
+        };
         let own = own.unwrap_or(DType::UInt8);
         let dtype = clause.options.dtype.unwrap_or(own);
         let input = self.clock.input(tap.model, call.pass);
@@ -55,7 +59,7 @@ impl Engine {
         let leaf = Leaf { shape: &shape, module: &tap.name, path };
         let axes = match &clause.options.ranks {
             // Torch says all of a parameter; nothing about it is inferred from a batch.
-            _ if kind.bit() & OF_PARAMETERS != 0 => from_torch,
+            _ if kind.bit() & Kind::OF_PARAMETERS != 0 => from_torch,
             None => layout::infer(leaf, known, clause.options.shard.as_ref(), &model.mesh, from_torch),
             Some(ranks) => {
                 layout::of_some(leaf, known, clause.options.shard.as_ref(), (&model.mesh, from_torch), self.rank, ranks)
@@ -75,14 +79,13 @@ impl Engine {
             call: call.call,
             repeat,
             train: call.train,
-            recompute: false,
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,
             rank: self.rank.rank,
             axes,
             dp_size: layout::data_size(&model.mesh),
-            loss_scale: LossScale(if kind.bit() & GRADIENTS != 0 { self.loss_scale } else { 1.0 }),
+            loss_scale: LossScale(if kind.bit() & Kind::GRADIENTS != 0 { self.loss_scale } else { 1.0 }),
             same: None,
             time_ns: self.process.now_ns(),
             refused: refusal.reason().to_owned(),

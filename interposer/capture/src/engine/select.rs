@@ -3,12 +3,13 @@
 use std::collections::{HashMap, HashSet};
 
 use wire::{
+    codes::{Code, Order},
     control::{ModuleInfo, ToAgent},
-    hooks::nearest,
-    tap_abi::{ModelDesc, Order, Rank, Selected},
+    hooks::{Kind, nearest},
+    tap_abi::{ModelDesc, Rank, Selected},
 };
 
-use super::{Engine, OF_PARAMETERS};
+use super::Engine;
 use crate::{layout, plan::HookPlan, taps::Target};
 
 /// What was found of a plan's clauses, so that each thing is said once.
@@ -55,13 +56,13 @@ impl Findings {
         modules: &HashMap<&str, Vec<usize>>,
     ) -> Vec<usize> {
         let subject = Subject { name, class: "", qualified: "" };
-        let own = self.matching(plan, rank, subject, OF_PARAMETERS);
+        let own = self.matching(plan, rank, subject, Kind::OF_PARAMETERS);
         let holders = name.match_indices('.').map(|(at, _)| name.get(..at).unwrap_or_default()).chain([""]);
         let mut out: Vec<usize> =
             holders.filter_map(|holder| modules.get(holder)).flatten().copied().chain(own).collect();
         out.sort_unstable();
         out.dedup();
-        out.retain(|&index| plan.kinds(&[index]) & OF_PARAMETERS != 0);
+        out.retain(|&index| plan.kinds(&[index]) & Kind::OF_PARAMETERS != 0);
         out
     }
 }
@@ -94,11 +95,11 @@ impl Engine {
                     (*desc.names.add(i)).get(),
                     (*desc.classes.add(i)).get(),
                     (*desc.qualified.add(i)).get(),
-                    Order::from_code(*desc.orders.add(i)),
+                    Order::from_code(*desc.orders.add(i)).unwrap_or_default(),
                 )
             };
             let clauses = self.findings.matching(&plan, rank.rank, Subject { name, class, qualified }, !0);
-            let kinds = plan.kinds(&clauses) & !OF_PARAMETERS;
+            let kinds = plan.kinds(&clauses) & !Kind::OF_PARAMETERS;
             let edited = plan.some(&clauses).filter(|clause| clause.edit.is_some());
             let edits = edited.fold(0, |mask, clause| mask | clause.kind_mask());
             selected.insert(name, clauses.clone());
@@ -115,7 +116,7 @@ impl Engine {
             // SAFETY: i < parameter_count; the string lives through the call (caller).
             let name = unsafe { (*desc.parameters.add(i)).get() };
             let clauses = self.findings.of_parameter(&plan, rank.rank, name, &selected);
-            let kinds = plan.kinds(&clauses) & OF_PARAMETERS;
+            let kinds = plan.kinds(&clauses) & Kind::OF_PARAMETERS;
             if kinds != 0 {
                 self.say_disagreement(&plan, &clauses, name);
                 let target = Target { model: desc.serial, name, class: "Parameter", order: Order::Unstated };

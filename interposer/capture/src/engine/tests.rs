@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use wire::{
+    codes::Refusal,
     record::{Axis, Place, RecordMeta},
-    tap_abi::{Refusal, Str},
+    tap_abi::Str,
 };
 
 use super::*;
@@ -140,12 +141,12 @@ fn edits_multiply_and_zero_wins() {
     let mut w = engine("a|scale(2); a@steps=0..0|scale(3); b|scale(5); b|zero");
     let taps = w.taps(&Model::of(1, &["", "a", "b"]));
     let first: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&first[0], Kind::Forward, "out"), LeafEdit { op: 1, factor: 6.0 });
-    assert_eq!(w.engine.edit(&first[1], Kind::Forward, "out").op, 2);
+    assert_eq!(w.engine.edit(&first[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 6.0 });
+    assert_eq!(w.engine.edit(&first[1], Kind::Forward, "out").op, EditOp::Zero);
     w.engine.stepped();
     let second: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&second[0], Kind::Forward, "out"), LeafEdit { op: 1, factor: 2.0 });
-    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre, "in[0]").op, 0);
+    assert_eq!(w.engine.edit(&second[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 2.0 });
+    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre, "in[0]").op, EditOp::Keep);
 }
 
 #[test]
@@ -172,7 +173,7 @@ fn a_record_says_where_it_is_of() {
     w.pass(1, &taps, &training());
     let call = w.calls(1, &taps, &training())[0].unwrap();
     let forward = w.record(&call, Kind::Forward, "out").unwrap();
-    let place = Place::Shard { dim: 0, offset: None };
+    let place = Place::Shard { dim: 0 };
     let axis = Axis { name: "dp".into(), index: 1, size: 2, place, given: None };
     assert_eq!((forward.module.as_str(), forward.class.as_str(), forward.path.as_str()), ("a", "Linear", "out"));
     assert_eq!((forward.step, forward.micro, forward.call, forward.rank), (1, 1, 0, 1));
@@ -219,7 +220,7 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     let begun = w.calls(1, &old, &Firing { pre: true, ..training() })[0].unwrap();
     w.engine.replace_plan(HookPlan::parse(1, "b@every=2,group=new").unwrap());
     assert_eq!(w.pass(1, &old, &training()), [0, 0], "old taps begin nothing");
-    assert_eq!(w.engine.edit(&begun, Kind::Backward, "in[0]").op, 0);
+    assert_eq!(w.engine.edit(&begun, Kind::Backward, "in[0]").op, EditOp::Keep);
     let gradient = w.record(&begun, Kind::Backward, "in[0]").unwrap();
     assert_eq!((gradient.module.as_str(), gradient.group.as_str()), ("a", ""), "as its own plan says");
     let new = w.taps(&model);

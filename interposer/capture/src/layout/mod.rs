@@ -5,9 +5,10 @@
 //! whole when all ranks turn out to hold the same bytes.
 
 use wire::{
+    codes::{Code, Order, Placement, Role},
     hooks::{Kind, ShardHint},
     record::{Axis, MICRO, Place},
-    tap_abi::{LeafPlace, ModelDesc, Order, Rank, Role, TensorDesc},
+    tap_abi::{ModelDesc, Rank, TensorDesc},
 };
 
 /// The name of the axes over which the batch lies, taken together.
@@ -65,7 +66,12 @@ pub unsafe fn mesh_of(desc: &ModelDesc<'_>) -> Vec<MeshAxis> {
             let axis = &*desc.mesh.add(i);
             (axis, axis.name.get())
         };
-        MeshAxis { name: name.to_owned(), index: axis.index, size: axis.size, role: axis.role }
+        MeshAxis {
+            name: name.to_owned(),
+            index: axis.index,
+            size: axis.size,
+            role: Role::from_code(axis.role).unwrap_or_default(),
+        }
     };
     (0..desc.axis_count).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
 }
@@ -81,14 +87,15 @@ pub unsafe fn from_torch(tensor: &TensorDesc<'_>) -> Vec<Axis> {
             let axis = &*tensor.axes.add(i);
             (axis, axis.name.get())
         };
-        let place = match axis.place {
-            LeafPlace::Replicate => Place::Replicate,
-            LeafPlace::Shard => shard(axis.dim),
-            LeafPlace::Partial => Place::Partial,
-            LeafPlace::HeadTail => Place::HeadTail { dim: axis.dim },
-            LeafPlace::Unknown => Place::Unknown,
+        let place = match Placement::from_code(axis.placement).unwrap_or_default() {
+            Placement::Replicate => Place::Replicate,
+            Placement::Shard => shard(axis.dim),
+            Placement::ReplicateOrShard => Place::ReplicateOrShard { dim: axis.dim },
+            Placement::Partial => Place::Partial,
+            Placement::HeadTail => Place::HeadTail { dim: axis.dim },
+            Placement::Unknown => Place::Unknown,
             // SAFETY: `dim` sizes, which live as long as the description.
-            LeafPlace::Flat => unsafe {
+            Placement::Flat => unsafe {
                 Place::Flat { shape: std::slice::from_raw_parts(axis.sizes, axis.dim as usize).to_vec() }
             },
         };
@@ -187,7 +194,7 @@ fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
         Role::Data | Role::Supposed => place(leaf.shape, leaf.path, known),
         Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
         // The pieces of a sequence may be in any order.
-        Role::Context | Role::Other => Place::Unknown,
+        Role::Context | Role::Other | Role::Pipeline => Place::Unknown,
     }
 }
 
@@ -215,7 +222,7 @@ const PACKED: [&str; 4] = [".data", ".batch_sizes", ".sorted_indices", ".unsorte
 fn hinted(ndim: usize, dim: i32) -> Place {
     let dim = if dim < 0 { dim + ndim as i32 } else { dim };
     match u32::try_from(dim) {
-        Ok(dim) if (dim as usize) < ndim => Place::Shard { dim, offset: None },
+        Ok(dim) if (dim as usize) < ndim => Place::Shard { dim },
         _ => Place::Unknown,
     }
 }
@@ -269,7 +276,7 @@ fn by_order(shape: &[u64], path: &str, known: Known) -> Place {
 }
 
 fn shard(dim: u32) -> Place {
-    Place::Shard { dim, offset: None }
+    Place::Shard { dim }
 }
 
 /// A module that was given `[length, batch, ...]`.

@@ -3,8 +3,9 @@
 use std::ffi::c_void;
 
 use wire::{
+    codes::{CopyState, Refusal},
     dtype::DType,
-    tap_abi::{BridgeTable, Copied, Move, Refusal, TAP_ABI, TensorDesc},
+    tap_abi::{BridgeTable, Copied, Move, TAP_ABI, TensorDesc},
 };
 
 /// A tensor of the CPU that the stand-in for the bridge can read.
@@ -27,7 +28,7 @@ impl Tensor {
             ndim: sizes.len() as u32,
             dtype: DType::Float32 as u8,
             on_device: false,
-            refusal,
+            refusal: refusal as u8,
             axes: std::ptr::null(),
             axis_count: 0,
         }
@@ -62,7 +63,7 @@ unsafe extern "C" fn copy(handle: *const c_void, _: bool, _: u8, first: u64, cou
     let floats = &tensor.floats[from..to];
     // SAFETY: the caller has reserved room for them.
     unsafe { std::ptr::copy_nonoverlapping(floats.as_ptr().cast(), dst, size_of_val(floats)) };
-    Copied { code: if tensor.fails { 2 } else { 0 }, ticket: std::ptr::null_mut() }
+    Copied { state: if tensor.fails { CopyState::Failed } else { CopyState::Done }, ticket: std::ptr::null_mut() }
 }
 
 unsafe extern "C" fn wait(_: *mut c_void) -> bool {

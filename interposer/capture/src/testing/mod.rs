@@ -12,10 +12,11 @@ use std::{
 };
 
 use wire::{
+    codes::Role,
     control::{CONTROL_VERSION, Hello, ToAgent},
     env::OnFull,
     hooks::Kind,
-    tap_abi::{Firing, MeshAxis, ModelDesc, Rank, Role, Selected, Str},
+    tap_abi::{Firing, MeshAxis, ModelDesc, Rank, Selected, Str},
 };
 
 use crate::{engine::Reports, process::Process, switch::Switch};
@@ -144,7 +145,7 @@ impl Model {
             name: Str::new(name),
             index,
             size,
-            role,
+            role: role as u8,
         };
         let mesh: Vec<MeshAxis<'_>> = self.mesh.iter().map(axis).collect();
         let orders = vec![0; names.len()];

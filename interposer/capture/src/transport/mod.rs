@@ -43,6 +43,7 @@ use std::{
 };
 
 use wire::{
+    codes::CopyState,
     control::{Hello, ToAgent},
     counts::Counts,
     record::{Axis, Place, RecordMeta},
@@ -212,13 +213,13 @@ impl Transport {
         // SAFETY: the handle is the tensor of the tap that is firing, or is staged; the slot holds elements * item bytes.
         let copied =
             unsafe { (self.bridge.copy)(tensor.handle, tensor.staged, dtype, first, elements, slot.payload()) };
-        match copied.code {
-            0 => slot.commit(),
-            1 => {
+        match copied.state {
+            CopyState::Done => slot.commit(),
+            CopyState::Pending => {
                 self.copies.finish_later(copied.ticket, slot, record.clone());
                 self.device_copied(&record.map);
             }
-            _ => record.lose(),
+            CopyState::Failed => record.lose(),
         }
     }
 
