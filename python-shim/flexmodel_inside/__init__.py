@@ -12,7 +12,6 @@
 | `mesh.py` | the axes along which a job distributes a model |
 | `layouts.py` | how a tensor lies along them |
 | `orders.py` | where modules say that the batch is |
-| `kinds.py` | the codes of kinds of taps |
 | `tapping.py` | puts taps on modules |
 | `hooks.py` | our hooks on modules, and who must not see them |
 | `parameters.py` | the pieces of parameters and gradients that this process holds, and their taps |
@@ -32,6 +31,7 @@ undoes what we replaced; the job goes on.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from . import imports, patches
@@ -41,8 +41,10 @@ from .faults import reason
 def start(bridge: Any) -> None:
     """Wait for `torch.nn` and `torch.optim`, then watch for models.
 
-    `bridge` is the module that `cxx-bridge/cpp/module.cc` makes.
+    `bridge` is the module that `cxx-bridge/cpp/module.cc` makes. It is imported as `flexmodel_inside._bridge`,
+    and has the codes that we share with Rust (`wire/src/codes.rs`) as constants.
     """
+    sys.modules[bridge.__name__] = bridge
 
     def watch() -> None:
         from .discovery import Discovery

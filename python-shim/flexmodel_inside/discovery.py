@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from . import guarded, hooks, imports, patches
+from ._bridge import KIND_PARAM
 from .communicators import Communicators
 from .faults import Faults
 from .frameworks import Frameworks, Job, ModelFacts, Stage
-from .kinds import PARAM
 from .layouts import Layouts
 from .mesh import ASSUMED, PIPELINE, Axis, Meshes, assumed
 from .module_registry import ModuleRegistry
@@ -75,7 +75,7 @@ class Discovery:
         hooks.keep_from_copies(guard)
         patches.also_undo(lambda: hooks.drop_all(self._registry.modules()))
         atexit.register(guarded(bridge, self._finish))
-        bridge.take_with(guarded(bridge, lambda serial: self._parameter_taps.take(serial, PARAM)))
+        bridge.take_with(guarded(bridge, lambda serial: self._parameter_taps.take(serial, KIND_PARAM)))
         bridge.describe_with(guard(self._layouts.describe, "how a tensor lies"))
         self._frameworks.watch(imports.when_imported, functools.partial(guarded, bridge))
         self._arm()

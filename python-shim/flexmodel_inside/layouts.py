@@ -8,13 +8,16 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._bridge import PLACEMENT_FLAT as FLAT  # noqa: F401
+from ._bridge import PLACEMENT_HEAD_TAIL as HEAD_TAIL
+from ._bridge import PLACEMENT_PARTIAL as PARTIAL  # noqa: F401
+from ._bridge import PLACEMENT_REPLICATE as REPLICATE  # noqa: F401
+from ._bridge import PLACEMENT_SHARD as SHARD
+from ._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from .naming import is_instance
 
 if TYPE_CHECKING:
     from .frameworks import Frameworks
-
-# Codes of wire::tap_abi::LeafPlace.
-REPLICATE, SHARD, PARTIAL, UNKNOWN, FLAT, HEAD_TAIL = range(6)
 
 # Places of a piece of one dimension.
 _PIECES = (SHARD, HEAD_TAIL)

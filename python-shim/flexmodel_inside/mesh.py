@@ -6,8 +6,12 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-# Codes of wire::tap_abi::Role; members of a pipeline axis have different modules, so it is no axis of a tensor.
-DATA, TENSOR, CONTEXT, OTHER, ASSUMED, PIPELINE = range(6)
+from ._bridge import ROLE_CONTEXT as CONTEXT
+from ._bridge import ROLE_DATA as DATA
+from ._bridge import ROLE_OTHER as OTHER
+from ._bridge import ROLE_PIPELINE as PIPELINE
+from ._bridge import ROLE_SUPPOSED as ASSUMED
+from ._bridge import ROLE_TENSOR as TENSOR
 
 # What the names that people give to mesh axes are made of.
 _WORDS = {

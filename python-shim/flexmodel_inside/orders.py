@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from ._bridge import ORDER_BATCH_FIRST as _BATCH_FIRST
+from ._bridge import ORDER_IN_SEQUENCE_FIRST as _IN_SEQUENCE_FIRST
+from ._bridge import ORDER_MIXED as _MIXED
+from ._bridge import ORDER_RECURRENT as _RECURRENT
+from ._bridge import ORDER_SEQUENCE_FIRST as _SEQUENCE_FIRST
+from ._bridge import ORDER_TURNED as TURNED  # noqa: F401
+from ._bridge import ORDER_UNSTATED as UNSTATED
 from .naming import held_by, own
-
-# Codes of wire::tap_abi::Order.
-UNSTATED, _SEQUENCE_FIRST, _IN_SEQUENCE_FIRST, _BATCH_FIRST, _RECURRENT, _MIXED, TURNED = range(7)
 
 
 def orders(names: list[tuple[str, nn.Module]]) -> list[int]:

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import steps
+from ._bridge import KIND_GRAD, KIND_PARAM, KINDS_OF_PARAMETERS
 from .faults import Faults
-from .kinds import GRAD, PARAM
 from .layouts import FLAT, REPLICATE, UNKNOWN, Layouts
 from .mesh import DATA, Axis
 from .naming import stored
@@ -79,7 +79,7 @@ class Parameters:
             piece = frameworks.decided("read", parameter, kind, model)
             if piece is not NotImplemented:
                 return piece
-            value = parameter if kind == PARAM else parameter.grad
+            value = parameter if kind == KIND_PARAM else parameter.grad
             return None if value is None else self._described(value, parameter, model)
 
         def is_in(held: Set[int]) -> bool:
@@ -114,7 +114,7 @@ class ParameterTaps:
 
     def are_wanted(self) -> bool:
         """Whether any hook is for parameters or their gradients."""
-        return bool(self._bridge.wants(1 << PARAM | 1 << GRAD))
+        return bool(self._bridge.wants(KINDS_OF_PARAMETERS))
 
     def put(self, serial: int, taps: dict[int, tuple[str, Parameter]]) -> None:
         """A model's taps from now on."""
@@ -156,5 +156,5 @@ class ParameterTaps:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for serial in self._taps:
-            self.take(serial, PARAM, held)
-            self.take(serial, GRAD, held)
+            self.take(serial, KIND_PARAM, held)
+            self.take(serial, KIND_GRAD, held)

@@ -93,7 +93,7 @@ def folders(target: pathlib.Path, inputs: list[str], mutations: int) -> Iterator
         kept.mkdir(), found.mkdir()
         files = [name for name in inputs if not pathlib.Path(name).is_dir()]
         own = [] if mutations == 0 else [f"-runs={mutations}", str(found)]
-        argv = [str(target), "-max_len=16384", "-timeout=60", *own, *(files or inputs)]
+        argv = [str(target), "-max_len=16384", "-timeout=60", f"-artifact_prefix={found}/", *own, *(files or inputs)]
         done = subprocess.run(argv, env=os.environ | {"FLEXMODEL_FUZZ_KEEP": str(kept)}, capture_output=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(argv)} failed:\n{done.stderr.decode(errors='replace')[-3000:]}")

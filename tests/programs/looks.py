@@ -15,8 +15,18 @@ def select(serial, entries, *_about) -> tuple[list, list]:
     return [], []
 
 
+class Codes(types.ModuleType):
+    """Stands for the bridge's module, which has codes as constants."""
+
+    def __getattr__(self, name: str) -> int:
+        if not name.isupper():
+            raise AttributeError(name)
+        return self.__dict__.setdefault(name, len(self.__dict__))
+
+
 def watch(home: str) -> None:
     sys.path.insert(0, home)
+    sys.modules["flexmodel_inside._bridge"] = Codes("flexmodel_inside._bridge")
     from flexmodel_inside.discovery import Discovery
 
     def nothing(*_about) -> None:

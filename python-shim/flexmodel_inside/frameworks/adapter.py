@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from ..kinds import BACKWARD, BACKWARD_PRE
+from .._bridge import KINDS_GRADIENTS
 
 if TYPE_CHECKING:
     from ..caches import Caches
@@ -59,7 +59,7 @@ class Job:
 
     def wants_gradients(self) -> bool:
         """Whether gradients of activations are to be captured at all."""
-        return bool(self.bridge.wants(1 << BACKWARD | 1 << BACKWARD_PRE))
+        return bool(self.bridge.wants(KINDS_GRADIENTS))
 
     def loss_scale(self, scale: float) -> None:
         """From now on gradients are those of the job's loss times `scale`."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kinds import GRAD, PARAM
+from .._bridge import KIND_GRAD, KIND_PARAM
 from ..mesh import DATA
 from ..naming import is_instance
 from ..parameters import Piece, flat_placement
@@ -65,7 +65,7 @@ class DeepSpeed(Adapter):
     def read(self, parameter: torch.Tensor, kind: int, model: ModelFacts) -> Piece | None:
         if hasattr(parameter, "ds_tensor"):
             return self._read_zero_3(parameter, kind, model)
-        flats = self.held_as(parameter, model) if kind == GRAD else None
+        flats = self.held_as(parameter, model) if kind == KIND_GRAD else None
         if flats is None:
             return NotImplemented
         gradient = next((flat.grad for flat in flats if flat.grad is not None), None)
@@ -85,7 +85,7 @@ class DeepSpeed(Adapter):
         own_part, placed = parameter.ds_tensor, [flat_placement(axis, tuple(parameter.ds_shape))]
         # The last partitions are padded.
         length = max(0, min(own_part.ds_numel, parameter.ds_numel - axis.index * own_part.ds_numel))
-        if kind == PARAM:
+        if kind == KIND_PARAM:
             return own_part.detach().reshape(-1)[:length], placed
         flats = self.held_as(parameter, model)
         if not flats:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..kinds import PARAM
+from .._bridge import KIND_PARAM
 from ..layouts import REPLICATE
 from ..mesh import DATA, Axis
 from ..naming import authored, is_instance, own
@@ -70,7 +70,7 @@ def _run(where: Any, number: int, outer: list[Axis], inner: Axis) -> Parameter:
         if flat is None:
             return None
         shape, piece = tuple(flat._shapes[number]), flat._shard_param_infos[number]
-        shard = flat._local_shard if kind == PARAM else handle.sharded_grad
+        shard = flat._local_shard if kind == KIND_PARAM else handle.sharded_grad
         if shard is None:
             return None
         start = piece.offset_in_shard if piece.in_shard else 0

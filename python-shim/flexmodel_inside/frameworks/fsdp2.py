@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..kinds import GRAD
+from .._bridge import KIND_GRAD
 from ..mesh import DATA
 from ..naming import authored, is_instance
 from ..parameters import Parameter, Piece
@@ -49,7 +49,7 @@ class Fsdp2(Adapter):
 
         def read(kind: int) -> Piece | None:
             value = sharded()
-            value = value.grad if kind == GRAD and value is not None else value
+            value = value.grad if kind == KIND_GRAD and value is not None else value
             if value is None:
                 return None
             local, axes = self.job.layouts.describe(value) or (value, [])
