@@ -1,9 +1,14 @@
-"""Fixtures of the end-to-end tests. Jobs are expensive: one run serves every test of its module."""
+"""Fixtures of the end-to-end tests. Jobs are expensive: one run serves every test that asks for it, in any process."""
 
+import contextlib
+import fcntl
+import hashlib
+import json
 import pathlib
 import signal
 import sys
 import types
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -35,28 +40,68 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """No fixture hangs for ever."""
+    with harness.bounded():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """No test hangs for ever."""
+    with harness.bounded():
+        return (yield)
+
+
+class Shared:
+    """Outcomes of jobs in a folder that all of pytest's processes see: whoever asks first runs the job."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._known: dict[str, harness.Outcome] = {}
+
+    def once(self, key: Sequence[str], run: Callable[[pathlib.Path], harness.Outcome]) -> harness.Outcome:
+        """What `run` returned, which is given a path where nothing is."""
+        name = hashlib.sha256("\0".join(key).encode(errors="surrogatepass")).hexdigest()[:16]
+        if name not in self._known:
+            folder = self._folder / name
+            with self._alone(name):
+                if not (folder / "outcome.json").exists():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    outcome = run(folder / "x")
+                    (folder / "outcome.json").write_text(json.dumps([outcome.code, outcome.out, outcome.err]))
+                code, out, err = json.loads((folder / "outcome.json").read_text())
+            self._known[name] = harness.Outcome(code, out, err, folder / "x")
+        return self._known[name]
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        self._folder.mkdir(exist_ok=True)
+        with open(self._folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
 @pytest.fixture(scope="session")
-def run_once(tmp_path_factory: pytest.TempPathFactory):
-    """Runs a tapped job the first time it is asked for, and returns the same outcome afterwards."""
-    done: dict[tuple, harness.Outcome] = {}
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """The folder of outcomes of this session."""
+    base = tmp_path_factory.getbasetemp()
+    return Shared((base.parent if hasattr(request.config, "workerinput") else base) / "shared")
+
+
+@pytest.fixture(scope="session")
+def run_once(shared: Shared):
+    """Runs a tapped job the first time that anybody asks for it."""
 
     def once(argv: list[str], hooks: str, *options: str, **env: str) -> harness.Outcome:
-        key = (*argv, hooks, *options, *sorted(env.items()))
-        if key not in done:
-            done[key] = harness.tapped(argv, hooks, tmp_path_factory.mktemp("run") / "x", *options, **env)
-        return done[key]
+        key = ["tapped", *argv, hooks, *options, *(f"{name}={value}" for name, value in sorted(env.items()))]
+        return shared.once(key, lambda out: harness.tapped(argv, hooks, out, *options, **env))
 
     return once
 
 
 @pytest.fixture(scope="session")
-def untapped_once():
+def untapped_once(shared: Shared):
     """The same for jobs without FlexModel."""
-    done: dict[tuple, harness.Outcome] = {}
-
-    def once(argv: list[str]) -> harness.Outcome:
-        if tuple(argv) not in done:
-            done[tuple(argv)] = harness.run(argv).expect(0)
-        return done[tuple(argv)]
-
-    return once
+    return lambda argv: shared.once(["untapped", *argv], lambda _: harness.run(argv)).expect(0)

@@ -1,4 +1,4 @@
-"""Runs programs as people do, tapped and untapped, and never waits for ever."""
+"""Runs programs as people do, tapped and untapped, and never waits for ever: what hangs shows its stacks and fails."""
 
 import contextlib
 import itertools
@@ -26,8 +26,12 @@ FLEXMODEL = str(BIN / "flexmodel")
 TIMEOUT = 150
 """Seconds after which a job counts as hung. Far above what any takes: no test is about durations."""
 
+LONGEST_TEST = 4 * TIMEOUT + 60
+"""Seconds after which a test counts as hung, whatever it waits for. One waits for a compiler, four times as long."""
+
 _TAG = "FLEXMODEL_TEST_JOB"
 _numbers = itertools.count()
+_running: list["Job"] = []
 
 
 @dataclass
@@ -118,9 +122,11 @@ class Job:
             )  # fmt: skip
 
     def __enter__(self) -> "Job":
+        _running.append(self)
         return self
 
     def __exit__(self, *_exc) -> None:
+        _running.remove(self)
         for pid in self.pids():
             _signal(pid, signal.SIGKILL)
         self.process.wait()
@@ -152,11 +158,7 @@ class Job:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            for pid in self.pids():
-                _signal(pid, signal.SIGABRT)  # faulthandler prints the stacks
-            time.sleep(3)
-            text = Outcome(-1, self.out, self.err).text
-            raise AssertionError(f"{' '.join(self.argv)} hung for {timeout} s; stacks follow\n{text}") from None
+            raise AssertionError(f"hung for {timeout} s; stacks follow\n{stacks()}") from None
         return Outcome(code, self.out, self.err)
 
     def wait_for_line(self, start: str, timeout: float = TIMEOUT) -> None:
@@ -164,14 +166,41 @@ class Job:
         wait_until(lambda: any(line.startswith(start) for line in self.out.splitlines()), f"'{start}'", timeout, self)
 
 
+def stacks() -> str:
+    """Ends every job that runs, and returns what each wrote, the stacks of its processes at the end."""
+    for job in _running:
+        for pid in job.pids():
+            _signal(pid, signal.SIGABRT)  # faulthandler prints the stacks
+            _signal(pid, signal.SIGCONT)  # also of those that a test has stopped
+    time.sleep(3)
+    return "\n".join(f"=== {' '.join(job.argv)}\n{Outcome(-1, job.out, job.err).text}" for job in _running)
+
+
+@contextlib.contextmanager
+def bounded(seconds: int = LONGEST_TEST) -> Iterator[None]:
+    """Fails what takes longer, with the stacks of the jobs that run."""
+
+    def hung(_number, _frame) -> None:
+        raise AssertionError(f"hung for {seconds} s; stacks follow\n{stacks()}")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def wait_until(condition, what: str, timeout: float = TIMEOUT, job: Job | None = None) -> None:
     """Polls until `condition()` holds; a generous bound, for hangs only."""
     deadline = time.monotonic() + timeout
     while not condition():
-        ended = job is not None and job.process.poll() is not None and not condition()
-        if ended or time.monotonic() > deadline:
-            text = Outcome(job.process.poll() or 0, job.out, job.err).text if job else ""
-            raise AssertionError(f"{what} never came{' and the job ended' if ended else ''}\n{text}")
+        if job is not None and job.process.poll() is not None and not condition():
+            text = Outcome(job.process.poll(), job.out, job.err).text
+            raise AssertionError(f"{what} never came and the job ended\n{text}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} never came; stacks follow\n{stacks()}")
         time.sleep(0.05)
 
 

@@ -3,7 +3,7 @@
 | file | does |
 |---|---|
 | `imports.py` | tells when a module of torch has been imported |
-| `replaced.py` | has functions of torch's followed by ours |
+| `patches.py` | everything that we replaced in torch, which can be listed and undone |
 | `faults.py` | what one parameter, module or tensor costs that raises |
 | `family.py` | knows every module from construction on, and which are in no other |
 | `hooks.py` | our hooks on modules, and who must not see them |
@@ -35,7 +35,7 @@ import functools
 import sys
 from typing import Any
 
-from . import imports
+from . import imports, patches
 from .faults import reason
 
 
@@ -67,8 +67,9 @@ def start(bridge: Any) -> None:
     imports.when_imported(["torch.nn.modules.module", "torch.optim.optimizer"], guarded(bridge, watch))
 
 
-def guarded(bridge: Any, function: Any) -> Any:
-    """`function`, so that an exception in it turns taps off instead of reaching the job."""
+def guarded(bridge: Any, function: Any, name: str = "") -> Any:
+    """`function`, so that an exception in it turns taps off instead of reaching the job. `name` says what it was."""
+    name = name or function.__qualname__
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -78,7 +79,8 @@ def guarded(bridge: Any, function: Any) -> Any:
             why = reason(e)
             if why is None:
                 raise
-            bridge.fault(f"{call.__qualname__}: {why}")
+            bridge.fault(f"{name}: {why}")
+            patches.undo()
             return None
 
     return call

@@ -26,6 +26,7 @@ from torch import nn
 
 from . import hooks, imports
 from .naming import own
+from .patches import follow, wrap
 
 _OPERATIONS = ("tap", "gradient", "factors", "scope")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -48,12 +49,12 @@ class Caches:
 
     def watch(self, guarded: Callable[[Any], Any]) -> None:
         """Follow each of them, once it is imported."""
-        for name, follow in (
+        for name, watch in (
             ("torch._dynamo.package", self._follow_packages),
             ("torch._dynamo.aot_compile", self._follow_ahead_of_time),
             ("vllm.envs", self._follow_vllm),
         ):
-            imports.when_imported([name], guarded(lambda follow=follow: follow(guarded)))
+            imports.when_imported([name], guarded(lambda watch=watch: watch(guarded)))
 
     @functools.cached_property
     def _ours(self) -> str:
@@ -73,48 +74,48 @@ class Caches:
     def _follow_packages(self, guarded: Callable[[Any], Any]) -> None:
         """They are looked up by the name of a function, when that is decorated: it may then call models that are yet to
         be made."""
-        package = torch._dynamo.package.CompilePackage
-        original, key = package.source_id_from_fn, guarded(self._key)
+        key = guarded(self._key)
 
-        @functools.wraps(original)
-        def source_id_from_fn(*args: Any, **kwargs: Any) -> str:
-            found, ours = original(*args, **kwargs), key()
-            return found if ours is None else hashlib.sha256(f"{found} {ours}".encode()).hexdigest()
+        def keyed(original: Any) -> Any:
+            def source_id_from_fn(*args: Any, **kwargs: Any) -> str:
+                found, ours = original(*args, **kwargs), key()
+                return found if ours is None else hashlib.sha256(f"{found} {ours}".encode()).hexdigest()
 
-        package.source_id_from_fn = staticmethod(source_id_from_fn)
+            return source_id_from_fn
+
+        wrap(torch._dynamo.package.CompilePackage, "source_id_from_fn", keyed)
 
     def _follow_vllm(self, guarded: Callable[[Any], Any]) -> None:
         """Its keys are digests of its settings, and of the files that torch.compile read."""
         import vllm.envs
 
-        original, key = vllm.envs.compile_factors, guarded(self._key)
+        key = guarded(self._key)
 
-        @functools.wraps(original)
-        def compile_factors(*args: Any, **kwargs: Any) -> Any:
-            factors, ours = original(*args, **kwargs), key()
-            return factors if ours is None else {**factors, "FLEXMODEL": ours}
+        def keyed(original: Any) -> Any:
+            def compile_factors(*args: Any, **kwargs: Any) -> Any:
+                factors, ours = original(*args, **kwargs), key()
+                return factors if ours is None else {**factors, "FLEXMODEL": ours}
 
-        vllm.envs.compile_factors = compile_factors
+            return compile_factors
+
+        wrap(vllm.envs, "compile_factors", keyed)
         self._keyed = True
 
     def _follow_ahead_of_time(self, guarded: Callable[[Any], Any]) -> None:
         """What is saved there is loaded where we are not."""
         ahead = torch._dynamo.aot_compile
-        original, settle, tell = ahead.aot_compile_fullgraph, guarded(self._settle), guarded(self._tell)
-        made = ahead.AOTCompiledFunction.__post_init__
+        settle, tell = guarded(self._settle), guarded(self._tell)
 
-        @functools.wraps(original)
-        def aot_compile_fullgraph(*args: Any, **kwargs: Any) -> Any:
-            settle()
-            with _hidden([] if self._keyed else self._modules()):
-                return original(*args, **kwargs)
+        def hiding(original: Any) -> Any:
+            def aot_compile_fullgraph(*args: Any, **kwargs: Any) -> Any:
+                settle()
+                with _hidden([] if self._keyed else self._modules()):
+                    return original(*args, **kwargs)
 
-        def __post_init__(self: Any) -> None:
-            made(self)
-            tell()
+            return aot_compile_fullgraph
 
-        ahead.aot_compile_fullgraph = aot_compile_fullgraph
-        ahead.AOTCompiledFunction.__post_init__ = __post_init__
+        wrap(ahead, "aot_compile_fullgraph", hiding)
+        follow(ahead.AOTCompiledFunction, "__post_init__", guarded, after=lambda *_: tell())
 
     def _tell(self) -> None:
         if self._bridge.active() and not self._keyed and not self._said:

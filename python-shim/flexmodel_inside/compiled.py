@@ -29,6 +29,7 @@ from ._bridge import KIND_BACKWARD, KIND_BACKWARD_PRE, KIND_FORWARD, KIND_FORWAR
 from ._bridge import REFUSAL_NONE as _READABLE
 from ._bridge import REFUSAL_RAISED as _RAISED
 from .naming import stored
+from .patches import undone
 
 # Keys of our hooks in a module, which its own hooks never have. A module may be the scope of several models.
 TAP_KEY, SCOPE_KEY = -1, -1000
@@ -82,13 +83,19 @@ class Traced:
             return None
         if not torch.compiler.is_compiling():
             return self.hook(*args) if self.hook is not None else None
-        if torch.compiler._is_exporting_flag:
+        if torch.compiler._is_exporting_flag or is_off():
             return None
         return self.trace(*args)
 
     def trace(self, *args: Any) -> Any:
         """What it is in a graph."""
         return None
+
+
+def is_off() -> bool:
+    """Whether taps are off for good. torch.compile takes the answer while it traces: a graph that it has made stays,
+    with taps that do nothing."""
+    return undone()
 
 
 def _nothing() -> Any:

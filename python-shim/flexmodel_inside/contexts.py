@@ -13,7 +13,7 @@ import torch
 
 from .layouts import HEAD_TAIL, SHARD, UNKNOWN, Cut, Layouts
 from .mesh import Meshes
-from .replaced import follow, given
+from .patches import follow, given
 
 MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import hooks
 from .naming import held_by, is_module, own
-from .replaced import follow, given
+from .patches import follow, given, undone
 
 
 class Member:
@@ -76,7 +76,9 @@ class Family:
             self._on_change()
 
     def _is_deaf(self) -> bool:
-        return torch.compiler.is_compiling() or (self.deaf is not None and self.deaf == threading.get_ident())
+        if undone() or torch.compiler.is_compiling():
+            return True
+        return self.deaf is not None and self.deaf == threading.get_ident()
 
     def _restored(self, module: nn.Module) -> None:
         if not _is_whole(module):

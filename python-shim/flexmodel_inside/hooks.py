@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .naming import own
-from .replaced import given
+from .patches import given, replace, undone, wrap
 
 _KINDS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -87,12 +87,20 @@ def drop(module: nn.Module, name: str, key: int) -> None:
         own(module, kind, {}).pop(key, None)
 
 
+def drop_all(modules: Iterable[nn.Module]) -> None:
+    """Takes out every hook of ours."""
+    for module in modules:
+        for name in _KINDS:
+            for key in [key for key, hook in own(module, name, {}).items() if is_ours(hook)]:
+                drop(module, name, key)
+
+
 def keep_from_copies(guard: Callable[..., Any]) -> None:
     """What is pickled or copied of a module is without our hooks, and works where there is no FlexModel.
 
     A class that says by itself how it is copied may take them along: `drop_strays` is for these.
     """
-    nn.Module.__reduce_ex__ = _Reducing(guard(_without_ours))  # type: ignore[method-assign]
+    replace(nn.Module, "__reduce_ex__", _Reducing(guard(_without_ours)))
 
 
 class _Reducing:
@@ -104,6 +112,8 @@ class _Reducing:
 
     def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:
         found = super(nn.Module, owner if instance is None else instance).__reduce_ex__  # type: ignore[arg-type]
+        if undone():
+            return found
         clean = self._clean
 
         @functools.wraps(found)
@@ -143,21 +153,21 @@ def _same(one: object, other: object) -> bool:
 
 def hide_from_jit(guard: Callable[..., Any]) -> None:
     """torch.jit.script compiles a module's hooks with it, and would refuse ours."""
-    recursive = torch.jit._recursive
-    original = recursive.get_hook_stubs
     hide = guard(_others_only)
 
-    @functools.wraps(original)
-    def get_hook_stubs(*args: Any, **kwargs: Any) -> Any:
-        module = given(args, kwargs, 0, "nn_module")
-        hidden = hide(module) or {}
-        try:
-            return original(*args, **kwargs)
-        finally:
-            for name, hooks in hidden.items():
-                object.__setattr__(module, name, hooks)
+    def hiding(original: Any) -> Any:
+        def get_hook_stubs(*args: Any, **kwargs: Any) -> Any:
+            module = given(args, kwargs, 0, "nn_module")
+            hidden = hide(module) or {}
+            try:
+                return original(*args, **kwargs)
+            finally:
+                for name, hooks in hidden.items():
+                    object.__setattr__(module, name, hooks)
 
-    recursive.get_hook_stubs = get_hook_stubs
+        return get_hook_stubs
+
+    wrap(torch.jit._recursive, "get_hook_stubs", hiding)
 
 
 def _others_only(module: Any) -> dict[str, Any]:

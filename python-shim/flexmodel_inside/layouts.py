@@ -17,7 +17,7 @@ from ._bridge import PLACEMENT_SHARD as SHARD
 from ._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from .mesh import TENSOR, Meshes, megatron_state
 from .naming import stored
-from .replaced import follow, given
+from .patches import follow, given
 from .wrappers import is_instance, is_megatron
 
 # Places of a piece of one dimension.

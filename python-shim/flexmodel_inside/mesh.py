@@ -22,7 +22,7 @@ from ._bridge import ROLE_SUPPOSED as SUPPOSED
 from ._bridge import ROLE_TENSOR as TENSOR
 from .faults import Faults
 from .naming import all_in, own, stored
-from .replaced import follow, given
+from .patches import follow, given
 from .wrappers import fsdp2_groups, is_instance
 
 MODULE = "torch.distributed.device_mesh"

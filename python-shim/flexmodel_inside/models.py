@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import alike, compiled, compiler, guarded, hooks, imports, steps
+from . import alike, compiled, compiler, guarded, hooks, imports, patches, steps
 from ._bridge import KINDS_GRADIENTS, KINDS_OF_PARAMETERS
 from .caches import Caches
 from .communicators import Communicators
@@ -43,7 +43,6 @@ from .naming import (
 from .parameters import GRAD, PARAM, Parameter, Parameters
 from .pipelines import MEGATRON, Pipelines
 from .ranks import rank_and_world, sign, started_by_rank, tell_joined
-from .replaced import follow
 from .scaling import DEEPSPEED, GRAD_SCALER, SHARDED, Scaling
 from .wrappers import UNSTATED, orders, wrapper_name
 
@@ -56,8 +55,7 @@ class Models:
         self._faults = Faults(bridge)
         guard = self._faults.guard
         self._family = Family(guard, on_change=self._arm, on_gone=self._forget)
-        self._original = nn.Module.__call__
-        self._ours = self._replacement()
+        self._call = patches.prepare(nn.Module, "__call__", self._replacement())
         self._meshes = Meshes(self._faults)
         self._layouts = Layouts(self._meshes)
         self._pipelines = Pipelines(guard, self._pause, self._family.changed)
@@ -77,11 +75,12 @@ class Models:
     def watch(self) -> None:
         """Start."""
         self._family.watch()
-        stepped, guard = self._bridge.stepped, self._faults.guard
+        guard = self._faults.guard
         hooks.hide_from_jit(guard)
         hooks.keep_from_copies(guard)
         register_optimizer_step_pre_hook(guard(self._before_step, "what an optimizer steps with"))
-        register_optimizer_step_post_hook(guard(lambda optimizer, args, kwargs: stepped()))
+        register_optimizer_step_post_hook(guard(self._after_step, "the step of an optimizer"))
+        patches.also_undo(lambda: hooks.drop_all(self._family.modules()))
         atexit.register(guarded(self._bridge, self._finish))
         self.follow_scaling()
         self._bridge.take_with(guarded(self._bridge, lambda serial: self._take(serial, PARAM)))
@@ -99,7 +98,7 @@ class Models:
         @functools.wraps(original)
         def __call__(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and models._armed and not models._paused:
-                models._disarm(original)
+                models._disarm()
                 models._look_at(args[0] if args and is_module(args[0]) else None)
             return original(*args, **kwargs)
 
@@ -109,12 +108,11 @@ class Models:
         self._armed = self._armed or self._bridge.active()
         # Somebody else may have replaced it (torch.fx does while it traces): then theirs stays, and we look when theirs
         # calls ours, or when the original is back. Ours may be there already: put back by who found it there before.
-        if self._armed and nn.Module.__call__ is self._original:
-            nn.Module.__call__ = self._ours  # type: ignore[method-assign]
+        if self._armed:
+            self._call.put()
 
-    def _disarm(self, original: Any) -> None:
-        if nn.Module.__call__ is self._ours:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+    def _disarm(self) -> None:
+        self._call.restore()
         self._armed = False
 
     def _look(self, called: nn.Module | None) -> None:
@@ -271,6 +269,15 @@ class Models:
             take()
         return given
 
+    def _after_step(self, *_: Any) -> None:
+        self._bridge.stepped()
+        self._undo_if_off()
+
+    def _undo_if_off(self) -> None:
+        """The engine switches taps off by itself too, and nothing of ours is called then."""
+        if not self._bridge.active():
+            patches.undo()
+
     def _take_of(self, optimizer: torch.optim.Optimizer) -> None:
         if not any(self._parameters.values()):
             return
@@ -333,14 +340,16 @@ class Models:
             handler.register_start_callback(begins)
             handler.register_end_callback(ends)
 
-        follow(handler, "clear", self._faults.guard, after=register)
+        patches.follow(handler, "clear", self._faults.guard, after=register)
         register()
         Caches(self._bridge, self._settle, self._family.modules).watch(functools.partial(guarded, self._bridge))
 
     def _settle(self) -> None:
         """Has every hook of ours in place."""
+        if patches.undone():
+            return
         if self._armed:
-            self._disarm(self._original)
+            self._disarm()
             self._look(None)
         if self._uneven:
             self._uneven = False
@@ -355,6 +364,8 @@ class Models:
         self._family.deaf = threading.get_ident()
 
     def _compiled(self, *_args: Any) -> None:
+        # Not before: what torch.compile does wrong with our operations is mended while it makes a graph.
+        self._undo_if_off()
         self._family.deaf = None
 
     def distributed_is_here(self) -> None:

@@ -3,7 +3,6 @@ microbatches a step goes."""
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch import nn
 
 from .mesh import PIPELINE, Axis, Meshes
 from .naming import all_in
-from .replaced import follow, given
+from .patches import follow, given, wrap
 
 TORCH = "torch.distributed.pipelining.stage"
 MEGATRON = "megatron.core.pipeline_parallel.schedules"
@@ -71,18 +70,20 @@ class Pipelines:
                 self._pause_during(cls, "_prepare_forward_infra", on_prepared)
 
     def _pause_during(self, cls: Any, name: str, then: Callable[[Any], None]) -> None:
-        original, pause, then = getattr(cls, name), self._guard(self._pause), self._guard(then)
+        pause, then = self._guard(self._pause), self._guard(then)
 
-        @functools.wraps(original)
-        def prepare(*args: Any, **kwargs: Any) -> Any:
-            pause(True)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                pause(False)
-                then(given(args, kwargs, 0, "self"))
+        def pausing(original: Any) -> Any:
+            def prepare(*args: Any, **kwargs: Any) -> Any:
+                pause(True)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    pause(False)
+                    then(given(args, kwargs, 0, "self"))
 
-        setattr(cls, name, prepare)
+            return prepare
+
+        wrap(cls, name, pausing)
 
     def watch_megatron(self, on_begun: Callable[[Any], None]) -> None:
         """Follow the pipelines of megatron-core. `on_begun` is told a stage before each of its steps."""

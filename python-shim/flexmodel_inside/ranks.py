@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .replaced import follow
+from .patches import follow, replace
 
 # wire::env::RANK_PROCESS.
 _RANK_PROCESS = "FLEXMODEL_RANK_PROCESS"
@@ -67,7 +67,7 @@ def tell_joined(guard: Callable[..., Any], then: Callable[[], object]) -> None:
     follow(first, "init_process_group", guard, after=lambda *_: then())
     for module in others:
         if getattr(module, "init_process_group", None) is original:
-            module.init_process_group = first.init_process_group  # type: ignore[attr-defined]
+            replace(module, "init_process_group", first.init_process_group)
 
 
 def _joined() -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from .patches import follow, given
 from .pipelines import MEGATRON, MEGATRON_PIPELINES, MEGATRON_WHOLE
-from .replaced import follow, given
 
 GRAD_SCALER = "torch.amp.grad_scaler"
 SHARDED = "torch.distributed.fsdp.sharded_grad_scaler"
