@@ -26,8 +26,9 @@ from torch.nn.parameter import is_lazy
 
 from ._bridge import KIND_GRAD as GRAD
 from ._bridge import KIND_PARAM as PARAM
+from ._bridge import PLACEMENT_FLAT as FLAT
 from .faults import Faults
-from .layouts import FLAT, MODULE, REPLICATE, SHARD, UNKNOWN, Layouts
+from .layouts import MODULE, REPLICATE, SHARD, UNKNOWN, Layouts
 from .mesh import DATA, TENSOR, Axis, Meshes
 from .naming import all_in, authored, own, stored
 from .wrappers import fsdp2_groups, is_instance, wrapper_name
