@@ -1,13 +1,20 @@
-//! Writes the C++ half of the cxx bridge to `target/PROFILE/bridge/`, beside the hand-written sources.
+//! Writes the C++ half of the cxx bridge, and the C++ form of what `wire` defines for it, to `target/PROFILE/bridge/`, beside
+//! the hand-written sources.
 //!
 //! It is *not* compiled here: that happens against the user's own torch, by `flexmodel bridge build`, with a C++
 //! compiler alone. That folder plus `libflexmodel_bridge.a` is all it needs.
 
 use std::{env, error::Error, fs, path::Path};
 
+/// What C++ shares with the engine, in the sources of `wire` that define it.
+const SHARED: [&str; 1] = ["codes.rs"];
+/// What of it C++ has a use for.
+const ENUMS: [&str; 6] = ["Kind", "Placement", "Refusal", "Flag", "EditOp", "CopyState"];
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=src/ffi.rs");
     println!("cargo::rerun-if-changed=cpp");
+    println!("cargo::rerun-if-changed=../wire/src");
     let source = fs::read_to_string("src/ffi.rs")?;
     let generated = cxx_gen::generate_header_and_cc(source.parse()?, &cxx_gen::Opt::default())?;
     // OUT_DIR is target/PROFILE/build/CRATE-HASH/out.
@@ -23,6 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(include.join("rust/cxx.h"), cxx_gen::HEADER)?;
     fs::write(include.join("flexmodel/ffi.h"), generated.header)?;
     fs::write(stage.join("ffi.cc"), generated.implementation)?;
+    shared().generate()?.write_to_file(include.join("flexmodel/wire.h"));
     for entry in fs::read_dir("cpp")? {
         let path = entry?.path();
         if path.extension().is_some_and(|e| e == "cc") {
@@ -34,4 +42,24 @@ fn main() -> Result<(), Box<dyn Error>> {
         fs::copy(&path, include.join("flexmodel").join(path.file_name().ok_or("a header without a name")?))?;
     }
     Ok(())
+}
+
+/// The header of what is shared.
+fn shared() -> cbindgen::Builder {
+    let config = cbindgen::Config {
+        language: cbindgen::Language::Cxx,
+        namespace: Some("flexmodel".into()),
+        pragma_once: true,
+        header: Some("// Generated from wire/src by cxx-bridge/build.rs.".into()),
+        no_includes: true,
+        sys_includes: vec!["cstddef".into(), "cstdint".into()],
+        documentation_style: cbindgen::DocumentationStyle::Cxx,
+        line_length: 120,
+        ..cbindgen::Config::default()
+    };
+    let mut builder = cbindgen::Builder::new().with_config(config);
+    for source in SHARED {
+        builder = builder.with_src(Path::new("../wire/src").join(source));
+    }
+    ENUMS.iter().fold(builder, |builder, name| builder.include_item(name))
 }

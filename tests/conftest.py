@@ -7,6 +7,7 @@ import json
 import pathlib
 import signal
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -16,6 +17,17 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 
 import harness
 
+
+class Bridge(types.ModuleType):
+    """Stands for the bridge's module, for tests that import what runs in jobs: every code is a number of its own."""
+
+    def __getattr__(self, name: str) -> int:
+        if not name.isupper():
+            raise AttributeError(name)
+        return self.__dict__.setdefault(name, len(self.__dict__))
+
+
+sys.modules["flexmodel_inside._bridge"] = Bridge("flexmodel_inside._bridge")
 torch.set_num_threads(1)  # as in the jobs: the references are compared bit by bit
 
 

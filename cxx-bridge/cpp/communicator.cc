@@ -27,7 +27,6 @@ class Gloo : public Communicator {
 
   rust::Vec<Words> exchange(rust::Slice<const uint8_t> mine) const override {
     const Unseen unseen;
-    const auto length = static_cast<int64_t>(mine.size());
     std::vector<at::Tensor> first = gather(mine, sizeof(int64_t) + kShort);
     int64_t longest = 0;
     for (const at::Tensor& one : first) longest = std::max(longest, length_of(one));

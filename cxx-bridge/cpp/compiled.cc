@@ -105,10 +105,10 @@ void watch_inputs(Leaves& leaves) {
   guarded_operation([&] {
     Uses uses;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
-      if (!leaves.watches(i, kBackward)) continue;
+      if (!leaves.watches(i, Kind::Backward)) continue;
       const auto is_it = [&](const at::Tensor& earlier) { return earlier.is_same(leaves.tensors[i]); };
       if (std::any_of(leaves.tensors.begin(), leaves.tensors.begin() + static_cast<std::ptrdiff_t>(i), is_it)) {
-        capture(leaves.site(i), kBackward, leaves.paths[i], 0, part_in_graph(leaves.tensors[i]), Refusal::SharedInput);
+        capture(leaves.site(i), Kind::Backward, leaves.paths[i], 0, part_in_graph(leaves.tensors[i]), Refusal::SharedInput);
       } else {
         uses.add(leaves.site(i), leaves.paths[i], leaves.tensors[i], part_in_graph(leaves.tensors[i]).axes);
       }
@@ -131,19 +131,19 @@ PyObject* py_watch_inputs(PyObject*, PyObject* args) {
 void watch_outputs(Leaves& leaves) {
   guarded_operation([&] {
     Uses uses;
-    if ((leaves.kinds & bit(kBackward)) != 0) uses = close();
+    if ((leaves.kinds & bit(Kind::Backward)) != 0) uses = close();
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
       at::Tensor& tensor = leaves.tensors[i];
       const Axes axes = part_in_graph(tensor).axes;
       at::Tensor now = uses.returned(tensor);
       const Site site = leaves.site(i);
-      if (leaves.watches(i, kBackwardPre)) {
-        if ((leaves.edits & bit(kBackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
+      if (leaves.watches(i, Kind::BackwardPre)) {
+        if ((leaves.edits & bit(Kind::BackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
         const at::Tensor& out = now.defined() ? now : tensor;
         if (out.is_leaf()) {
-          capture(site, kBackwardPre, leaves.paths[i], 0, part_in_graph(out), Refusal::Returned);
+          capture(site, Kind::BackwardPre, leaves.paths[i], 0, part_in_graph(out), Refusal::Returned);
         } else {
-          watch_gradient(site, kBackwardPre, leaves.paths[i], out, axes);
+          watch_gradient(site, Kind::BackwardPre, leaves.paths[i], out, axes);
         }
       }
       if (now.defined()) tensor = std::move(now);
@@ -225,13 +225,13 @@ Part part_in_graph(const at::Tensor& tensor, PyObject* like) {
 
 void capture_in_graph(const Site& site, Kind kind, const std::string& path, const Part& part, Refusal because) {
   static const auto handle = operation("flexmodel::gradient").typed<Gradient>();
-  handle.call(part.local, site.traced, site.slot, kind, path, text_of(part.axes), static_cast<int64_t>(because));
+  handle.call(part.local, site.traced, site.slot, code(kind), path, text_of(part.axes), static_cast<int64_t>(because));
 }
 
 at::Tensor edited_in_graph(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor) {
   if ((site.edit & bit(kind)) == 0) return {};
   static const auto handle = operation("flexmodel::factors").typed<Factors>();
-  const at::Tensor by = handle.call(site.traced, kind, path);
+  const at::Tensor by = handle.call(site.traced, code(kind), path);
   const Gil gil;
   if (editor == nullptr) return {};
   const Ref given(THPVariable_Wrap(tensor)), factors(THPVariable_Wrap(by));

@@ -38,7 +38,7 @@ at::Tensor zeroed(const at::Tensor& tensor) {
   const auto options = tensor.options().dtype(at::kBool).requires_grad(false);
   if (!tensor.unsafeGetTensorImpl()->is_python_dispatch()) return at::masked_fill(tensor, at::ones({}, options), 0);
   const Part part = part_of(tensor, false);
-  const auto is_partial = [](const LeafAxis& axis) { return axis.place == kPartial; };
+  const auto is_partial = [](const LeafAxis& axis) { return axis.placement == code(Placement::Partial); };
   if (part.refusal != Refusal::None || std::any_of(part.axes.begin(), part.axes.end(), is_partial)) {
     static std::atomic<bool> told = false;
     if (!told.exchange(true)) notice("'zero' was left out where the ranks hold addends: it would have made them communicate");
@@ -185,18 +185,18 @@ void capture(const Site& site, Kind kind, const std::string& path, uint32_t repe
   const bool readable = part.refusal == Refusal::None || part.refusal == because;
   const c10::IntArrayRef sizes = readable || part.refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
   Leaf leaf{};
-  leaf.dtype = dtype_code(tensor.scalar_type());
-  leaf.refusal = static_cast<uint8_t>(part.refusal == Refusal::None ? because : part.refusal);
-  capture(site.call, static_cast<uint32_t>(kind), view(path), repeat, leaf,
+  leaf.dtype = code_of(tensor.scalar_type());
+  leaf.refusal = code(part.refusal == Refusal::None ? because : part.refusal);
+  capture(site.call, code(kind), view(path), repeat, leaf,
           rust::Slice<const int64_t>(sizes.data(), sizes.size()), part.axes, tensor);
 }
 
 at::Tensor edited(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor) {
   if (site.traced.defined()) return edited_in_graph(site, kind, path, tensor);
   if ((site.edit & bit(kind)) == 0) return {};
-  const LeafEdit edit = flexmodel::edit(site.call, static_cast<uint32_t>(kind), view(path));
-  if (edit.op == 1 && scales(tensor)) return at::mul(tensor, edit.factor);
-  return edit.op == 2 ? zeroed(tensor) : at::Tensor();
+  const LeafEdit edit = flexmodel::edit(site.call, code(kind), view(path));
+  if (edit.op == code(EditOp::Scale) && scales(tensor)) return at::mul(tensor, edit.factor);
+  return edit.op == code(EditOp::Zero) ? zeroed(tensor) : at::Tensor();
 }
 
 at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }

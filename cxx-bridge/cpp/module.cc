@@ -110,38 +110,44 @@ PyObject* py_wants(PyObject*, PyObject* kinds) {
 
 // due(tap, kind) -> bool
 PyObject* py_due(PyObject*, PyObject* args) {
-  unsigned int tap = 0, kind = 0;
-  if (PyArg_ParseTuple(args, "II", &tap, &kind) == 0) return nullptr;
+  unsigned int tap = 0;
+  unsigned char kind = 0;
+  if (PyArg_ParseTuple(args, "Ib", &tap, &kind) == 0) return nullptr;
   return PyBool_FromLong(due(tap, kind) ? 1 : 0);
+}
+
+void capture_parameter(uint32_t tap, Kind kind, const Part& part) {
+  Call call{};
+  if (taken(tap, code(kind), call)) capture(call, kind, kind == Kind::Grad ? "grad" : "param", 0, part);
 }
 
 // parameter(tap, kind, tensor, axes)
 PyObject* py_parameter(PyObject*, PyObject* args) {
-  unsigned int tap = 0, kind = 0;
+  unsigned int tap = 0;
+  unsigned char kind = 0;
   PyObject *tensor = nullptr, *axes = nullptr;
   Part part;
-  if (PyArg_ParseTuple(args, "IIOO!", &tap, &kind, &tensor, &PyList_Type, &axes) == 0) return nullptr;
+  if (PyArg_ParseTuple(args, "IbOO!", &tap, &kind, &tensor, &PyList_Type, &axes) == 0) return nullptr;
   if (!is_tensor(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
   if (!read_axes(axes, part.axes)) return nullptr;
   return into_python([&] {
     part.local = THPVariable_Unpack(tensor);
     part.refusal = refusal_of(part.local, Py_TYPE(tensor)->tp_name);
-    Call call{};
-    if (taken(tap, kind, call)) capture(call, static_cast<Kind>(kind), kind == kGrad ? "grad" : "param", 0, part);
+    capture_parameter(tap, static_cast<Kind>(kind), part);
     Py_RETURN_NONE;
   });
 }
 
 // refuse(tap, kind)
 PyObject* py_refuse(PyObject*, PyObject* args) {
-  unsigned int tap = 0, kind = 0;
-  if (PyArg_ParseTuple(args, "II", &tap, &kind) == 0) return nullptr;
+  unsigned int tap = 0;
+  unsigned char kind = 0;
+  if (PyArg_ParseTuple(args, "Ib", &tap, &kind) == 0) return nullptr;
   return into_python([&] {
     Part part;
     part.local = at::empty({0});
     part.refusal = Refusal::Raised;
-    Call call{};
-    if (taken(tap, kind, call)) capture(call, static_cast<Kind>(kind), kind == kGrad ? "grad" : "param", 0, part);
+    capture_parameter(tap, static_cast<Kind>(kind), part);
     Py_RETURN_NONE;
   });
 }
@@ -256,6 +262,10 @@ size_t python_module() {
   if (!ready_types()) return 0;
   Ref module(PyModule_Create(&definition));
   if (!module || !add_compiled(module.get())) return 0;
+  for (const Constant& constant : constants()) {
+    const std::string name(constant.name);
+    if (PyModule_AddIntConstant(module.get(), name.c_str(), static_cast<long>(constant.value)) != 0) return 0;
+  }
   return reinterpret_cast<size_t>(module.release());
 }
 

@@ -26,8 +26,7 @@ namespace {
 constexpr size_t kWords = kCallWords;
 static_assert(std::is_trivially_copyable_v<Call>);
 
-// Flags of `tap` and `scope`, as in compiled.py.
-enum Flag : int64_t { kPre = 1, kGradients = 2, kTraining = 4 };
+bool has(int64_t flags, Flag flag) { return (flags & code(flag)) != 0; }
 
 at::Tensor packed(const Call& call, size_t leaves) {
   const Unseen unseen;
@@ -45,10 +44,10 @@ Call unpacked(const at::Tensor& words) {
 
 Firing firing(const std::optional<at::Tensor>& first, int64_t flags) {
   Firing f{};
-  f.pre = (flags & kPre) != 0;
+  f.pre = has(flags, Flag::Before);
   f.replay = torch::autograd::get_current_graph_task_id() != -1;
-  f.grad_enabled = (flags & kGradients) != 0;
-  f.train = (flags & kTraining) != 0;
+  f.grad_enabled = has(flags, Flag::Gradients);
+  f.train = has(flags, Flag::Training);
   f.recomputes = f.grad_enabled && at::SavedTensorDefaultHooks::is_enabled() &&
                  at::SavedTensorDefaultHooks::get_hooks().has_value();
   f.first = {-1, -1, -1};
@@ -73,9 +72,9 @@ at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std
     for (const std::string& path : split) {
       Part lost;
       lost.local = number;
-      if ((call.capture & bit(kBackward)) != 0) capture(Site(call), kBackward, path, 0, lost, Refusal::Split);
+      if ((call.capture & bit(Kind::Backward)) != 0) capture(Site(call), Kind::Backward, path, 0, lost, Refusal::Split);
     }
-    const Kind kind = (flags & kPre) != 0 ? kForwardPre : kForward;
+    const Kind kind = has(flags, Flag::Before) ? Kind::ForwardPre : Kind::Forward;
     if ((call.capture & bit(kind)) == 0) return;
     for (size_t i = 0; i < leaves.size(); ++i) {
       const auto take = [&] {
@@ -110,9 +109,9 @@ at::Tensor factors_op(const at::Tensor& words, int64_t kind, c10::string_view pa
   guarded_operation([&] {
     const Call call = unpacked(words);
     if ((call.edit & bit(static_cast<Kind>(kind))) == 0) return;
-    const LeafEdit edit = flexmodel::edit(call, static_cast<uint32_t>(kind), rust::Str(path.data(), path.size()));
-    if (edit.op == 1) factor = edit.factor;
-    zero = edit.op == 2;
+    const LeafEdit edit = flexmodel::edit(call, static_cast<uint8_t>(kind), rust::Str(path.data(), path.size()));
+    if (edit.op == code(EditOp::Scale)) factor = edit.factor;
+    zero = edit.op == code(EditOp::Zero);
   });
   const Unseen unseen;
   at::Tensor out = at::empty({2}, at::TensorOptions().dtype(at::kDouble));
@@ -126,7 +125,7 @@ void scope_op(const at::Tensor& number, const std::optional<at::Tensor>& first, 
     // The model, the part, and what is kept of what it was given; nobody else looks at what is behind the tensor.
     int64_t* numbers = number.mutable_data_ptr<int64_t>();
     if (numbers[0] < 0) return;
-    const bool pre = (flags & kPre) != 0;
+    const bool pre = has(flags, Flag::Before);
     Firing now = firing(first, flags);
     if (pre && first) {
       auto kept = static_cast<uint32_t>(numbers[2]);

@@ -50,7 +50,7 @@ bool read_axes(PyObject* list, Axes& axes) {
     const char* name = nullptr;
     PyObject* shape = nullptr;
     LeafAxis axis{};
-    if (PyArg_ParseTuple(PyList_GET_ITEM(list, i), "sIIbI|O!", &name, &axis.index, &axis.size, &axis.place, &axis.dim,
+    if (PyArg_ParseTuple(PyList_GET_ITEM(list, i), "sIIbI|O!", &name, &axis.index, &axis.size, &axis.placement, &axis.dim,
                          &PyTuple_Type, &shape) == 0) {
       return false;
     }
@@ -95,7 +95,8 @@ void lies_as(Part& part, const Axes& forward) {
   // Where the tensor is in pieces, so is its gradient. Where all have the same tensor, each may have its own addend.
   for (const LeafAxis& axis : forward) {
     LeafAxis own = axis;
-    if (own.place != kShard && own.place != kHeadTail) own.place = kUnknown;
+    const bool in_pieces = own.placement == code(Placement::Shard) || own.placement == code(Placement::HeadTail);
+    if (!in_pieces) own.placement = code(Placement::Unknown);
     part.axes.push_back(std::move(own));
   }
 }
@@ -103,7 +104,7 @@ void lies_as(Part& part, const Axes& forward) {
 std::string text_of(const Axes& axes) {
   std::ostringstream out;
   for (const LeafAxis& axis : axes) {
-    out << axis.index << ' ' << axis.size << ' ' << static_cast<unsigned int>(axis.place) << ' ' << axis.dim << ' '
+    out << axis.index << ' ' << axis.size << ' ' << static_cast<unsigned int>(axis.placement) << ' ' << axis.dim << ' '
         << axis.name.size() << ' ' << std::string_view(axis.name.data(), axis.name.size());
   }
   return out.str();
@@ -113,12 +114,12 @@ Axes axes_of(const std::string& text) {
   Axes axes;
   std::istringstream in(text);
   LeafAxis axis{};
-  unsigned int place = 0;
-  for (size_t length = 0; in >> axis.index >> axis.size >> place >> axis.dim >> length; axis = LeafAxis{}) {
+  unsigned int placement = 0;
+  for (size_t length = 0; in >> axis.index >> axis.size >> placement >> axis.dim >> length; axis = LeafAxis{}) {
     std::string name(std::min(length, text.size()), '\0');
     if (!in.ignore(1) || !in.read(name.data(), static_cast<std::streamsize>(name.size()))) break;
     axis.name = rust::String::lossy(name);
-    axis.place = static_cast<uint8_t>(place);
+    axis.placement = static_cast<uint8_t>(placement);
     axes.push_back(std::move(axis));
   }
   return axes;
@@ -126,7 +127,7 @@ Axes axes_of(const std::string& text) {
 
 bool same(const Axes& a, const Axes& b) {
   const auto equal = [](const LeafAxis& x, const LeafAxis& y) {
-    return x.name == y.name && x.index == y.index && x.size == y.size && x.place == y.place && x.dim == y.dim;
+    return x.name == y.name && x.index == y.index && x.size == y.size && x.placement == y.placement && x.dim == y.dim;
   };
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), equal);
 }

@@ -28,7 +28,7 @@
 namespace flexmodel {
 namespace {
 
-constexpr uint32_t kBefore = bit(kForwardPre) | bit(kBackward);
+constexpr uint32_t kBefore = bit(Kind::ForwardPre) | bit(Kind::Backward);
 // Most calls of one module under way: more are left of forwards that raised.
 constexpr size_t kMaxOpen = 64;
 
@@ -216,9 +216,9 @@ class Inputs {
     }
     const at::Tensor& tensor = THPVariable_Unpack(leaf);
     const Part part = part_at(shared_, path, leaf, call_.ask, {module_, nullptr});
-    if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
-    at::Tensor now = edited(call_, kForwardPre, path, tensor);
-    if (watches(call_, kBackward, path, tensor, part)) uses_.add(call_, path, now.defined() ? now : tensor, part.axes);
+    if ((call_.capture & bit(Kind::ForwardPre)) != 0) capture(call_, Kind::ForwardPre, path, 0, part);
+    at::Tensor now = edited(call_, Kind::ForwardPre, path, tensor);
+    if (watches(call_, Kind::Backward, path, tensor, part)) uses_.add(call_, path, now.defined() ? now : tensor, part.axes);
     Ref replacement = now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     seen_.push_back({leaf, Ref::borrow(replacement.get())});
     return replacement;
@@ -234,9 +234,9 @@ class Inputs {
   Ref again(const Seen& seen, const std::string& path) {
     const at::Tensor& tensor = THPVariable_Unpack(seen.original);
     const Part part = part_at(shared_, path, seen.original, call_.ask, {module_, nullptr});
-    if ((call_.capture & bit(kForwardPre)) != 0) capture(call_, kForwardPre, path, 0, part);
-    if ((call_.capture & bit(kBackward)) != 0 && tensor.requires_grad()) {
-      capture(call_, kBackward, path, 0, part, Refusal::SharedInput);
+    if ((call_.capture & bit(Kind::ForwardPre)) != 0) capture(call_, Kind::ForwardPre, path, 0, part);
+    if ((call_.capture & bit(Kind::Backward)) != 0 && tensor.requires_grad()) {
+      capture(call_, Kind::Backward, path, 0, part, Refusal::SharedInput);
     }
     return Ref::borrow(seen.replacement.get());
   }
@@ -296,17 +296,17 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
       const size_t number = outputs.size();
       outputs.push_back(tensor);
       const Part part = part_at(shared, path, leaf, call.ask, where);
-      if ((call.capture & bit(kForward)) != 0) capture(call, kForward, path, 0, part);
-      at::Tensor now = edited(call, kForward, path, tensor);
+      if ((call.capture & bit(Kind::Forward)) != 0) capture(call, Kind::Forward, path, 0, part);
+      at::Tensor now = edited(call, Kind::Forward, path, tensor);
       if (!now.defined()) now = uses.returned(tensor);
-      if (watches(call, kBackwardPre, path, now.defined() ? now : tensor, part)) {
+      if (watches(call, Kind::BackwardPre, path, now.defined() ? now : tensor, part)) {
         // A gradient edit must come after those of modules inside that return the same tensor.
-        if ((call.edit & bit(kBackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
+        if ((call.edit & bit(Kind::BackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
         const at::Tensor& out = now.defined() ? now : tensor;
         if (out.is_leaf()) {
-          capture(call, kBackwardPre, path, 0, part, Refusal::Returned);
+          capture(call, Kind::BackwardPre, path, 0, part, Refusal::Returned);
         } else {
-          watch_gradient(call, kBackwardPre, path, out, part.axes);
+          watch_gradient(call, Kind::BackwardPre, path, out, part.axes);
         }
       }
       if (!now.defined()) return Ref();
@@ -442,7 +442,7 @@ void take_with(PyObject* take) {
 }
 
 void take_parameters(uint64_t serial) {
-  if (!wants(bit(kParam))) return;
+  if (!wants(bit(Kind::Param))) return;
   const Gil gil;
   if (taker == nullptr) return;
   const Ref answer(PyObject_CallFunction(taker, "K", static_cast<unsigned long long>(serial)));

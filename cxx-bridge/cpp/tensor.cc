@@ -6,14 +6,18 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/ScalarType.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <mutex>
+#include <string>
 #include <string_view>
 #include <thread>
 
@@ -22,16 +26,24 @@ namespace {
 
 using c10::ScalarType;
 
-// wire::dtype::DType.
-constexpr std::pair<uint8_t, ScalarType> kTypes[] = {
-    {1, ScalarType::Double},         {2, ScalarType::Float},           {3, ScalarType::Half},
-    {4, ScalarType::BFloat16},       {5, ScalarType::Float8_e4m3fn},   {6, ScalarType::Float8_e5m2},
-    {7, ScalarType::Float8_e4m3fnuz}, {8, ScalarType::Float8_e5m2fnuz}, {9, ScalarType::Float8_e8m0fnu},
-    {16, ScalarType::Long},          {17, ScalarType::Int},            {18, ScalarType::Short},
-    {19, ScalarType::Char},          {20, ScalarType::UInt64},         {21, ScalarType::UInt32},
-    {22, ScalarType::UInt16},        {23, ScalarType::Byte},           {24, ScalarType::Bool},
-    {32, ScalarType::ComplexFloat},  {33, ScalarType::ComplexDouble},  {34, ScalarType::ComplexHalf},
-};
+using Codes = std::array<uint8_t, static_cast<size_t>(ScalarType::NumOptions)>;
+
+// By torch's number of the type.
+const Codes& codes() {
+  static const Codes all = [] {
+    Codes made{};
+    for (size_t type = 0; type < made.size(); ++type) {
+      try {
+        const std::string name = c10::getDtypeNames(static_cast<ScalarType>(type)).first;
+        made[type] = dtype_code(rust::Str(name.data(), name.size()));
+      } catch (const std::exception&) {
+        // Torch has no name for it.
+      }
+    }
+    return made;
+  }();
+  return all;
+}
 
 // Copies elements `first .. first + flat.numel()` of `source`, in row-major order, into the vector `flat`. A range of
 // rows is a box with a part of a row before and after it, and so on inside these rows: no more than the range is copied.
@@ -103,18 +115,15 @@ void expect_no_capture(const c10::impl::VirtualGuardImpl& guard, c10::Device dev
               "the stream is being captured into a CUDA graph");
 }
 
-uint8_t dtype_code(ScalarType type) {
-  for (const auto& [code, known] : kTypes) {
-    if (known == type) return code;
-  }
-  return 0;
+uint8_t code_of(ScalarType type) {
+  const auto at = static_cast<size_t>(type);
+  return at < codes().size() ? codes()[at] : 0;
 }
 
 std::optional<ScalarType> dtype_of(uint8_t code) {
-  for (const auto& [known, type] : kTypes) {
-    if (known == code) return type;
-  }
-  return std::nullopt;
+  const auto found = std::find(codes().begin(), codes().end(), code);
+  if (code == 0 || found == codes().end()) return std::nullopt;
+  return static_cast<ScalarType>(found - codes().begin());
 }
 
 Refusal refusal_of(const at::Tensor& tensor, const char* python_type) {
@@ -133,7 +142,7 @@ Refusal refusal_of(const at::Tensor& tensor, const char* python_type) {
   if (tensor.is_quantized()) return Refusal::Quantized;
   if (tensor.device().is_meta()) return Refusal::Meta;
   if (!tensor.device().is_cpu() && !tensor.device().is_cuda()) return Refusal::Device;
-  return dtype_code(tensor.scalar_type()) == 0 ? Refusal::Dtype : Refusal::None;
+  return code_of(tensor.scalar_type()) == 0 ? Refusal::Dtype : Refusal::None;
 }
 
 uint32_t digest_of(const at::Tensor& tensor) {
@@ -175,7 +184,7 @@ uint32_t digest_of(const at::Tensor& tensor) {
 }
 
 bool is_plain(const at::Tensor& tensor, uint8_t dtype) {
-  return tensor.device().is_cpu() && dtype_code(tensor.scalar_type()) == dtype && tensor.is_contiguous() &&
+  return tensor.device().is_cpu() && code_of(tensor.scalar_type()) == dtype && tensor.is_contiguous() &&
          !tensor.is_conj() && !tensor.is_neg();
 }
 

@@ -4,8 +4,8 @@
 //! outlives the call; what has to live longer is a [`bridge::Ticket`], which owns its own reference.
 
 use crate::host::{
-    active, apart, capture, due, edit, fault, finish, fire, forget, joined, loss_scale, microbatches, notice, plan,
-    resolved, scope, select, stepped, taken, wants,
+    active, apart, capture, constants, dtype_code, due, edit, fault, finish, fire, forget, joined, loss_scale,
+    microbatches, notice, plan, resolved, scope, select, stepped, taken, wants,
 };
 use crate::pin::{capture_mode, is_capturing};
 
@@ -58,10 +58,16 @@ pub mod bridge {
         edits: u32,
     }
 
+    /// A code by the name that Python has for it.
+    struct Constant {
+        name: String,
+        value: u32,
+    }
+
     /// `wire::tap_abi::LeafEdit`.
     #[derive(Clone, Copy)]
     struct LeafEdit {
-        op: u32,
+        op: u8,
         factor: f64,
     }
 
@@ -79,7 +85,7 @@ pub mod bridge {
         name: String,
         index: u32,
         size: u32,
-        place: u8,
+        placement: u8,
         dim: u32,
         shape: Vec<u64>,
     }
@@ -120,12 +126,12 @@ pub mod bridge {
         fn loss_scale(scale: f64);
         fn stepped();
         fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool;
-        fn due(tap: u32, kind: u32) -> bool;
-        fn taken(tap: u32, kind: u32, call: &mut Call) -> bool;
+        fn due(tap: u32, kind: u8) -> bool;
+        fn taken(tap: u32, kind: u8, call: &mut Call) -> bool;
         #[allow(clippy::too_many_arguments)]
         fn capture(
             call: &Call,
-            kind: u32,
+            kind: u8,
             path: &str,
             repeat: u32,
             leaf: &Leaf,
@@ -133,7 +139,7 @@ pub mod bridge {
             axes: &Vec<LeafAxis>,
             tensor: &Tensor,
         );
-        fn edit(call: &Call, kind: u32, path: &str) -> LeafEdit;
+        fn edit(call: &Call, kind: u8, path: &str) -> LeafEdit;
         fn notice(text: &str);
         fn fault(text: &str);
         fn plan() -> String;
@@ -141,6 +147,9 @@ pub mod bridge {
         fn apart(why: &str);
         fn finish();
         fn active() -> bool;
+        fn constants() -> Vec<Constant>;
+        /// Of the element type with this name, without the `torch.`; 0 where it has none.
+        fn dtype_code(name: &str) -> u8;
         fn is_capturing(stream: usize) -> bool;
         fn capture_mode(mode: u32) -> u32;
     }

@@ -3,11 +3,16 @@
 use std::{ffi::c_void, sync::OnceLock};
 
 use cxx::UniquePtr;
-use wire::tap_abi::{self, HostTable, LeafPlace, ModelDesc, Rank, Refusal, Role, Str, TensorDesc};
+use wire::{
+    codes::{self, EditOp, Placement, Refusal},
+    dtype::DType,
+    tap_abi::{self, HostTable, ModelDesc, Rank, Str, TensorDesc},
+};
 
 use crate::{
     ffi::bridge::{
-        Call, Communicator, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor, is_on_device,
+        Call, Communicator, Constant, Firing, Leaf, LeafAxis, LeafEdit, MeshAxis, Module, Selected, Tensor,
+        is_on_device,
     },
     gather::Ranks,
 };
@@ -46,15 +51,21 @@ impl From<tap_abi::Call> for Call {
 
 impl<'a> From<&'a MeshAxis> for tap_abi::MeshAxis<'a> {
     fn from(a: &'a MeshAxis) -> Self {
-        Self { name: Str::new(&a.name), index: a.index, size: a.size, role: Role::from_code(a.role) }
+        Self { name: Str::new(&a.name), index: a.index, size: a.size, role: a.role }
     }
 }
 
 impl<'a> From<&'a LeafAxis> for tap_abi::LeafAxis<'a> {
     fn from(a: &'a LeafAxis) -> Self {
-        let place = LeafPlace::from_code(a.place);
-        let dim = if place == LeafPlace::Flat { a.shape.len() as u32 } else { a.dim };
-        Self { name: Str::new(&a.name), index: a.index, size: a.size, place, dim, sizes: a.shape.as_ptr() }
+        let dim = if a.placement == Placement::Flat as u8 { a.shape.len() as u32 } else { a.dim };
+        Self {
+            name: Str::new(&a.name),
+            index: a.index,
+            size: a.size,
+            placement: a.placement,
+            dim,
+            sizes: a.shape.as_ptr(),
+        }
     }
 }
 
@@ -151,12 +162,12 @@ pub fn fire(tap: u32, firing: &Firing, call: &mut Call) -> bool {
     wanted
 }
 
-pub fn due(tap: u32, kind: u32) -> bool {
+pub fn due(tap: u32, kind: u8) -> bool {
     // SAFETY: a function of the table, called with numbers.
     host().is_some_and(|host| unsafe { (host.due)(tap, kind) })
 }
 
-pub fn taken(tap: u32, kind: u32, call: &mut Call) -> bool {
+pub fn taken(tap: u32, kind: u8, call: &mut Call) -> bool {
     let Some(host) = host() else { return false };
     let mut out = tap_abi::Call::default();
     // SAFETY: the struct lives through the call.
@@ -169,7 +180,7 @@ pub fn taken(tap: u32, kind: u32, call: &mut Call) -> bool {
 #[allow(clippy::ptr_arg, clippy::too_many_arguments)]
 pub fn capture(
     call: &Call,
-    kind: u32,
+    kind: u8,
     path: &str,
     repeat: u32,
     leaf: &Leaf,
@@ -179,15 +190,14 @@ pub fn capture(
 ) {
     let Some(host) = host() else { return };
     let axes: Vec<tap_abi::LeafAxis<'_>> = axes.iter().map(tap_abi::LeafAxis::from).collect();
-    let refusal = Refusal::from_code(leaf.refusal);
     let desc = TensorDesc {
         handle: std::ptr::from_ref(tensor).cast::<c_void>(),
         sizes: sizes.as_ptr(),
         ndim: sizes.len() as u32,
         dtype: leaf.dtype,
         // What is refused may be asked nothing.
-        on_device: refusal == Refusal::None && is_on_device(tensor),
-        refusal,
+        on_device: leaf.refusal == Refusal::None as u8 && is_on_device(tensor),
+        refusal: leaf.refusal,
         axes: axes.as_ptr(),
         axis_count: axes.len() as u32,
     };
@@ -195,11 +205,11 @@ pub fn capture(
     unsafe { (host.capture)(&call.into(), kind, Str::new(path), repeat, &desc) };
 }
 
-pub fn edit(call: &Call, kind: u32, path: &str) -> LeafEdit {
-    let Some(host) = host() else { return LeafEdit { op: 0, factor: 1.0 } };
+pub fn edit(call: &Call, kind: u8, path: &str) -> LeafEdit {
+    let Some(host) = host() else { return LeafEdit { op: EditOp::Keep as u8, factor: 1.0 } };
     // SAFETY: everything borrowed lives through the call.
     let edit = unsafe { (host.edit)(&call.into(), kind, Str::new(path)) };
-    LeafEdit { op: edit.op, factor: edit.factor }
+    LeafEdit { op: edit.op as u8, factor: edit.factor }
 }
 
 pub fn notice(text: &str) {
@@ -250,4 +260,12 @@ pub fn finish() {
 pub fn active() -> bool {
     // SAFETY: a function of the table, without arguments.
     host().is_some_and(|host| unsafe { (host.active)() })
+}
+
+pub fn constants() -> Vec<Constant> {
+    codes::constants().into_iter().map(|(name, value)| Constant { name, value }).collect()
+}
+
+pub fn dtype_code(name: &str) -> u8 {
+    DType::from_name(name).map_or(0, |dtype| dtype as u8)
 }

@@ -7,6 +7,7 @@ use std::{
 
 use cxx::UniquePtr;
 use wire::{
+    codes::CopyState,
     dtype::DType,
     tap_abi::{BridgeTable, Copied, HostTable, TAP_ABI},
 };
@@ -63,13 +64,13 @@ unsafe extern "C" fn copy(
     count: u64,
     dst: *mut u8,
 ) -> Copied {
-    let failed = Copied { code: 2, ticket: std::ptr::null_mut() };
+    let failed = Copied { state: CopyState::Failed, ticket: std::ptr::null_mut() };
     // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc), or one that is kept.
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return failed };
     // SAFETY: the interposer reserved room for `count` elements at `dst` and keeps it until `wait`.
     match unsafe { bridge::copy_out(tensor, kept, dtype, first, count, dst) } {
-        Ok(ticket) if ticket.is_null() => Copied { code: 0, ticket: std::ptr::null_mut() },
-        Ok(ticket) => Copied { code: 1, ticket: ticket.into_raw().cast() },
+        Ok(ticket) if ticket.is_null() => Copied { state: CopyState::Done, ticket: std::ptr::null_mut() },
+        Ok(ticket) => Copied { state: CopyState::Pending, ticket: ticket.into_raw().cast() },
         Err(why) => {
             tell("tensors are dropped", &why);
             failed

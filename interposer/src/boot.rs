@@ -8,7 +8,7 @@ use std::{
     fs,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::Arc,
 };
 
 use wire::{
@@ -19,9 +19,13 @@ use wire::{
     trust,
 };
 
-use crate::{engine, host, python, state};
+use capture::{Capture, plan::HookPlan};
 
-static BRIDGE: OnceLock<&'static BridgeTable> = OnceLock::new();
+use crate::{
+    host,
+    instance::{self, ThisProcess},
+    python, settings, state,
+};
 
 /// Loads the shim package under a name of its own, without touching `sys.path`, and starts it.
 const BOOTSTRAP: &CStr = cr#"
@@ -37,11 +41,6 @@ try:
 except BaseException as e:
     error = "the shim did not start: %s: %s" % (type(e).__name__, e)
 "#;
-
-/// The bridge, once it is open.
-pub fn bridge() -> Option<&'static BridgeTable> {
-    BRIDGE.get().copied()
-}
 
 /// Called from the job's `dlopen`, once.
 pub fn torch_is_loading() {
@@ -66,9 +65,14 @@ fn start() -> Result<(), String> {
     std::panic::set_hook(Box::new(|_| {}));
     host::injected("panic-in-load");
     let found = suits(python::version().unwrap_or_default())?;
-    engine::configure()?;
+    let text = settings::hooks()?;
+    let plan = HookPlan::parse(0, &text)?;
+    let mut settings = settings::transport(&text)?;
     let home = home()?;
-    let table = open_bridge(found, &home)?;
+    let torch = Torch::running(found)?;
+    let table = open_bridge(&torch, &home)?;
+    (settings.hello.torch, settings.hello.python) = (torch.version, format!("{}.{}", found.0, found.1));
+    instance::set(Capture::new(plan, settings, Arc::new(ThisProcess), table));
     // SAFETY: the table is the bridge's and static; the GIL is held in a pending call.
     let module = unsafe { (table.python_module)() };
     if module.is_null() {
@@ -131,9 +135,8 @@ impl Torch {
     }
 }
 
-fn open_bridge(python: (u32, u32), home: &Path) -> Result<&'static BridgeTable, String> {
-    let torch = Torch::running(python)?;
-    let path = find_bridge(&torch, home)?;
+fn open_bridge(torch: &Torch, home: &Path) -> Result<&'static BridgeTable, String> {
+    let path = find_bridge(torch, home)?;
     // SAFETY: the file carries our marker for this torch, this ABI and our own sources; its initialisers only set up its own statics.
     let library = unsafe { libloading::Library::new(&path) }.map_err(|e| format!("{}: {e}", path.display()))?;
     // The bridge stays for the life of the process: taps point into it.
@@ -143,9 +146,7 @@ fn open_bridge(python: (u32, u32), home: &Path) -> Result<&'static BridgeTable, 
     // SAFETY: HOST is static.
     let table = unsafe { open(&host::HOST).as_ref() };
     let table = table.filter(|t| t.abi == TAP_ABI && t.size as usize == size_of::<BridgeTable>());
-    let table = table.ok_or_else(|| format!("{}: the bridge refused this interposer", path.display()))?;
-    engine::set_torch(&torch.version, python);
-    Ok(BRIDGE.get_or_init(|| table))
+    table.ok_or_else(|| format!("{}: the bridge refused this interposer", path.display()))
 }
 
 /// The bridge that `FLEXMODEL_BRIDGE` names, which must fit, or the one in the cache that fits.

@@ -6,12 +6,15 @@ use std::{
 };
 
 use wire::{
+    codes::{Code, EditOp},
     env,
     hooks::Kind,
     tap_abi::{Call, Firing, HostTable, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI, TensorDesc},
 };
 
-use crate::{engine, gather, shipping, state};
+use capture::{Capture, engine::Engine};
+
+use crate::{instance, state};
 
 /// The table handed to the bridge.
 pub static HOST: HostTable = HostTable {
@@ -40,16 +43,19 @@ pub static HOST: HostTable = HostTable {
 };
 
 /// Runs `f` while taps are on; a panic turns them off and gives the default.
-fn boundary<T: Default>(f: impl FnOnce() -> T) -> T {
-    if !state::is_on() {
-        return T::default();
-    }
-    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+fn boundary<T: Default>(f: impl FnOnce(&'static Capture) -> T) -> T {
+    let Some(capture) = instance::get().and_then(Capture::if_on) else { return T::default() };
+    catch_unwind(AssertUnwindSafe(|| f(capture))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
         state::off(&format!("a panic in a tap: {text}"));
         T::default()
     })
+}
+
+/// As [`boundary`], with the engine.
+fn engine<T: Default>(f: impl FnOnce(&mut Engine) -> T) -> T {
+    boundary(|capture| f(&mut capture.engine()))
 }
 
 /// Panics if the test fault of this name is set, to prove the boundary.
@@ -61,9 +67,9 @@ pub fn injected(name: &str) {
 }
 
 unsafe extern "C" fn select(desc: *const ModelDesc<'_>, rank: Rank, out: *mut Selected, cap: usize) -> usize {
-    boundary(|| {
+    boundary(|capture| {
         // SAFETY: the bridge passes a description that lives through the call.
-        let found = engine::with(|e| unsafe { e.select(&*desc, rank) });
+        let found = unsafe { capture.engine().select(&*desc, rank) };
         for (i, selected) in found.iter().take(cap).enumerate() {
             // SAFETY: i < cap entries of `out` are the bridge's to be written.
             unsafe { out.add(i).write(*selected) };
@@ -73,52 +79,52 @@ unsafe extern "C" fn select(desc: *const ModelDesc<'_>, rank: Rank, out: *mut Se
 }
 
 unsafe extern "C" fn wants(kinds: u32) -> bool {
-    boundary(|| engine::with(|e| e.wants(kinds)))
+    engine(|e| e.plan().wants(kinds))
 }
 
 unsafe extern "C" fn resolved() {
-    boundary(|| engine::with(engine::Engine::resolved));
+    engine(Engine::resolved);
 }
 
 unsafe extern "C" fn scope(serial: u64, part: u64, enter: bool, firing: *const Firing) {
     // SAFETY: the bridge passes a firing that lives through the call.
-    boundary(|| engine::with(|e| e.scope(serial, part, enter, unsafe { &*firing })));
+    boundary(|capture| capture.pass(serial, part, enter, unsafe { &*firing }));
 }
 
 unsafe extern "C" fn forget(serial: u64) {
-    boundary(|| engine::with(|e| e.forget(serial)));
+    engine(|e| e.forget(serial));
 }
 
 unsafe extern "C" fn microbatches(serial: u64, count: u32, batch: i64, length: i64) {
-    boundary(|| engine::with(|e| e.microbatches(serial, count, [batch, length])));
+    engine(|e| e.microbatches(serial, count, [batch, length]));
 }
 
 unsafe extern "C" fn loss_scale(scale: f64) {
-    boundary(|| engine::with(|e| e.loss_scale(scale)));
+    engine(|e| e.loss_scale(scale));
 }
 
 unsafe extern "C" fn stepped() {
-    boundary(|| engine::with(engine::Engine::stepped));
+    boundary(Capture::stepped);
 }
 
 unsafe extern "C" fn fire(tap: u32, firing: *const Firing, out: *mut Call) -> bool {
-    boundary(|| {
+    boundary(|capture| {
         injected_in_tap();
         // SAFETY: the bridge passes a firing that lives through the call.
-        let Some(call) = engine::with(|e| e.fire(tap, unsafe { &*firing })) else { return false };
+        let Some(call) = capture.engine().triggered(tap, unsafe { &*firing }) else { return false };
         // SAFETY: `out` is the bridge's to be written.
         unsafe { out.write(call) };
         true
     })
 }
 
-unsafe extern "C" fn due(tap: u32, kind: u32) -> bool {
-    boundary(|| Kind::from_code(kind as u8).is_some_and(|kind| engine::with(|e| e.due(tap, kind))))
+unsafe extern "C" fn due(tap: u32, kind: u8) -> bool {
+    engine(|e| Kind::from_code(kind).is_some_and(|kind| e.parameter_due(tap, kind)))
 }
 
-unsafe extern "C" fn taken(tap: u32, kind: u32, out: *mut Call) -> bool {
-    boundary(|| {
-        let Some(call) = Kind::from_code(kind as u8).and_then(|kind| engine::with(|e| e.taken(tap, kind))) else {
+unsafe extern "C" fn taken(tap: u32, kind: u8, out: *mut Call) -> bool {
+    engine(|e| {
+        let Some(call) = Kind::from_code(kind).and_then(|kind| e.begin_parameter(tap, kind)) else {
             return false;
         };
         // SAFETY: `out` is the bridge's to be written.
@@ -135,41 +141,36 @@ fn injected_in_tap() {
     }
 }
 
-unsafe extern "C" fn capture(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>) {
-    boundary(|| {
-        let Some(kind) = Kind::from_code(kind as u8) else { return };
+unsafe extern "C" fn capture(call: *const Call, kind: u8, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>) {
+    boundary(|capture| {
+        let Some(kind) = Kind::from_code(kind) else { return };
         // SAFETY: the bridge's call and tensor live through this call, and its sizes are ndim long.
-        let cargo = engine::with(|e| unsafe { e.cargo(&*call, kind, path, repeat, &*tensor) });
-        match cargo {
-            Some(cargo) if cargo.collective => gather::take(cargo),
-            Some(cargo) => shipping::ship(cargo),
-            None => {}
-        }
+        unsafe { capture.capture(&*call, kind, path, repeat, &*tensor) };
     });
 }
 
-unsafe extern "C" fn edit(call: *const Call, kind: u32, path: Str<'_>) -> LeafEdit {
-    boundary(|| {
-        let kind = Kind::from_code(kind as u8)?;
+unsafe extern "C" fn edit(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdit {
+    engine(|e| {
+        let kind = Kind::from_code(kind)?;
         // SAFETY: as in capture.
-        engine::with(|e| Some(e.edit(unsafe { &*call }, kind, unsafe { path.get() })))
+        Some(e.edit(unsafe { &*call }, kind, unsafe { path.get() }))
     })
-    .unwrap_or(LeafEdit { op: 0, factor: 1.0 })
+    .unwrap_or(LeafEdit { op: EditOp::Keep, factor: 1.0 })
 }
 
 unsafe extern "C" fn notice(text: Str<'_>) {
     // SAFETY: the string lives through the call.
-    boundary(|| shipping::notice(unsafe { text.get() }.to_owned()));
+    boundary(|capture| capture.transport().notice(unsafe { text.get() }.to_owned()));
 }
 
 unsafe extern "C" fn fault(text: Str<'_>) {
     // SAFETY: the string lives through the call.
-    boundary(|| state::off(unsafe { text.get() }));
+    let _ = catch_unwind(AssertUnwindSafe(|| state::off(unsafe { text.get() })));
 }
 
 unsafe extern "C" fn plan(out: *mut u8, cap: usize) -> usize {
-    boundary(|| {
-        let plan = engine::with(|e| e.plan()).into_bytes();
+    engine(|e| {
+        let plan = e.plan().agreed_by_ranks().into_bytes();
         // SAFETY: `cap` bytes of `out` are the bridge's to be written.
         unsafe { std::ptr::copy_nonoverlapping(plan.as_ptr(), out, plan.len().min(cap)) };
         plan.len()
@@ -177,9 +178,10 @@ unsafe extern "C" fn plan(out: *mut u8, cap: usize) -> usize {
 }
 
 unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, devices: bool) {
-    let comm = gather::Communicator::new(comm, index as usize, devices);
+    let Some(capture) = instance::get() else { return };
+    let comm = capture.communicator(comm, index as usize, devices);
     if state::is_on() {
-        boundary(|| gather::joined(comm, size as usize));
+        boundary(|capture| capture.gather().joined(comm, size as usize));
     } else {
         comm.leave();
     }
@@ -187,14 +189,11 @@ unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, devices: b
 
 unsafe extern "C" fn apart(why: Str<'_>) {
     // SAFETY: the string lives through the call.
-    boundary(|| gather::apart(unsafe { why.get() }));
+    boundary(|capture| capture.gather().per_rank(unsafe { why.get() }));
 }
 
 unsafe extern "C" fn finish() {
-    boundary(|| {
-        gather::finish();
-        shipping::finish();
-    });
+    boundary(Capture::finish);
 }
 
 unsafe extern "C" fn active() -> bool {

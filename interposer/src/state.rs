@@ -1,37 +1,44 @@
-//! The one state of this process, and the ways into `Off`.
+//! The one switch of this process, and the ways into off.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::{log, shipping};
+use capture::switch::Switch;
 
-/// Nothing of ours runs.
-const OFF: u8 = 0;
-/// torch is here; taps may fire.
-const ON: u8 = 1;
+use crate::{instance, log, settings};
 
-static STATE: AtomicU8 = AtomicU8::new(OFF);
+static SWITCH: Switch = Switch::new();
 
 /// torch is about to be loaded.
 pub fn on() {
-    STATE.store(ON, Ordering::Release);
+    SWITCH.turn_on();
 }
 
 /// Whether taps may fire.
 pub fn is_on() -> bool {
-    STATE.load(Ordering::Acquire) == ON
+    SWITCH.is_on()
 }
 
 /// Turns everything off for good, with one line that says why, here and in the run (OPEN-1). Later calls say nothing.
 pub fn off(why: &str) {
-    if STATE.swap(OFF, Ordering::AcqRel) != OFF {
+    if SWITCH.turn_off() {
         log::line(&format!("taps are off in this process: {why}"));
-        shipping::last_words(&format!("{}: taps are off: {why}", log::who()));
+        // A panic here would be one in the handling of a panic.
+        let _ = catch_unwind(AssertUnwindSafe(|| last_words(&format!("{}: taps are off: {why}", log::who()))));
+    }
+}
+
+/// Best effort, also before there is a capture engine.
+fn last_words(text: &str) {
+    match (instance::get(), settings::agent_socket()) {
+        (Some(capture), _) => capture.transport().last_words(text),
+        (None, Some(socket)) => capture::transport::leave_word(&socket, text),
+        (None, None) => {}
     }
 }
 
 /// Turns everything off in silence.
 pub fn quiet_off() {
-    STATE.store(OFF, Ordering::Release);
+    SWITCH.turn_off();
 }
 
 /// Makes forked children go off (FORK-1).

@@ -3,7 +3,7 @@
 A hook that runs is a C callable. While torch.compile traces, it is this Python instead, which becomes operations in the
 graph (`cxx-bridge/cpp/operations.cc`). Blocks of one class share one graph, so whatever differs between them is no
 constant in it: a hook's number is a tensor, our hooks are under the same keys in every module, and where any module of
-a class has a tap, the others have a hook without one (`alike.py`).
+a class has a tap, the others have a hook without one (`uniform_hooks.py`).
 
 Methods of hooks are what torch.compile reads; it puts the functions that they call into its graph as they are, and
 runs these when it knows what a DTensor is made of, and what autograd's graph is.
@@ -22,19 +22,23 @@ import torch
 from torch import nn
 
 from . import hooks
+from ._bridge import FLAG_BEFORE as _PRE
+from ._bridge import FLAG_GRADIENTS as _GRADIENTS
+from ._bridge import FLAG_TRAINING as _TRAINING
+from ._bridge import KIND_BACKWARD, KIND_BACKWARD_PRE, KIND_FORWARD, KIND_FORWARD_PRE
+from ._bridge import REFUSAL_NONE as _READABLE
+from ._bridge import REFUSAL_RAISED as _RAISED
 from .naming import stored
+from .patches import undone
 
 # Keys of our hooks in a module, which its own hooks never have. A module may be the scope of several models.
 TAP_KEY, SCOPE_KEY = -1, -1000
 
-# wire::hooks::Kind, as bits.
-_FORWARD, _FORWARD_PRE, _BACKWARD, _BACKWARD_PRE = (1 << n for n in range(4))
-# Flags of the operations `tap` and `scope`.
-_PRE, _GRADIENTS, _TRAINING = 1, 2, 4
-# For `_tap` alone: what the module is given and gives lies in the same way, if it is of the same shape.
-_KEEPS = 8
-# wire::tap_abi::Refusal::None and Raised.
-_READABLE, _RAISED = 0, 13
+# In masks of kinds.
+_FORWARD, _FORWARD_PRE = 1 << KIND_FORWARD, 1 << KIND_FORWARD_PRE
+_BACKWARD, _BACKWARD_PRE = 1 << KIND_BACKWARD, 1 << KIND_BACKWARD_PRE
+# For `_tap` alone, which passes it to no operation: outputs lie as inputs of the same shape do.
+_KEEPS = 1 << 30
 
 _MAX_DEPTH = 32
 
@@ -79,13 +83,19 @@ class Traced:
             return None
         if not torch.compiler.is_compiling():
             return self.hook(*args) if self.hook is not None else None
-        if torch.compiler._is_exporting_flag:
+        if torch.compiler._is_exporting_flag or is_off():
             return None
         return self.trace(*args)
 
     def trace(self, *args: Any) -> Any:
         """What it is in a graph."""
         return None
+
+
+def is_off() -> bool:
+    """Whether taps are off for good. torch.compile takes the answer while it traces: a graph that it has made stays,
+    with taps that do nothing."""
+    return undone()
 
 
 def _nothing() -> Any:

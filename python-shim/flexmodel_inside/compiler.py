@@ -6,7 +6,6 @@ compiles because they have hooks, and what must not be compiled of this package.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import sys
@@ -18,7 +17,7 @@ import torch
 
 from . import compiled, hooks
 from .naming import is_module
-from .replaced import follow, given
+from .patches import follow, given, wrap
 
 
 def ready(bridge: Any, guard: Callable[..., Any]) -> None:
@@ -37,6 +36,7 @@ def ready(bridge: Any, guard: Callable[..., Any]) -> None:
     for function in compiled.ready(bridge, guard):
         torch._dynamo.allow_in_graph(function)
     torch._dynamo.assume_constant_result(compiled.field_names)
+    torch._dynamo.assume_constant_result(compiled.is_off)
     _hide_from_compiler()
     _mend_hooked_modules()
     _mend_split_graphs(guard)
@@ -76,18 +76,19 @@ def _mend_hooked_modules() -> None:
     these are ours."""
     from torch._dynamo import trace_rules
 
-    original = trace_rules.check
-    if "frame" not in inspect.signature(original).parameters:
+    if "frame" not in inspect.signature(trace_rules.check).parameters:
         return
 
-    @functools.wraps(original)
-    def check(obj: object, is_inlined_call: bool = False, frame: Any = None) -> bool:
-        module = None if frame is None or is_inlined_call else frame.f_locals.get("self")
-        if is_module(module) and hooks.are_ours(module):
-            frame = None
-        return original(obj, is_inlined_call, frame)
+    def mended(original: Any) -> Any:
+        def check(obj: object, is_inlined_call: bool = False, frame: Any = None) -> bool:
+            module = None if frame is None or is_inlined_call else frame.f_locals.get("self")
+            if is_module(module) and hooks.are_ours(module):
+                frame = None
+            return original(obj, is_inlined_call, frame)
 
-    trace_rules.check = check
+        return check
+
+    wrap(trace_rules, "check", mended)
 
 
 def _mend_compiled_autograd(guard: Callable[..., Any]) -> None:

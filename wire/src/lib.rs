@@ -10,6 +10,7 @@
 //! | [`record`] | what a captured tensor is (module, kind, step, layout, ...) | interposer, agent |
 //! | [`slab`] | the shared-memory ring that carries tensor bytes | interposer, agent |
 //! | [`counts`] | what ranks have captured, for who started them | interposer, launcher |
+//! | [`codes`] | numbers that mean the same to engine, bridge and shim | interposer, bridge |
 //! | [`control`] | messages on the unix socket | interposer, agent |
 //! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
@@ -22,6 +23,7 @@
 
 pub mod bridge_marker;
 pub mod bridge_sources;
+pub mod codes;
 pub mod control;
 pub mod counts;
 pub mod descriptor;

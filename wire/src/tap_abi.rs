@@ -7,11 +7,16 @@
 //! - [`BridgeTable`], the bridge's, which the interposer calls to read tensors.
 //!
 //! Every function may be called from any thread. None unwinds. [`TAP_ABI`] changes with anything in this module.
+//!
+//! A field that says *code of* an enum may hold any number, as C++ and compiled graphs can have any: whoever reads it asks
+//! [`crate::codes::Code::from_code`].
 
 use std::{ffi::c_void, marker::PhantomData};
 
+use crate::codes::{CopyState, EditOp};
+
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 7;
+pub const TAP_ABI: u32 = 8;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -66,39 +71,12 @@ pub struct TensorDesc<'a> {
     pub dtype: u8,
     /// On a device, not the CPU.
     pub on_device: bool,
-    /// Why it cannot be read; [`Refusal::None`] otherwise.
-    pub refusal: Refusal,
+    /// Code of [`crate::codes::Refusal`]: why it cannot be read.
+    pub refusal: u8,
     /// What torch says of how it lies over the ranks, outermost first, `axis_count` of them.
     pub axes: *const LeafAxis<'a>,
     /// None where torch says nothing.
     pub axis_count: u32,
-}
-
-/// What a mesh axis is there for, which says what to expect of tensors that say nothing themselves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Role {
-    /// Members have their own rows of the batch.
-    Data = 0,
-    /// Members share the work on the same rows: most tensors are the same on all, others are pieces.
-    Tensor = 1,
-    /// Members have their own piece of every sequence.
-    Context = 2,
-    /// Not known.
-    #[default]
-    Other = 3,
-    /// As [`Role::Data`], but nothing says so: the job wraps the model in nothing and names no mesh.
-    Supposed = 4,
-}
-
-impl Role {
-    /// The role with this code; [`Role::Other`] for one we do not know.
-    pub fn from_code(code: u8) -> Self {
-        [Role::Data, Role::Tensor, Role::Context, Role::Supposed]
-            .into_iter()
-            .find(|r| *r as u8 == code)
-            .unwrap_or_default()
-    }
 }
 
 /// An axis along which the job distributes a model.
@@ -111,8 +89,8 @@ pub struct MeshAxis<'a> {
     pub index: u32,
     /// Number of members.
     pub size: u32,
-    /// What it is there for.
-    pub role: Role,
+    /// Code of [`crate::codes::Role`].
+    pub role: u8,
 }
 
 /// How a leaf lies along one axis, as torch says it.
@@ -125,107 +103,12 @@ pub struct LeafAxis<'a> {
     pub index: u32,
     /// Number of members.
     pub size: u32,
-    /// How.
-    pub place: LeafPlace,
-    /// For [`LeafPlace::Shard`] and [`LeafPlace::HeadTail`]: the dimension. For [`LeafPlace::Flat`]: how many sizes there are.
+    /// Code of [`crate::codes::Placement`].
+    pub placement: u8,
+    /// For a shard and for head and tail: the dimension. For flat: how many sizes there are.
     pub dim: u32,
-    /// For [`LeafPlace::Flat`]: sizes of the tensor, `dim` of them.
+    /// For flat: sizes of the tensor, `dim` of them.
     pub sizes: *const u64,
-}
-
-/// The ways in which a leaf may lie along an axis. A simpler [`crate::record::Place`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u8)]
-pub enum LeafPlace {
-    /// The same on every member.
-    Replicate = 0,
-    /// Pieces of a dimension, in order of the members; they may be uneven, and empty.
-    Shard = 1,
-    /// Addends.
-    Partial = 2,
-    /// Not in these words.
-    #[default]
-    Unknown = 3,
-    /// Runs of the elements of a tensor, in order of the members.
-    Flat = 4,
-    /// As [`crate::record::Place::HeadTail`].
-    HeadTail = 5,
-}
-
-impl LeafPlace {
-    /// The place with this code; [`LeafPlace::Unknown`] for one we do not know.
-    pub fn from_code(code: u8) -> Self {
-        const ALL: [LeafPlace; 5] =
-            [LeafPlace::Replicate, LeafPlace::Shard, LeafPlace::Partial, LeafPlace::Flat, LeafPlace::HeadTail];
-        ALL.into_iter().find(|p| *p as u8 == code).unwrap_or_default()
-    }
-}
-
-/// Why a tensor cannot be captured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-#[allow(missing_docs)]
-pub enum Refusal {
-    None = 0,
-    Sparse = 1,
-    Meta = 2,
-    Quantized = 3,
-    Functorch = 4,
-    DTensor = 5,
-    Subclass = 6,
-    Nested = 7,
-    Dtype = 8,
-    Device = 9,
-    SharedInput = 10,
-    Returned = 11,
-    Split = 12,
-    Raised = 13,
-}
-
-impl Refusal {
-    /// The refusal with this code; [`Refusal::Subclass`] for one we do not know.
-    pub fn from_code(code: u8) -> Self {
-        const ALL: [Refusal; 14] = [
-            Refusal::None,
-            Refusal::Sparse,
-            Refusal::Meta,
-            Refusal::Quantized,
-            Refusal::Functorch,
-            Refusal::DTensor,
-            Refusal::Subclass,
-            Refusal::Nested,
-            Refusal::Dtype,
-            Refusal::Device,
-            Refusal::SharedInput,
-            Refusal::Returned,
-            Refusal::Split,
-            Refusal::Raised,
-        ];
-        ALL.into_iter().find(|r| *r as u8 == code).unwrap_or(Refusal::Subclass)
-    }
-
-    /// The reason, as the user reads it.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::None => "",
-            Self::Sparse => "a sparse tensor (no dense bytes)",
-            Self::Meta => "a meta or fake tensor (no data)",
-            Self::Quantized => "a quantized tensor",
-            Self::Functorch => "a tensor inside vmap or another functorch transform",
-            Self::DTensor => "a DTensor whose part on this rank could not be told",
-            Self::Subclass => "a tensor subclass without storage of its own",
-            Self::Nested => "a nested tensor",
-            Self::Dtype => "an element type FlexModel does not know",
-            Self::Device => "a device that is neither CPU nor CUDA",
-            Self::SharedInput => "an input whose gradient through this module alone cannot be told",
-            Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
-            Self::Raised => "a tensor that raised when it was looked at; a notice says what",
-            Self::Split => {
-                "an input of a module that torch.compile put into several graphs, as it does for DDP unless \
-                 torch._dynamo.config.optimize_ddp is False"
-            }
-        }
-    }
 }
 
 /// What a tap is told when it fires; it stays with the gradient hooks that the call attaches.
@@ -279,51 +162,13 @@ pub struct Firing {
     pub given: u32,
 }
 
-/// What a module says about where the batch is in its tensors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Order {
-    /// Nothing: it comes first, as nearly everywhere.
-    #[default]
-    Unstated = 0,
-    /// `batch_first=False`: what it takes and gives is `[length, batch, ...]`.
-    SequenceFirst = 1,
-    /// It is part of a module that says so.
-    InSequenceFirst = 2,
-    /// `batch_first=True`.
-    BatchFirst = 3,
-    /// A recurrent network with `batch_first=True`. Its states are `[layers, batch, ...]` all the same.
-    Recurrent = 4,
-    /// Nothing, and other modules of the model say `batch_first=False`: which way round the model is given is not known.
-    Mixed = 5,
-    /// It is part of a model of megatron-core's layers, which is given `[batch, length]` and works on
-    /// `[length, batch, ...]`.
-    Turned = 6,
-}
-
-impl Order {
-    /// The order with this code; [`Order::Unstated`] for one we do not know.
-    pub fn from_code(code: u8) -> Self {
-        const ALL: [Order; 7] = [
-            Order::Unstated,
-            Order::SequenceFirst,
-            Order::InSequenceFirst,
-            Order::BatchFirst,
-            Order::Recurrent,
-            Order::Mixed,
-            Order::Turned,
-        ];
-        ALL.into_iter().find(|o| *o as u8 == code).unwrap_or_default()
-    }
-}
-
 /// How a leaf is edited.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub struct LeafEdit {
-    /// 0: not at all; 1: multiplied by `factor`; 2: zeroed.
-    pub op: u32,
-    /// For `op` 1.
+    /// What is done to it.
+    pub op: EditOp,
+    /// For [`EditOp::Scale`].
     pub factor: f64,
 }
 
@@ -355,7 +200,7 @@ pub struct ModelDesc<'a> {
     pub classes: *const Str<'a>,
     /// Full dotted class names.
     pub qualified: *const Str<'a>,
-    /// Codes of [`Order`].
+    /// Codes of [`crate::codes::Order`].
     pub orders: *const u8,
     /// Names of its parameters, `parameter_count` of them.
     pub parameters: *const Str<'a>,
@@ -407,15 +252,15 @@ pub struct HostTable {
     pub stepped: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.
     pub fire: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
-    /// Whether this kind of a parameter is wanted in this step, and was not captured in it yet.
-    pub due: unsafe extern "C" fn(tap: u32, kind: u32) -> bool,
+    /// Whether this kind (a code, as in all that follows) of a parameter is wanted in this step, and was not captured in it yet.
+    pub due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
     /// The call to capture it under; from now on it is not due in this step.
-    pub taken: unsafe extern "C" fn(tap: u32, kind: u32, out: *mut Call) -> bool,
+    pub taken: unsafe extern "C" fn(tap: u32, kind: u8, out: *mut Call) -> bool,
     /// Captures a leaf.
     pub capture:
-        unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>),
+        unsafe extern "C" fn(call: *const Call, kind: u8, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>),
     /// How a leaf is edited.
-    pub edit: unsafe extern "C" fn(call: *const Call, kind: u32, path: Str<'_>) -> LeafEdit,
+    pub edit: unsafe extern "C" fn(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdit,
     /// One line for the user, on stderr and in the run.
     pub notice: unsafe extern "C" fn(text: Str<'_>),
     /// An inner error: taps go off in this process for good, with this line.
@@ -438,9 +283,9 @@ pub struct HostTable {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Copied {
-    /// 0: the bytes are there; 1: under way, see `ticket`; 2: failed.
-    pub code: u32,
-    /// To be given to [`BridgeTable::wait`] exactly once.
+    /// How far it has come.
+    pub state: CopyState,
+    /// Of a pending copy: to be given to [`BridgeTable::wait`] exactly once.
     pub ticket: *mut c_void,
 }
 

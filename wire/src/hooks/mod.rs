@@ -21,59 +21,8 @@ pub use parse::{parse, parse_clauses};
 pub use select::nearest;
 pub use toml_form::parse_toml;
 
+pub use crate::codes::Kind;
 use crate::dtype::DType;
-
-/// What of a module a hook taps. The discriminant is the code on the wire; [`Kind::bit`] the one in masks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum Kind {
-    /// Outputs of the forward pass.
-    Forward = 0,
-    /// Inputs of the forward pass.
-    ForwardPre = 1,
-    /// Gradients of the inputs.
-    Backward = 2,
-    /// Gradients of the outputs.
-    BackwardPre = 3,
-    /// The parameter that the step's forward used.
-    Param = 4,
-    /// The gradient that the optimizer is about to use.
-    Grad = 5,
-}
-
-impl Kind {
-    /// Every kind, in code order.
-    pub const ALL: [Kind; 6] =
-        [Kind::Forward, Kind::ForwardPre, Kind::Backward, Kind::BackwardPre, Kind::Param, Kind::Grad];
-
-    /// The word in a clause and in a record.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Forward => "forward",
-            Kind::ForwardPre => "forward_pre",
-            Kind::Backward => "backward",
-            Kind::BackwardPre => "backward_pre",
-            Kind::Param => "param",
-            Kind::Grad => "grad",
-        }
-    }
-
-    /// The kind with this word.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|k| k.name() == name)
-    }
-
-    /// The kind with this wire code.
-    pub fn from_code(code: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(code)).copied()
-    }
-
-    /// This kind's bit in a mask of kinds.
-    pub fn bit(self) -> u32 {
-        1 << (self as u32)
-    }
-}
 
 /// How the model itself is written, whose name is empty.
 pub const ROOT: &str = "(root)";

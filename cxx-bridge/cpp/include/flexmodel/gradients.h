@@ -16,9 +16,8 @@
 
 namespace flexmodel {
 
-// wire::hooks::Kind.
-enum Kind : uint32_t { kForward = 0, kForwardPre = 1, kBackward = 2, kBackwardPre = 3, kParam = 4, kGrad = 5 };
-inline constexpr uint32_t bit(Kind kind) { return 1u << kind; }
+// In masks of kinds.
+inline constexpr uint32_t bit(Kind kind) { return 1u << code(kind); }
 
 // Hands a leaf to the interposer, or into the graph that is traced; refused if it cannot be read, or for the reason given.
 void capture(const Site& site, Kind kind, const std::string& path, uint32_t repeat, const Part& part,

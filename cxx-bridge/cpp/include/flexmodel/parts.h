@@ -14,9 +14,6 @@ namespace flexmodel {
 
 using Axes = rust::Vec<LeafAxis>;
 
-// wire::tap_abi::LeafPlace.
-enum Place : uint8_t { kReplicate = 0, kShard = 1, kPartial = 2, kUnknown = 3, kFlat = 4, kHeadTail = 5 };
-
 // A tensor that this process can read, and what torch says about how it lies over the others.
 struct Part {
   at::Tensor local;
@@ -26,7 +23,7 @@ struct Part {
   Refusal refusal = Refusal::None;
 };
 
-// Reads a list of (axis, index, size, place, dimension[, shape, for runs]); false with a Python error set.
+// Reads a list of (axis, index, size, placement, dimension[, shape, for runs]); false with a Python error set.
 bool read_axes(PyObject* list, Axes& axes);
 
 // The module that is given a tensor, or gives it.

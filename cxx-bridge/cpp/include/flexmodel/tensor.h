@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 
+#include "flexmodel/wire.h"
 #include "rust/cxx.h"
 
 namespace flexmodel {
@@ -18,23 +19,12 @@ namespace flexmodel {
 using Tensor = at::Tensor;
 struct Leaf;
 
-// wire::tap_abi::Refusal.
-enum class Refusal : uint8_t {
-  None = 0,
-  Sparse = 1,
-  Meta = 2,
-  Quantized = 3,
-  Functorch = 4,
-  DTensor = 5,
-  Subclass = 6,
-  Nested = 7,
-  Dtype = 8,
-  Device = 9,
-  SharedInput = 10,
-  Returned = 11,
-  Split = 12,
-  Raised = 13,
-};
+// The number that crosses a boundary.
+template <typename Enum>
+constexpr uint8_t code(Enum value) {
+  static_assert(sizeof(Enum) == 1);
+  return static_cast<uint8_t>(value);
+}
 
 // Our own operations are nobody's business: no autograd, no autocast, no dispatch mode of the job sees them.
 struct Unseen {
@@ -80,8 +70,8 @@ c10::Stream side_stream(c10::Device device);
 // memory that is long somebody else's, and break the capture.
 void expect_no_capture(const c10::impl::VirtualGuardImpl& guard, c10::Device device);
 
-// wire::dtype::DType code of a torch type; 0 for one that has none.
-uint8_t dtype_code(c10::ScalarType type);
+// The code of a torch type, which Rust knows by its name; 0 for one that has none.
+uint8_t code_of(c10::ScalarType type);
 std::optional<c10::ScalarType> dtype_of(uint8_t code);
 
 // Why `tensor` cannot be read. `python_type` is the name of its Python class.

@@ -1,0 +1,104 @@
+//! Counts steps, microbatches, passes, calls and replays: which forward pass a tap fires in.
+//!
+//! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between.
+//! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training and
+//!   evaluation. Where a script calls submodules directly, a pass ends when one of them is called again.
+//! - *Outermost* is known from scopes: the model says when its forward begins and ends; where its parts are called
+//!   directly, so does every module that holds a tapped one. An end may be missing (the forward raised). A call that is
+//!   under way stands further up its thread's stack than one that begins inside of it, so what does not is over.
+//! - A *call* counts a module's calls within a microbatch.
+//! - A *replay* is a forward inside a backward pass: activation checkpointing. It is no pass of its own. Where the
+//!   first forward ran without gradients (reentrant checkpointing), the replay carries the gradients, and takes the
+//!   identity of the oldest pass that still waits for them, last call first.
+
+mod calls;
+mod passes;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+
+use wire::tap_abi::{Call, Firing};
+
+use passes::Passes;
+
+pub use calls::Calls;
+pub use passes::{Caller, Input, StackPosition};
+
+/// Optimizer steps.
+#[derive(Debug, Default)]
+struct Steps {
+    now: u64,
+    /// An optimizer has stepped since the last pass began.
+    stepped: bool,
+}
+
+impl Steps {
+    fn begin_pass(&mut self) -> u64 {
+        if std::mem::take(&mut self.stepped) {
+            self.now += 1;
+        }
+        self.now
+    }
+}
+
+/// When a tap fires, and how it fires.
+#[derive(Clone, Copy, Debug)]
+pub struct Fired<'a> {
+    /// The tap.
+    pub tap: u32,
+    /// It fires before *and* after the forward, so that both get the same answer.
+    pub paired: bool,
+    /// Some clause of it wants gradients.
+    pub wants_gradients: bool,
+    /// As the bridge sees it.
+    pub firing: &'a Firing,
+}
+
+/// The clock of a job: its steps, and the passes of each model, by the shim's serial.
+#[derive(Debug, Default)]
+pub struct Clock {
+    steps: Steps,
+    models: HashMap<u64, Passes>,
+}
+
+impl Clock {
+    /// An optimizer stepped. A forward that raised before cannot be open any more.
+    pub fn stepped(&mut self) {
+        self.steps.stepped = true;
+        self.models.values_mut().for_each(Passes::none_open);
+    }
+
+    /// The step under way.
+    pub fn step(&self) -> u64 {
+        self.steps.now
+    }
+
+    /// The forward of a model or of a part of it begins. `position` must come from one place in the code.
+    pub fn enter(&mut self, model: u64, caller: Caller, position: StackPosition, firing: &Firing) {
+        self.models.entry(model).or_default().enter(&mut self.steps, caller, position, firing);
+    }
+
+    /// It ends, and with it whatever began inside of it.
+    pub fn exit(&mut self, model: u64, caller: Caller, position: StackPosition, firing: &Firing) {
+        if let Some(passes) = self.models.get_mut(&model) {
+            passes.exit(caller, position, firing);
+        }
+    }
+
+    /// A tap of a model fires: its place in the pass, or `None` for a replay whose identity is not needed or not known.
+    pub fn place(&mut self, model: u64, calls: &mut Calls, fired: Fired<'_>) -> Option<Call> {
+        calls.place(self.models.entry(model).or_default(), &mut self.steps, fired)
+    }
+
+    /// What a pass of a model was called with.
+    pub fn input(&self, model: u64, pass: u64) -> Input {
+        self.models.get(&model).map_or(Input::default(), |passes| passes.input(pass))
+    }
+
+    /// Nothing of a model is counted any more.
+    pub fn forget(&mut self, model: u64) {
+        self.models.remove(&model);
+    }
+}

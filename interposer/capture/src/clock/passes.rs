@@ -1,0 +1,145 @@
+//! The forward passes of one model.
+
+use std::collections::{HashSet, VecDeque};
+
+use wire::tap_abi::Firing;
+
+use super::Steps;
+
+/// Passes whose inputs are remembered, for gradients that come late.
+const REMEMBERED: usize = 64;
+/// Most scopes under way: more than Python lets modules nest.
+const MAX_SCOPES: usize = 1024;
+
+/// Who was called from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// The model itself.
+    Model,
+    /// A part that holds tapped modules.
+    Part(u64),
+    /// A tapped module that holds none.
+    Tap(u32),
+}
+
+/// A place in the stack of a thread.
+#[derive(Clone, Copy, Debug)]
+pub struct StackPosition {
+    pub(super) thread: usize,
+    /// Smaller inside of calls: stacks grow downwards.
+    pub(super) address: usize,
+}
+
+impl StackPosition {
+    /// Where the caller is, given the address of a variable of its own.
+    pub fn here<T>(local: &T) -> Self {
+        thread_local!(static THREAD: u8 = const { 0 });
+        let thread = THREAD.with(|t| std::ptr::from_ref(t).addr());
+        Self { thread, address: std::ptr::from_ref(local).addr() }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Scope {
+    caller: Caller,
+    position: StackPosition,
+}
+
+/// The first input of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// Its first sizes, as in [`Firing::first`].
+    pub sizes: [i64; 3],
+    /// Its digest, as in [`Firing::given`].
+    pub digest: u32,
+}
+
+impl Default for Input {
+    fn default() -> Self {
+        Self { sizes: [-1; 3], digest: 0 }
+    }
+}
+
+/// The passes of one model.
+#[derive(Debug, Default)]
+pub struct Passes {
+    pub(super) step: u64,
+    counted: [u32; 2],
+    pub(super) micro: u32,
+    train: bool,
+    pub(super) number: u64,
+    /// Forwards under way, as far as is known.
+    pub(super) scopes: Vec<Scope>,
+    pub(super) grad_enabled: bool,
+    called: HashSet<Caller>,
+    /// What the last passes were called with.
+    inputs: VecDeque<(u64, Input)>,
+}
+
+impl Passes {
+    /// The forward of the model or of a part begins. `position` must come from one place in the code.
+    pub fn enter(&mut self, steps: &mut Steps, caller: Caller, position: StackPosition, firing: &Firing) {
+        if firing.replay {
+            return;
+        }
+        self.scopes.retain(|s| s.position.thread != position.thread || s.position.address > position.address);
+        if self.scopes.is_empty() {
+            self.begin(steps, caller, firing);
+        }
+        if self.scopes.len() >= MAX_SCOPES {
+            self.scopes.remove(0);
+        }
+        self.scopes.push(Scope { caller, position });
+    }
+
+    /// It ends, and with it whatever began inside of it.
+    pub fn exit(&mut self, caller: Caller, position: StackPosition, firing: &Firing) {
+        if firing.replay {
+            return;
+        }
+        let here = |s: &Scope| s.position.thread == position.thread;
+        if let Some(at) = self.scopes.iter().rposition(|s| here(s) && s.caller == caller) {
+            let mut index = 0;
+            self.scopes.retain(|s| {
+                index += 1;
+                index <= at || !here(s)
+            });
+        }
+    }
+
+    /// No forward is under way.
+    pub fn none_open(&mut self) {
+        self.scopes.clear();
+    }
+
+    pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, firing: &Firing) {
+        let step = steps.begin_pass();
+        let new_step = self.number == 0 || step != self.step;
+        if new_step {
+            self.step = step;
+            self.counted = [0, 0];
+        }
+        // The model's own forward is a pass, whatever parts of it did before.
+        if new_step || caller == Caller::Model || self.called.contains(&caller) {
+            self.called.clear();
+            self.train = firing.train;
+            let [eval, train] = &mut self.counted;
+            let counter = if firing.train { train } else { eval };
+            self.micro = *counter;
+            *counter += 1;
+            self.number += 1;
+            self.grad_enabled = firing.grad_enabled;
+            self.inputs.push_back((self.number, Input { sizes: firing.first, digest: firing.given }));
+            if self.inputs.len() > REMEMBERED {
+                self.inputs.pop_front();
+            }
+        }
+        self.called.insert(caller);
+        self.grad_enabled |= firing.grad_enabled;
+    }
+
+    /// What the pass was called with.
+    pub fn input(&self, pass: u64) -> Input {
+        self.inputs.iter().find(|(n, _)| *n == pass).map_or(Input::default(), |(_, input)| *input)
+    }
+}

@@ -1,0 +1,96 @@
+//! What a captured leaf is: its record, and how it lies over the ranks.
+
+use wire::{
+    codes::{Code, Refusal},
+    dtype::DType,
+    hooks::{Assemble, Kind, Reduce},
+    loss_scale::LossScale,
+    record::{MICRO, RecordMeta},
+    tap_abi::{Call, Str, TensorDesc},
+};
+
+use super::Engine;
+use crate::{
+    layout::{self, Known, Leaf},
+    transport::Captured,
+};
+
+impl Engine {
+    /// Describes a leaf for its way to the agent; `None` if nobody asked for it.
+    ///
+    /// # Safety
+    /// `tensor.sizes` must point to `ndim` sizes, and `tensor.axes` to `axis_count` axes.
+    pub unsafe fn describe(
+        &self,
+        call: &Call,
+        kind: Kind,
+        path: Str<'_>,
+        repeat: u32,
+        tensor: &TensorDesc<'_>,
+    ) -> Option<Captured> {
+        let (tap, model) = self.taps.get(call.tap)?;
+        // SAFETY: the caller's string lives through the call.
+        let path = unsafe { path.get() };
+        let clause = tap.captures(call.step, kind, path)?;
+        // SAFETY: the caller vouches for sizes and ndim.
+        let sizes = unsafe { std::slice::from_raw_parts(tensor.sizes, tensor.ndim as usize) };
+        let shape: Vec<u64> = sizes.iter().map(|&n| n.max(0) as u64).collect();
+        let own = DType::from_code(tensor.dtype);
+        let refusal = match Refusal::from_code(tensor.refusal).unwrap_or(Refusal::Subclass) {
+            Refusal::None if own.is_none() => Refusal::Dtype,
+            refusal => refusal,
+        };
+        let own = own.unwrap_or(DType::UInt8);
+        let dtype = clause.options.dtype.unwrap_or(own);
+        let input = self.clock.input(tap.model, call.pass);
+        let known = Known {
+            batch: match model.microbatch {
+                [batch, length] if batch >= 0 => [batch, length, -1],
+                _ => input.sizes,
+            },
+            input_digest: input.digest,
+            own: call.first,
+            order: tap.order,
+            kind,
+            micro: (call.micro % model.microbatches, model.microbatches),
+        };
+        // SAFETY: the caller vouches for the axes.
+        let from_torch = unsafe { layout::from_torch(tensor) };
+        let leaf = Leaf { shape: &shape, module: &tap.name, path };
+        let axes = match &clause.options.ranks {
+            // Torch says all of a parameter; nothing about it is inferred from a batch.
+            _ if kind.bit() & Kind::OF_PARAMETERS != 0 => from_torch,
+            None => layout::infer(leaf, known, clause.options.shard.as_ref(), &model.mesh, from_torch),
+            Some(ranks) => {
+                layout::of_some(leaf, known, clause.options.shard.as_ref(), (&model.mesh, from_torch), self.rank, ranks)
+            }
+        };
+        // What a pipeline cuts comes out as one.
+        let is_cut = axes.iter().any(|axis| axis.name == MICRO);
+        let meta = RecordMeta {
+            module: tap.name.clone(),
+            class: tap.class.clone(),
+            kind,
+            path: path.to_owned(),
+            group: clause.options.group.clone().unwrap_or_default(),
+            model: model.number,
+            step: call.step,
+            micro: if is_cut { call.micro / model.microbatches } else { call.micro },
+            call: call.call,
+            repeat,
+            train: call.train,
+            stats_only: clause.options.reduce == Reduce::Stats,
+            dtype,
+            shape,
+            rank: self.rank.rank,
+            axes,
+            dp_size: layout::data_size(&model.mesh),
+            loss_scale: LossScale(if kind.bit() & Kind::GRADIENTS != 0 { self.loss_scale } else { 1.0 }),
+            same: None,
+            time_ns: self.process.now_ns(),
+            refused: refusal.reason().to_owned(),
+        };
+        let collective = clause.options.assemble == Assemble::Collective;
+        Some(Captured { meta, handle: tensor.handle, on_device: tensor.on_device, staged: false, collective })
+    }
+}

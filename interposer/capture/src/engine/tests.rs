@@ -1,0 +1,246 @@
+//! What the engine decides, with a stand-in for the transport.
+
+use std::sync::Arc;
+
+use wire::{
+    codes::Refusal,
+    record::{Axis, Place, RecordMeta},
+    tap_abi::Str,
+};
+
+use super::*;
+use crate::testing::{Model, StandInProcess, StandInTransport, Tensor, mask, training};
+
+struct World {
+    engine: Engine,
+    reports: Arc<StandInTransport>,
+}
+
+fn engine(hooks: &str) -> World {
+    let plans = Arc::new(PlanInForce::new(HookPlan::parse(0, hooks).unwrap()));
+    let reports = Arc::new(StandInTransport::default());
+    World { engine: Engine::new(plans, StandInProcess::on(), reports.clone()), reports }
+}
+
+impl World {
+    /// Taps of a model in a process alone, by the index of the module or parameter.
+    fn taps(&mut self, model: &Model) -> Vec<(u32, u32)> {
+        model.select_in(&mut self.engine, 0, 1).iter().map(|s| (s.index, s.tap)).collect()
+    }
+
+    /// A forward pass of a model in which its taps fire after their modules: the kinds that each captures.
+    fn pass(&mut self, serial: u64, taps: &[(u32, u32)], firing: &Firing) -> Vec<u32> {
+        self.calls(serial, taps, firing).iter().map(|call| call.map_or(0, |call| call.capture)).collect()
+    }
+
+    fn calls(&mut self, serial: u64, taps: &[(u32, u32)], firing: &Firing) -> Vec<Option<Call>> {
+        self.engine.pass(serial, 0, true, firing);
+        let calls = taps.iter().map(|(_, tap)| self.engine.triggered(*tap, firing)).collect();
+        self.engine.pass(serial, 0, false, firing);
+        calls
+    }
+
+    /// The record of a leaf of 4 x 8, if it is captured.
+    fn record(&self, call: &Call, kind: Kind, path: &str) -> Option<RecordMeta> {
+        let tensor = Tensor::of(32);
+        let described = tensor.described(&[4, 8], Refusal::None);
+        // SAFETY: sizes and path live through the call.
+        unsafe { self.engine.describe(call, kind, Str::new(path), 0, &described) }.map(|captured| captured.meta)
+    }
+}
+
+const FORWARD: u32 = 1 << Kind::Forward as u32;
+
+#[test]
+fn clauses_choose_their_steps() {
+    let mut w = engine("a@every=2; b@steps=1..2");
+    let model = Model::of(1, &["", "a", "b", "c"]);
+    let taps = w.taps(&model);
+    assert_eq!(taps, [(1, 0), (2, 1)]);
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        seen.push(w.pass(1, &taps, &training()));
+        w.engine.stepped();
+    }
+    assert_eq!(seen, [[FORWARD, 0], [0, FORWARD], [FORWARD, FORWARD], [0, 0]]);
+}
+
+#[test]
+fn a_clause_for_other_ranks_selects_nothing_here() {
+    let hooks = "a@ranks=1; b@ranks=0+1";
+    let selected = |rank| {
+        let mut w = engine(hooks);
+        let taps = Model::of(1, &["", "a", "b"]).select_in(&mut w.engine, rank, 2);
+        (taps.iter().map(|s| s.index).collect::<Vec<_>>(), w.reports.news())
+    };
+    assert_eq!(selected(0), (vec![2], vec![]));
+    assert_eq!(selected(1), (vec![1, 2], vec![]));
+}
+
+#[test]
+fn ranks_that_there_are_not_and_modules_that_there_are_not_are_said_once_by_rank_0() {
+    let mut w = engine("a@ranks=5; layers.0.mpl");
+    let model = Model::of(1, &["", "a", "layers.0.mlp"]);
+    for _ in 0..2 {
+        w.taps(&model);
+        w.engine.resolved();
+    }
+    let news = w.reports.news();
+    assert_eq!(news.len(), 2, "{news:?}");
+    assert_eq!(news[0], "'a@ranks=5' selects no rank of this job, which has 1 rank");
+    assert!(news[1].contains("'layers.0.mpl' matches no module; nearest: layers.*.mlp"), "{news:?}");
+    let mut other = engine("nothing");
+    model.select_in(&mut other.engine, 1, 2);
+    other.engine.resolved();
+    assert!(other.reports.news().is_empty());
+}
+
+#[test]
+fn a_rank_that_captures_nothing_of_a_model_says_which_modules_it_has() {
+    let mut w = engine("elsewhere");
+    Model::of(1, &["", "a"]).select_in(&mut w.engine, 0, 2);
+    assert_eq!(*w.reports.said.lock().unwrap(), [ToAgent::Others { modules: vec!["".into(), "a".into()] }]);
+}
+
+#[test]
+fn gradients_are_captured_where_gradients_are_recorded() {
+    let mut w = engine("a:forward,forward_pre,backward,backward_pre");
+    let model = Model::of(1, &["", "a"]);
+    let taps = w.taps(&model);
+    let [before, after] = [true, false].map(|pre| Firing { pre, ..training() });
+    w.engine.pass(1, 0, true, &before);
+    let call = |w: &mut World, firing: Firing| w.engine.triggered(taps[0].1, &firing).map_or(0, |c| c.capture);
+    assert_eq!(call(&mut w, before), mask(&[Kind::ForwardPre, Kind::Backward]));
+    assert_eq!(call(&mut w, after), mask(&[Kind::Forward, Kind::BackwardPre]));
+    let inference = Firing { grad_enabled: false, train: false, ..training() };
+    assert_eq!(call(&mut w, Firing { pre: true, ..inference }), mask(&[Kind::ForwardPre]));
+    assert_eq!(call(&mut w, inference), mask(&[Kind::Forward]));
+}
+
+#[test]
+fn a_parameter_is_due_once_in_a_step_that_its_clause_wants() {
+    let mut w = engine("a.weight:grad@every=2");
+    let model = Model { parameters: vec!["a.weight"], ..Model::of(1, &["", "a"]) };
+    let taps = w.taps(&model);
+    assert_eq!(taps, [(2, 0)]);
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        w.engine.pass(1, 0, true, &training());
+        let due = [Kind::Grad, Kind::Param].map(|kind| w.engine.parameter_due(0, kind));
+        let begun = [(); 2].map(|()| w.engine.begin_parameter(0, Kind::Grad).map(|call| call.step));
+        seen.push((due, begun));
+        w.engine.pass(1, 0, false, &training());
+        w.engine.stepped();
+    }
+    let nothing = ([false, false], [None, None]);
+    assert_eq!(seen, [([true, false], [Some(0), None]), nothing, ([true, false], [Some(2), None])]);
+}
+
+#[test]
+fn edits_multiply_and_zero_wins() {
+    let mut w = engine("a|scale(2); a@steps=0..0|scale(3); b|scale(5); b|zero");
+    let taps = w.taps(&Model::of(1, &["", "a", "b"]));
+    let first: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
+    assert_eq!(w.engine.edit(&first[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 6.0 });
+    assert_eq!(w.engine.edit(&first[1], Kind::Forward, "out").op, EditOp::Zero);
+    w.engine.stepped();
+    let second: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
+    assert_eq!(w.engine.edit(&second[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 2.0 });
+    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre, "in[0]").op, EditOp::Keep);
+}
+
+#[test]
+fn the_first_clause_that_keeps_bytes_captures_a_leaf_and_a_disagreement_is_said() {
+    let mut w = engine("a@reduce=stats; a@path=out[1],group=x; a@group=y");
+    let taps = w.taps(&Model::of(1, &["", "a"]));
+    let call = w.calls(1, &taps, &training())[0].unwrap();
+    let group = |path| w.record(&call, Kind::Forward, path).map(|meta| (meta.group, meta.stats_only));
+    assert_eq!(group("out[1]"), Some(("x".into(), false)));
+    assert_eq!(group("out[0]"), Some(("y".into(), false)));
+    assert_eq!(group("out[0]").is_some(), w.record(&call, Kind::Backward, "in[0]").is_none());
+    assert!(w.reports.news().iter().all(|text| text.contains("the first decides")));
+}
+
+#[test]
+fn a_record_says_where_it_is_of() {
+    let mut w = engine("a:forward,backward");
+    w.engine.loss_scale(1024.0);
+    let model = Model { mesh: vec![("dp", 1, 2, Role::Data)], ..Model::of(1, &["", "a"]) };
+    let taps: Vec<_> = model.select_in(&mut w.engine, 1, 2).iter().map(|s| (s.index, s.tap)).collect();
+    assert_eq!(*w.reports.described.lock().unwrap(), [(1, 2, "DDP".into())]);
+    w.pass(1, &taps, &training());
+    w.engine.stepped();
+    w.pass(1, &taps, &training());
+    let call = w.calls(1, &taps, &training())[0].unwrap();
+    let forward = w.record(&call, Kind::Forward, "out").unwrap();
+    let place = Place::Shard { dim: 0 };
+    let axis = Axis { name: "dp".into(), index: 1, size: 2, place, given: None };
+    assert_eq!((forward.module.as_str(), forward.class.as_str(), forward.path.as_str()), ("a", "Linear", "out"));
+    assert_eq!((forward.step, forward.micro, forward.call, forward.rank), (1, 1, 0, 1));
+    assert_eq!((forward.axes, forward.dp_size, forward.shape), (vec![axis], 2, vec![4, 8]));
+    assert_eq!(forward.loss_scale.0, 1.0);
+    assert_eq!(w.record(&call, Kind::Backward, "in[0]").unwrap().loss_scale.0, 1024.0);
+}
+
+#[test]
+fn microbatches_of_a_pipeline_are_pieces_of_one_record() {
+    let mut w = engine("a");
+    let taps = w.taps(&Model::of(1, &["", "a"]));
+    w.engine.microbatches(1, 2, [4, 8]);
+    let records: Vec<RecordMeta> = (0..4)
+        .map(|_| {
+            let call = w.calls(1, &taps, &training())[0].unwrap();
+            w.record(&call, Kind::Forward, "out").unwrap()
+        })
+        .collect();
+    let piece = |meta: &RecordMeta| (meta.micro, meta.axes[0].index, meta.axes[0].size);
+    assert_eq!(records.iter().map(piece).collect::<Vec<_>>(), [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]);
+}
+
+#[test]
+fn gradients_of_a_destroyed_model_are_still_described() {
+    let mut w = engine("a:backward");
+    let taps = w.taps(&Model::of(1, &["", "a"]));
+    let call = w.calls(1, &taps, &Firing { pre: true, ..training() })[0].unwrap();
+    w.engine.forget(1);
+    let record = |w: &World| w.record(&call, Kind::Backward, "in[0]").map(|meta| meta.model);
+    assert_eq!(record(&w), Some(0));
+    for serial in 2..100 {
+        w.taps(&Model::of(serial, &["", "a"]));
+        w.engine.forget(serial);
+    }
+    assert_eq!(record(&w), None, "it is not remembered for ever");
+}
+
+#[test]
+fn another_plan_takes_the_place_of_all_clauses_at_once() {
+    let mut w = engine("a:forward,backward; b");
+    let model = Model::of(1, &["", "a", "b"]);
+    let old = w.taps(&model);
+    let begun = w.calls(1, &old, &Firing { pre: true, ..training() })[0].unwrap();
+    w.engine.replace_plan(HookPlan::parse(1, "b@every=2,group=new").unwrap());
+    assert_eq!(w.pass(1, &old, &training()), [0, 0], "old taps begin nothing");
+    assert_eq!(w.engine.edit(&begun, Kind::Backward, "in[0]").op, EditOp::Keep);
+    let gradient = w.record(&begun, Kind::Backward, "in[0]").unwrap();
+    assert_eq!((gradient.module.as_str(), gradient.group.as_str()), ("a", ""), "as its own plan says");
+    let new = w.taps(&model);
+    assert_eq!((new.len(), new[0].0), (1, 2));
+    let call = w.calls(1, &new, &training())[0].unwrap();
+    assert_eq!(w.record(&call, Kind::Forward, "out").unwrap().group, "new");
+    assert_eq!((w.engine.plan().revision(), call.micro), (1, 2), "the clock goes on");
+    let said = w.reports.said.lock().unwrap();
+    let [ToAgent::Model { model: 0, .. }, ToAgent::Model { model: 0, modules }] = &said[..] else { panic!("{said:?}") };
+    assert_eq!(modules.iter().map(|m| m.kinds).collect::<Vec<_>>(), [0, 0, FORWARD]);
+}
+
+#[test]
+fn a_process_that_becomes_another_rank_says_so_and_its_records_are_of_that() {
+    let mut w = engine("a");
+    let model = Model::of(1, &["", "a"]);
+    let taps = w.taps(&model);
+    let again = model.select_in(&mut w.engine, 3, 4);
+    assert_eq!((again.len(), again[0].tap), (1, taps[0].1), "it keeps its taps");
+    let call = w.calls(1, &taps, &training())[0].unwrap();
+    assert_eq!(w.record(&call, Kind::Forward, "out").unwrap().rank, 3);
+    assert_eq!(w.reports.described.lock().unwrap().iter().map(|d| (d.0, d.1)).collect::<Vec<_>>(), [(0, 1), (3, 4)]);
+}

@@ -1,0 +1,87 @@
+//! Staged copies: what a rank holds for the others until it is gathered.
+
+use std::{
+    ffi::c_void,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use wire::{record::RecordMeta, tap_abi::BridgeTable};
+
+use super::agreement::Held;
+use crate::transport::Captured;
+
+/// A row-major tensor of our own, on the device that it was captured on.
+pub struct Staged {
+    tensor: *mut c_void,
+    on_device: bool,
+    bytes: u64,
+    bridge: &'static BridgeTable,
+    /// Bytes that are staged in this process.
+    budget: Arc<AtomicU64>,
+}
+
+// SAFETY: a staged tensor may be used from any thread (BridgeTable).
+unsafe impl Send for Staged {}
+
+impl Staged {
+    /// A copy of what a tap captures; `None` if all together were more than `most` bytes, or there is no memory.
+    pub fn new(captured: &Captured, most: u64, bridge: &'static BridgeTable, budget: &Arc<AtomicU64>) -> Option<Self> {
+        let bytes = captured.meta.payload_len()?;
+        let within = |staged: u64| staged.checked_add(bytes).filter(|&sum| sum <= most);
+        budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).ok()?;
+        let mut on_device = false;
+        // SAFETY: the handle is the tensor of the tap that is firing.
+        let tensor = unsafe { (bridge.keep)(captured.handle, captured.meta.dtype as u8, &raw mut on_device) };
+        if tensor.is_null() {
+            budget.fetch_sub(bytes, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self { tensor, on_device, bytes, bridge, budget: budget.clone() })
+    }
+
+    /// What was received from another rank, which is staged whatever there is already; `None` if nothing was.
+    pub fn received(
+        tensor: *mut c_void,
+        on_device: bool,
+        bytes: u64,
+        bridge: &'static BridgeTable,
+        budget: &Arc<AtomicU64>,
+    ) -> Option<Self> {
+        if tensor.is_null() {
+            return None;
+        }
+        budget.fetch_add(bytes, Ordering::Relaxed);
+        Some(Self { tensor, on_device, bytes, bridge, budget: budget.clone() })
+    }
+
+    /// The bridge's tensor.
+    pub fn tensor(&self) -> *mut c_void {
+        self.tensor
+    }
+
+    /// Whether it is on a device, not the CPU.
+    pub fn is_on_device(&self) -> bool {
+        self.on_device
+    }
+
+    /// Where it is.
+    pub fn held(&self) -> Held {
+        if self.on_device { Held::Device } else { Held::Host }
+    }
+
+    /// To be sent; this has to outlive it.
+    pub fn captured(&self, meta: RecordMeta) -> Captured {
+        Captured { meta, handle: self.tensor, on_device: self.on_device, staged: true, collective: false }
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        self.budget.fetch_sub(self.bytes, Ordering::Relaxed);
+        // SAFETY: the tensor came from the bridge and is given back once.
+        unsafe { (self.bridge.discard)(self.tensor) };
+    }
+}

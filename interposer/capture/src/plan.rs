@@ -1,0 +1,124 @@
+//! The hooks of a job: a plan with a revision, which is never changed but replaced as a whole.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use wire::{
+    env,
+    hooks::{Assemble, Hook},
+};
+
+/// What the clauses of one revision say.
+#[derive(Debug)]
+pub struct HookPlan {
+    revision: u64,
+    clauses: Vec<Hook>,
+}
+
+impl HookPlan {
+    /// The plan that a text of clauses, or the path of a TOML file, says.
+    ///
+    /// # Errors
+    /// A clause does not parse, or is not supported.
+    pub fn parse(revision: u64, text: &str) -> Result<Self, String> {
+        let clauses = wire::hooks::parse(text).map_err(|e| e.to_string())?;
+        match clauses.iter().find_map(|clause| clause.unsupported().map(|why| (clause, why))) {
+            Some((clause, why)) => Err(format!("{}: '{}': {why}", env::HOOKS, clause.text)),
+            None => Ok(Self { revision, clauses }),
+        }
+    }
+
+    /// Which of a job's plans it is; the environment's is 0.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// In the order written.
+    pub fn clauses(&self) -> &[Hook] {
+        &self.clauses
+    }
+
+    /// Those with these indices. An index of another plan is none of this one's.
+    pub fn some(&self, indices: &[usize]) -> impl Iterator<Item = &Hook> {
+        indices.iter().filter_map(|&index| self.clauses.get(index))
+    }
+
+    /// All kinds that some clauses tap.
+    pub fn kinds(&self, indices: &[usize]) -> u32 {
+        self.some(indices).fold(0, |mask, clause| mask | clause.kind_mask())
+    }
+
+    /// Whether any clause taps one of these kinds.
+    pub fn wants(&self, kinds: u32) -> bool {
+        self.clauses.iter().any(|clause| clause.kind_mask() & kinds != 0)
+    }
+
+    /// Whether every clause is for every rank.
+    pub fn is_for_all_ranks(&self) -> bool {
+        self.clauses.iter().all(|clause| clause.options.ranks.is_none())
+    }
+
+    /// What all ranks must agree on to gather tensors: their clauses. Empty where none wants that.
+    pub fn agreed_by_ranks(&self) -> String {
+        if self.clauses.iter().any(|clause| clause.options.assemble == Assemble::Collective) {
+            self.texts().collect::<Vec<_>>().join(";")
+        } else {
+            String::new()
+        }
+    }
+
+    /// The clauses as they were written.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        self.clauses.iter().map(|clause| clause.text.as_str())
+    }
+}
+
+/// The plan in force, behind one pointer. Whoever holds an older one reads that to its end.
+#[derive(Debug)]
+pub struct PlanInForce(RwLock<Arc<HookPlan>>);
+
+impl PlanInForce {
+    /// The first plan.
+    pub fn new(plan: HookPlan) -> Self {
+        Self(RwLock::new(Arc::new(plan)))
+    }
+
+    /// The plan that is in force now.
+    pub fn get(&self) -> Arc<HookPlan> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on this plan is in force. The one that was before is given back.
+    pub fn replace(&self, plan: HookPlan) -> Arc<HookPlan> {
+        std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), Arc::new(plan))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_holds_a_plan_reads_it_to_its_end() {
+        let plans = PlanInForce::new(HookPlan::parse(0, "a; b:grad").unwrap());
+        let old = plans.get();
+        let given_back = plans.replace(HookPlan::parse(1, "c").unwrap());
+        assert!(Arc::ptr_eq(&old, &given_back));
+        assert_eq!(old.texts().collect::<Vec<_>>(), ["a", "b:grad"]);
+        assert_eq!((plans.get().revision(), plans.get().texts().count()), (1, 1));
+        assert_eq!(plans.get().some(&[0, 1]).count(), 1, "an index of another plan is none of this one's");
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_its_clause() {
+        let why = HookPlan::parse(0, "a; b|edit.py:f").unwrap_err();
+        assert!(why.starts_with("FLEXMODEL_HOOKS: 'b|edit.py:f': Python edits"), "{why}");
+        assert!(HookPlan::parse(0, "a:nothing").is_err());
+    }
+
+    #[test]
+    fn ranks_agree_on_clauses_only_where_one_is_gathered() {
+        let text = |hooks| HookPlan::parse(0, hooks).unwrap().agreed_by_ranks();
+        assert_eq!(text("a; b@every=2"), "");
+        assert_eq!(text("a; b@assemble=collective"), "a;b@assemble=collective");
+    }
+}

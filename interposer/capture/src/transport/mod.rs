@@ -1,0 +1,313 @@
+//! Carries tensors from taps into the slab, or drops and counts them.
+//!
+//! | what happens | what the job pays |
+//! |---|---|
+//! | the agent is absent | nothing: the slab fills, then captures are dropped; it is looked for twice a second |
+//! | the slab is full and an agent reads it | a slab twice as large, once each, as long as `FLEXMODEL_SLAB` and the machine allow it |
+//! | the last slab is full, `drop` | nothing |
+//! | the last slab is full, `wait` | it waits while the agent's heart beats and its tail moves |
+//! | there is no memory for a slab | nothing: captures are dropped; it is asked for again every [`ASK`] |
+//! | the agent dies while we wait | at most [`GLANCE`] |
+//! | the agent stops (SIGSTOP, a wedged disk) | once 2 s (no heartbeat) or 60 s (no progress), until it moves again (WAIT-1) |
+//! | the agent does not read its messages | nothing: they wait, in a bounded number |
+//! | taps go off | at most two [`GLANCE`]s for the word of it |
+//! | the process turns out to be another rank | at most [`MOVE`] for copies that are under way, and [`WORD`] |
+//! | the process ends | at most [`FAREWELL`] for copies from a device that are under way, and [`WORD`] |
+//!
+//! There is no thread for the agent's words: the job's own threads look at the socket, without waiting, at most every
+//! [`LOOK`](link::LOOK), or every 20 ms while something waits to be sent. They do so when a tensor is sent, when a forward pass
+//! begins and when an optimizer has stepped. An agent that asks a rank which does none of these gets no answer until it does.
+
+mod copies;
+mod in_flight;
+mod link;
+mod memory;
+mod outbox;
+mod pinning;
+mod room;
+mod slabs;
+mod socket;
+mod state;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    ffi::c_void,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use wire::{
+    codes::CopyState,
+    control::{Hello, ToAgent},
+    counts::Counts,
+    record::{Axis, Place, RecordMeta},
+    slab::{Mapping, Reservation},
+    tap_abi::{BridgeTable, Rank},
+};
+
+use crate::{answers::Answers, engine::Reports, process::Process};
+use copies::Copies;
+use in_flight::InFlight;
+use link::Link;
+use memory::Memory;
+use slabs::Slabs;
+use state::State;
+
+pub use link::leave_word;
+
+/// How long one look at a full slab lasts.
+pub const GLANCE: Duration = Duration::from_millis(50);
+/// How long a process that becomes another rank waits for copies from a device.
+pub const MOVE: Duration = Duration::from_secs(2);
+/// How long the end of a process waits for copies from a device.
+pub const FAREWELL: Duration = Duration::from_secs(10);
+/// How long an agent is given to take the last message.
+pub const WORD: Duration = Duration::from_millis(500);
+/// How often memory is asked for that was refused.
+pub const ASK: Duration = Duration::from_secs(30);
+
+/// What a process is started with.
+pub struct Settings {
+    /// Path of the agent's socket.
+    pub socket: String,
+    /// Most bytes of all slabs together.
+    pub slab_bytes: u64,
+    /// Where `flexmodel run` looks how much was to be captured.
+    pub counts: Option<Counts>,
+    /// This process, as far as it is known before its rank is.
+    pub hello: Hello,
+}
+
+/// A tensor to be sent, and the record that it becomes.
+pub struct Captured {
+    /// What it is.
+    pub meta: RecordMeta,
+    /// The bridge's tensor.
+    pub handle: *const c_void,
+    /// It is on a device, not the CPU.
+    pub on_device: bool,
+    /// It is a staged copy of ours, not the job's tensor.
+    pub staged: bool,
+    /// It is to be gathered from all ranks first.
+    pub collective: bool,
+}
+
+/// The way of records to the agent.
+pub struct Transport {
+    state: Mutex<State>,
+    process: Arc<dyn Process>,
+    bridge: &'static BridgeTable,
+    copies: Copies,
+    replicas_once: bool,
+    /// It was said that the agent writes nonsense.
+    said_astray: AtomicBool,
+}
+
+impl Transport {
+    /// Nothing is sent, made or connected yet. `replicas_once`: of replicas one rank sends the bytes, the others a checksum.
+    pub fn new(
+        settings: Settings,
+        answers: Answers,
+        replicas_once: bool,
+        process: Arc<dyn Process>,
+        bridge: &'static BridgeTable,
+    ) -> Arc<Self> {
+        let Settings { socket, slab_bytes, counts, hello } = settings;
+        let on_full = hello.on_full;
+        let link = Link::new(&socket, hello, answers, process.clone());
+        let slabs = Slabs::new(slab_bytes, Memory::new(1));
+        let state = Mutex::new(State::new(link, slabs, counts, on_full, process.clone()));
+        Arc::new_cyclic(|this| Self {
+            state,
+            copies: Copies::new(bridge, copy_failed(this.clone())),
+            process,
+            bridge,
+            replicas_once,
+            said_astray: AtomicBool::new(false),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Most bytes of all slabs together.
+    pub fn slab_bytes(&self) -> u64 {
+        self.lock().slabs.bound()
+    }
+
+    /// One line for the user: on stderr now, and in the run.
+    pub fn notice(&self, text: String) {
+        self.process.line(&text);
+        self.say(ToAgent::Notice(text));
+    }
+
+    /// Listens to an agent, answers it and sends what waits, if it is time to look. Tensors that are sent do so anyway; passes
+    /// and steps call this for a job that sends none at the moment.
+    pub fn look(&self) {
+        match self.state.try_lock() {
+            Ok(mut state) => state.look(),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().look(),
+            // Whoever sends a tensor looks too.
+            Err(TryLockError::WouldBlock) => {}
+        }
+    }
+
+    /// The word that taps went off in this process: best effort, and no longer than two glances. Called from anywhere.
+    pub fn last_words(&self, text: &str) {
+        let end = Instant::now() + GLANCE;
+        let mut guard = loop {
+            match self.state.try_lock() {
+                Ok(guard) => break guard,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < end => thread::sleep(Duration::from_millis(1)),
+                Err(TryLockError::WouldBlock) => return,
+            }
+        };
+        let State { link, slabs, .. } = &mut *guard;
+        link.last_words(text, slabs, GLANCE);
+    }
+
+    /// Carries a tensor into the slab, in pieces where it is larger than a quarter of it.
+    pub fn send(&self, mut tensor: Captured) {
+        if is_replica(&tensor.meta) && self.replicas_once {
+            tensor.meta.same = self.checksum(&tensor);
+        }
+        let Some(total) = tensor.meta.payload_len() else { return };
+        let item = tensor.meta.dtype.size() as u64;
+        let mut meta = Vec::with_capacity(256);
+        tensor.meta.encode(&mut meta);
+        let Some((record, mut first)) = self.begin(&tensor, &meta, total) else { return };
+        let mut at = 0;
+        while !record.is_lost() {
+            let len = (total - at).min(record.max_piece);
+            let head: &[u8] = if at == 0 { &meta } else { &[] };
+            match first.take().or_else(|| self.reserve(&record, head, at, len, total)) {
+                Some(slot) if len == 0 => slot.commit(),
+                Some(slot) => self.fill(slot, &tensor, at / item, len / item, &record),
+                None => record.lose(),
+            }
+            at += len;
+            if at >= total {
+                return;
+            }
+        }
+    }
+
+    fn checksum(&self, tensor: &Captured) -> Option<u32> {
+        let mut crc = 0;
+        // SAFETY: the handle is the tensor of the tap that is firing, or one that is staged.
+        let known = unsafe { (self.bridge.checksum)(tensor.handle, tensor.meta.dtype as u8, &raw mut crc) };
+        known.then_some(crc)
+    }
+
+    /// Copies elements into a reserved frame and commits it. A copy from a device is finished by another thread.
+    fn fill(&self, slot: Reservation, tensor: &Captured, first: u64, elements: u64, record: &Arc<InFlight>) {
+        let dtype = tensor.meta.dtype as u8;
+        // SAFETY: the handle is the tensor of the tap that is firing, or is staged; the slot holds elements * item bytes.
+        let copied =
+            unsafe { (self.bridge.copy)(tensor.handle, tensor.staged, dtype, first, elements, slot.payload()) };
+        match copied.state {
+            CopyState::Done => slot.commit(),
+            CopyState::Pending => {
+                self.copies.finish_later(copied.ticket, slot, record.clone());
+                self.device_copied(&record.map);
+            }
+            CopyState::Failed => record.lose(),
+        }
+    }
+
+    /// Pins the slab if that was not possible when it was made.
+    fn device_copied(&self, map: &Arc<Mapping>) {
+        let refused = self.lock().slabs.device_copied(map, || self.pin(map));
+        if refused {
+            self.notice("the slab cannot be pinned: copies from the device are slower than they could be".into());
+        }
+    }
+
+    fn pin(&self, map: &Mapping) -> bool {
+        let (base, len) = map.whole();
+        // SAFETY: the range is mapped, and stays so if it is pinned.
+        let pinned = unsafe { (self.bridge.pin)(base, len) };
+        if pinned {
+            map.keep_mapped();
+        }
+        pinned
+    }
+
+    /// A tensor that is about to be sent, and the frame for its first piece if there is room for it at once.
+    fn begin(&self, tensor: &Captured, meta: &[u8], total: u64) -> Option<(Arc<InFlight>, Option<Reservation>)> {
+        let mut state = self.lock();
+        if let Some(counts) = &state.counts {
+            counts.captured(tensor.meta.rank);
+        }
+        let begun = state.begin(tensor.on_device, |map| self.pin(map), meta, total);
+        let (news, has_slab) = (state.slabs.news.take(), state.slabs.current().is_some());
+        drop(state);
+        match news {
+            Some(text) if has_slab => self.notice(text),
+            // No slab, no connection: the agent hears of it all the same.
+            Some(text) => {
+                self.process.line(&text);
+                self.last_words(&format!("{}: {text}", self.process.who()));
+            }
+            None => {}
+        }
+        begun.map(|(record, slot)| (Arc::new(record), slot))
+    }
+
+    /// The process ends in good order: waits for copies under way, and tells the agent, which has the slabs and goes on.
+    pub fn finish(&self) {
+        self.copies.drain(FAREWELL);
+        self.lock().finish();
+    }
+}
+
+impl Reports for Transport {
+    /// Says who this process is: before it attaches, and again when more is known. A process that captured before it knew
+    /// its rank leaves the slabs it has and begins another one.
+    fn describe(&self, rank: Rank, wrapper: &str) {
+        let is_another = |state: &mut State| state.slabs.current().is_some() && state.link.rank() != rank.rank;
+        if is_another(&mut self.lock()) {
+            self.copies.drain(MOVE);
+            self.lock().leave_slabs();
+        }
+        let ranks_of_node = self.process.ranks_of_node().unwrap_or(rank.world);
+        let State { link, slabs, .. } = &mut *self.lock();
+        slabs.shared_by(ranks_of_node);
+        link.describe(rank, wrapper, slabs);
+    }
+
+    fn say(&self, message: ToAgent) {
+        let State { link, slabs, .. } = &mut *self.lock();
+        link.say(message, slabs);
+    }
+
+    fn notice(&self, text: String) {
+        Transport::notice(self, text);
+    }
+}
+
+/// Says once that a copy from a device failed.
+fn copy_failed(transport: Weak<Transport>) -> Arc<dyn Fn() + Send + Sync> {
+    let said = AtomicBool::new(false);
+    Arc::new(move || {
+        if !said.swap(true, Ordering::Relaxed)
+            && let Some(transport) = transport.upgrade()
+        {
+            transport.notice("a copy from the device failed: that capture is lost, and so are others like it".into());
+        }
+    })
+}
+
+/// Whether the first of its members holds the same tensor, as torch says.
+fn is_replica(meta: &RecordMeta) -> bool {
+    let sends = |axis: &Axis| axis.place != Place::Replicate || axis.index == 0;
+    !meta.axes.iter().all(sends) && !meta.stats_only && meta.refused.is_empty()
+}

@@ -1,0 +1,292 @@
+//! Codes: numbers that mean the same to the engine, the bridge and the shim.
+//!
+//! This is their one definition. C++ has the enums in a header that `cxx-bridge/build.rs` generates from this file; Python
+//! has [`constants`], under the same names, in the bridge's module. Whoever gets a number from elsewhere asks
+//! [`Code::from_code`]. Numbers are never reused: records and compiled graphs that outlive a process have them in them.
+
+use std::fmt::Debug;
+
+use bytemuck::CheckedBitPattern;
+use serde::{Deserialize, Serialize};
+
+/// An enum whose values cross a boundary as a byte.
+pub trait Code: CheckedBitPattern<Bits = u8> + Debug {
+    /// The value with this code.
+    fn from_code(code: u8) -> Option<Self> {
+        bytemuck::checked::try_cast(code).ok()
+    }
+
+    /// Every value, in the order of their codes.
+    fn all() -> impl Iterator<Item = Self> {
+        (0..=u8::MAX).filter_map(Self::from_code)
+    }
+}
+
+/// What of a module a hook taps. [`Kind::bit`] is the one in masks of kinds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, CheckedBitPattern)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Kind {
+    /// Outputs of the forward pass.
+    Forward = 0,
+    /// Inputs of the forward pass.
+    ForwardPre = 1,
+    /// Gradients of the inputs.
+    Backward = 2,
+    /// Gradients of the outputs.
+    BackwardPre = 3,
+    /// The parameter that the step's forward used.
+    Param = 4,
+    /// The gradient that the optimizer is about to use.
+    Grad = 5,
+}
+
+/// How a tensor lies along one mesh axis, without what some ways need besides. See [`crate::record::Place`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, CheckedBitPattern)]
+#[repr(u8)]
+pub enum Placement {
+    /// The same on every member.
+    Replicate = 0,
+    /// Pieces of a dimension, in order of the members; they may be uneven, and empty.
+    Shard = 1,
+    /// Either of these: the bytes of all parts tell which.
+    ReplicateOrShard = 2,
+    /// Addends.
+    Partial = 3,
+    /// Not in these words.
+    #[default]
+    Unknown = 4,
+    /// Runs of the elements of a tensor, in order of the members.
+    Flat = 5,
+    /// Two pieces of a dimension each, one from its head and one from its tail.
+    HeadTail = 6,
+}
+
+/// What a mesh axis is there for, which says what to expect of tensors that say nothing themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, CheckedBitPattern)]
+#[repr(u8)]
+pub enum Role {
+    /// Members have their own rows of the batch.
+    Data = 0,
+    /// Members share the work on the same rows: most tensors are the same on all, others are pieces.
+    Tensor = 1,
+    /// Members have their own piece of every sequence.
+    Context = 2,
+    /// Not known.
+    #[default]
+    Other = 3,
+    /// As [`Role::Data`], but nothing says so: the job wraps the model in nothing and names no mesh.
+    Supposed = 4,
+    /// Members have modules of their own, so it is no axis of a tensor, and never reaches the engine.
+    Pipeline = 5,
+}
+
+/// What a module says about where the batch is in its tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, CheckedBitPattern)]
+#[repr(u8)]
+pub enum Order {
+    /// Nothing: it comes first, as nearly everywhere.
+    #[default]
+    Unstated = 0,
+    /// `batch_first=False`: what it takes and gives is `[length, batch, ...]`.
+    SequenceFirst = 1,
+    /// It is part of a module that says so.
+    InSequenceFirst = 2,
+    /// `batch_first=True`.
+    BatchFirst = 3,
+    /// A recurrent network with `batch_first=True`. Its states are `[layers, batch, ...]` all the same.
+    Recurrent = 4,
+    /// Nothing, and other modules of the model say `batch_first=False`: which way round the model is given is not known.
+    Mixed = 5,
+    /// It is part of a model of megatron-core's layers, which is given `[batch, length]` and works on
+    /// `[length, batch, ...]`.
+    Turned = 6,
+}
+
+/// Why a tensor cannot be captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, CheckedBitPattern)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum Refusal {
+    None = 0,
+    Sparse = 1,
+    Meta = 2,
+    Quantized = 3,
+    Functorch = 4,
+    DTensor = 5,
+    Subclass = 6,
+    Nested = 7,
+    Dtype = 8,
+    Device = 9,
+    SharedInput = 10,
+    Returned = 11,
+    Split = 12,
+    Raised = 13,
+}
+
+/// A bit of the flags that a compiled graph passes to the operations `tap` and `scope`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, CheckedBitPattern)]
+#[repr(u8)]
+pub enum Flag {
+    /// Before the module's forward; otherwise after.
+    Before = 1,
+    /// Gradients are recorded.
+    Gradients = 2,
+    /// `module.training`.
+    Training = 4,
+}
+
+/// What an edit does to a leaf.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, CheckedBitPattern)]
+#[repr(u8)]
+pub enum EditOp {
+    /// Nothing.
+    #[default]
+    Keep = 0,
+    /// Multiplies it by a factor.
+    Scale = 1,
+    /// Puts zeros in its place.
+    Zero = 2,
+}
+
+/// How far a copy of a tensor has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, CheckedBitPattern)]
+#[repr(u8)]
+pub enum CopyState {
+    /// The bytes are there.
+    Done = 0,
+    /// It is under way on a device.
+    Pending = 1,
+    /// There will be none.
+    Failed = 2,
+}
+
+impl Code for Kind {}
+impl Code for Placement {}
+impl Code for Role {}
+impl Code for Order {}
+impl Code for Refusal {}
+impl Code for Flag {}
+impl Code for EditOp {}
+impl Code for CopyState {}
+
+impl Kind {
+    /// Every kind, in the order of their codes.
+    pub const ALL: [Kind; 6] =
+        [Kind::Forward, Kind::ForwardPre, Kind::Backward, Kind::BackwardPre, Kind::Param, Kind::Grad];
+    /// Kinds for which a tap needs the hook before the forward, as a mask.
+    pub const BEFORE: u32 = Kind::ForwardPre.bit() | Kind::Backward.bit();
+    /// Kinds of parameters, as a mask; the others are of modules.
+    pub const OF_PARAMETERS: u32 = Kind::Param.bit() | Kind::Grad.bit();
+    /// Gradients of activations, as a mask.
+    pub const GRADIENTS: u32 = Kind::Backward.bit() | Kind::BackwardPre.bit();
+
+    /// The word in a clause and in a record.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Forward => "forward",
+            Kind::ForwardPre => "forward_pre",
+            Kind::Backward => "backward",
+            Kind::BackwardPre => "backward_pre",
+            Kind::Param => "param",
+            Kind::Grad => "grad",
+        }
+    }
+
+    /// The kind with this word.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|k| k.name() == name)
+    }
+
+    /// This kind's bit in a mask of kinds.
+    pub const fn bit(self) -> u32 {
+        1 << (self as u32)
+    }
+}
+
+impl Refusal {
+    /// The reason, as the user reads it.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::None => "",
+            Self::Sparse => "a sparse tensor (no dense bytes)",
+            Self::Meta => "a meta or fake tensor (no data)",
+            Self::Quantized => "a quantized tensor",
+            Self::Functorch => "a tensor inside vmap or another functorch transform",
+            Self::DTensor => "a DTensor whose part on this rank could not be told",
+            Self::Subclass => "a tensor subclass without storage of its own",
+            Self::Nested => "a nested tensor",
+            Self::Dtype => "an element type FlexModel does not know",
+            Self::Device => "a device that is neither CPU nor CUDA",
+            Self::SharedInput => "an input whose gradient through this module alone cannot be told",
+            Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
+            Self::Raised => "a tensor that raised when it was looked at; a notice says what",
+            Self::Split => {
+                "an input of a module that torch.compile put into several graphs, as it does for DDP unless \
+                 torch._dynamo.config.optimize_ddp is False"
+            }
+        }
+    }
+}
+
+/// The codes that Python has, by name: `KIND_FORWARD_PRE`, `PLACEMENT_SHARD`, ...; and masks of kinds, `KINDS_...`.
+pub fn constants() -> Vec<(String, u32)> {
+    let masks = [("OF_PARAMETERS", Kind::OF_PARAMETERS), ("GRADIENTS", Kind::GRADIENTS)];
+    let masks = masks.map(|(name, mask)| (format!("KINDS_{name}"), mask)).into();
+    let codes = [
+        named::<Kind>("KIND"),
+        named::<Placement>("PLACEMENT"),
+        named::<Role>("ROLE"),
+        named::<Order>("ORDER"),
+        named::<Refusal>("REFUSAL"),
+        named::<Flag>("FLAG"),
+        masks,
+    ];
+    codes.concat()
+}
+
+fn named<C: Code>(prefix: &str) -> Vec<(String, u32)> {
+    let all = (0..=u8::MAX).filter_map(|code| Some((C::from_code(code)?, code)));
+    all.map(|(value, code)| (format!("{prefix}{}", upper_snake(&format!("{value:?}"))), u32::from(code))).collect()
+}
+
+/// `HeadTail` as `_HEAD_TAIL`.
+fn upper_snake(camel: &str) -> String {
+    let mut out = String::new();
+    for c in camel.chars() {
+        if c.is_uppercase() {
+            out.push('_');
+        }
+        out.push(c.to_ascii_uppercase());
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_is_known_by_its_code_and_its_word() {
+        assert_eq!(Kind::all().collect::<Vec<_>>(), Kind::ALL);
+        for kind in Kind::ALL {
+            assert_eq!(Kind::from_code(kind as u8), Some(kind));
+            assert_eq!(Kind::from_name(kind.name()), Some(kind));
+        }
+        assert_eq!(Kind::from_code(Kind::ALL.len() as u8), None);
+    }
+
+    #[test]
+    fn python_has_a_constant_for_every_code_and_no_name_twice() {
+        let mut constants = constants();
+        for expected in
+            [("KIND_BACKWARD_PRE", 3), ("PLACEMENT_HEAD_TAIL", 6), ("FLAG_TRAINING", 4), ("KINDS_GRADIENTS", 12)]
+        {
+            assert!(constants.contains(&(expected.0.to_owned(), expected.1)), "{expected:?}");
+        }
+        let count = constants.len();
+        constants.sort();
+        constants.dedup_by(|a, b| a.0 == b.0);
+        assert_eq!(constants.len(), count);
+    }
+}
