@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python-shim"
 HEADER_SPACE = 1 << 20
@@ -89,3 +90,8 @@ class Writer:
 
     def sealed(self) -> Path:
         return self.root / f"{self.stem}.safetensors"
+
+
+def raises(text: str, error: type[Exception] = KeyError):
+    """The error, with `text` in its message as people see it."""
+    return pytest.raises(error, match=text)
