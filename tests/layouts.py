@@ -35,6 +35,7 @@ WRAPPED = {
 """Programs of two ranks that share batches, and the number of the model."""
 STEPS = 3
 
+TENSOR_PARALLEL = harness.torchrun("tensor_parallel.py", "local", "dtensor", "sequence")
 REPLICAS = harness.torchrun("hsdp.py", "fsdp1", "fsdp2", ranks=4)
 CROSSED = harness.torchrun("fsdp2_tp.py", "sequence", ranks=4)
 

@@ -43,7 +43,7 @@ def test_shards_that_are_replicated_are_joined_once(number, run_once):
 
 @pytest.mark.parametrize("style", test_tensor_parallel.STYLES)
 def test_tensor_parallel_ones_are_those_of_one_process(style, run_once):
-    outcome = run_once(test_tensor_parallel.ARGV, test_tensor_parallel.HOOKS).expect(0)
+    outcome = run_once(layouts.TENSOR_PARALLEL, layouts.HOOKS).expect(0)
     number = test_tensor_parallel.STYLES.index(style)
     model = tensor_parallel.build(style)
     sizes = {"steps": tensor_parallel.STEPS, "sizes": (tensor_parallel.ROWS,)}
