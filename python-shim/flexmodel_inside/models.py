@@ -192,7 +192,7 @@ class Models:
             parameters = {name: each for name, each in found.items() if not of(name, each.is_in, theirs)}
         axes = [axis[:4] for axis in mesh]
         if any(axis.role == SUPPOSED for axis in mesh):
-            self._bridge.tell_given()
+            self._bridge.digest_inputs()
         selected, of_parameters = self._bridge.select(
             serial, entries, list(parameters), wrapper_name(top), axes, rank, world
         )

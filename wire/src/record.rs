@@ -64,6 +64,35 @@ pub enum Place {
     Unknown,
 }
 
+impl Place {
+    /// The place with this code; of a shard whose offset is not known. `dim` is the dimension, where there is one, and
+    /// `shape` the whole tensor's for [`Place::Flat`].
+    pub fn of(placement: Placement, dim: u32, shape: &[u64]) -> Self {
+        match placement {
+            Placement::Replicate => Self::Replicate,
+            Placement::Shard => Self::Shard { dim, offset: None },
+            Placement::ReplicateOrShard => Self::ReplicateOrShard { dim },
+            Placement::Flat => Self::Flat { shape: shape.to_vec() },
+            Placement::HeadTail => Self::HeadTail { dim },
+            Placement::Partial => Self::Partial,
+            Placement::Unknown => Self::Unknown,
+        }
+    }
+
+    /// Its code.
+    pub fn placement(&self) -> Placement {
+        match self {
+            Self::Replicate => Placement::Replicate,
+            Self::Shard { .. } => Placement::Shard,
+            Self::ReplicateOrShard { .. } => Placement::ReplicateOrShard,
+            Self::Flat { .. } => Placement::Flat,
+            Self::HeadTail { .. } => Placement::HeadTail,
+            Self::Partial => Placement::Partial,
+            Self::Unknown => Placement::Unknown,
+        }
+    }
+}
+
 /// One mesh axis of a layout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Axis {
@@ -199,16 +228,13 @@ impl RecordMeta {
             put_str(out, &axis.name);
             out.extend_from_slice(&axis.index.to_le_bytes());
             out.extend_from_slice(&axis.size.to_le_bytes());
-            let (code, dim, offset) = match &axis.place {
-                Place::Replicate => (Placement::Replicate, 0, u64::MAX),
-                Place::Shard { dim, offset } => (Placement::Shard, *dim, offset.unwrap_or(u64::MAX)),
-                Place::ReplicateOrShard { dim } => (Placement::ReplicateOrShard, *dim, u64::MAX),
-                Place::Partial => (Placement::Partial, 0, u64::MAX),
-                Place::Unknown => (Placement::Unknown, 0, u64::MAX),
-                Place::Flat { shape } => (Placement::Flat, shape.len().min(MAX_DIMS) as u32, u64::MAX),
-                Place::HeadTail { dim } => (Placement::HeadTail, *dim, u64::MAX),
+            let (dim, offset) = match &axis.place {
+                Place::Shard { dim, offset } => (*dim, offset.unwrap_or(u64::MAX)),
+                Place::ReplicateOrShard { dim } | Place::HeadTail { dim } => (*dim, u64::MAX),
+                Place::Flat { shape } => (shape.len().min(MAX_DIMS) as u32, u64::MAX),
+                Place::Replicate | Place::Partial | Place::Unknown => (0, u64::MAX),
             };
-            out.push(code as u8);
+            out.push(axis.place.placement() as u8);
             out.extend_from_slice(&dim.to_le_bytes());
             out.extend_from_slice(&offset.to_le_bytes());
             out.extend_from_slice(&axis.given.map_or(u64::MAX, u64::from).to_le_bytes());
@@ -259,19 +285,19 @@ impl RecordMeta {
                 u64::MAX => None,
                 digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
             };
-            let place = match Placement::from_code(code).ok_or(RecordError("unknown placement"))? {
-                Placement::Replicate => Place::Replicate,
+            let placement = Placement::from_code(code).ok_or(RecordError("unknown placement"))?;
+            let shape: Vec<u64> = match placement {
                 Placement::Shard | Placement::HeadTail if dim as usize >= ndim => {
                     return Err(RecordError("pieces of a dimension the tensor does not have"));
                 }
-                Placement::Shard => Place::Shard { dim, offset: (offset != u64::MAX).then_some(offset) },
-                Placement::ReplicateOrShard => Place::ReplicateOrShard { dim },
-                Placement::Partial => Place::Partial,
-                Placement::Unknown => Place::Unknown,
                 Placement::Flat if dim as usize > MAX_DIMS => return Err(RecordError("too many dimensions")),
-                Placement::Flat => Place::Flat { shape: (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()? },
-                Placement::HeadTail => Place::HeadTail { dim },
+                Placement::Flat => (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()?,
+                _ => Vec::new(),
             };
+            let mut place = Place::of(placement, dim, &shape);
+            if let Place::Shard { offset: known, .. } = &mut place {
+                *known = (offset != u64::MAX).then_some(offset);
+            }
             axes.push(Axis { name, index, size, place, given });
         }
         let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];

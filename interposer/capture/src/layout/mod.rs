@@ -8,7 +8,7 @@ use wire::{
     codes::{Code, Order, Placement, Role},
     hooks::{Kind, ShardHint},
     record::{Axis, MICRO, Place},
-    tap_abi::{ModelDesc, Rank, TensorDesc},
+    tap_abi::{self, ModelDesc, Rank},
 };
 
 /// The name of the axes over which the batch lies, taken together.
@@ -80,28 +80,19 @@ pub unsafe fn mesh_of(desc: &ModelDesc<'_>) -> Vec<MeshAxis> {
 ///
 /// # Safety
 /// `tensor.axes` must point to `axis_count` axes.
-pub unsafe fn from_torch(tensor: &TensorDesc<'_>) -> Vec<Axis> {
+pub unsafe fn from_torch(tensor: &tap_abi::Leaf<'_>) -> Vec<Axis> {
     let at = |i: usize| {
         // SAFETY: i < axis_count; the name lives as long as the description.
         let (axis, name) = unsafe {
             let axis = &*tensor.axes.add(i);
             (axis, axis.name.get())
         };
-        let place = match Placement::from_code(axis.placement).unwrap_or_default() {
-            Placement::Replicate => Place::Replicate,
-            Placement::Shard => shard(axis.dim),
-            Placement::ReplicateOrShard => Place::ReplicateOrShard { dim: axis.dim },
-            Placement::Partial => Place::Partial,
-            Placement::HeadTail => Place::HeadTail { dim: axis.dim },
-            Placement::Unknown => Place::Unknown,
-            // SAFETY: so many sizes, which live as long as the description.
-            Placement::Flat => unsafe {
-                Place::Flat { shape: std::slice::from_raw_parts(axis.sizes, axis.dim as usize).to_vec() }
-            },
-        };
+        // SAFETY: `ndim` sizes, which live as long as the description.
+        let sizes = unsafe { tap_abi::array(axis.sizes, axis.ndim) };
+        let place = Place::of(Placement::from_code(axis.placement).unwrap_or_default(), axis.dim, sizes);
         Axis { name: name.to_owned(), index: axis.index, size: axis.size, place, given: None }
     };
-    (0..tensor.axis_count as usize).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
+    (0..tensor.axis_count).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
 }
 
 /// Over how many ranks the batch lies.
