@@ -20,7 +20,7 @@ def read(path: pathlib.Path, model: int | None = None) -> dict[Key, torch.Tensor
             continue
         key = Key(record.module, record.kind, record.path, record.step, record.micro, record.call, record.train)
         assert key not in found, f"two records of {key}"
-        assert record.repeat == 0 and not record.recompute, record
+        assert record.repeat == 0, record
         found[key] = record.tensor()
     return found
 

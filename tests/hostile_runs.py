@@ -59,7 +59,7 @@ class Run:
         self.tensors += value + bytes(-len(value) % 64)
         return {
             "t": "part", "module": module, "kind": "forward", "path": "out", "model": 0, "step": 0, "micro": 0,
-            "call": 0, "repeat": 0, "train": True, "recompute": False, "class": "C", "group": "", "dtype": "uint8",
+            "call": 0, "repeat": 0, "train": True, "class": "C", "group": "", "dtype": "uint8",
             "shape": [len(value)], "rank": 0, "axes": [], "dp_size": 1, "time_ns": 1, "at": at, "stats": None,
             **changed,
         }  # fmt: skip
@@ -217,7 +217,7 @@ for _name, _value in (*_OTHERS, ("loss_scale", "1")):
 for _name, _value in (
     ("step", 1 << 64), ("rank", 1 << 32), ("shape", [1 << 63]), ("shape", [1 << 32, 1 << 32]),
     ("shape", [0, 1 << 62, 1 << 62]), ("shape", [1] * 65), ("axes", [axis()] * 5000), ("axes", [axis(2, 2)]),
-    ("axes", [axis(0, 1, {"shard": {"dim": 9, "offset": None}})]), ("axes", [axis(0, 1, "twisted")]),
+    ("axes", [axis(0, 1, {"shard": {"dim": 9}})]), ("axes", [axis(0, 1, "twisted")]),
     ("axes", [axis(0, 1, {"flat": {"shape": [1] * 65}})]), ("module", "m" * 20000), ("class", "m" * 20000),
     ("at", {"shard": "shard-00000", "offset": (1 << 64) - 1, "len": 2, "crc": 0}),
     ("at", {"shard": "shard-00000", "offset": 1 << 62, "len": 1 << 62, "crc": 0}),
@@ -304,7 +304,7 @@ def one_part_again_and_again(run: Run) -> set[str]:
 def one_record_of_many_ranks(run: Run) -> set[str]:
     record = run.part("wide")
     for rank in reversed(range(8000)):
-        own = {**record, "rank": rank, "axes": [axis(rank, 1 << 30, {"shard": {"dim": 0, "offset": None}})]}
+        own = {**record, "rank": rank, "axes": [axis(rank, 1 << 30, {"shard": {"dim": 0}})]}
         own["at"], own["same"] = (None, rank) if rank % 2 else (record["at"], None)
         run.add(own)
     return {*BOTH, "wide"}
@@ -315,7 +315,7 @@ def pieces_that_share_their_bytes(run: Run) -> set[str]:
     size = 64 << 20
     whole = {**run.part("x")["at"], "len": size}
     for rank in range(400):
-        place = {"shard": {"dim": 0, "offset": None}}
+        place = {"shard": {"dim": 0}}
         run.add(run.part("shared", b"", shape=[size], rank=rank, axes=[axis(rank, 400, place)], at=whole))
     run.write()
     os.truncate(run.file("shard-00000.open"), HEADER_SPACE + 2 * size)

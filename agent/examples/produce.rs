@@ -120,19 +120,12 @@ impl Rank {
                     "MLP",
                     Kind::Forward,
                     "out",
-                    Place::Shard { dim: 0, offset: None },
+                    Place::Shard { dim: 0 },
                 );
             }
-            self.capture(
-                step,
-                "layers.0.attn",
-                "Attention",
-                Kind::Forward,
-                "out[0]",
-                Place::Shard { dim: 0, offset: None },
-            );
+            self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[0]", Place::Shard { dim: 0 });
             self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[1]", Place::Replicate);
-            self.capture(step, "lm_head", "Linear", Kind::Forward, "out", Place::Shard { dim: 0, offset: None });
+            self.capture(step, "lm_head", "Linear", Kind::Forward, "out", Place::Shard { dim: 0 });
             for layer in (0..self.args.layers).rev() {
                 self.capture(
                     step,
@@ -140,7 +133,7 @@ impl Rank {
                     "MLP",
                     Kind::Backward,
                     "in[0]",
-                    Place::Shard { dim: 0, offset: None },
+                    Place::Shard { dim: 0 },
                 );
             }
             std::thread::sleep(Duration::from_millis(self.args.pause));

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, error::ErrorKind};
 
-use crate::{commands, owner_only, read::text::complain};
+use crate::{commands, text::complain, umask};
 
 /// Whole activations, gradients and parameters out of unmodified distributed PyTorch jobs.
 #[derive(Debug, Parser)]
@@ -76,7 +76,7 @@ impl Cli {
     /// Runs the command.
     pub fn dispatch(self) -> anyhow::Result<ExitCode> {
         if matches!(self.command, Command::Run(_) | Command::Agent(_) | Command::Bridge(_)) {
-            owner_only::begin();
+            umask::begin();
         }
         match self.command {
             Command::Run(args) => commands::run::main(args),

@@ -8,7 +8,7 @@
 //! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (104 bytes each): at most 28 MB |
 //! | series | [`MAX_SERIES`], [`MAX_SERIES_TEXT`] of names; later ones are in the totals but not charted, as a notice says |
 //! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them, [`MAX_PART_BYTES`] in all |
-//! | modules | what `run.json` lists, shared with it: [`names`](crate::store::names), [`owners`](crate::store::owners) |
+//! | modules | what `run.json` lists, shared with it: [`names`](flexmodel_run::names), [`owners`](flexmodel_run::owners) |
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 
@@ -26,14 +26,13 @@ use std::{
     },
 };
 
-use tokio::sync::Notify;
-use wire::control::MAX_MODELS;
-
-use crate::store::{
+use flexmodel_run::{
     format::{Identity, ModelInfo, Part, RunInfo, Totals, What},
     names::Names,
     owners::Scattered,
 };
+use tokio::sync::Notify;
+use wire::control::MAX_MODELS;
 
 pub use series::Coord;
 use series::{Key, Series, Slot};

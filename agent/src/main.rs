@@ -7,13 +7,12 @@ mod descriptors;
 mod home;
 mod live;
 mod newcomers;
-mod owner_only;
-mod read;
 mod say;
 mod secrets;
 mod server;
-mod store;
 mod summary;
+mod text;
+mod umask;
 
 use std::process::ExitCode;
 
@@ -25,7 +24,7 @@ fn main() -> ExitCode {
     match cli.dispatch() {
         Ok(code) => code,
         Err(error) => {
-            read::text::complain_in_lines(format_args!("flexmodel: {error:#}"));
+            text::complain_in_lines(format_args!("flexmodel: {error:#}"));
             ExitCode::from(cli::exit_code_of(&error))
         }
     }

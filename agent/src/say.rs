@@ -10,7 +10,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use crate::read::text::{plain, safe};
+use crate::text::{plain, safe};
 
 static BESIDE_A_JOB: AtomicBool = AtomicBool::new(false);
 

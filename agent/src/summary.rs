@@ -2,16 +2,13 @@
 
 use std::path::Path;
 
-use crate::{
-    read::{
-        display_module,
-        text::{bytes, clip, count, safe},
-    },
-    store::{
-        format::{Line, MANIFEST_FILE, Totals},
-        manifest,
-    },
+use flexmodel_run::{
+    format::{Line, MANIFEST_FILE, Totals},
+    manifest,
+    read::display_module,
 };
+
+use crate::text::{bytes, clip, count, safe};
 
 /// Divergences that are named.
 const NAMED: usize = 5;

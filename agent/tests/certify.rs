@@ -1,18 +1,14 @@
 //! `flexmodel certify` on run directories made by hand: every verdict, and how it ends.
 
-#[allow(dead_code)]
-mod fixture;
-#[path = "../src/store/format.rs"]
-#[allow(dead_code)]
-mod format;
-
 use std::{
     fs,
     process::{Command, Output},
 };
 
-use fixture::*;
-use format::{Identity, Line};
+use flexmodel_run::{
+    format::{Identity, Line},
+    testing::fixture::*,
+};
 use tempfile::TempDir;
 use wire::{dtype::DType, hooks::Kind, loss_scale::LossScale, record::Place};
 
@@ -298,7 +294,7 @@ fn damage_is_not_comparable() {
     let (run, reference) = (reference(0.0), reference(0.0));
     let path = run.path().join("shard-00000.safetensors");
     let mut bytes = fs::read(&path).unwrap();
-    bytes[format::HEADER_SPACE as usize] ^= 1;
+    bytes[flexmodel_run::format::HEADER_SPACE as usize] ^= 1;
     fs::write(&path, bytes).unwrap();
     let out = refused(&run, &reference, &[]);
     assert!(out.contains("not comparable: 1 record") && out.contains("have checksum"), "{out}");

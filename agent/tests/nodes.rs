@@ -1,17 +1,14 @@
 //! Runs of several nodes in one folder: every reading command takes the folder for the run of their job.
 
 mod command;
-#[allow(dead_code)]
-mod fixture;
-#[path = "../src/store/format.rs"]
-#[allow(dead_code)]
-mod format;
 
 use std::{fs, path::Path};
 
 use command::{flexmodel, text};
-use fixture::*;
-use format::{FORMAT, Identity, RUN_FILE, RunInfo};
+use flexmodel_run::{
+    format::{FORMAT, Identity, RUN_FILE, RunInfo},
+    testing::fixture::*,
+};
 use tempfile::TempDir;
 use wire::{dtype::DType, hooks::Kind, record::Place};
 
@@ -121,7 +118,7 @@ fn verify_checks_every_nodes_files_and_names_the_node() {
     let shard = job.path().join("node-b/shard-00000.safetensors");
     let sound = fs::read(&shard).unwrap();
     let mut bytes = sound.clone();
-    bytes[format::HEADER_SPACE as usize] ^= 1;
+    bytes[flexmodel_run::format::HEADER_SPACE as usize] ^= 1;
     fs::write(&shard, bytes).unwrap();
     let out = ends(1, &["verify", at(job.path())]);
     assert!(

@@ -1,16 +1,11 @@
 //! The reading commands on run directories made by hand: what they print, and how they end.
 
 mod command;
-#[allow(dead_code)]
-mod fixture;
-#[path = "../src/store/format.rs"]
-#[allow(dead_code)]
-mod format;
 
 use std::{fs, path::Path};
 
 use command::{flexmodel, text};
-use fixture::*;
+use flexmodel_run::testing::fixture::{self, *};
 use tempfile::TempDir;
 use wire::{dtype::DType, hooks::Kind, record::Place};
 
@@ -151,7 +146,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 
 #[test]
 fn verify_names_every_kind_of_damage() {
-    let data = format::HEADER_SPACE as usize;
+    let data = flexmodel_run::format::HEADER_SPACE as usize;
     let shard = "shard-00000.safetensors";
     let out = problems(&example().finish(), |p| edit(&p.join(shard), |b| b[data + 13] ^= 4));
     assert!(

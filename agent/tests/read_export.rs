@@ -1,18 +1,12 @@
 //! Exports, read back by the programs they are for: NumPy and torch, in the checkout's environment.
 
-#[allow(dead_code)]
-mod fixture;
-#[path = "../src/store/format.rs"]
-#[allow(dead_code)]
-mod format;
-
 use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
-use fixture::*;
+use flexmodel_run::testing::fixture::*;
 use tempfile::TempDir;
 use wire::dtype::DType;
 
@@ -165,7 +159,7 @@ fn filters_choose_and_damage_costs_only_its_own_tensor() {
     assert!(text(&none.stderr).contains("no record fits"));
     let shard = run.path().join("shard-00000.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
-    bytes[format::HEADER_SPACE as usize + 4] ^= 1;
+    bytes[flexmodel_run::format::HEADER_SPACE as usize + 4] ^= 1;
     fs::write(&shard, bytes).unwrap();
     let (damaged, written) = files("d", &[]);
     assert_eq!(damaged.status.code(), Some(1));

@@ -88,7 +88,7 @@ unsafe extern "C" fn resolved() {
 
 unsafe extern "C" fn pass(serial: u64, part: u64, enter: bool, firing: *const Firing) {
     // SAFETY: the bridge passes a firing that lives through the call.
-    engine(|e| e.pass(serial, part, enter, unsafe { &*firing }));
+    boundary(|capture| capture.pass(serial, part, enter, unsafe { &*firing }));
 }
 
 unsafe extern "C" fn forget(serial: u64) {
@@ -104,7 +104,7 @@ unsafe extern "C" fn loss_scale(scale: f64) {
 }
 
 unsafe extern "C" fn stepped() {
-    engine(Engine::stepped);
+    boundary(Capture::stepped);
 }
 
 unsafe extern "C" fn triggered(tap: u32, firing: *const Firing, out: *mut Call) -> bool {

@@ -1,7 +1,7 @@
 """How the parts of a record make the whole: a plan from layouts alone, then the bytes.
 
 The first mesh axis is the outermost. Replicas are one tensor and must look alike; then, axis by axis, the members'
-pieces are joined on the sharded dimension, or added. `agent/src/read/layout.rs` says the same in Rust.
+pieces are joined on the sharded dimension, or added. `agent/run/src/read/layout.rs` says the same in Rust.
 """
 
 from __future__ import annotations

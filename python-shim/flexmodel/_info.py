@@ -1,4 +1,4 @@
-"""`run.json`, as `agent/src/store/format.rs` defines it: its values are of their types, or it is not taken."""
+"""`run.json`, as `agent/run/src/format.rs` defines it: its values are of their types, or it is not taken."""
 
 from __future__ import annotations
 

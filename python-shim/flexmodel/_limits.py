@@ -1,4 +1,4 @@
-"""Bounds of what is read of a run directory, whoever made it. `agent/src/store/limits.rs` has the same.
+"""Bounds of what is read of a run directory, whoever made it. `agent/run/src/limits.rs` has the same.
 
 A line that is beyond one of them costs what it tells of, and is named; everything else is served.
 """

@@ -1,7 +1,7 @@
-"""What a line of the manifest says, as `agent/src/store/format.rs` defines it, or why it says nothing.
+"""What a line of the manifest says, as `agent/run/src/format.rs` defines it, or why it says nothing.
 
 A line is taken if every field that is known has its type and lies within its bounds (`_limits.py`), and is refused
-otherwise, so that nothing behind this module meets a value that cannot be. `agent/src/store/manifest.rs` takes and
+otherwise, so that nothing behind this module meets a value that cannot be. `agent/run/src/manifest.rs` takes and
 refuses the same lines.
 """
 
@@ -20,11 +20,11 @@ from ._types import KINDS, Axis, Identity, Location, Part, Stats
 
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan, None: math.nan}
 _WHAT = (
-    "module", "kind", "path", "model", "step", "micro", "call", "repeat", "train", "recompute",
+    "module", "kind", "path", "model", "step", "micro", "call", "repeat", "train",
     "class", "group", "dtype", "rank", "dp_size", "time_ns", "shape", "axes",
 )  # fmt: skip
 _what = operator.itemgetter(*_WHAT)
-_WHAT_TYPES = [str, str, str, int, int, int, int, int, bool, bool, str, str, str, int, int, int, list, list]
+_WHAT_TYPES = [str, str, str, int, int, int, int, int, bool, str, str, str, int, int, int, list, list]
 _IDENTITY = len(Identity._fields)
 _STATS = tuple(field.name for field in dataclasses.fields(Stats))
 _stats = operator.itemgetter(*_STATS)
@@ -37,6 +37,8 @@ _KNOWN = frozenset((
     *_WHAT, *_STATS, *_AT, "t", "at", "stats", "same", "loss_scale", "from", "reason", "against", "count",
     "name", "index", "size", "place", "given", "dim", *_OF_A_DIMENSION, "flat",
 ))  # fmt: skip
+
+# Older versions wrote `recompute`, always false, and the `offset` of a shard, always null. Neither is read.
 
 _scan = json.JSONDecoder().scan_once
 
@@ -112,7 +114,7 @@ def part(text: str, raw: dict[str, Any], folder: str) -> tuple[Identity, Part]:
     """A line of the kind `part`; `folder` goes before its shard's name."""
     identity, (shape, elements), (axes, quotes), (class_name, group, dtype, rank, dp_size, time_ns) = _what_of(raw)
     at, stats, same, scale = raw.get("at"), raw.get("stats"), raw.get("same"), raw.get("loss_scale", 1.0)
-    keys = 19 + ("at" in raw) + ("stats" in raw) + ("same" in raw) + ("loss_scale" in raw) + ("from" in raw)
+    keys = 18 + sum([name in raw for name in ("recompute", "at", "stats", "same", "loss_scale", "from")])
     quotes += 2 * (keys + 7 + (type(scale) is str))
     if elements * SIZES[dtype] > _limits.BYTES:
         raise ValueError(f"its shape {list(shape)} is that of no tensor")
@@ -169,7 +171,7 @@ def _what_of(raw: dict[str, Any]) -> tuple[Any, ...]:
 
 def _identity(values: tuple[Any, ...], time_ns: int) -> Identity:
     """Of values that have their types."""
-    module, kind, path, model, step, micro, call, repeat, _, _ = values
+    module, kind, path, model, step, micro, call, repeat, _ = values
     if (model | micro | call | repeat) >> 32 or (step | time_ns) >> 64:
         raise ValueError("a number in it is out of range")
     if len(module) + len(path) > _limits.TEXT:
@@ -195,7 +197,7 @@ def usual(text: str, folder: str) -> tuple[Identity, Part] | None:
         return None
     rest = text[:start] + text[end:]
     raw, length = _scan(rest, 0)
-    fields = _VARYING + ("from" in raw)
+    fields = _VARYING + ("recompute" in raw) + ("from" in raw)
     if length != len(rest) or len(raw) != fields or not ("at" in raw and "stats" in raw) or raw["t"] != "part":
         return None
     values = _varying(raw)
@@ -225,7 +227,7 @@ def _constant(members: str) -> tuple[Any, ...] | None:
         raw = strict("{" + members + "}")
         if raw.keys() != {"class", "group", "dtype", "shape", "rank", "axes", "dp_size", "loss_scale"}:
             return None
-        usual = dict(zip(_WHAT, ("", KINDS[0], "", 0, 0, 0, 0, 0, True, False), strict=False), time_ns=0)
+        usual = dict(zip(_WHAT, ("", KINDS[0], "", 0, 0, 0, 0, 0, True), strict=False), time_ns=0)
         _, (shape, elements), (axes, _), (class_name, group, dtype, rank, dp_size, _) = _what_of({**usual, **raw})
         if elements * SIZES[dtype] > _limits.BYTES:
             return None
@@ -339,7 +341,7 @@ def _flat_shape(how: Any) -> tuple[int, ...]:
 def _axis(raw: Any, ndim: int) -> tuple[Axis, int]:
     if type(raw) is not dict:
         raise ValueError("a mesh axis of it is no object")
-    place, dim, offset, shape, quotes = raw["place"], -1, None, None, 12 if "given" in raw else 10
+    place, dim, shape, quotes = raw["place"], -1, None, 12 if "given" in raw else 10
     if type(place) is str:
         quotes += 2
     else:
@@ -350,25 +352,22 @@ def _axis(raw: Any, ndim: int) -> tuple[Axis, int]:
         elif place in _OF_A_DIMENSION:
             if type(how) is not dict:
                 raise ValueError(f"a {place} of it is no object")
-            dim, offset = how["dim"], how.get("offset") if place == "shard" else None
+            dim = how["dim"]
             quotes += 2 * len(how)
         elif how is not None:
             place = ""
     given = raw.get("given")
-    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, offset, shape, given, ndim), quotes
+    return _known_axis(raw["name"], raw["index"], raw["size"], place, dim, shape, given, ndim), quotes
 
 
 @functools.lru_cache(4096, typed=True)
 def _known_axis(
-    name: Any, index: Any, size: Any, place: str, dim: Any, offset: Any, shape: tuple[int, ...] | None, given: Any,
-    ndim: int,
+    name: Any, index: Any, size: Any, place: str, dim: Any, shape: tuple[int, ...] | None, given: Any, ndim: int
 ) -> Axis:
     """Axes are few and parts are many: one object for all that are equal."""
     words(name, "an axis")
     number(index, name, 32)
     number(size, name, 32)
-    if offset is not None:
-        number(offset, name, 64)
     if given is not None:
         number(given, name, 32)
     if index >= size:
@@ -377,4 +376,4 @@ def _known_axis(
         raise ValueError(f"how it lies along {name} is not known; install a newer flexmodel")
     if dim != -1 and number(dim, "dim", 32) >= ndim:
         raise ValueError(f"it shards dimension {dim} of a tensor that has {ndim}")
-    return Axis(name, index, size, place, dim, offset, shape, given)
+    return Axis(name, index, size, place, dim, shape, given)

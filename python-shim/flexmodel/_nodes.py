@@ -3,7 +3,7 @@
 Every node's agent writes a run of its own, with the parts of its ranks. A folder that is no run and holds such runs
 (`runs/x/node-a`, `runs/x/node-b`) is read as the run of the whole job: parts with the same identity are one record's,
 whichever node they came from. A shard is then named with its node's folder (`node-a/shard-00000`).
-`agent/src/read/nodes.rs` says the same in Rust.
+`agent/run/src/read/nodes.rs` says the same in Rust.
 """
 
 from __future__ import annotations

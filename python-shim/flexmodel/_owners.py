@@ -1,6 +1,6 @@
 """Modules that some ranks lack: those of a pipeline's stages, and experts.
 
-`agent/src/store/owners.rs` says the same in Rust.
+`agent/run/src/owners.rs` says the same in Rust.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Record:
     `module` is the name in the model as it was written, empty for the model itself. `path` is the leaf: `out`,
     `out[0]`, `out.logits`, `in[0]`, `in.states`; a gradient has the path of the value it is the gradient of.
     `step` counts optimizer steps, `micro` the model's forward passes within a step, `call` the module's calls within a
-    pass, `repeat` backward passes over the same forward; `recompute` marks a replay of activation checkpointing.
+    pass, `repeat` backward passes over the same forward.
 
     `shape` is the whole tensor's, or None where the parts make no whole (yet); `dtype` is torch's name of it;
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
@@ -56,7 +56,6 @@ class Record:
     dtype: str
     model: int
     repeat: int
-    recompute: bool
     class_name: str
     group: str
     layout: tuple[Axis, ...]
@@ -114,7 +113,6 @@ class Record:
         marks = [f"model {self.model}"] if self.model else []
         marks += [f"repeat {self.repeat}"] if self.repeat else []
         marks += ["eval"] if not self.train else []
-        marks += ["recompute"] if self.recompute else []
         return " ".join([name, where, *marks])
 
     def __repr__(self) -> str:
@@ -182,7 +180,7 @@ def make(identity: Identity, parts: Sequence[Part], source: Source) -> Record:
     record = Record(
         module=identity.module, kind=identity.kind, path=identity.path, step=identity.step, micro=identity.micro,
         call=identity.call, train=identity.train, shape=shape, dtype=first.dtype, model=identity.model,
-        repeat=identity.repeat, recompute=identity.recompute, class_name=first.class_name, group=first.group,
+        repeat=identity.repeat, class_name=first.class_name, group=first.group,
         layout=first.axes, dp_size=_assemble.data_size(ordered),
         loss_scale=first.loss_scale, time_ns=min(p.time_ns for p in ordered),
         ranks=tuple(sorted({p.rank for p in ordered})),

@@ -22,7 +22,7 @@ from ._shards import Shards
 from ._text import clip, safe
 from ._types import KINDS, Divergence, Dropped, Identity, ModelInfo, Part, Refusal, RunInfo
 
-FORMAT = 1
+FORMAT = 2
 """The newest format of a run directory that is understood here."""
 
 
@@ -86,7 +86,6 @@ class Run:
         model: int | None = None,
         repeat: int | None = None,
         rank: int | None = None,
-        recompute: bool | None = None,
     ) -> Any:
         """The whole tensor of the one record that these fields mean; with `rank`, that rank's part of it.
 
@@ -97,7 +96,7 @@ class Run:
         """
         module, candidates = self._find(module)
         wanted = {
-            "kind": kind, "model": model, "train": train, "recompute": recompute, "step": step, "micro": micro,
+            "kind": kind, "model": model, "train": train, "step": step, "micro": micro,
             "call": call, "path": path, "repeat": repeat,
         }  # fmt: skip
         identity = _select.one(module, candidates, self._manifest.refused, wanted)
@@ -255,10 +254,7 @@ def _prefixes(part: Part) -> Iterator[Coordinates]:
 
 
 def _order(i: Identity) -> tuple[Any, ...]:
-    return (
-        i.step, i.micro, i.call, i.model, not i.train, KINDS.index(i.kind), _select.natural(i.path), i.repeat,
-        i.recompute,
-    )  # fmt: skip
+    return i.step, i.micro, i.call, i.model, not i.train, KINDS.index(i.kind), _select.natural(i.path), i.repeat
 
 
 def _expect_run(path: Path) -> list[str]:

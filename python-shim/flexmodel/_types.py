@@ -1,4 +1,4 @@
-"""The plain values that a run directory holds. They mirror `agent/src/store/format.rs`, which defines them."""
+"""The plain values that a run directory holds. They mirror `agent/run/src/format.rs`, which defines them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Identity(NamedTuple):
     call: int
     repeat: int
     train: bool
-    recompute: bool
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,8 @@ class Axis:
     """How a part lies along one mesh axis.
 
     `place` is `replicate`, `shard`, `replicate_or_shard`, `head_tail` (a piece of `dim` from the head and one as long
-    from the tail), `flat`, `partial` or `unknown`; `dim` is -1 for those of no dimension. `offset` is where the part
-    starts in the whole along `dim`, or None where only all members' lengths tell it. `shape` is, for `flat`, that of
-    the tensor of whose elements the part is a run; else None.
+    from the tail), `flat`, `partial` or `unknown`; `dim` is -1 for those of no dimension. `shape` is, for `flat`, that
+    of the tensor of whose elements the part is a run; else None.
     `given` is a digest of what this rank's model was given, where nothing says that ranks have rows of the batch of
     their own: where two were given the same they have not, and `place` counts as `unknown`.
     """
@@ -41,7 +39,6 @@ class Axis:
     size: int
     place: str
     dim: int
-    offset: int | None
     shape: tuple[int, ...] | None = None
     given: int | None = None
 

@@ -1,8 +1,8 @@
 """A communicator of our own among the ranks of a job, for `assemble=collective`.
 
-It shares nothing with the job's: the ranks meet under a prefix of ours in the store of `init_process_group`, over
-a connection of our own to it. A thread waits there until all of them have come, and with the same hooks: whoever is not
-there, or has other hooks, is named, and there is no communicator. Only then is one made, which no rank waits for long.
+It shares nothing with the job's. The ranks meet under a prefix of ours in the store of `init_process_group`, over a
+connection of our own. A thread waits until all of them are there with the same hooks. If a rank is missing or has other
+hooks, it is named and there is no communicator. Otherwise one is made, with a bound on how long that takes.
 """
 
 from __future__ import annotations

@@ -1,19 +1,17 @@
-//! The agent is a program, not a library: what the targets need of it is taken in by path.
+//! The agent is a program, not a library: what the target `ranks` needs of its server is taken in by path.
 
 #[path = "../../agent/src"]
 mod program {
     pub mod descriptors;
     pub mod live;
     pub mod newcomers;
-    pub mod owner_only;
-    pub mod read;
     pub mod say;
     pub mod secrets;
     pub mod server;
-    pub mod store;
+    pub mod text;
 }
 // As the program's own paths say.
-pub use program::{descriptors, live, newcomers, owner_only, read, say, secrets, server, store};
+pub use program::{descriptors, live, newcomers, say, secrets, server, text};
 
 pub mod mutate;
 pub mod ranks;

@@ -28,9 +28,9 @@ use std::{
     path::{Component, Path},
 };
 
+use flexmodel_run::format::HEADER_SPACE;
 use serde_json::Value;
 
-use crate::store::format::HEADER_SPACE;
 
 /// Every byte of a shard's data.
 pub const FILL: u8 = 1;

@@ -1,4 +1,4 @@
-"""Writes run directories as `agent/src/store/format.rs` says, in as little Python as that takes."""
+"""Writes run directories as `agent/run/src/format.rs` says, in as little Python as that takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def crc32c(data: bytes) -> int:
 
 
 def shard(dim: int) -> dict:
-    return {"shard": {"dim": dim, "offset": None}}
+    return {"shard": {"dim": dim}}
 
 
 def axis(index: int, size: int, place: object = "replicate", name: str = "dp") -> dict:
@@ -68,7 +68,7 @@ class Writer:
     def what(module, dtype, shape, rank, axes, **identity) -> dict:
         own = {
             "kind": "forward", "path": "out", "model": 0, "step": 0, "micro": 0, "call": 0, "repeat": 0,
-            "train": True, "recompute": False,
+            "train": True,
         }  # fmt: skip
         assert identity.keys() <= own.keys()
         return {

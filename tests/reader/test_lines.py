@@ -45,6 +45,14 @@ def test_what_an_agent_writes_is_read_the_quick_way(text: str):
     assert outcome(text, True) is not None
 
 
+@pytest.mark.parametrize("text", lines())
+def test_a_line_of_an_older_version_says_the_same(text: str):
+    older = text.replace('"train":true', '"train":true,"recompute":false')
+    older = older.replace('{"dim":0}', '{"dim":0,"offset":null}')
+    assert older.count("recompute") == older.count('"offset":null') == 1
+    assert outcome(older, True) == outcome(older, False) == outcome(text, False)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_both_ways_take_and_refuse_the_same(seed: int):
     choose = random.Random(seed)

@@ -540,8 +540,8 @@ def test_what_is_no_run_says_what_to_open(run_dir: Writer, tmp_path: Path):
         flexmodel.open(run_dir.root / "run.json")
     with raises("neither run.json nor manifest.jsonl", flexmodel.RunError):
         flexmodel.open(PACKAGE)
-    run_dir.info(format=2)
-    with raises("format 2.*newer", flexmodel.RunError):
+    run_dir.info(format=99)
+    with raises("format 99.*newer", flexmodel.RunError):
         flexmodel.open(run_dir.root)
     (run_dir.root / "run.json").write_bytes(b"")
     with raises("no readable record", flexmodel.RunError):

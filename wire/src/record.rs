@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 4;
+pub const RECORD_VERSION: u16 = 5;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -31,13 +31,11 @@ pub const MICRO: &str = "micro";
 pub enum Place {
     /// Every member holds the same tensor.
     Replicate,
-    /// Members hold consecutive pieces of dimension `dim`, in `index` order. `offset` is `None` where only the
-    /// lengths of all members tell it (uneven batches); the length is the part's own size in that dimension.
+    /// Members hold consecutive pieces of dimension `dim`, in `index` order. The length is the part's own size in that
+    /// dimension, and the lengths of all members tell where each begins (batches may be uneven).
     Shard {
         /// The dimension.
         dim: u32,
-        /// Where this part starts in the whole, if it is known.
-        offset: Option<u64>,
     },
     /// Replicate if all parts turn out to be equal bytes, else a shard (a batch of size 1 is ambiguous). Where another part
     /// says `Shard` of the same dimension, so does this one.
@@ -65,12 +63,12 @@ pub enum Place {
 }
 
 impl Place {
-    /// The place with this code; of a shard whose offset is not known. `dim` is the dimension, where there is one, and
-    /// `shape` the whole tensor's for [`Place::Flat`].
+    /// The place with this code. `dim` is the dimension, where there is one, and `shape` the whole tensor's for
+    /// [`Place::Flat`].
     pub fn of(placement: Placement, dim: u32, shape: &[u64]) -> Self {
         match placement {
             Placement::Replicate => Self::Replicate,
-            Placement::Shard => Self::Shard { dim, offset: None },
+            Placement::Shard => Self::Shard { dim },
             Placement::ReplicateOrShard => Self::ReplicateOrShard { dim },
             Placement::Flat => Self::Flat { shape: shape.to_vec() },
             Placement::HeadTail => Self::HeadTail { dim },
@@ -136,8 +134,6 @@ pub struct RecordMeta {
     pub repeat: u32,
     /// The module was in training mode.
     pub train: bool,
-    /// A replay of activation checkpointing.
-    pub recompute: bool,
     /// Keep statistics only.
     pub stats_only: bool,
     /// Element type of the bytes that follow.
@@ -182,7 +178,6 @@ impl RecordMeta {
             call: 0,
             repeat: 0,
             train: true,
-            recompute: false,
             stats_only: false,
             dtype,
             shape,
@@ -208,9 +203,8 @@ impl RecordMeta {
     /// Appends the encoding to `out`. Names longer than [`MAX_NAME`] are cut at a character boundary.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&RECORD_VERSION.to_le_bytes());
-        let [train, recompute, stats_only, same] =
-            [self.train, self.recompute, self.stats_only, self.same.is_some()].map(u8::from);
-        let flags = train | recompute << 1 | stats_only << 2 | same << 3;
+        let [train, stats_only, same] = [self.train, self.stats_only, self.same.is_some()].map(u8::from);
+        let flags = train | stats_only << 1 | same << 2;
         out.extend_from_slice(&[self.kind as u8, self.dtype as u8, flags]);
         for n in [self.model, self.micro, self.call, self.repeat, self.rank, self.dp_size] {
             out.extend_from_slice(&n.to_le_bytes());
@@ -228,15 +222,13 @@ impl RecordMeta {
             put_str(out, &axis.name);
             out.extend_from_slice(&axis.index.to_le_bytes());
             out.extend_from_slice(&axis.size.to_le_bytes());
-            let (dim, offset) = match &axis.place {
-                Place::Shard { dim, offset } => (*dim, offset.unwrap_or(u64::MAX)),
-                Place::ReplicateOrShard { dim } | Place::HeadTail { dim } => (*dim, u64::MAX),
-                Place::Flat { shape } => (shape.len().min(MAX_DIMS) as u32, u64::MAX),
-                Place::Replicate | Place::Partial | Place::Unknown => (0, u64::MAX),
+            let dim = match &axis.place {
+                Place::Shard { dim } | Place::ReplicateOrShard { dim } | Place::HeadTail { dim } => *dim,
+                Place::Flat { shape } => shape.len().min(MAX_DIMS) as u32,
+                Place::Replicate | Place::Partial | Place::Unknown => 0,
             };
             out.push(axis.place.placement() as u8);
             out.extend_from_slice(&dim.to_le_bytes());
-            out.extend_from_slice(&offset.to_le_bytes());
             out.extend_from_slice(&axis.given.map_or(u64::MAX, u64::from).to_le_bytes());
             if let Place::Flat { shape } = &axis.place {
                 shape.iter().take(MAX_DIMS).for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
@@ -256,14 +248,14 @@ impl RecordMeta {
         let kind = Kind::from_code(r.u8()?).ok_or(RecordError("unknown kind"))?;
         let dtype = DType::from_code(r.u8()?).ok_or(RecordError("unknown dtype"))?;
         let flags = r.u8()?;
-        if flags > 15 {
+        if flags > 7 {
             return Err(RecordError("unknown flags"));
         }
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
         let step = r.u64()?;
         let time_ns = r.u64()?;
         let loss_scale = LossScale(f64::from_bits(r.u64()?));
-        let same = Some(r.u32()?).filter(|_| flags & 8 != 0);
+        let same = Some(r.u32()?).filter(|_| flags & 4 != 0);
         let ndim = usize::from(r.u8()?);
         if ndim > MAX_DIMS {
             return Err(RecordError("too many dimensions"));
@@ -280,7 +272,7 @@ impl RecordMeta {
             if index >= size {
                 return Err(RecordError("mesh coordinate outside its axis"));
             }
-            let (code, dim, offset) = (r.u8()?, r.u32()?, r.u64()?);
+            let (code, dim) = (r.u8()?, r.u32()?);
             let given = match r.u64()? {
                 u64::MAX => None,
                 digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
@@ -294,10 +286,7 @@ impl RecordMeta {
                 Placement::Flat => (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()?,
                 _ => Vec::new(),
             };
-            let mut place = Place::of(placement, dim, &shape);
-            if let Place::Shard { offset: known, .. } = &mut place {
-                *known = (offset != u64::MAX).then_some(offset);
-            }
+            let place = Place::of(placement, dim, &shape);
             axes.push(Axis { name, index, size, place, given });
         }
         let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];
@@ -316,8 +305,7 @@ impl RecordMeta {
             call,
             repeat,
             train: flags & 1 != 0,
-            recompute: flags & 2 != 0,
-            stats_only: flags & 4 != 0,
+            stats_only: flags & 2 != 0,
             dtype,
             shape,
             rank,
@@ -387,13 +375,7 @@ mod tests {
             call: 3,
             rank: 1,
             axes: vec![
-                Axis {
-                    name: "dp".into(),
-                    index: 1,
-                    size: 2,
-                    place: Place::Shard { dim: 0, offset: None },
-                    given: Some(7),
-                },
+                Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0 }, given: Some(7) },
                 Axis { name: "tp".into(), index: 0, size: 2, place: Place::Flat { shape: vec![3, 4] }, given: None },
             ],
             dp_size: 2,

@@ -9,6 +9,14 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
+use flexmodel_run::{
+    format::RunInfo,
+    write::{
+        DEFAULT_SHARD_BYTES, Options, Store,
+        account::{ByRank, NEVER_READ},
+        dir::of_this_node,
+    },
+};
 use tokio::{
     net::{TcpListener, UnixListener},
     signal::unix::{SignalKind, signal},
@@ -24,12 +32,6 @@ use crate::{
         board::Board,
         parent::{FromAgent, ToAgent},
         socket::{Listening, open_to_others},
-    },
-    store::{
-        DEFAULT_SHARD_BYTES, Options, Store,
-        account::{ByRank, NEVER_READ},
-        dir::of_this_node,
-        format::RunInfo,
     },
     summary,
 };

@@ -12,10 +12,11 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use flexmodel_run::owner_only;
 use serde_json::json;
 use wire::{env as names, trust};
 
-use crate::{owner_only, read::text, say};
+use crate::{say, text};
 
 /// Options of `flexmodel bridge`.
 #[derive(clap::Args, Debug)]

@@ -1,6 +1,5 @@
 //! `flexmodel certify`: whether a run captured what another did, such as the same model in one process.
 
-mod compare;
 mod report;
 
 use std::{
@@ -9,16 +8,17 @@ use std::{
     process::ExitCode,
 };
 
-use compare::{Difference, EQUAL, Side, Tolerance, compare, largest};
+use flexmodel_run::{
+    OpenError, Record, Run,
+    compare::{Difference, EQUAL, Side, Tolerance, compare, largest},
+    format::Identity,
+    read::in_order,
+};
 use report::{Finding, Report, Row, WorstRecord};
 use wire::{dtype::DType, hooks::Kind};
 
 use super::selection::Selection;
-use crate::{
-    cli::Usage,
-    read::{OpenError, Record, Run, in_order, text},
-    store::format::Identity,
-};
+use crate::{cli::Usage, text};
 
 /// Options of `flexmodel certify`.
 #[derive(clap::Args, Debug)]

@@ -7,7 +7,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use serde::Serialize;
 
-use crate::read::text;
+use crate::text;
 
 /// Options of `flexmodel doctor`.
 #[derive(clap::Args, Debug)]

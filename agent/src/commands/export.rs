@@ -14,9 +14,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
+use flexmodel_run::{ReadError, Record, Run, read::in_order};
 
 use super::selection::Selection;
-use crate::read::{ReadError, Record, Run, in_order, text};
+use crate::text;
 
 /// Options of `flexmodel export`.
 #[derive(clap::Args, Debug)]

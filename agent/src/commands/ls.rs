@@ -2,10 +2,14 @@
 
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
+use flexmodel_run::{
+    Record, Run,
+    read::{LayoutError, display_module, natural},
+};
 use serde::Serialize;
 use wire::{dtype::DType, hooks::Kind};
 
-use crate::read::{LayoutError, Record, Run, display_module, natural, text};
+use crate::text;
 
 /// Options of `flexmodel ls`.
 #[derive(clap::Args, Debug)]
@@ -25,7 +29,6 @@ struct Row {
     kind: &'static str,
     path: String,
     train: bool,
-    recompute: bool,
     dtype: &'static str,
     first_step: u64,
     last_step: u64,
@@ -69,21 +72,13 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-type Key<'a> = (u32, &'a str, Kind, &'a str, bool, bool, u8);
+type Key<'a> = (u32, &'a str, Kind, &'a str, bool, u8);
 
 fn list(run: &Run) -> Listing<'_> {
     let mut groups: BTreeMap<Key<'_>, Vec<&Record>> = BTreeMap::new();
     for record in &run.records {
         let id = &record.id;
-        let key = (
-            id.model,
-            id.module.as_str(),
-            id.kind,
-            id.path.as_str(),
-            !id.train,
-            id.recompute,
-            record.what().dtype as u8,
-        );
+        let key = (id.model, id.module.as_str(), id.kind, id.path.as_str(), !id.train, record.what().dtype as u8);
         groups.entry(key).or_default().push(record);
     }
     let mut rows: Vec<Row> = groups.values().map(|records| row(run, records)).collect();
@@ -139,7 +134,6 @@ fn row(run: &Run, records: &[&Record]) -> Row {
         kind: id.kind.name(),
         path: id.path.clone(),
         train: id.train,
-        recompute: id.recompute,
         dtype: dtype.name(),
         first_step: records.iter().map(|r| r.id.step).min().unwrap_or(0),
         last_step: records.iter().map(|r| r.id.step).max().unwrap_or(0),
@@ -153,7 +147,7 @@ fn row(run: &Run, records: &[&Record]) -> Row {
 
 fn table(listing: &Listing<'_>) -> String {
     let several_models = listing.rows.iter().any(|r| r.model != listing.rows[0].model);
-    let modes = listing.rows.iter().any(|r| !r.train || r.recompute);
+    let modes = listing.rows.iter().any(|r| !r.train);
     let mut header = vec!["module", "kind", "path", "steps", "records", "shape", "dtype", "bytes"];
     if several_models {
         header.insert(0, "model");
@@ -224,11 +218,7 @@ fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
         cells.insert(0, row.model.to_string());
     }
     if modes {
-        let mode = match (row.train, row.recompute) {
-            (true, false) => "train",
-            (false, false) => "eval",
-            (_, true) => "recompute",
-        };
+        let mode = if row.train { "train" } else { "eval" };
         cells.insert(cells.len() - 4, mode.into());
     }
     cells

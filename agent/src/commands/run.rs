@@ -14,10 +14,12 @@ use std::{
     time::Duration,
 };
 
-use crate::{commands::agent::close_for_the_dead, say, store::format::Totals, summary};
+use flexmodel_run::format::Totals;
 use job::{Ended, Job};
 use prepare::{Plan, Prepared};
 use sidecar::{Counted, News, Sidecar};
+
+use crate::{commands::agent::close_for_the_dead, say, summary};
 
 /// What to run, and how.
 #[derive(Debug, clap::Args)]

@@ -1,9 +1,9 @@
 //! Which records of a run a command is about: options that `export` and `certify` share.
 
+use flexmodel_run::format::What;
 use wire::hooks::{Kind, Selector};
 
 use super::show::parse_kind;
-use crate::store::format::What;
 
 /// Options that choose records; without any, all of them.
 #[derive(clap::Args, Debug)]

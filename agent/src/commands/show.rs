@@ -5,16 +5,16 @@ mod picture;
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
+use flexmodel_run::{
+    ReadError, Record, Run, Whole,
+    format::{Identity, Part, Stats},
+    read::{Filter, display_module, natural, nearest},
+    stats,
+};
 use serde::Serialize;
 use wire::hooks::Kind;
 
-use crate::{
-    read::{Filter, ReadError, Record, Run, Whole, display_module, natural, nearest, text},
-    store::{
-        format::{Identity, Part, Stats},
-        stats,
-    },
-};
+use crate::text;
 
 /// Options of `flexmodel show`.
 #[derive(clap::Args, Debug)]
@@ -210,9 +210,9 @@ fn choices(records: &[&Record], shown: Option<&Record>) -> String {
 
 /// Last step first; within a step what most people mean first.
 #[allow(clippy::type_complexity)]
-fn order(r: &Record) -> (std::cmp::Reverse<u64>, bool, bool, Kind, u32, u32, u32, &str, u32) {
+fn order(r: &Record) -> (std::cmp::Reverse<u64>, bool, Kind, u32, u32, u32, &str, u32) {
     let id = &r.id;
-    (std::cmp::Reverse(id.step), !id.train, id.recompute, id.kind, id.model, id.micro, id.call, &id.path, id.repeat)
+    (std::cmp::Reverse(id.step), !id.train, id.kind, id.model, id.micro, id.call, &id.path, id.repeat)
 }
 
 /// What is shown.
@@ -273,9 +273,6 @@ fn heading(record: &Record, shape: &[u64], whole: Option<&Whole>, rank: Option<u
         when += &format!(", backward pass {}", id.repeat);
     }
     when += if id.train { ", train" } else { ", eval" };
-    if id.recompute {
-        when += ", recompute";
-    }
     let from = match rank {
         Some(rank) => format!("rank {rank}'s part of {}", record.parts.len()),
         None => format!("whole, from {}", text::count(record.parts.len() as u64, "rank")),

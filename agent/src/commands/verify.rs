@@ -6,13 +6,15 @@ use std::{
     process::ExitCode,
 };
 
+use flexmodel_run::{
+    Problem, ReadError, Run,
+    format::{Identity, Location, Part},
+    read::{LayoutError, sealed},
+};
 use serde::Serialize;
 use wire::dtype::DType;
 
-use crate::{
-    read::{LayoutError, Problem, ReadError, Run, sealed, text},
-    store::format::{Identity, Location, Part},
-};
+use crate::text;
 
 /// Options of `flexmodel verify`.
 #[derive(clap::Args, Debug)]

@@ -8,15 +8,13 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
+use flexmodel_run::format::Identity;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use wire::hooks::Kind;
 
 use super::{Shared, tensor::layout_lines};
-use crate::{
-    live::{Picked, RunView, SeriesQuery},
-    store::format::Identity,
-};
+use crate::live::{Picked, RunView, SeriesQuery};
 
 /// Most records of one answer.
 const MAX_RECORDS: usize = 500;
@@ -144,8 +142,6 @@ pub struct WantedTensor {
     repeat: u32,
     #[serde(default = "yes")]
     train: bool,
-    #[serde(default)]
-    recompute: bool,
     /// Only what this rank captured.
     rank: Option<u32>,
 }
@@ -162,8 +158,8 @@ pub async fn tensor(
         Ok(wanted) => wanted,
         Err(refusal) => return refusal.into_response(),
     };
-    let WantedTensor { model, module, kind, path, step, micro, call, repeat, train, recompute, rank } = wanted;
-    let id = Identity { module, kind, path, model, step, micro, call, repeat, train, recompute };
+    let WantedTensor { model, module, kind, path, step, micro, call, repeat, train, rank } = wanted;
+    let id = Identity { module, kind, path, model, step, micro, call, repeat, train };
     // Closed only with the server.
     let Ok(permit) = shared.reads.clone().acquire_owned().await else {
         return Refusal(StatusCode::SERVICE_UNAVAILABLE, "the agent is ending".into()).into_response();

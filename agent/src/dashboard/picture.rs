@@ -3,10 +3,9 @@
 //! The tensor is seen as a matrix: the last dimension across, all others down. Up to [`EXACT`] elements all are read;
 //! of a larger one, a few rows of every cell row and a run of every cell column.
 
+use flexmodel_run::{format::Stats, stats::Accumulator};
 use serde::Serialize;
 use wire::dtype::DType;
-
-use crate::store::{format::Stats, stats::Accumulator};
 
 /// Rows of cells in a heat map.
 pub const ROWS: u64 = 96;

@@ -2,16 +2,16 @@
 
 use std::cell::RefCell;
 
-use wire::dtype::DType;
-
-use super::windows::Parts;
-use crate::{
+use flexmodel_run::{
     read::{
         layout::{self, Node, Piece},
         number::component,
     },
-    store::stats,
+    stats,
 };
+use wire::dtype::DType;
+
+use super::windows::Parts;
 
 /// Reads elements of the whole without making it.
 pub struct Source<'a, P> {

@@ -11,6 +11,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use flexmodel_run::{
+    format::{Identity, Line, Location, MANIFEST_FILE, Part},
+    manifest::Reader,
+    read::{
+        Shards,
+        layout::{self, Node},
+    },
+};
 use serde::Serialize;
 use wire::record::{Axis, Place};
 
@@ -19,17 +27,7 @@ use super::{
     source::Source,
     windows::Windows,
 };
-use crate::{
-    live::Live,
-    read::{
-        Shards,
-        layout::{self, Node},
-    },
-    store::{
-        format::{Identity, Line, Location, MANIFEST_FILE, Part},
-        manifest::Reader,
-    },
-};
+use crate::live::Live;
 
 /// The tensors of a run directory.
 pub struct Tensors {
@@ -179,7 +177,7 @@ pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
     let line = |axis: &Axis| {
         let how = match &axis.place {
             Place::Replicate => "replicated".to_owned(),
-            Place::Shard { dim, .. } => format!("shard of dim {dim}"),
+            Place::Shard { dim } => format!("shard of dim {dim}"),
             Place::ReplicateOrShard { dim } => format!("shard of dim {dim}, or replicated where equal"),
             Place::Flat { shape } => format!("run of the elements of {shape:?}"),
             Place::HeadTail { dim } => format!("two pieces of dim {dim}, from its head and its tail"),

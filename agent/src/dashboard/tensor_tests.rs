@@ -1,22 +1,19 @@
 //! Tests of reading elements through a layout: the same numbers as putting the whole together.
 
-use wire::dtype::DType;
-
-use super::*;
-use crate::{
-    dashboard::windows::Parts,
-    live::SeriesQuery,
+use flexmodel_run::{
+    format::{HEADER_SPACE, Location, RunInfo, What},
+    manifest::encode_line,
     read::{
         assemble::{self, Bytes},
         number::component,
     },
-    store::{
-        format::{HEADER_SPACE, Location, RunInfo, What},
-        manifest::encode_line,
-        stats::to_f64,
-        testing,
-    },
+    stats::to_f64,
+    testing,
 };
+use wire::dtype::DType;
+
+use super::*;
+use crate::{dashboard::windows::Parts, live::SeriesQuery};
 
 /// Parts that are in memory.
 impl Parts for &[Vec<u8>] {
@@ -88,7 +85,7 @@ fn check(case: Case) {
 }
 
 fn shard(dim: u32) -> Place {
-    Place::Shard { dim, offset: None }
+    Place::Shard { dim }
 }
 
 #[test]

@@ -7,13 +7,13 @@ use std::{
     time::Duration,
 };
 
-use serde_json::Value;
-
-use super::*;
-use crate::store::{
+use flexmodel_run::{
     format::{HEADER_SPACE, Location, Part, RunInfo, What},
     stats, testing,
 };
+use serde_json::Value;
+
+use super::*;
 
 const TOKEN: &str = "0123456789abcdef";
 const ROUTES: [&str; 14] = [

@@ -5,9 +5,10 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-use crate::{
-    read::{ReadError, Shards},
-    store::format::{HEADER_SPACE, Location},
+use flexmodel_run::{
+    ReadError,
+    format::{HEADER_SPACE, Location},
+    read::Shards,
 };
 
 /// Most windows.

@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use flexmodel_run::format::{Identity, Location, Part, Stats, What};
 use wire::{
     dtype::DType,
     loss_scale::LossScale,
@@ -12,7 +13,6 @@ use super::{
     MAX_PART_BYTES, MAX_PARTS, MAX_RECORDS,
     series::{Coord, Series},
 };
-use crate::store::format::{Identity, Location, Part, Stats, What};
 
 /// Layouts and shard names repeat from part to part: this many are remembered to share them.
 const SHARED: usize = 64;
@@ -144,21 +144,10 @@ impl Kept {
 impl Recent {
     /// What the record is.
     pub fn identity(&self, series: &Series) -> Identity {
-        let Coord { step, micro, call, repeat, recompute } = self.coord;
+        let Coord { step, micro, call, repeat } = self.coord;
         let key = &series.key;
         let (module, path) = (key.module.to_string(), key.path.to_string());
-        Identity {
-            module,
-            kind: key.kind,
-            path,
-            model: key.model,
-            step,
-            micro,
-            call,
-            repeat,
-            train: key.train,
-            recompute,
-        }
+        Identity { module, kind: key.kind, path, model: key.model, step, micro, call, repeat, train: key.train }
     }
 
     /// Its parts, as they were journalled.

@@ -2,11 +2,12 @@
 
 use std::{io, path::Path};
 
-use super::{Ended, Live};
-use crate::store::{
+use flexmodel_run::{
     format::{Line, MANIFEST_FILE, RunInfo, Totals},
     manifest,
 };
+
+use super::{Ended, Live};
 
 impl Live {
     /// Takes in what a run captured so far, one line of its manifest at a time; `totals` are those of all of it.

@@ -2,15 +2,14 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use flexmodel_run::{
+    format::{Identity, Part, Stats, What},
+    names::Names,
+};
 use wire::{
     dtype::DType,
     hooks::Kind,
     record::{Axis, Place},
-};
-
-use crate::store::{
-    format::{Identity, Part, Stats, What},
-    names::Names,
 };
 
 /// What tells one series from another, and what all of its records have in common.
@@ -61,14 +60,12 @@ pub struct Coord {
     pub call: u32,
     /// Backward pass over the same forward.
     pub repeat: u32,
-    /// Replay of activation checkpointing.
-    pub recompute: bool,
 }
 
 impl Coord {
     /// The coordinate of an identity.
     pub fn of(id: &Identity) -> Self {
-        Self { step: id.step, micro: id.micro, call: id.call, repeat: id.repeat, recompute: id.recompute }
+        Self { step: id.step, micro: id.micro, call: id.call, repeat: id.repeat }
     }
 }
 

@@ -1,17 +1,17 @@
 //! Tests of the live state.
 
-use wire::record::Place;
-
-use super::*;
-use crate::store::{
+use flexmodel_run::{
     format::{Line, Location, MANIFEST_FILE, Stats},
     manifest::encode_line,
     testing,
 };
+use wire::record::Place;
+
+use super::*;
 
 fn stats(values: &[f32]) -> Stats {
     let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-    crate::store::stats::compute(wire::dtype::DType::Float32, &bytes).unwrap()
+    flexmodel_run::stats::compute(wire::dtype::DType::Float32, &bytes).unwrap()
 }
 
 /// The part of `rank` of `world` at `step`, with these elements.

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use flexmodel_run::format::{Identity, ModelInfo, Module, Part, RunInfo, Totals};
 use serde::{Serialize, Serializer};
 use wire::hooks::Kind;
 
 use super::{Coord, Divergence, Live, Rank, Refusal, series::Series};
-use crate::store::format::{Identity, ModelInfo, Module, Part, RunInfo, Totals};
 
 /// The run as a whole.
 #[derive(Clone, Debug, Serialize)]
@@ -122,7 +122,6 @@ pub struct Columns {
     pub micro: Vec<u32>,
     pub call: Vec<u32>,
     pub repeat: Vec<u32>,
-    pub recompute: Vec<bool>,
     pub mean: Vec<Option<f64>>,
     pub std: Vec<Option<f64>>,
     pub l2: Vec<Option<f64>>,
@@ -321,12 +320,11 @@ fn state(s: &Series) -> SeriesState {
 fn columns(s: &Series, since: u64) -> Columns {
     let mut out = Columns::default();
     for p in s.points.iter().filter(|p| p.changed > since) {
-        let Coord { step, micro, call, repeat, recompute } = p.at;
+        let Coord { step, micro, call, repeat } = p.at;
         out.step.push(step);
         out.micro.push(micro);
         out.call.push(call);
         out.repeat.push(repeat);
-        out.recompute.push(recompute);
         let [mean, std, l2, absmax] = p.moments.values();
         out.mean.push(mean);
         out.std.push(std);

@@ -9,19 +9,16 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use flexmodel_run::{
+    format::{FORMAT, ModelInfo, Module, Owners, RunInfo},
+    names::{MAX_NAME_BYTES, MAX_NAMES, Names},
+    owners::{self, MAX_MODULES},
+    write::Store,
+};
 use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, clip};
 
 use super::listed::Listed;
-use crate::{
-    live::Live,
-    say, secrets,
-    store::{
-        Store,
-        format::{FORMAT, ModelInfo, Module, Owners, RunInfo},
-        names::{MAX_NAME_BYTES, MAX_NAMES, Names},
-        owners::{self, MAX_MODULES},
-    },
-};
+use crate::{live::Live, say, secrets};
 
 /// Most bytes of the command, and of the hooks, that are kept.
 const MAX_TEXT: usize = 128 << 10;

@@ -6,17 +6,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flexmodel_run::{
+    format::Origin,
+    write::{
+        Outcome, PartWriter,
+        account::{Account, CUT_OFF, LOST_BY_JOB},
+    },
+};
 use wire::{
     record::RecordMeta,
     slab::{Fetched, Frame, SlabError, SlabReader},
 };
 
 use super::{PATIENCE, Server, session::Session};
-use crate::store::{
-    Outcome, PartWriter,
-    account::{Account, CUT_OFF, LOST_BY_JOB},
-    format::Origin,
-};
 
 /// Tensors under way at a time: the threads of a job write their pieces between each other's.
 pub const MAX_OPEN: usize = 32;
@@ -219,7 +221,7 @@ impl Ingest {
         let Some(at) = self.open.iter().position(|(n, _)| *n == record) else { return };
         let Some((_, part)) = self.open.get_mut(at) else { return };
         part.write(frame.piece_offset, frame.payload);
-        let last = frame.piece_offset.checked_add(frame.payload.len() as u64) == Some(part.len());
+        let last = frame.piece_offset.checked_add(frame.payload.len() as u64) == Some(part.size());
         if !last && !part.is_complete() {
             return;
         }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`socket`] | the listening socket, and messages with descriptors off it |
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
+//! | [`ranks`] | the ranks that are attached, and what they are asked |
 //! | [`session`] | one slab of a rank and how far along it is |
 //! | [`listed`] | lists of modules, as they come over it |
 //! | [`ingest`] | the thread that empties a slab into the store |
@@ -26,7 +27,7 @@
 //! own it has, for each slab, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
 //! unfinished tensors; for each connection a message that has not come in full (64 KiB, and 16 MiB of longer ones for all
 //! connections together); what [`board`] lists of modules, whose names are shared and bounded
-//! ([`names`](crate::store::names), [`owners`](crate::store::owners)); the [`store`](crate::store)'s and the
+//! ([`names`](flexmodel_run::names), [`owners`](flexmodel_run::owners)); the [`store`](flexmodel_run::write)'s and the
 //! [`dashboard`](crate::live)'s bounded tables. Together that stays below 64 MiB beside the slabs for a node of ordinary
 //! size, and below 256 MiB whatever a job does.
 
@@ -35,6 +36,7 @@ pub mod board;
 pub mod ingest;
 pub mod listed;
 pub mod parent;
+pub mod ranks;
 pub mod session;
 pub mod socket;
 
@@ -47,15 +49,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flexmodel_run::{
+    format::Origin,
+    write::{Store, account},
+};
 use tokio::sync::Semaphore;
 use wire::slab::SlabReader;
 
 use crate::{
     descriptors::Shares,
     newcomers::{Newcomer, Newcomers},
-    store::{Store, account, format::Origin},
 };
 use board::Board;
+use ranks::Ranks;
 use session::Session;
 
 /// Time between two beats of a slab's heart.
@@ -82,6 +88,8 @@ pub struct Server {
     max_slabs: usize,
     /// Most ranks.
     max_ranks: usize,
+    /// Who is attached and can be asked.
+    pub ranks: Arc<Ranks>,
     /// Connections that have said hello: two a rank, since the end of one may be noticed late.
     connected: Semaphore,
     /// Room for long messages.
@@ -101,6 +109,7 @@ impl Server {
             newcomers: Newcomers::new(shares.arriving),
             max_slabs: 2 * shares.ranks,
             max_ranks: shares.ranks,
+            ranks: Arc::default(),
             connected: Semaphore::new(2 * shares.ranks),
             long: Arc::new(Semaphore::new(attach::LONG_ROOM)),
         });

@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
+use flexmodel_run::format::Totals;
 use serde::{Deserialize, Serialize};
-
-use crate::store::format::Totals;
 
 /// From `run` to its agent. The end of the stream means that `run` is gone.
 #[derive(Debug, Serialize, Deserialize)]

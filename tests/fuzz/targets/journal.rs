@@ -1,9 +1,7 @@
 //! Lines of the manifest, raw and under the right checksum; what decodes, encodes to something that decodes to it.
 #![no_main]
-use flexmodel_fuzz::{
-    manifest,
-    store::manifest::{Reader, decode_line, encode_line},
-};
+use flexmodel_fuzz::manifest;
+use flexmodel_run::manifest::{Reader, decode_line, encode_line};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -6,8 +6,12 @@ use std::path::{Path, PathBuf};
 
 use flexmodel_fuzz::{
     mutate::{cross, mutate},
-    read::{Run, in_order, sealed, text},
     tree::lay_out,
+};
+use flexmodel_run::{
+    Run,
+    read::{in_order, sealed},
+    text,
 };
 use libfuzzer_sys::{Corpus, fuzz_crossover, fuzz_mutator, fuzz_target};
 

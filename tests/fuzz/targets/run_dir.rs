@@ -1,6 +1,7 @@
 //! A run directory with a hostile manifest: it is recovered, read, and recovered again to the same.
 #![no_main]
-use flexmodel_fuzz::{manifest, read::Run, store::recover::recover};
+use flexmodel_fuzz::manifest;
+use flexmodel_run::{Run, write::recover::recover};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use flexmodel_run::owner_only;
 use wire::{
     bridge_marker::Marker,
     bridge_sources::{ARCHIVE, FOLDER, Sources, is_source},
@@ -20,7 +21,7 @@ use super::{
     cache,
     probe::{Python, Torch, on_path},
 };
-use crate::{owner_only, say};
+use crate::say;
 
 /// What the bridge shows to the world; all else would clash with what torch has loaded.
 const EXPORTS: &str = "{ global: flexmodel_bridge_open; flexmodel_bridge_marker; local: *; };\n";

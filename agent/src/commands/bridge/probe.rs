@@ -14,7 +14,7 @@ use wire::{
     env as names,
 };
 
-use crate::owner_only;
+use crate::umask;
 
 const SCRIPT: &str = include_str!("probe.py");
 
@@ -82,7 +82,7 @@ impl Python {
 /// Asks `python`.
 pub fn probe(python: &Path) -> anyhow::Result<Python> {
     // What it compiles of its own modules on the way is the user's, and not our file.
-    let output = owner_only::as_before(&mut Command::new(python))
+    let output = umask::as_before(&mut Command::new(python))
         .arg("-c")
         .arg(SCRIPT)
         .env_remove("LD_PRELOAD")

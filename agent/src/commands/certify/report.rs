@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use flexmodel_run::{
+    Run, Whole,
+    compare::{Difference, Side, Tolerance, Worst},
+    format::Identity,
+};
 use serde::{Serialize, Serializer};
 use wire::hooks::Kind;
 
-use super::compare::{Difference, Side, Tolerance, Worst};
-use crate::{
-    read::{Run, Whole, text},
-    store::format::Identity,
-};
+use crate::text;
 
 /// Names that are spelled out in a line of text; JSON has all of them.
 const NAMED: usize = 5;

@@ -12,7 +12,7 @@ use std::{
 use wire::env::DEFAULT_SLAB_BYTES;
 
 use super::Check;
-use crate::read::text;
+use crate::text;
 
 /// Everything about the machine.
 pub fn checks() -> Vec<Check> {

@@ -7,14 +7,11 @@ use std::{
     path::Path,
 };
 
+use flexmodel_run::{Record, Run, format::Identity, unique::Unique};
 use serde::Serialize;
 use wire::dtype::DType;
 
 use super::Outcome;
-use crate::{
-    read::{Record, Run},
-    store::{format::Identity, unique::Unique},
-};
 
 /// Longest file name before its ending; file systems allow 255 bytes.
 const NAME: usize = 180;
@@ -177,7 +174,6 @@ mod tests {
             call: 1,
             repeat: 0,
             train: false,
-            recompute: false,
         }
     }
 

@@ -7,12 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use flexmodel_run::{Record, Run};
+
 use super::{
     Outcome,
     pickle::{self, Tensor},
     zip::Zip,
 };
-use crate::read::{Record, Run};
 
 /// Writes `records` into the file `dest`, which appears whole or not at all.
 pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Outcome> {

@@ -16,7 +16,7 @@ use super::{
     prepare::Plan,
     sidecar::{Event, Sidecar},
 };
-use crate::owner_only;
+use crate::umask;
 
 /// Passed on to the command.
 const FORWARDED: [libc::c_int; 6] =
@@ -128,7 +128,7 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
     if let Some(bridge) = &plan.bridge {
         command.env(names::BRIDGE, bridge);
     }
-    owner_only::as_before(&mut command);
+    umask::as_before(&mut command);
     let before = signals.before;
     // SAFETY: sigprocmask is async-signal-safe, and the set is a copy.
     unsafe {

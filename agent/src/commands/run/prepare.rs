@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
+use flexmodel_run::write::dir::{Fresh, check_fresh, of_this_node};
 use wire::{
     env::{self as names, OnFull},
     hooks::{self, HookError},
@@ -18,9 +19,9 @@ use super::{Args, absolute, interpreter};
 use crate::{
     cli::Usage,
     commands::bridge,
-    home, owner_only,
-    read::text::{complain, complain_in_lines},
-    store::dir::{Fresh, check_fresh, of_this_node},
+    home,
+    text::{complain, complain_in_lines},
+    umask,
 };
 
 /// What will be started.
@@ -94,7 +95,7 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
 fn untapped(command: &[OsString]) -> ExitCode {
     use std::os::unix::process::CommandExt;
     let Some((program, arguments)) = command.split_first() else { return ExitCode::from(2) };
-    let error = owner_only::as_before(Command::new(program).args(arguments)).exec();
+    let error = umask::as_before(Command::new(program).args(arguments)).exec();
     complain("flexmodel", format_args!("{}: {error}", Path::new(program).display()));
     ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 })
 }

@@ -10,16 +10,14 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
+use flexmodel_run::{
+    format::Totals,
+    write::account::{self, ByRank},
+};
 use wire::counts::Counts;
 
 use super::{job::Ended, prepare::Plan, private::PrivateFolder, words};
-use crate::{
-    server::parent::{FromAgent, ToAgent},
-    store::{
-        account::{self, ByRank},
-        format::Totals,
-    },
-};
+use crate::server::parent::{FromAgent, ToAgent};
 
 /// Longest time an agent may take to be ready.
 const STARTING: Duration = Duration::from_secs(60);

@@ -1,9 +1,10 @@
 //! A tensor as a small picture in the terminal: a heat map of cells and a histogram in one line.
 
+use flexmodel_run::stats;
 use serde::Serialize;
 use wire::dtype::DType;
 
-use crate::{read::text, store::stats};
+use crate::text;
 
 /// Most text lines of a heat map.
 const LINES: usize = 16;

@@ -207,7 +207,7 @@ export class ModulePanel {
   tell() {
     const r = this.records[this.at];
     const words = [`step ${r.step}`, `micro ${r.micro}`, r.call > 0 ? `call ${r.call}` : null, r.repeat > 0 ? `repeat ${r.repeat}` : null,
-      r.train ? "train" : "eval", r.recompute ? "recompute" : null].filter(Boolean);
+      r.train ? "train" : "eval"].filter(Boolean);
     text(this.where, words.join(" · "));
     this.slider.setAttribute("aria-valuetext", words.join(", "));
   }
@@ -218,10 +218,10 @@ export class ModulePanel {
     const { kind, path } = record.series;
     this.asked += 1;
     const [tab, mine] = [this.tab, this.asked];
-    const { step, micro, call, repeat, train, recompute } = record;
+    const { step, micro, call, repeat, train } = record;
     const rank = this.rank.value === "" ? undefined : this.rank.value;
     try {
-      const look = await get("/api/tensor", { model: this.model, module: this.module, kind, path, step, micro, call, repeat, train, recompute, rank });
+      const look = await get("/api/tensor", { model: this.model, module: this.module, kind, path, step, micro, call, repeat, train, rank });
       if (this.gone || this.tab !== tab || this.asked !== mine) return;
       this.shownRecord = record;
       this.shownTab = tab;
@@ -259,7 +259,7 @@ export class ModulePanel {
 
 function inOrder(a, b) {
   return a.step - b.step || a.micro - b.micro || a.call - b.call || a.repeat - b.repeat
-    || Number(a.recompute) - Number(b.recompute) || Number(b.train) - Number(a.train);
+    || Number(b.train) - Number(a.train);
 }
 
 /** Without the newest points whose other ranks' parts are still on their way. */

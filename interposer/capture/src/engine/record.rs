@@ -73,7 +73,6 @@ impl Engine {
             call: call.call,
             repeat: tensor.repeat,
             train: call.train,
-            recompute: false,
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,

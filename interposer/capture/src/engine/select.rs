@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use wire::{
     codes::{Code, Order},
-    control::ModuleInfo,
+    control::{ModuleInfo, ToAgent},
     hooks::{Kind, nearest},
     tap_abi::{ModelDesc, Rank, Selected},
 };
@@ -132,7 +132,8 @@ impl Engine {
             let some_for_all = plan.clauses().iter().any(|clause| clause.options.ranks.is_none());
             if rank.world > 1 && modules.len() > 1 && some_for_all {
                 self.reports.describe(rank, "");
-                self.reports.other_model(modules.into_iter().map(|m| m.name).collect());
+                let modules = modules.into_iter().map(|m| m.name).collect();
+                self.reports.say(ToAgent::Others { modules });
             }
             return out;
         }
@@ -143,7 +144,7 @@ impl Engine {
             // The process may have become a rank since the last time.
             // SAFETY: the array has `axis_count` entries, whose names live through the call (caller).
             model.mesh = unsafe { layout::mesh_of(desc) };
-            self.reports.model(model.number, modules);
+            self.reports.say(ToAgent::Model { model: model.number, modules });
         }
         out
     }

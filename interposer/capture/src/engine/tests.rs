@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use wire::{
-    codes::{EditOp, Refusal},
+    codes::Refusal,
     record::{Axis, Place, RecordMeta},
 };
 
@@ -98,8 +98,7 @@ fn ranks_that_there_are_not_and_modules_that_there_are_not_are_said_once_by_rank
 fn a_rank_that_captures_nothing_of_a_model_says_which_modules_it_has() {
     let mut w = engine("elsewhere");
     Model::of(1, &["", "a"]).select_in(&mut w.engine, 0, 2);
-    assert_eq!(*w.reports.others.lock().unwrap(), [["".to_owned(), "a".into()]]);
-    assert!(w.reports.models.lock().unwrap().is_empty());
+    assert_eq!(*w.reports.said.lock().unwrap(), [ToAgent::Others { modules: vec!["".into(), "a".into()] }]);
 }
 
 #[test]
@@ -173,7 +172,7 @@ fn a_record_says_where_it_is_of() {
     w.pass(1, &taps, &training());
     let call = w.calls(1, &taps, &training())[0].unwrap();
     let forward = w.record(&call, Kind::Forward, "out").unwrap();
-    let place = Place::Shard { dim: 0, offset: None };
+    let place = Place::Shard { dim: 0 };
     let axis = Axis { name: "dp".into(), index: 1, size: 2, place, given: None };
     assert_eq!((forward.module.as_str(), forward.class.as_str(), forward.path.as_str()), ("a", "Linear", "out"));
     assert_eq!((forward.step, forward.micro, forward.call, forward.rank), (1, 1, 0, 1));
@@ -228,9 +227,9 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     let call = w.calls(1, &new, &training())[0].unwrap();
     assert_eq!(w.record(&call, Kind::Forward, "out").unwrap().group, "new");
     assert_eq!((w.engine.plan().revision(), call.micro), (1, 2), "the clock goes on");
-    let models = w.reports.models.lock().unwrap();
-    assert_eq!(models.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 0]);
-    assert_eq!(models[1].1.iter().map(|m| m.kinds).collect::<Vec<_>>(), [0, 0, FORWARD]);
+    let said = w.reports.said.lock().unwrap();
+    let [ToAgent::Model { model: 0, .. }, ToAgent::Model { model: 0, modules }] = &said[..] else { panic!("{said:?}") };
+    assert_eq!(modules.iter().map(|m| m.kinds).collect::<Vec<_>>(), [0, 0, FORWARD]);
 }
 
 #[test]

@@ -101,7 +101,7 @@ pub fn data_size(mesh: &[MeshAxis]) -> u32 {
 }
 
 fn has_batch(axis: &MeshAxis) -> bool {
-    matches!(axis.role, Role::Data | Role::Supposed)
+    matches!(axis.role, Role::Data | Role::Assumed)
 }
 
 /// Axes of a leaf: those of the mesh of which torch says nothing, the batch's as one, and then, inside of these, those of
@@ -123,7 +123,7 @@ pub fn infer(
             _ => {
                 let name = if has_batch(axis) { DATA.to_owned() } else { axis.name.clone() };
                 let place = place_along(axis, leaf, known);
-                let given = (axis.role == Role::Supposed && place != Place::Unknown).then_some(known.input_digest);
+                let given = (axis.role == Role::Assumed && place != Place::Unknown).then_some(known.input_digest);
                 axes.push(Axis { name, index: axis.index, size: axis.size, place, given });
             }
         }
@@ -180,9 +180,9 @@ fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
 
 fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
     match axis.role {
-        Role::Supposed if known.input_digest == 0 => Place::Unknown,
-        Role::Data | Role::Supposed if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
-        Role::Data | Role::Supposed => place(leaf.shape, leaf.path, known),
+        Role::Assumed if known.input_digest == 0 => Place::Unknown,
+        Role::Data | Role::Assumed if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
+        Role::Data | Role::Assumed => place(leaf.shape, leaf.path, known),
         Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
         // The pieces of a sequence may be in any order.
         Role::Context | Role::Other | Role::Pipeline => Place::Unknown,
@@ -213,7 +213,7 @@ const PACKED: [&str; 4] = [".data", ".batch_sizes", ".sorted_indices", ".unsorte
 fn hinted(ndim: usize, dim: i32) -> Place {
     let dim = if dim < 0 { dim + ndim as i32 } else { dim };
     match u32::try_from(dim) {
-        Ok(dim) if (dim as usize) < ndim => Place::Shard { dim, offset: None },
+        Ok(dim) if (dim as usize) < ndim => Place::Shard { dim },
         _ => Place::Unknown,
     }
 }
@@ -267,7 +267,7 @@ fn by_order(shape: &[u64], path: &str, known: Known) -> Place {
 }
 
 fn shard(dim: u32) -> Place {
-    Place::Shard { dim, offset: None }
+    Place::Shard { dim }
 }
 
 /// A module that was given `[length, batch, ...]`.

@@ -13,7 +13,7 @@ use std::{
 
 use wire::{
     codes::Role,
-    control::{CONTROL_VERSION, Hello, ModuleInfo},
+    control::{CONTROL_VERSION, Hello, ToAgent},
     env::OnFull,
     hooks::Kind,
     tap_abi::{Firing, MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str},
@@ -96,8 +96,7 @@ impl Process for StandInProcess {
 #[derive(Default)]
 pub struct StandInTransport {
     pub described: Mutex<Vec<(u32, u32, String)>>,
-    pub models: Mutex<Vec<(u32, Vec<ModuleInfo>)>>,
-    pub others: Mutex<Vec<Vec<String>>>,
+    pub said: Mutex<Vec<ToAgent>>,
     pub notices: Mutex<Vec<String>>,
 }
 
@@ -113,12 +112,8 @@ impl Reports for StandInTransport {
         self.described.lock().unwrap().push((rank.rank, rank.world, wrapper.to_owned()));
     }
 
-    fn model(&self, model: u32, modules: Vec<ModuleInfo>) {
-        self.models.lock().unwrap().push((model, modules));
-    }
-
-    fn other_model(&self, modules: Vec<String>) {
-        self.others.lock().unwrap().push(modules);
+    fn say(&self, message: ToAgent) {
+        self.said.lock().unwrap().push(message);
     }
 
     fn notice(&self, text: String) {

@@ -1,0 +1,103 @@
+//! Whether a line that decodes is one that can be: every value within its bounds.
+
+use wire::record::{Axis, Place};
+
+use super::{
+    format::{Line, Location, Part, RunInfo, What},
+    limits,
+};
+
+impl Line {
+    /// Why it cannot be.
+    pub fn check(&self) -> Result<(), String> {
+        match self {
+            Line::Part(part) => part.check(),
+            Line::Refused { what, reason } => what.check().and_then(|()| text("a reason", reason)),
+            Line::Divergence { what, .. } => what.check(),
+            Line::Dropped { reason, .. } => text("a reason", reason),
+            Line::Sealed { shard, len } => text("a name", shard).and_then(|()| bytes(*len)),
+        }
+    }
+}
+
+impl Part {
+    fn check(&self) -> Result<(), String> {
+        self.what.check()?;
+        if !is_possible(self.what.dtype.size(), &self.what.shape) {
+            return Err(format!("its shape {:?} is that of no tensor", self.what.shape));
+        }
+        self.at.as_ref().map_or(Ok(()), Location::check)
+    }
+}
+
+impl Location {
+    fn check(&self) -> Result<(), String> {
+        text("a name", &self.shard)?;
+        bytes(self.offset.saturating_add(self.len))
+    }
+}
+
+impl What {
+    fn check(&self) -> Result<(), String> {
+        for name in [&self.id.module, &self.id.path, &self.class, &self.group] {
+            text("a name", name)?;
+        }
+        if self.shape.len() > limits::DIMS {
+            return Err(format!("it has a tensor of {} dimensions", self.shape.len()));
+        }
+        if self.axes.len() > limits::AXES {
+            return Err(format!("it has {} mesh axes", self.axes.len()));
+        }
+        // Where a part is a run of a flattened tensor's elements, dimensions are those of that tensor.
+        let flat =
+            self.axes.iter().find_map(|axis| if let Place::Flat { shape } = &axis.place { Some(shape) } else { None });
+        let dims = flat.unwrap_or(&self.shape).len();
+        self.axes.iter().try_for_each(|axis| check_axis(axis, dims))
+    }
+}
+
+fn check_axis(axis: &Axis, dims: usize) -> Result<(), String> {
+    text("an axis", &axis.name)?;
+    if axis.index >= axis.size {
+        return Err(format!("it says {} {} of {}", axis.name, axis.index, axis.size));
+    }
+    match &axis.place {
+        Place::Shard { dim } | Place::ReplicateOrShard { dim } | Place::HeadTail { dim } if *dim as usize >= dims => {
+            Err(format!("it shards dimension {dim} of a tensor that has {dims}"))
+        }
+        Place::Flat { shape } if shape.len() > limits::DIMS => {
+            Err(format!("it is of a tensor of {} dimensions", shape.len()))
+        }
+        _ => Ok(()),
+    }
+}
+
+impl RunInfo {
+    /// Why it cannot be.
+    pub fn check(&self) -> Result<(), String> {
+        let counted = [("models", self.models.len(), limits::MODELS), ("notices", self.notices.len(), limits::NOTICES)];
+        match counted.into_iter().find(|(_, count, limit)| count > limit) {
+            Some((name, count, limit)) => Err(format!("{name} are {count}, and no more than {limit} are read")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether a tensor of elements of so many bytes can have this shape: dimensions of size 0 count as 1, as they do where torch
+/// computes strides.
+pub fn is_possible(element: usize, shape: &[u64]) -> bool {
+    let size = shape.iter().try_fold(element as u64, |n, &d| n.checked_mul(d.max(1)));
+    size.is_some_and(|n| n <= limits::BYTES)
+}
+
+fn text(what: &str, text: &str) -> Result<(), String> {
+    // No text has more characters than bytes, and counting them takes time.
+    if text.len() > limits::TEXT && text.chars().count() > limits::TEXT {
+        return Err(format!("it has {what} of {} characters", text.chars().count()));
+    }
+    Ok(())
+}
+
+fn bytes(end: u64) -> Result<(), String> {
+    if end > limits::BYTES { Err("its bytes lie outside of every file".into()) } else { Ok(()) }
+}

@@ -1,0 +1,36 @@
+//! Records and runs for tests.
+
+pub mod fixture;
+
+use wire::{
+    dtype::DType,
+    record::{Axis, Place, RecordMeta},
+};
+
+use crate::format::{Location, Part, Stats, What};
+
+/// A float32 forward output of shape `[rows, 4]`, whole.
+pub fn meta(module: &str, step: u64, rows: u64) -> RecordMeta {
+    RecordMeta { class: "MLP".into(), step, time_ns: 7, ..RecordMeta::output(module, DType::Float32, vec![rows, 4]) }
+}
+
+/// [`meta`] as `rank` of `world` ranks captured it, laid along one data parallel axis as `place` says.
+pub fn on_rank(mut meta: RecordMeta, rank: u32, world: u32, place: Place) -> RecordMeta {
+    meta.rank = rank;
+    meta.dp_size = world;
+    meta.axes = vec![Axis { name: "dp".into(), index: rank, size: world, place, given: None }];
+    meta
+}
+
+/// Consecutive pieces of the batch.
+pub fn batch() -> Place {
+    Place::Shard { dim: 0 }
+}
+
+/// A stored part.
+pub fn part(module: &str, step: u64, rows: u64) -> Part {
+    let what = What::from_meta(meta(module, step, rows));
+    let at = Location { shard: "shard-00000".into(), offset: 1 << 20, len: rows * 16, crc: 5 };
+    let stats = Stats { count: rows * 4, mean: Some(0.5), std: None, ..Stats::default() };
+    Part { what, at: Some(at), stats: Some(stats), same: None }
+}

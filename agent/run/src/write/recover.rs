@@ -1,0 +1,187 @@
+//! What an agent that died left behind: a torn last line and open shards. Everything journalled is kept.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs::{self, File},
+    io::{self, BufReader, Seek, Write},
+    path::Path,
+};
+
+use super::{
+    account::{Account, Accounts},
+    dir::cannot_write,
+    place::Seen,
+    seal,
+    shard::{Entry, Lie, ShardFile, number_of, open_path, sealed_path, stem},
+};
+use crate::{
+    files::{ToWrite, open_to_write},
+    format::{HEADER_SPACE, Line, Location, MANIFEST_FILE, Part, Totals},
+    manifest::{LineError, Reader, Source, encode_line},
+};
+
+/// What a manifest says.
+#[derive(Debug)]
+pub struct Found {
+    /// Number of the next shard.
+    pub next_shard: u32,
+    /// Counters so far.
+    pub totals: Totals,
+    /// What there is of each slab.
+    pub accounts: Accounts,
+    /// Records there are.
+    pub seen: Seen,
+    /// Some lines do not read.
+    pub damaged: bool,
+}
+
+/// Mends the directory: truncates the torn line, seals open shards, and tells what is there. Errors call it `shown`.
+pub fn recover(dir: &Path, shown: &Path) -> anyhow::Result<Found> {
+    let io = |e: io::Error| cannot_write(shown, &e);
+    let path = dir.join(MANIFEST_FILE);
+    let mut found = Found {
+        next_shard: 0,
+        totals: Totals::default(),
+        accounts: Accounts::new(),
+        seen: Seen::new(),
+        damaged: false,
+    };
+    let mut unsealed = BTreeMap::new();
+    if path.symlink_metadata().is_ok() {
+        let mut file = open_to_write(&path, ToWrite::Append).map_err(io)?;
+        file.rewind().map_err(io)?;
+        let lines = file.try_clone().map_err(io)?;
+        let keep = scan(&mut Reader::new(BufReader::new(lines)), &mut found, &mut unsealed).map_err(io)?;
+        file.set_len(keep).map_err(io)?;
+        seal_left_over(dir, file, &unsealed).map_err(io)?;
+    }
+    found.next_shard = found.next_shard.max(clean_up(dir, found.damaged).map_err(io)?);
+    Ok(found)
+}
+
+/// Entries of shards without a `Sealed` line.
+type Unsealed = BTreeMap<u32, Shares>;
+
+#[derive(Default)]
+struct Shares {
+    entries: Vec<Entry>,
+    seen: HashSet<(u64, u64, u32)>,
+}
+
+impl Shares {
+    /// Adds a part's range; replicas that share one count once.
+    fn add(&mut self, part: &Part, at: &Location) {
+        let by = if at.len == 0 { part.what.rank } else { 0 };
+        if self.seen.insert((at.offset, at.len, by)) {
+            self.entries.push(Entry {
+                name: part.what.id.to_string().into(),
+                rank: part.what.rank,
+                dtype: part.what.dtype,
+                shape: part.what.shape.clone(),
+                offset: at.offset,
+                len: at.len,
+                crc: at.crc,
+                lie: Lie::of(&part.what),
+            });
+        }
+    }
+}
+
+/// Reads every line; returns how long the manifest is without its torn end.
+fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unsealed) -> io::Result<u64> {
+    while let Some(entry) = lines.next_line()? {
+        let line = match entry.line {
+            Ok(line) => line,
+            Err(LineError::Torn) => return Ok(entry.offset),
+            // Damage: verify names it, and the rest is still good.
+            Err(_) => {
+                found.damaged = true;
+                continue;
+            }
+        };
+        let totals = &mut found.totals;
+        Account::note(&mut found.accounts, &line);
+        match line {
+            Line::Part(part) => {
+                totals.records += u64::from(found.seen.is_new(&part.what.id));
+                totals.parts += 1;
+                if let Some(at) = &part.at
+                    && let Some(number) = number_of(&at.shard)
+                {
+                    found.next_shard = found.next_shard.max(number.saturating_add(1));
+                    let shares = unsealed.entry(number).or_default();
+                    let before = shares.entries.len();
+                    shares.add(&part, at);
+                    if shares.entries.len() > before {
+                        totals.bytes = totals.bytes.saturating_add(at.len);
+                    }
+                }
+            }
+            Line::Refused { .. } => totals.refused += 1,
+            Line::Divergence { .. } => totals.divergences += 1,
+            Line::Dropped { count, .. } => totals.dropped = totals.dropped.saturating_add(count),
+            Line::Sealed { shard, .. } => {
+                if let Some(number) = number_of(&shard) {
+                    found.next_shard = found.next_shard.max(number.saturating_add(1));
+                    unsealed.remove(&number);
+                }
+            }
+        }
+    }
+    Ok(lines.offset())
+}
+
+/// Seals what the manifest knows of. A shard that is gone stays gone: verify names it.
+fn seal_left_over(dir: &Path, mut manifest: File, unsealed: &Unsealed) -> io::Result<()> {
+    for (&number, shares) in unsealed {
+        let len = match ShardFile::open(dir, number) {
+            Ok(file) => {
+                let len = file.file().metadata()?.len();
+                seal::seal(dir, &file, &usable(&shares.entries, len))?
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => match fs::metadata(sealed_path(dir, number)) {
+                // Renamed, but the line did not make it.
+                Ok(sealed) => sealed.len(),
+                Err(_) => continue,
+            },
+            Err(e) => return Err(e),
+        };
+        manifest.write_all(&encode_line(&Line::Sealed { shard: stem(number), len }))?;
+    }
+    manifest.sync_data()
+}
+
+/// Entries that lie in a file of `len` bytes and do not overlap. After a power loss, or with a manifest that somebody
+/// changed, there may be others; the sealed file must be readable all the same.
+fn usable(entries: &[Entry], len: u64) -> Vec<Entry> {
+    let mut sorted: Vec<&Entry> = entries.iter().collect();
+    sorted.sort_by_key(|e| (e.offset, e.len));
+    let mut at = HEADER_SPACE;
+    let mut out = Vec::with_capacity(sorted.len());
+    for entry in sorted {
+        let size = entry.shape.iter().try_fold(entry.dtype.size() as u64, |n, &d| n.checked_mul(d));
+        if let Some(end) = entry.offset.checked_add(entry.len)
+            && entry.offset >= at
+            && end <= len
+            && size == Some(entry.len)
+        {
+            at = end;
+            out.push(entry.clone());
+        }
+    }
+    out
+}
+
+/// Removes open shards that no line speaks of, unless that may be because of damage; returns the number behind the last shard there is.
+fn clean_up(dir: &Path, keep: bool) -> io::Result<u32> {
+    let mut next = 0;
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let Some(number) = path.file_stem().and_then(|s| s.to_str()).and_then(number_of) else { continue };
+        if path == open_path(dir, number) && !keep {
+            fs::remove_file(&path)?;
+        }
+        next = next.max(number.saturating_add(1));
+    }
+    Ok(next)
+}

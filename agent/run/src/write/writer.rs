@@ -1,0 +1,259 @@
+//! The store of one run: what the ingest threads write through.
+
+use std::{
+    io,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+};
+
+use wire::record::RecordMeta;
+
+use super::{
+    account::{Account, Accounts},
+    dir::{self, RunDir},
+    journal::Journal,
+    part::PartWriter,
+    place::Allocator,
+    recover::{self, Found},
+    seal,
+    shard::{Shard, stem},
+};
+use crate::format::{Line, Origin, RunInfo, Totals, What};
+
+/// Bytes of tensors in a shard before the next one is begun.
+pub const DEFAULT_SHARD_BYTES: u64 = 512 << 20;
+
+/// Shards that wait to be sealed; who ends one more waits for the disk.
+pub const MAX_UNSEALED: usize = 8;
+
+/// Bytes that a disk which was full must have again to be said to work: what lost parts give back is soon full once more.
+const ROOM: u64 = 64 << 20;
+
+/// How a store writes.
+pub struct Options {
+    /// Bytes of tensors in a shard before the next one is begun.
+    pub shard_bytes: u64,
+    /// Told what the user should read.
+    pub notify: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+/// Writes one run directory. Shared by all threads; no thread ever waits for another rank.
+pub struct Store {
+    dir: RunDir,
+    alloc: Mutex<Allocator>,
+    journal: Arc<Journal>,
+    totals: Mutex<Totals>,
+    /// Of the slabs that nobody reads now.
+    accounts: Mutex<Accounts>,
+    /// A write failed, and not enough went well since.
+    broken: AtomicBool,
+    notify: Arc<dyn Fn(&str) + Send + Sync>,
+    sealer: Mutex<Option<(mpsc::SyncSender<Shard>, JoinHandle<()>)>>,
+    /// Shards that the sealer was given and has not sealed.
+    unsealed: Arc<AtomicUsize>,
+}
+
+impl Store {
+    /// Makes the run directory, or takes over one whose agent is gone: then everything journalled is recovered first.
+    /// Also returns what its `run.json` says.
+    pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo)> {
+        let dir = RunDir::claim(path)?;
+        let info = dir.read_info();
+        let Found { next_shard, totals, accounts, seen, damaged: _ } =
+            recover::recover(dir.folder().place(), dir.path())?;
+        let journal = Arc::new(Journal::open(dir.folder().place()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
+        let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
+        let unsealed = Arc::default();
+        let sealer = sealer(&dir, journal.clone(), notify.clone(), Arc::clone(&unsealed))?;
+        let store = Arc::new(Self {
+            alloc: Mutex::new(Allocator::new(dir.folder().place().to_owned(), options.shard_bytes, next_shard, seen)),
+            journal,
+            totals: Mutex::new(totals),
+            accounts: Mutex::new(accounts),
+            broken: AtomicBool::new(false),
+            notify,
+            sealer: Mutex::new(Some(sealer)),
+            unsealed,
+            dir,
+        });
+        Ok((store, info))
+    }
+
+    /// The run directory.
+    pub fn dir(&self) -> &RunDir {
+        &self.dir
+    }
+
+    /// Begins a part.
+    pub fn begin(self: &Arc<Self>, meta: RecordMeta) -> PartWriter {
+        PartWriter::new(self.clone(), meta)
+    }
+
+    /// Journals that a tensor was refused, for the reason in `meta`.
+    pub fn refused(&self, meta: RecordMeta, from: Option<Origin>) -> (What, String) {
+        let reason = meta.refused.clone();
+        let what = What { from, ..What::from_meta(meta) };
+        if let Err(e) = self.journal.append(&Line::Refused { what: what.clone(), reason: reason.clone() }) {
+            self.trouble(&e);
+        }
+        self.count(|totals| totals.refused += 1);
+        (what, reason)
+    }
+
+    /// Counts parts that are lost.
+    pub fn dropped(&self, rank: u32, count: u64, reason: &str, from: Option<Origin>) {
+        self.count(|totals| totals.dropped = totals.dropped.saturating_add(count));
+        self.journal.lose(rank, count, reason, from);
+        // While the disk is full a line each would be a line too many; they are written once it works again.
+        if !self.broken.load(Ordering::Relaxed)
+            && let Err(e) = self.journal.flush()
+        {
+            self.trouble(&e);
+        }
+    }
+
+    /// Another job attached: nothing of it belongs together with the last one's.
+    pub fn forget_job(&self) {
+        self.alloc().forget_job();
+        self.seal_complete();
+    }
+
+    /// What the manifest has of a slab that is to be read now.
+    pub fn account(&self, slab: u64) -> Account {
+        lock(&self.accounts).get(&slab).copied().unwrap_or_default()
+    }
+
+    /// That slab is not read any more; it may come back.
+    pub fn keep_account(&self, slab: u64, account: Account) {
+        lock(&self.accounts).insert(slab, account);
+    }
+
+    /// Counters so far.
+    pub fn totals(&self) -> Totals {
+        *lock(&self.totals)
+    }
+
+    /// Shards that wait to be sealed, or are being sealed.
+    pub fn unsealed(&self) -> usize {
+        self.unsealed.load(Ordering::Relaxed)
+    }
+
+    /// Seals everything and makes it last. No part may be under way any more; later ones are lost.
+    pub fn finish(&self) {
+        self.alloc().retire_all();
+        self.seal_complete();
+        let sealer = lock(&self.sealer).take();
+        if let Some((send, thread)) = sealer {
+            drop(send);
+            // A sealer that panicked leaves its shards open; the next agent seals them.
+            let _ = thread.join();
+        }
+        if let Err(e) = self.journal.flush().and_then(|()| self.journal.sync()) {
+            self.trouble(&e);
+        }
+    }
+
+    /// A write failed: says so once, until writing works again.
+    pub fn trouble(&self, error: &io::Error) {
+        if !self.broken.swap(true, Ordering::Relaxed) {
+            (self.notify)(&format!(
+                "cannot write to {}: {error}; captures are dropped until that is mended, the job goes on",
+                self.dir.path().display()
+            ));
+        }
+    }
+
+    /// A write succeeded.
+    pub(super) fn works(&self) {
+        let broken = self.broken.load(Ordering::Relaxed) && dir::free(self.dir.path()).is_none_or(|free| free >= ROOM);
+        if broken && self.broken.swap(false, Ordering::Relaxed) {
+            if let Err(e) = self.journal.flush() {
+                return self.trouble(&e);
+            }
+            (self.notify)(&format!("writing to {} works again", self.dir.path().display()));
+        }
+    }
+
+    pub(super) fn alloc(&self) -> MutexGuard<'_, Allocator> {
+        lock(&self.alloc)
+    }
+
+    pub(super) fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    pub(super) fn count(&self, change: impl FnOnce(&mut Totals)) {
+        change(&mut lock(&self.totals));
+    }
+
+    /// Hands shards that nobody writes to any more to the sealer.
+    pub(super) fn seal_complete(&self) {
+        let complete = self.alloc().take_complete();
+        if complete.is_empty() {
+            return;
+        }
+        // Not under the lock: sending waits while the disk is behind.
+        let send = lock(&self.sealer).as_ref().map(|(send, _)| send.clone());
+        if let Some(send) = send {
+            for shard in complete {
+                self.unsealed.fetch_add(1, Ordering::Relaxed);
+                // It only fails when the sealer is gone; then the next agent seals.
+                let _ = send.send(shard);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("dir", &self.dir.path()).finish_non_exhaustive()
+    }
+}
+
+/// The thread that seals: its fsync must not hold up a rank.
+fn sealer(
+    dir: &RunDir,
+    journal: Arc<Journal>,
+    notify: Arc<dyn Fn(&str) + Send + Sync>,
+    unsealed: Arc<AtomicUsize>,
+) -> io::Result<(mpsc::SyncSender<Shard>, JoinHandle<()>)> {
+    let (send, receive) = mpsc::sync_channel::<Shard>(MAX_UNSEALED);
+    let (folder, path) = (dir.folder().clone(), dir.path().to_owned());
+    let thread = std::thread::Builder::new().name("sealer".into()).spawn(move || {
+        for shard in receive {
+            if let Err(e) = seal_one(folder.place(), &journal, &shard) {
+                let name = stem(shard.file.number);
+                notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", path.display()));
+            }
+            unsealed.fetch_sub(1, Ordering::Relaxed);
+        }
+    })?;
+    Ok((send, thread))
+}
+
+fn seal_one(dir: &Path, journal: &Journal, shard: &Shard) -> io::Result<()> {
+    if shard.entries.is_empty() {
+        // Every part that had a place here failed.
+        return std::fs::remove_file(super::shard::open_path(dir, shard.file.number));
+    }
+    let len = seal::seal(dir, &shard.file, &shard.entries)?;
+    journal.append(&Line::Sealed { shard: stem(shard.file.number), len })?;
+    journal.sync()
+}
+
+/// Why a part was lost, in the words of the manifest.
+pub(super) fn reason_of(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => "the disk is full".into(),
+        _ => format!("writing failed: {error}"),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
