@@ -49,13 +49,13 @@ class Communicators:
         group = c10d._get_default_group()
         if self._group is not None:
             if group is not self._group():
-                self._bridge.apart("the job made another process group")
+                self._bridge.per_rank("the job made another process group")
             return
         self._group = weakref.ref(group)
         try:
             store = c10d.PrefixStore(_PREFIX, c10d._get_default_store().clone())
         except Exception as e:
-            self._bridge.apart(_failed(e))
+            self._bridge.per_rank(_failed(e))
             return
         meeting = (store, c10d.get_rank(), c10d.get_world_size(), f"{zlib.crc32(plan.encode()):08x}", _device())
         self._thread = threading.Thread(target=self._meet, args=meeting, name="flexmodel-join", daemon=True)
@@ -77,9 +77,9 @@ class Communicators:
                 gloo.set_timeout(_OPERATION)
                 self._bridge.joined(gloo, rank, world, device)
             else:
-                self._bridge.apart(why)
+                self._bridge.per_rank(why)
         except Exception as e:
-            self._bridge.apart(_failed(e))
+            self._bridge.per_rank(_failed(e))
 
     def _absent(self, store: Any, rank: int, world: int, plan: str) -> str | None:
         """Why there can be no communicator: None if there can, nothing if it was too late for one."""

@@ -190,7 +190,7 @@ class Discovery:
             found = of("the parameters of a model", self._parameters.of_model, modules, facts, otherwise={})
             parameters = {name: each for name, each in found.items() if not of(name, each.is_in, theirs)}
         if any(axis.role == ASSUMED for axis in facts.mesh):
-            self._bridge.tell_given()
+            self._bridge.digest_inputs()
         axes = [axis[:4] for axis in facts.mesh]
         selected, of_parameters = self._bridge.select(
             known.serial, entries, list(parameters), facts.wrapper, axes, rank, world

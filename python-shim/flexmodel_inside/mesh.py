@@ -6,11 +6,11 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from ._bridge import ROLE_ASSUMED as ASSUMED
 from ._bridge import ROLE_CONTEXT as CONTEXT
 from ._bridge import ROLE_DATA as DATA
 from ._bridge import ROLE_OTHER as OTHER
 from ._bridge import ROLE_PIPELINE as PIPELINE
-from ._bridge import ROLE_SUPPOSED as ASSUMED
 from ._bridge import ROLE_TENSOR as TENSOR
 
 # What the names that people give to mesh axes are made of.

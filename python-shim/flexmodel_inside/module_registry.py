@@ -80,10 +80,8 @@ class ModuleRegistry:
     def _is_ignored(self) -> bool:
         if undone() or torch.compiler.is_compiling():
             return True
-        return bool(self._ignored or self.ignored_thread) and threading.get_ident() in {
-            *self._ignored,
-            self.ignored_thread,
-        }
+        thread = threading.get_ident()
+        return thread == self.ignored_thread or thread in self._ignored
 
     @contextlib.contextmanager
     def ignoring(self) -> Iterator[None]:

@@ -42,10 +42,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use wire::{
-    hooks::Kind,
-    tap_abi::{BridgeTable, Call, Firing, Str, TensorDesc},
-};
+use wire::tap_abi::{BridgeTable, Call, Firing, Leaf};
 
 use answers::Answers;
 use engine::Engine;
@@ -104,10 +101,10 @@ impl Capture {
     /// Captures a leaf, if anybody asked for it.
     ///
     /// # Safety
-    /// `path` and what `tensor` points to live through the call.
-    pub unsafe fn capture(&self, call: &Call, kind: Kind, path: Str<'_>, repeat: u32, tensor: &TensorDesc<'_>) {
+    /// What `leaf` points to lives through the call, and is as long as it says.
+    pub unsafe fn capture(&self, call: &Call, leaf: &Leaf<'_>) {
         // SAFETY: the caller vouches for it.
-        let captured = unsafe { self.engine().describe(call, kind, path, repeat, tensor) };
+        let captured = unsafe { self.engine().describe(call, leaf) };
         match captured {
             Some(captured) if captured.collective => self.gather.take(captured),
             Some(captured) => self.transport.send(captured),

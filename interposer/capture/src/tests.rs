@@ -10,6 +10,7 @@ use wire::{
     control::{Answer, FromAgent, Question, ToAgent, encode},
     counts::Counts,
     env::{MIN_SLAB_BYTES, OnFull},
+    hooks::Kind,
     record::RecordMeta,
     slab::{Fetched, SlabReader},
 };
@@ -54,9 +55,9 @@ impl World {
             call
         };
         let sizes = [tensor.floats.len() as i64];
-        let described = tensor.described(&sizes, refusal);
+        let described = tensor.described(Kind::Forward, "out", &sizes, refusal);
         // SAFETY: sizes and path live through the call.
-        unsafe { self.capture.capture(&call, Kind::Forward, Str::new("out"), 0, &described) };
+        unsafe { self.capture.capture(&call, &described) };
     }
 
     fn counted(&self) -> u64 {

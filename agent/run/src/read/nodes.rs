@@ -36,7 +36,7 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
     let refuse = |why: String| OpenError::NotARun {
         path: path.display().to_string(),
         reason: format!(
-            "not a FlexModel run, and the runs in it are not the nodes of one job: {why}; give one of them"
+            "not a FlexModel run, and the runs in it are not the nodes of one job: {why}; open one of them"
         ),
     };
     if names.len() > NODES {
@@ -106,6 +106,7 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
     let mut all = RunInfo::default();
     let mut said = HashSet::new();
     let (mut nodes, mut finished): (Vec<String>, Vec<Option<u64>>) = (Vec::new(), Vec::new());
+    let mut codes: Vec<Option<i32>> = Vec::new();
     for info in infos {
         if all.world == 0 {
             all = RunInfo {
@@ -120,8 +121,7 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
             all.command = info.command;
         }
         all.started_ns = if all.started_ns == 0 { info.started_ns } else { all.started_ns.min(info.started_ns) };
-        // The job failed where one node did.
-        all.exit_code = all.exit_code.filter(|&code| code != 0).or(info.exit_code);
+        codes.push(info.exit_code);
         finished.push(info.finished_ns);
         nodes.push(info.node);
         info.models.into_iter().for_each(|model| add_model(&mut all.models, model));
@@ -141,6 +141,9 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
             divergences: sum.divergences.saturating_add(one.divergences),
         };
     }
+    // The job failed where one node did, and went well where all are known to have.
+    let failed = codes.iter().copied().find(|code| code.is_some_and(|code| code != 0));
+    all.exit_code = failed.unwrap_or_else(|| codes.iter().copied().min().flatten());
     nodes.dedup();
     all.node = nodes.join(", ");
     all.finished_ns = finished.into_iter().collect::<Option<Vec<u64>>>().and_then(|all| all.into_iter().max());

@@ -163,7 +163,7 @@ impl Engine {
             edit &= if placed.is_some() { !0 } else { !Kind::GRADIENTS };
         }
         let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
-        let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Supposed));
+        let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Assumed));
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
     }
 

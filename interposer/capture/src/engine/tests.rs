@@ -5,7 +5,6 @@ use std::sync::Arc;
 use wire::{
     codes::Refusal,
     record::{Axis, Place, RecordMeta},
-    tap_abi::Str,
 };
 
 use super::*;
@@ -43,9 +42,9 @@ impl World {
     /// The record of a leaf of 4 x 8, if it is captured.
     fn record(&self, call: &Call, kind: Kind, path: &str) -> Option<RecordMeta> {
         let tensor = Tensor::of(32);
-        let described = tensor.described(&[4, 8], Refusal::None);
+        let described = tensor.described(kind, path, &[4, 8], Refusal::None);
         // SAFETY: sizes and path live through the call.
-        unsafe { self.engine.describe(call, kind, Str::new(path), 0, &described) }.map(|captured| captured.meta)
+        unsafe { self.engine.describe(call, &described) }.map(|captured| captured.meta)
     }
 }
 

@@ -1,5 +1,5 @@
 // Tensors of our own, which other ranks get, or got from them.
-#include "flexmodel/kept.h"
+#include "flexmodel/staging.h"
 
 #include "flexmodel/ffi.h"
 #include "flexmodel/tensor.h"
@@ -26,24 +26,24 @@ at::Tensor room(at::IntArrayRef sizes, uint8_t dtype, c10::Device device) {
 
 }  // namespace
 
-std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype) {
+std::unique_ptr<at::Tensor> stage(const at::Tensor& tensor, uint8_t dtype) {
   const Unseen unseen;
   const c10::Device device = tensor.device();
   if (device.is_cpu()) {
-    at::Tensor kept = room(tensor.sizes(), dtype, device);
-    kept.copy_(tensor);
-    return std::make_unique<at::Tensor>(std::move(kept));
+    at::Tensor staged = room(tensor.sizes(), dtype, device);
+    staged.copy_(tensor);
+    return std::make_unique<at::Tensor>(std::move(staged));
   }
   const c10::impl::VirtualGuardImpl guard(device.type());
   expect_no_capture(guard, device);
-  at::Tensor kept = room(tensor.sizes(), dtype, device);
-  kept.copy_(tensor, /*non_blocking=*/true);
+  at::Tensor staged = room(tensor.sizes(), dtype, device);
+  staged.copy_(tensor, /*non_blocking=*/true);
   const c10::Stream side = side_stream(device);
   c10::Event taken(device.type());
   taken.record(guard.getStream(device));
   taken.block(side);
-  kept.record_stream(side);
-  return std::make_unique<at::Tensor>(std::move(kept));
+  staged.record_stream(side);
+  return std::make_unique<at::Tensor>(std::move(staged));
 }
 
 bool is_on_device(const at::Tensor& tensor) { return !tensor.device().is_cpu(); }

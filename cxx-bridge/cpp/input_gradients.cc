@@ -1,5 +1,5 @@
 // The gradients of a module's inputs, through one call of the module alone.
-#include "flexmodel/uses.h"
+#include "flexmodel/input_gradients.h"
 
 #include <ATen/SequenceNumber.h>
 #include <ATen/autocast_mode.h>
@@ -61,7 +61,7 @@ class Sum {
   const at::Tensor& value() const { return value_; }
 
  private:
-  // What it is given is the engine's, which may add to it, or give it away.
+  // `part` is autograd's, which may add to it, or give it away.
   void accumulate(const at::Tensor& part) {
     if (value_.defined()) {
       value_.add_(part);
@@ -223,7 +223,7 @@ class Sender final : public torch::autograd::FunctionPostHook {
     return out;
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { tell_of_compiled_autograd(); }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { report_compiled_autograd(); }
 
  private:
   std::shared_ptr<Gathering> to_;
@@ -232,7 +232,7 @@ class Sender final : public torch::autograd::FunctionPostHook {
 
 }  // namespace
 
-void Uses::add(const Site& site, const std::string& path, const at::Tensor& input, const Axes& axes) {
+void InputGradients::add(const Site& site, const std::string& path, const at::Tensor& input, const Axes& axes) {
   const auto& node = input.grad_fn();
   const auto device = input.device().type();
   if (node.get() == nullptr && at::autocast::is_autocast_enabled(device) && at::autocast::is_autocast_cache_enabled()) {
@@ -245,7 +245,7 @@ void Uses::add(const Site& site, const std::string& path, const at::Tensor& inpu
                      static_cast<uint32_t>(input.output_nr()), input._version(), false});
 }
 
-at::Tensor Uses::returned(const at::Tensor& output) {
+at::Tensor InputGradients::returned(const at::Tensor& output) {
   const auto is_it = [&](const Input& input) {
     return input.node == nullptr ? input.tensor.lock().get() == output.unsafeGetTensorImpl()
                                  : output.grad_fn().get() == input.node && output.output_nr() == input.number;
@@ -263,7 +263,7 @@ at::Tensor Uses::returned(const at::Tensor& output) {
   return {};
 }
 
-void Uses::hook(const std::vector<at::Tensor>& outputs) const {
+void InputGradients::hook(const std::vector<at::Tensor>& outputs) const {
   if (inputs_.empty()) return;
   const uint64_t thread = at::RecordFunction::currentThreadId();
   const auto is_new = [&](const Node& node) {

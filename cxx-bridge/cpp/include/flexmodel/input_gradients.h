@@ -2,7 +2,7 @@
 //
 // The gradient of a tensor is the sum over all of its uses, and an input may have others than this module. What flows
 // through one call is what those nodes send back that the call added to autograd's graph and that have the input as an
-// edge. They are found by walking back from what the module returned, and each is given a post-hook. Nothing is added to
+// edge. They are found by walking back from what the module returned, and each gets a post-hook. Nothing is added to
 // the graph and nothing in it changes: the job's sums keep their order, so every bit of them, and the module is given the
 // very tensor that it would be given without us, be it a leaf, a view or a parameter.
 #pragma once
@@ -14,14 +14,13 @@
 #include <string>
 #include <vector>
 
-#include "flexmodel/ffi.h"
 #include "flexmodel/parts.h"
 #include "flexmodel/site.h"
 
 namespace flexmodel {
 
 // The inputs of a call under way whose gradients are wanted.
-class Uses {
+class InputGradients {
  public:
   // Before the module's forward. `input` requires gradients, and lies as `axes` say.
   void add(const Site& site, const std::string& path, const at::Tensor& input, const Axes& axes);

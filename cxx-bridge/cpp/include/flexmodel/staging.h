@@ -12,7 +12,7 @@
 
 namespace flexmodel {
 
-std::unique_ptr<at::Tensor> keep(const at::Tensor& tensor, uint8_t dtype);
+std::unique_ptr<at::Tensor> stage(const at::Tensor& tensor, uint8_t dtype);
 bool is_on_device(const at::Tensor& tensor);
 size_t elements_of(const at::Tensor& tensor);
 size_t address_of(const at::Tensor& tensor);
