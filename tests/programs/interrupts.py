@@ -54,9 +54,9 @@ class Ordered(nn.Linear):
 
 class Known(nn.Parameter):
     @property
-    def ds_tensor(self):
+    def tensor_model_parallel(self):
         come()
-        raise AttributeError("ds_tensor")
+        raise AttributeError("tensor_model_parallel")
 
 
 class Parametrized(nn.Module):
