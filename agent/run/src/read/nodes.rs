@@ -43,7 +43,7 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
         return Err(refuse(format!("it holds more than {NODES}")));
     }
     // What `run.json` says first: a folder of a hundred other runs is refused without reading them.
-    // Damage is told when the run itself is opened.
+    // Damage is reported when the run itself is opened.
     let info = |name: &String| read_info(&path.join(name), &mut Vec::new()).unwrap_or_default();
     let infos: Vec<(&str, RunInfo)> = names.iter().map(|name| (name.as_str(), info(name))).collect();
     same_job(&infos).map_err(refuse)?;
@@ -106,6 +106,7 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
     let mut all = RunInfo::default();
     let mut said = HashSet::new();
     let (mut nodes, mut finished): (Vec<String>, Vec<Option<u64>>) = (Vec::new(), Vec::new());
+    let mut codes: Vec<Option<i32>> = Vec::new();
     for info in infos {
         if all.world == 0 {
             all = RunInfo {
@@ -120,8 +121,7 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
             all.command = info.command;
         }
         all.started_ns = if all.started_ns == 0 { info.started_ns } else { all.started_ns.min(info.started_ns) };
-        // The job failed where one node did.
-        all.exit_code = all.exit_code.filter(|&code| code != 0).or(info.exit_code);
+        codes.push(info.exit_code);
         finished.push(info.finished_ns);
         nodes.push(info.node);
         info.models.into_iter().for_each(|model| add_model(&mut all.models, model));
@@ -141,6 +141,9 @@ fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
             divergences: sum.divergences.saturating_add(one.divergences),
         };
     }
+    // The job failed where one node did, and went well where all are known to have.
+    let failed = codes.iter().copied().find(|code| code.is_some_and(|code| code != 0));
+    all.exit_code = failed.unwrap_or_else(|| codes.iter().copied().min().flatten());
     nodes.dedup();
     all.node = nodes.join(", ");
     all.finished_ns = finished.into_iter().collect::<Option<Vec<u64>>>().and_then(|all| all.into_iter().max());
@@ -185,12 +188,12 @@ impl Run {
     /// No agent saw replicas of two nodes side by side: it is noticed here where they differ.
     fn compare_replicas(&mut self) {
         let mut found = Vec::new();
-        let told: HashSet<_> = self.lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
+        let known: HashSet<_> = self.lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
         for Record { parts, .. } in &mut self.records {
             parts.sort_by_key(|p| p.what.rank);
             for (first, other) in layout::differing_replicas(parts) {
                 let (what, against) = (&parts[other].what, parts[first].what.rank);
-                if !told.contains(&(&what.id, what.rank)) {
+                if !known.contains(&(&what.id, what.rank)) {
                     found.push((what.clone(), against));
                 }
             }
@@ -213,5 +216,31 @@ impl Problem {
     /// The same problem, of a node's run.
     pub fn within(self, node: &str) -> Self {
         Self { place: format!("{node}/{}", self.place), what: self.what }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_code_of_several_nodes_is_unknown_where_that_of_one_is() {
+        let of = |codes: &[Option<i32>]| {
+            let info = |&exit_code: &Option<i32>| RunInfo { world: 2, exit_code, ..RunInfo::default() };
+            joined(codes.iter().map(info).collect(), 0).exit_code
+        };
+        for unknown in [&[Some(0), None][..], &[None, Some(0)], &[Some(0), None, Some(0)], &[None, None]] {
+            assert_eq!(of(unknown), None, "{unknown:?}");
+        }
+        assert_eq!(of(&[Some(0), Some(0)]), Some(0));
+        for failed in [[Some(0), Some(3)], [Some(3), Some(0)], [None, Some(3)], [Some(3), None]] {
+            assert_eq!(of(&failed), Some(3), "{failed:?}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_no_rank_attached_to_says_with_which_code_it_ended() {
+        let info = |world, exit_code| RunInfo { world, exit_code: Some(exit_code), ..RunInfo::default() };
+        assert_eq!(joined(vec![info(0, 3), info(2, 0)], 0).exit_code, Some(3));
     }
 }
