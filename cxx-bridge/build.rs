@@ -7,9 +7,9 @@
 use std::{env, error::Error, fs, path::Path};
 
 /// What C++ shares with the engine, in the sources of `wire` that define it.
-const SHARED: [&str; 1] = ["codes.rs"];
-/// What of it C++ has a use for.
-const ENUMS: [&str; 6] = ["Kind", "Placement", "Refusal", "Flag", "EditOp", "CopyState"];
+const SHARED: [&str; 2] = ["codes.rs", "tap_abi.rs"];
+/// What of it C++ uses, and with it what these are made of.
+const ITEMS: [&str; 5] = ["HostTable", "Kind", "Placement", "Refusal", "Flag"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=src/ffi.rs");
@@ -61,5 +61,5 @@ fn shared() -> cbindgen::Builder {
     for source in SHARED {
         builder = builder.with_src(Path::new("../wire/src").join(source));
     }
-    ENUMS.iter().fold(builder, |builder, name| builder.include_item(name))
+    ITEMS.iter().fold(builder, |builder, name| builder.include_item(name))
 }

@@ -1,16 +1,23 @@
 """The axes of a model's mesh, as rank 5 of 8 sees them (torch's fake process group: one process, no communication)."""
 
+import dataclasses
+import sys
 import types
 
 import pytest
 import torch
 import torch.distributed as dist
+from flexmodel_inside import patches
 from flexmodel_inside.faults import Faults
-from flexmodel_inside.layouts import SHARD, Cut
-from flexmodel_inside.mesh import CONTEXT, DATA, OTHER, SUPPOSED, TENSOR, Meshes
+from flexmodel_inside.frameworks import Frameworks, Job
+from flexmodel_inside.frameworks.context_parallel import Cut
+from flexmodel_inside.layouts import SHARD, Layouts
+from flexmodel_inside.mesh import ASSUMED, CONTEXT, DATA, OTHER, TENSOR, Axis, Meshes
+from flexmodel_inside.naming import all_in
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.experimental import _context_parallel  # noqa: F401
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -22,36 +29,51 @@ def eight_ranks():
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=WORLD)
     yield
     dist.destroy_process_group()
+    for patch in reversed(patches.made()):
+        patch.restore()
 
 
-def known_meshes() -> Meshes:
-    """None yet. Whatever raises fails the test."""
-    return Meshes(Faults(types.SimpleNamespace(faults_with=lambda *_: None, notice=pytest.fail)))
+class Rank:
+    """What FlexModel knows in this process: no mesh yet. Whatever raises fails the test."""
+
+    def __init__(self) -> None:
+        self.meshes = Meshes()
+        bridge = types.SimpleNamespace(faults_with=lambda *_: None, notice=pytest.fail, wants=lambda _: False)
+        names = [field.name for field in dataclasses.fields(Job)][4:]  # the callbacks
+        told = dict.fromkeys(names, lambda *_: None)
+        self.frameworks = Frameworks(Job(bridge, Faults(bridge), self.meshes, Layouts(), **told))
+
+        def if_imported(names, then) -> None:
+            if all(name in sys.modules for name in names):
+                then()
+
+        self.frameworks.watch(if_imported, lambda function: function)
+
+    def axes(self, model: nn.Module) -> list[Axis]:
+        return self.meshes.of_model(self.frameworks.look_at(all_in(model), False).axes, RANK, WORLD)
 
 
 def axes(model: nn.Module, *noted: DeviceMesh) -> list[tuple[str, int, int, int]]:
-    meshes = known_meshes()
+    rank = Rank()
     for mesh in noted:
-        meshes.axes_of(mesh)
-    return [axis[:4] for axis in meshes.of_model(model, RANK, WORLD, [])]
+        rank.meshes.axes_of(mesh)
+    return [axis[:4] for axis in rank.axes(model)]
 
 
-def test_a_model_that_nothing_describes_is_only_supposed_to_share_the_batch():
-    assert axes(nn.Linear(8, 8)) == [("dp", 5, 8, SUPPOSED)]
+def test_a_model_that_nothing_describes_is_only_assumed_to_share_the_batch():
+    assert axes(nn.Linear(8, 8)) == [("dp", 5, 8, ASSUMED)]
 
 
-def test_a_model_that_only_a_mesh_of_the_jobs_own_describes_lies_along_that(monkeypatch):
-    monkeypatch.setattr(DeviceMesh, "__init__", DeviceMesh.__init__)  # put back afterwards
-    meshes = known_meshes()
-    meshes.watch()
+def test_a_model_that_only_a_mesh_of_the_jobs_own_describes_lies_along_that():
+    rank = Rank()
 
     def now() -> list[tuple[str, int, int, int]]:
-        return [axis[:4] for axis in meshes.of_model(nn.Linear(8, 8), RANK, WORLD, [])]
+        return [axis[:4] for axis in rank.axes(nn.Linear(8, 8))]
 
     kept = [init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))]
     assert now() == [("dp", 2, 4, DATA), ("tp", 1, 2, TENSOR)]
     kept.append(init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp")))
-    assert now() == [("dp", 5, 8, SUPPOSED)], "one of two may be meant"
+    assert now() == [("dp", 5, 8, ASSUMED)], "one of two may be meant"
 
 
 def test_a_wrapper_over_all_ranks_has_the_batch_whatever_the_name():
@@ -82,18 +104,18 @@ def _inner(mesh: DeviceMesh) -> DeviceMesh:
 
 def test_an_axis_over_which_torch_cuts_sequences_carries_no_batch_whatever_its_name():
     unnamed = init_device_mesh("cpu", (8,))
-    meshes = known_meshes()
+    rank = Rank()
     before = fully_shard(nn.Linear(8, 8), mesh=unnamed)
-    assert [axis.role for axis in meshes.of_model(before, RANK, WORLD, [])] == [DATA]
-    axis, news = meshes.context_of(unnamed)
-    assert (axis.index, axis.size, axis.role, news) == (5, 8, CONTEXT, True)
-    assert meshes.context_of(unnamed)[1] is False
+    assert [axis.role for axis in rank.axes(before)] == [DATA]
+    axis, is_new = rank.meshes.cut_along(unnamed)
+    assert (axis.index, axis.size, axis.role, is_new) == (5, 8, CONTEXT, True)
+    assert rank.meshes.cut_along(unnamed)[1] is False
     for model in (before, nn.Linear(8, 8)):
-        assert [axis.role for axis in meshes.of_model(model, RANK, WORLD, [])] == [CONTEXT]
+        assert [axis.role for axis in rank.axes(model)] == [CONTEXT]
     named = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "cp"))
-    meshes = known_meshes()
-    meshes.context_of(named["cp"])
-    found = [axis[:4] for axis in meshes.of_model(nn.Linear(8, 8), RANK, WORLD, [])]
+    rank = Rank()
+    rank.meshes.cut_along(named["cp"])
+    found = [axis[:4] for axis in rank.axes(nn.Linear(8, 8))]
     assert sorted(found) == [("cp", 1, 2, CONTEXT), ("dp", 2, 4, DATA)]
 
 
@@ -113,7 +135,7 @@ def test_an_axis_over_which_torch_cuts_sequences_carries_no_batch_whatever_its_n
     ],
 )
 def test_a_piece_of_sequences_is_told_by_its_shape_where_only_one_dimension_may_be_cut(shape, dims, found):
-    cut = Cut("cp", 1, 2, SHARD, 6, frozenset({4}), frozenset(dims))
+    cut = Cut(Axis("cp", 1, 2, CONTEXT, (0, 1)), SHARD, 6, frozenset({4}), frozenset(dims))
     assert cut.of(torch.Size(shape)) == (None if found is None else ("cp", 1, 2, SHARD, found))
 
 
@@ -126,4 +148,4 @@ def test_an_axis_that_others_are_folded_into_gives_way_to_them():
 
 def test_a_mesh_for_planning_is_nobodys():
     mesh = DeviceMesh("cpu", list(range(8)), mesh_dim_names=("dp",), _init_backend=False)
-    assert known_meshes().axes_of(mesh) == []
+    assert Meshes().axes_of(mesh) == []

@@ -3,57 +3,63 @@
 It takes no harm from ranks that do not do alike.
 """
 
+import fnmatch
 import os
 import pathlib
 import signal
+from collections.abc import Sequence
 
 import flexmodel
 import pytest
+import torch
 
 import captures
 import harness
+import layouts
 
-KINDS = "forward,forward_pre,backward,backward_pre"
-
-
-def hooks(collective: bool, kinds: str = KINDS) -> str:
-    """All modules, and parameters of some."""
-    how = "@assemble=collective" if collective else ""
-    return f"**:{kinds}{how};lm_head:param,grad{how};layers.*.mlp:param,grad{how}"
-
-
+PARAMETERS = ("lm_head", "layers.*.mlp")
+HOOKS = f"**:{layouts.KINDS}@assemble=collective"
+HOOKS += "".join(f";{name}:param,grad@assemble=collective" for name in PARAMETERS)
 JOBS = {
-    "fsdp2": ("fsdp2.py",),
-    "zero3": ("zero.py", "3"),
-    "tensor parallel": ("tensor_parallel.py", "local", "dtensor"),
+    "fsdp2": layouts.WRAPPED["fsdp2"][0],
+    "zero": layouts.ZERO,
+    "tensor parallel": layouts.TENSOR_PARALLEL,
 }
 
 
-def two_nodes(folder: pathlib.Path, program: str, *args: str, clauses: str) -> list[harness.Outcome]:
+def assembled(outcome: harness.Outcome) -> dict[captures.Key, torch.Tensor]:
+    """What HOOKS select of a job with `layouts.HOOKS`, whose tensors its one agent has made whole."""
+    return {
+        key: value
+        for key, value in captures.read(outcome.run).items()
+        if key.kind not in ("param", "grad") or any(fnmatch.fnmatch(key.module, f"{name}.*") for name in PARAMETERS)
+    }
+
+
+def two_nodes(folder: pathlib.Path, program: Sequence[str]) -> list[harness.Outcome]:
     """Rank 0 on node `left`, rank 1 on node `right`, each with an agent of its own."""
     port = str(harness.free_port())
     started = []
     for number, node in enumerate(("left", "right")):
         torchrun = ["torchrun", "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
-        torchrun += ["--master-addr", "127.0.0.1", "--master-port", port, str(harness.PROGRAMS / program), *args]
-        command = [harness.FLEXMODEL, "run", "--hooks", clauses, "--out", str(folder / node), "--", *torchrun]
+        torchrun += ["--master-addr", "127.0.0.1", "--master-port", port, *program]
+        command = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(folder / node), "--", *torchrun]
         started.append(harness.Job(command, harness.environment(FLEXMODEL_NODE=node)))
     with started[0] as left, started[1] as right:
         return [left.wait(), right.wait()]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_one_nodes_agent_gets_what_the_agents_of_all_would(name, run_once, untapped_once, tmp_path):
-    argv = harness.torchrun(*JOBS[name])
-    left, right = two_nodes(tmp_path, *JOBS[name], clauses=hooks(collective=True))
-    assert left.expect(0).losses == untapped_once(argv).losses
+def test_one_nodes_agent_gets_what_the_agents_of_all_would(name, run_once, tmp_path):
+    one_node = run_once(JOBS[name], layouts.HOOKS).expect(0)
+    left, right = two_nodes(tmp_path, JOBS[name][JOBS[name].index("--nproc-per-node") + 2 :])
+    assert left.expect(0).losses == one_node.losses
     right.expect(0)
     run = captures.expect_sound(tmp_path / "left")
     assert all(record.complete for record in run.records) and not run.info.notices
     # What lies on rank 1 alone has no parts to be brought together.
     assert all(record.ranks == (1,) for record in flexmodel.open(tmp_path / "right").records)
-    one_node = run_once(argv, hooks(collective=False)).expect(0).run
-    captures.expect_equal(captures.read(tmp_path / "left"), captures.read(one_node))
+    captures.expect_equal(captures.read(tmp_path / "left"), assembled(one_node))
 
 
 CLAUSES = "up@assemble=collective;extra@assemble=collective;down:forward,backward@assemble=collective"
@@ -68,7 +74,9 @@ DIVERGE = {
 def test_ranks_that_do_otherwise_are_named_and_nothing_is_lost(what, run_once, untapped_once):
     argv = harness.torchrun("diverging.py", what)
     outcome = run_once(argv, CLAUSES).expect(0)
-    assert outcome.losses == untapped_once(argv).losses
+    # Rank 1's hooks change nothing in the job.
+    untapped = harness.torchrun("diverging.py", what if what == "skip" else "nothing")
+    assert outcome.losses == untapped_once(untapped).losses
     run = captures.expect_sound(outcome.run)
     assert f"assemble=collective: {DIVERGE[what]}" in run.info.notices
     # Each rank's agent has what it gave, whether or not it was brought together.
@@ -144,40 +152,41 @@ def _is_stopped(pid: int) -> bool:
 STANDIN = harness.ROOT / "target" / "release" / "libnccl.so"
 
 
-def over_nccl(folder: pathlib.Path, faults: str, *argv: str, ranks: int = 2) -> tuple[harness.Outcome, list[str]]:
+def over_nccl(folder: pathlib.Path, faults: str, argv: Sequence[str]) -> tuple[harness.Outcome, list[str]]:
     """A job whose tensors go over the stand-in for NCCL, and what that says, a line each."""
     log = folder / "nccl.log"
     standin = os.environ.get("FLEXMODEL_STANDIN", str(STANDIN))
+    at = argv.index("--nproc-per-node") + 2
     outcome = harness.tapped(
-        harness.torchrun("with_standin.py", *argv, ranks=ranks), hooks(collective=True), folder / "x",
+        [*argv[:at], str(harness.PROGRAMS / "with_standin.py"), pathlib.Path(argv[at]).name, *argv[at + 1 :]],
+        HOOKS, folder / "x",
         FLEXMODEL_TEST_NCCL=standin, FLEXMODEL_NCCL_STANDIN_LOG=str(log), FLEXMODEL_NCCL_STANDIN=faults,
     )  # fmt: skip
     return outcome, log.read_text().splitlines() if log.exists() else []
 
 
-@pytest.mark.parametrize("ranks, argv", [(2, ("fsdp2.py",)), (4, ("fsdp2_tp.py",))])
-def test_the_same_bytes_go_over_nccl_in_the_order_that_both_ends_know(ranks, argv, run_once, untapped_once, tmp_path):
-    outcome, said = over_nccl(tmp_path, "trace", *argv, ranks=ranks)
-    assert outcome.expect(0).losses == untapped_once(harness.torchrun(*argv, ranks=ranks)).losses
+@pytest.mark.parametrize("argv", [JOBS["fsdp2"], layouts.CROSSED], ids=["two ranks", "four ranks"])
+def test_the_same_bytes_go_over_nccl_in_the_order_that_both_ends_know(argv, run_once, tmp_path):
+    outcome, said = over_nccl(tmp_path, "trace", argv)
+    one_node = run_once(argv, layouts.HOOKS).expect(0)
+    assert outcome.expect(0).losses == one_node.losses
     run = captures.expect_sound(outcome.run)
     assert not run.info.notices
     # Every part that lies on another rank than the first one of its tensor was sent and received, and nothing else.
     moved = sum(len(r.parts) - 1 for r in run.records)
     assert [line for line in said if "trace: " not in line] == []
     assert sum(": send of " in line for line in said) == sum(": receive of " in line for line in said) == moved
-    one_node = run_once(harness.torchrun(*argv, ranks=ranks), hooks(collective=False)).expect(0).run
-    captures.expect_equal(captures.read(outcome.run), captures.read(one_node))
+    captures.expect_equal(captures.read(outcome.run), assembled(one_node))
 
 
 @pytest.mark.parametrize(
     "fault", ["fail=ncclCommInitRankConfig:1:5@1", "fail=ncclGroupEnd:1:2@0", "error=1:6@1", "hang=ncclSend:40@1"]
 )
-def test_when_nccl_fails_the_agents_assemble_and_nothing_is_lost(fault, run_once, untapped_once, tmp_path):
-    outcome, said = over_nccl(tmp_path, fault, "fsdp2.py")
-    argv = harness.torchrun("fsdp2.py")
-    assert outcome.expect(0).losses == untapped_once(argv).losses
+def test_when_nccl_fails_the_agents_assemble_and_nothing_is_lost(fault, run_once, tmp_path):
+    outcome, said = over_nccl(tmp_path, fault, JOBS["fsdp2"])
+    one_node = run_once(JOBS["fsdp2"], layouts.HOOKS).expect(0)
+    assert outcome.expect(0).losses == one_node.losses
     run = captures.expect_sound(outcome.run)
     assert any("the agents assemble" in notice or "not gathered" in notice for notice in run.info.notices)
     assert not [line for line in said if "violation" in line]
-    one_node = run_once(argv, hooks(collective=False)).expect(0).run
-    captures.expect_equal(captures.read(outcome.run), captures.read(one_node))
+    captures.expect_equal(captures.read(outcome.run), assembled(one_node))

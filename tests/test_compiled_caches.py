@@ -45,19 +45,38 @@ def caches(outcome: harness.Outcome) -> list[str]:
     return [line for line in outcome.out.splitlines() if line.startswith("caches")]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request) -> str:
-    return request.param
+def with_taps(files: dict[str, bytes], before: dict[str, bytes]) -> list[str]:
+    """Files that are new or others, and say that there are taps in them."""
+    return [name for name, text in files.items() if before.get(name) != text and b"flexmodel" in text]
 
 
 @pytest.fixture(scope="module")
-def alone(case, tmp_path_factory):
-    """Outcomes where nobody else used the folder: untapped twice, and tapped by either hooks."""
-    folder = Folder(tmp_path_factory.mktemp("alone"), case)
-    untapped = folder.untapped(), folder.untapped()
-    assert caches(untapped[0]) != caches(untapped[1]), "torch finds nothing again: nothing is tested"
-    tapped = {hooks: Folder(tmp_path_factory.mktemp("alone"), case).tapped(hooks) for hooks in (HOOKS, OTHERS)}
-    return untapped, tapped
+def untapped_first(tmp_path_factory):
+    """By case, a folder that untapped jobs had first, and what became of two of them."""
+    done = {}
+
+    def first(case: str) -> tuple[Folder, harness.Outcome, harness.Outcome]:
+        if case not in done:
+            folder = Folder(tmp_path_factory.mktemp("untapped"), case)
+            done[case] = folder, folder.untapped(), folder.untapped()
+            assert caches(done[case][1]) != caches(done[case][2]), "torch finds nothing again: nothing is tested"
+        return done[case]
+
+    return first
+
+
+@pytest.fixture(scope="module")
+def tapped_first(tmp_path_factory):
+    """By case, a folder that tapped jobs had first, and what became of two of them that are alike."""
+    done = {}
+
+    def first(case: str) -> tuple[Folder, harness.Outcome, harness.Outcome]:
+        if case not in done:
+            folder = Folder(tmp_path_factory.mktemp("tapped"), case)
+            done[case] = folder, folder.tapped(HOOKS), folder.tapped(HOOKS)
+        return done[case]
+
+    return first
 
 
 def expect_as_alone(found: harness.Outcome, expected: harness.Outcome) -> None:
@@ -66,38 +85,39 @@ def expect_as_alone(found: harness.Outcome, expected: harness.Outcome) -> None:
     captures.expect_sound(found.run)
 
 
-def test_a_tapped_job_captures_all_after_others(case, alone, tmp_path):
-    (first, again), tapped = alone
-    folder = Folder(tmp_path, case)
-    found = folder.untapped()
-    assert (found.losses, caches(found)) == (first.losses, caches(first))
-    for hooks in (HOOKS, OTHERS):
-        expect_as_alone(folder.tapped(hooks), tapped[hooks])
+def test_hooks_that_match_nothing_leave_torchs_own_keys(untapped_first):
+    folder, _, again = untapped_first("graphs")
+    before = folder.files()
+    found = folder.tapped("nothing.of.it")
+    assert (found.losses, caches(found)) == (again.losses, caches(again))
+    assert with_taps(folder.files(), before) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tapped_job_captures_all_after_others(case, untapped_first, tapped_first, tmp_path):
+    folder, _, again = untapped_first(case)
+    expect_as_alone(folder.tapped(HOOKS), tapped_first(case)[1])
+    expect_as_alone(folder.tapped(OTHERS), Folder(tmp_path, case).tapped(OTHERS))
     found = folder.untapped()
     assert (found.losses, caches(found)) == (again.losses, caches(again))
 
 
-def test_an_untapped_job_is_as_if_no_tapped_one_had_been(case, alone, tmp_path):
-    (first, again), tapped = alone
-    folder = Folder(tmp_path, case)
-    for hooks in (HOOKS, HOOKS):
-        expect_as_alone(folder.tapped(hooks), tapped[hooks])
+@pytest.mark.parametrize("case", CASES)
+def test_a_tapped_job_finds_its_own_again(case, tapped_first):
+    _, first, again = tapped_first(case)
+    expect_as_alone(again, first)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_untapped_job_is_as_if_no_tapped_one_had_been(case, untapped_first, tapped_first):
+    _, first, again = untapped_first(case)
+    folder, _, _ = tapped_first(case)
     before = folder.files()
     found = folder.untapped()
     assert found.losses == first.losses
-    written = {name: text for name, text in folder.files().items() if before.get(name) != text}
-    assert [name for name, text in written.items() if b"flexmodel" in text] == []
+    assert with_taps(folder.files(), before) == []
     found = folder.untapped()
     assert (found.losses, caches(found)) == (again.losses, caches(again))
-
-
-def test_hooks_that_match_nothing_leave_torchs_own_keys(tmp_path):
-    folder = Folder(tmp_path, "graphs")
-    folder.untapped()
-    again = folder.untapped()
-    found = folder.tapped("nothing.of.it")
-    assert (found.losses, caches(found)) == (again.losses, caches(again))
-    assert [name for name, text in folder.files().items() if b"flexmodel" in text] == []
 
 
 def test_what_is_compiled_ahead_of_time_goes_from_job_to_job_without_taps(tmp_path):

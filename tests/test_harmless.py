@@ -132,7 +132,11 @@ def test_what_keeps_taps_from_working_is_said_once(name, trained):
         assert "from other sources" in said[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+WAYS = ["no-hooks", "no-match", "agent-absent", "no-bridge", "panic-in-load", "panic-in-tap", "throw-in-tap"]
+"""Every state that a rank can be in: nothing preloaded, no tap, taps, no engine, and switched off at each place."""
+
+
+@pytest.mark.parametrize("variant", WAYS, indirect=True)
 def test_ranks_with_loader_workers_train_bitwise_the_same(variant, untapped_once):
     """torchrun, two ranks, and workers that are forked, spawned, and forked by a server."""
     argv = harness.torchrun("workers.py")
@@ -145,9 +149,8 @@ def test_ranks_with_loader_workers_train_bitwise_the_same(variant, untapped_once
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_loader_workers_stay_untouched(method, run_once, untapped_once):
-    argv = harness.python("loader.py", method)
-    outcome = run_once(argv, "class=Linear;layers.*.mlp").expect(0)
-    assert outcome.out == untapped_once(argv).out
+    outcome = run_once(harness.python("loader.py", method), "class=Linear;layers.*.mlp").expect(0)
+    assert outcome.out == untapped_once(harness.python("loader.py", "fork")).out, "workers give the same rows"
     run = captures.expect_sound(outcome.run)
     assert run.info.world == 1
     assert len([r for r in run.records if r.class_name == "Mlp"]) == 2 * 4  # layers, steps

@@ -26,6 +26,12 @@ MOST_LINES = 30
 Behaviour = Callable[["Visit"], None]
 
 
+def question(number: int, code: int = 0) -> bytes:
+    """The message in which an agent asks a rank something; 0 is for its plan, and there is no other."""
+    body = b"\x02\xfc" + struct.pack("<I", number) + bytes([code])
+    return struct.pack("<I", len(body)) + body
+
+
 def refusal(why: bytes) -> bytes:
     """The message in which an agent refuses a rank."""
     body = b"\x01\xfc" + struct.pack("<I", len(why)) + why
@@ -133,6 +139,12 @@ def _silent(visit: Visit) -> None:
     visit.over.wait(4)
 
 
+def _silent_after_questions(visit: Visit) -> None:
+    """Asks, and never reads the answers."""
+    visit.say(b"".join(question((1 << 20) + number) for number in range(5000)))
+    visit.over.wait(2)
+
+
 def _with_descriptors(visit: Visit) -> None:
     with open("/dev/null") as file:
         for _ in range(20):
@@ -177,7 +189,11 @@ CASES: dict[str, list[Behaviour]] = {
         _after_a_welcome(WELCOME * 10_000),
         *[_after_a_welcome(refusal(b"no")[:length]) for length in range(1, len(refusal(b"no")))],
         _after_a_welcome(refusal((ESCAPES * 600_000).encode())),
+        _after_a_welcome(question(1 << 20) * 10_000),
+        _after_a_welcome(question(1 << 20, code=9)),
+        _after_a_welcome(*[question(1 << 20)[:length] for length in (5, 9)]),
         _silent,
+        _silent_after_questions,
         _with_descriptors,
     ],
     "no-welcome": [lambda visit: visit.say(GARBAGE), lambda visit: None, lambda visit: visit.say(WELCOME[:4])],

@@ -104,7 +104,7 @@ def test_what_is_odd_is_counted(run):
 
 
 WHY = {
-    "secret.weight": "Rude: ds_tensor",
+    "secret.weight": "Rude: tensor_model_parallel",
     "wrapper.weight": "Rude: aten.detach",
     "giving.keyed out": "Rude: a key without a name",
     "giving.shy out.hidden": "Rude: hidden",

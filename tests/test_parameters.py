@@ -5,16 +5,14 @@ import fsdp2_tp
 import hsdp
 import pytest
 import tensor_parallel
-import test_wrappers
+import test_tensor_parallel
 import tiny
 
 import captures
 import harness
+import layouts
 import reference
 import reference_parallel
-
-HOOKS = "**:param,grad"
-WRAPPED = {name: program for name, program in test_wrappers.WRAPPED.items() if name != "accelerate"}
 
 
 def whole(model, **run) -> dict:
@@ -26,44 +24,43 @@ def whole(model, **run) -> dict:
 
 @pytest.fixture(scope="module")
 def expected():
-    return whole(tiny.build(), steps=3, sizes=(4, 4))
+    return whole(tiny.build(), steps=layouts.STEPS, sizes=(4, 4))
 
 
-@pytest.mark.parametrize("name", WRAPPED)
-def test_the_bytes_are_those_of_one_process(name, run_once, untapped_once, expected):
-    argv = harness.torchrun(*WRAPPED[name])
-    outcome = run_once(argv, HOOKS).expect(0)
-    assert outcome.losses == untapped_once(argv).losses
-    captures.expect_sound(outcome.run)
-    captures.expect_equal(captures.read(outcome.run), expected)
+@pytest.mark.parametrize("name", layouts.WRAPPED)
+def test_the_bytes_are_those_of_one_process(name, run_once, expected):
+    argv, number = layouts.WRAPPED[name]
+    outcome = run_once(argv, layouts.HOOKS).expect(0)
+    captures.expect_equal(layouts.tensors(outcome, number, parameters=True), expected)
 
 
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_shards_that_are_replicated_are_joined_once(kind, run_once):
-    outcome = run_once(harness.torchrun("hsdp.py", kind, ranks=4), HOOKS).expect(0)
-    captures.expect_sound(outcome.run)
-    captures.expect_equal(captures.read(outcome.run), whole(tiny.build(), steps=hsdp.STEPS, sizes=hsdp.SIZES))
+@pytest.mark.parametrize("number", range(2), ids=layouts.REPLICAS[-2:])
+def test_shards_that_are_replicated_are_joined_once(number, run_once):
+    outcome = run_once(layouts.REPLICAS, layouts.HOOKS).expect(0)
+    found = layouts.tensors(outcome, number, hsdp.STEPS, parameters=True)
+    captures.expect_equal(found, whole(tiny.build(), steps=hsdp.STEPS, sizes=hsdp.SIZES))
 
 
-@pytest.mark.parametrize("style", ["dtensor", "sequence"])
+@pytest.mark.parametrize("style", test_tensor_parallel.STYLES)
 def test_tensor_parallel_ones_are_those_of_one_process(style, run_once):
-    outcome = run_once(harness.torchrun("tensor_parallel.py", style), HOOKS).expect(0)
-    captures.expect_sound(outcome.run)
+    outcome = run_once(layouts.TENSOR_PARALLEL, layouts.HOOKS).expect(0)
+    number = test_tensor_parallel.STYLES.index(style)
     model = tensor_parallel.build(style)
     sizes = {"steps": tensor_parallel.STEPS, "sizes": (tensor_parallel.ROWS,)}
-    captures.expect_close(captures.read(outcome.run), whole(model, **sizes))
+    found = layouts.tensors(outcome, number, tensor_parallel.STEPS, parameters=True)
+    captures.expect_close(found, whole(model, **sizes))
 
 
 def test_shards_of_shards_are_joined_in_their_order(run_once):
-    outcome = run_once(harness.torchrun("fsdp2_tp.py", "sequence", ranks=4), HOOKS).expect(0)
-    captures.expect_sound(outcome.run)
+    outcome = run_once(layouts.CROSSED, layouts.HOOKS).expect(0)
     model = tensor_parallel.build("sequence")
-    captures.expect_close(captures.read(outcome.run), whole(model, steps=fsdp2_tp.STEPS, sizes=fsdp2_tp.SIZES))
+    expected = whole(model, steps=fsdp2_tp.STEPS, sizes=fsdp2_tp.SIZES)
+    captures.expect_close(layouts.tensors(outcome, parameters=True), expected)
 
 
 def test_gradients_that_a_closure_computes_are_those_of_its_step(run_once, untapped_once):
     argv = harness.python("closure.py")
-    outcome = run_once(argv, HOOKS).expect(0)
+    outcome = run_once(argv, "**:param,grad").expect(0)
     assert outcome.losses == untapped_once(argv).losses
     captures.expect_equal(
         captures.read(outcome.run), whole(tiny.build(), steps=closure.STEPS, sizes=(closure.ROWS,))

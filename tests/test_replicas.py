@@ -7,6 +7,7 @@ import pytest
 
 import captures
 import harness
+import layouts
 
 HOOKS = "layers.0.mlp:param,grad"
 UP = "layers.0.mlp.up.weight"
@@ -18,15 +19,18 @@ def lines(run) -> list[dict]:
     return [rec for rec in found if rec["t"] == "part"]
 
 
-@pytest.mark.parametrize("argv, ranks, senders", [(("ddp.py",), 2, {0}), (("hsdp.py", "fsdp2"), 4, {0, 1})])
-def test_replicas_are_sent_once_and_every_rank_has_them(argv, ranks, senders, run_once):
-    outcome = run_once(harness.torchrun(*argv, ranks=ranks), HOOKS).expect(0)
-    parts = lines(outcome.run)
+@pytest.mark.parametrize(
+    "argv, model, ranks, senders", [(layouts.WRAPPED["ddp"][0], 0, 2, {0}), (layouts.REPLICAS, 1, 4, {0, 1})]
+)
+def test_replicas_are_sent_once_and_every_rank_has_them(argv, model, ranks, senders, run_once):
+    outcome = run_once(argv, layouts.HOOKS).expect(0)
+    parts = [p for p in lines(outcome.run) if p["kind"] in ("param", "grad") and p["model"] == model]
     assert {p["rank"] for p in parts if "same" not in p} == senders
     assert {p["rank"] for p in parts if "same" in p} == set(range(ranks)) - senders
     run = captures.expect_sound(outcome.run)
-    assert all(record.complete and record.ranks == tuple(range(ranks)) for record in run.records)
-    record = next(r for r in run[UP] if r.kind == "param" and r.step == 1)
+    records = [r for r in run.records if r.kind in ("param", "grad") and r.model == model]
+    assert all(record.complete and record.ranks == tuple(range(ranks)) for record in records)
+    record = next(r for r in records if (r.module, r.kind) == (UP, "param"))
     held = [record.part(rank) for rank in range(ranks)]
     assert all(captures.same_bytes(held[rank], held[rank % len(senders)]) for rank in range(ranks))
 

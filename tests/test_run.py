@@ -6,6 +6,7 @@ import pytest
 
 import captures
 import harness
+import layouts
 
 HOOKS = "layers.*.mlp:forward,backward"
 ACCELERATE = ["accelerate", "launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -75,7 +76,7 @@ def test_the_torchrun_wrapper_takes_hooks_from_the_environment(folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["module", "deepspeed", "accelerate"])
-def test_other_launchers_of_ranks_carry_the_taps(name, untapped_once, tmp_path):
+def test_other_launchers_of_ranks_carry_the_taps(name, run_once, tmp_path):
     port = str(harness.free_port())
     argv = {
         "module": ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
@@ -86,7 +87,7 @@ def test_other_launchers_of_ranks_carry_the_taps(name, untapped_once, tmp_path):
     program = "accelerate_ddp.py" if name == "accelerate" else "ddp.py"
     argv.append(str(harness.PROGRAMS / program))
     outcome = harness.tapped(argv, HOOKS, tmp_path / "x", HF_HOME=str(tmp_path / "hf")).expect(0)
-    assert outcome.losses == untapped_once(harness.torchrun(program)).losses
+    assert outcome.losses == run_once(harness.torchrun(program), layouts.HOOKS).expect(0).losses
     captures.expect_sound(tmp_path / "x")
     found = captures.read(tmp_path / "x")
     assert len(found) == 2 * 2 * 3  # modules, kinds, steps

@@ -25,15 +25,15 @@ class Gloo : public Communicator {
  public:
   explicit Gloo(c10::intrusive_ptr<c10d::Backend> backend) : backend_(std::move(backend)) {}
 
-  rust::Vec<Words> exchange(rust::Slice<const uint8_t> mine) const override {
+  rust::Vec<Message> exchange(rust::Slice<const uint8_t> mine) const override {
     const Unseen unseen;
     std::vector<at::Tensor> first = gather(mine, sizeof(int64_t) + kShort);
     int64_t longest = 0;
     for (const at::Tensor& one : first) longest = std::max(longest, length_of(one));
     if (longest > kShort) first = gather(mine, static_cast<int64_t>(sizeof(int64_t)) + longest);
-    rust::Vec<Words> heard;
+    rust::Vec<Message> heard;
     for (const at::Tensor& one : first) {
-      Words words;
+      Message words;
       const auto* start = one.const_data_ptr<uint8_t>() + sizeof(int64_t);
       words.bytes.reserve(static_cast<size_t>(length_of(one)));
       for (int64_t i = 0; i < length_of(one); ++i) words.bytes.push_back(start[i]);

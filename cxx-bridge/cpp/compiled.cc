@@ -16,7 +16,7 @@
 
 #include "flexmodel/leaves.h"
 #include "flexmodel/tap.h"
-#include "flexmodel/uses.h"
+#include "flexmodel/input_gradients.h"
 
 namespace flexmodel {
 namespace {
@@ -43,7 +43,7 @@ Graph graph_under_way() {
 struct Open {
   // Held, so that no other graph gets its place in memory.
   Graph graph;
-  Uses uses;
+  InputGradients watched;
 };
 
 // Innermost last. Those of graphs whose tracing failed stay for a while.
@@ -57,12 +57,12 @@ std::vector<Open>::reverse_iterator innermost() {
 }
 
 // The inputs of the module that now returns; none if it was called in another graph.
-Uses close() {
+InputGradients close() {
   const auto last = innermost();
   if (last == open.rend()) return {};
-  Uses uses = std::move(last->uses);
+  InputGradients watched = std::move(last->watched);
   open.erase(std::next(last).base(), open.end());
-  return uses;
+  return watched;
 }
 
 struct Leaves {
@@ -103,18 +103,18 @@ bool is_made_of_others(PyObject* tensor) { return PyObject_HasAttrString(tensor,
 
 void watch_inputs(Leaves& leaves) {
   guarded_operation([&] {
-    Uses uses;
+    InputGradients watched;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
       if (!leaves.watches(i, Kind::Backward)) continue;
       const auto is_it = [&](const at::Tensor& earlier) { return earlier.is_same(leaves.tensors[i]); };
       if (std::any_of(leaves.tensors.begin(), leaves.tensors.begin() + static_cast<std::ptrdiff_t>(i), is_it)) {
         capture(leaves.site(i), Kind::Backward, leaves.paths[i], 0, part_in_graph(leaves.tensors[i]), Refusal::SharedInput);
       } else {
-        uses.add(leaves.site(i), leaves.paths[i], leaves.tensors[i], part_in_graph(leaves.tensors[i]).axes);
+        watched.add(leaves.site(i), leaves.paths[i], leaves.tensors[i], part_in_graph(leaves.tensors[i]).axes);
       }
     }
     if (open.size() >= kMaxOpen) open.erase(open.begin());
-    open.push_back({graph_under_way(), std::move(uses)});
+    open.push_back({graph_under_way(), std::move(watched)});
   });
 }
 
@@ -130,12 +130,12 @@ PyObject* py_watch_inputs(PyObject*, PyObject* args) {
 // Puts what the module has to return instead of each tensor in its place.
 void watch_outputs(Leaves& leaves) {
   guarded_operation([&] {
-    Uses uses;
-    if ((leaves.kinds & bit(Kind::Backward)) != 0) uses = close();
+    InputGradients watched;
+    if ((leaves.kinds & bit(Kind::Backward)) != 0) watched = close();
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
       at::Tensor& tensor = leaves.tensors[i];
       const Axes axes = part_in_graph(tensor).axes;
-      at::Tensor now = uses.returned(tensor);
+      at::Tensor now = watched.returned(tensor);
       const Site site = leaves.site(i);
       if (leaves.watches(i, Kind::BackwardPre)) {
         if ((leaves.edits & bit(Kind::BackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
@@ -148,7 +148,7 @@ void watch_outputs(Leaves& leaves) {
       }
       if (now.defined()) tensor = std::move(now);
     }
-    uses.hook(leaves.tensors);
+    watched.hook(leaves.tensors);
   });
 }
 
@@ -166,8 +166,8 @@ PyObject* py_watch_outputs(PyObject*, PyObject* args) {
   });
 }
 
-// part(tensor, like): (what a graph can have of a tensor, how it lies, why that cannot be had). `like` is what a module
-// was given first that gives the tensor and has no parameters; or None.
+// part(tensor, like): (what a graph can have of a tensor, how it lies, why that cannot be had). `like` is the
+// first input of the module that returns the tensor, if it has no parameters; or None.
 PyObject* py_part(PyObject*, PyObject* args) {
   PyObject *tensor = nullptr, *like = nullptr;
   if (PyArg_ParseTuple(args, "OO", &tensor, &like) == 0) return nullptr;
@@ -234,8 +234,8 @@ at::Tensor edited_in_graph(const Site& site, Kind kind, const std::string& path,
   const at::Tensor by = handle.call(site.traced, code(kind), path);
   const Gil gil;
   if (editor == nullptr) return {};
-  const Ref given(THPVariable_Wrap(tensor)), factors(THPVariable_Wrap(by));
-  const Ref edited(given && factors ? PyObject_CallFunctionObjArgs(editor, given.get(), factors.get(), nullptr) : nullptr);
+  const Ref original(THPVariable_Wrap(tensor)), factors(THPVariable_Wrap(by));
+  const Ref edited(original && factors ? PyObject_CallFunctionObjArgs(editor, original.get(), factors.get(), nullptr) : nullptr);
   if (!edited) throw PyError{};
   TORCH_CHECK(is_tensor(edited.get()), "an edit could not be put into a graph");
   return THPVariable_Unpack(edited.get());

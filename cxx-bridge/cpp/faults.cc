@@ -12,14 +12,14 @@ namespace flexmodel {
 namespace {
 
 PyObject* reason_of = nullptr;
-PyObject* teller = nullptr;
+PyObject* reporter = nullptr;
 
 void keep(PyObject*& kept, PyObject* object) {
   Py_XINCREF(object);
   Py_XDECREF(std::exchange(kept, object));
 }
 
-// Why Python's exception, which is set, was raised. It is no more then, unless it is the job's.
+// Why Python's exception, which is set, was raised. Clears it, unless it is the job's.
 std::string why_python_raised() {
   PyObject *type = nullptr, *value = nullptr, *trace = nullptr;
   PyErr_Fetch(&type, &value, &trace);
@@ -37,9 +37,9 @@ std::string why_python_raised() {
 
 }  // namespace
 
-void set_faults(PyObject* reason, PyObject* tell) {
+void set_faults(PyObject* reason, PyObject* report) {
   keep(reason_of, reason);
-  keep(teller, tell);
+  keep(reporter, report);
 }
 
 std::string why() {
@@ -69,15 +69,15 @@ std::string why_in_torch() {
   }
 }
 
-void tell(const std::string& name, const std::string& why) {
+void report(const std::string& name, const std::string& why) {
   if (name.empty()) return;
   const Gil gil;
-  if (teller == nullptr) return;
+  if (reporter == nullptr) return;
   const auto text = [](const std::string& s) {
     return Ref(PyUnicode_DecodeUTF8(s.data(), static_cast<Py_ssize_t>(s.size()), "replace"));
   };
   const Ref words[] = {text(name), text(why)};
-  const Ref answer(PyObject_CallFunctionObjArgs(teller, words[0].get(), words[1].get(), nullptr));
+  const Ref answer(PyObject_CallFunctionObjArgs(reporter, words[0].get(), words[1].get(), nullptr));
   if (!answer) throw PyError{};
 }
 

@@ -20,6 +20,7 @@
 #include <mutex>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "flexmodel/compiled.h"
 
@@ -29,8 +30,6 @@ namespace {
 using torch::autograd::Node;
 using torch::autograd::variable_list;
 
-rust::Str view(const std::string& text) { return rust::Str(text.data(), text.size()); }
-
 bool scales(const at::Tensor& tensor) { return tensor.is_floating_point() || tensor.is_complex(); }
 
 // Zero as a whole. Not by a product with 0: that would keep NaN. The gradient through it is 0 as well.
@@ -38,10 +37,10 @@ at::Tensor zeroed(const at::Tensor& tensor) {
   const auto options = tensor.options().dtype(at::kBool).requires_grad(false);
   if (!tensor.unsafeGetTensorImpl()->is_python_dispatch()) return at::masked_fill(tensor, at::ones({}, options), 0);
   const Part part = part_of(tensor, false);
-  const auto is_partial = [](const LeafAxis& axis) { return axis.placement == code(Placement::Partial); };
+  const auto is_partial = [](const Axis& axis) { return axis.lies.placement == code(Placement::Partial); };
   if (part.refusal != Refusal::None || std::any_of(part.axes.begin(), part.axes.end(), is_partial)) {
-    static std::atomic<bool> told = false;
-    if (!told.exchange(true)) notice("'zero' was left out where the ranks hold addends: it would have made them communicate");
+    static std::atomic<bool> said = false;
+    if (!said.exchange(true)) notice("'zero' was left out where the ranks hold addends: it would have made them communicate");
     return {};
   }
   return at::masked_fill(tensor, at::ones_like(tensor, options), 0);
@@ -67,10 +66,10 @@ struct Wanted {
   bool changed() const { return version.current_version() != before; }
 
   // Records `gradient` and returns what takes its place; undefined: the same.
-  at::Tensor take(const at::Tensor& gradient, bool told) {
+  at::Tensor take(const at::Tensor& gradient, bool is_whole) {
     if ((site.capture & bit(kind)) != 0) {
       const Part part = gradient_at(site, gradient, axes);
-      capture(site, kind, path, repeat++, part, told ? Refusal::None : Refusal::SharedInput);
+      capture(site, kind, path, repeat++, part, is_whole ? Refusal::None : Refusal::SharedInput);
     }
     return edited(site, kind, path, gradient);
   }
@@ -92,7 +91,7 @@ class Receiver : public torch::autograd::FunctionPreHook {
     return out;
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { tell_of_compiled_autograd(); }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { report_compiled_autograd(); }
 
  protected:
   virtual at::Tensor received(const at::Tensor& gradient) = 0;
@@ -184,19 +183,30 @@ void capture(const Site& site, Kind kind, const std::string& path, uint32_t repe
   const at::Tensor& tensor = part.local;
   const bool readable = part.refusal == Refusal::None || part.refusal == because;
   const c10::IntArrayRef sizes = readable || part.refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
+  std::vector<LeafAxis> axes;
+  for (const Axis& axis : part.axes) axes.push_back(axis.borrowed());
   Leaf leaf{};
+  leaf.kind = code(kind);
   leaf.dtype = code_of(tensor.scalar_type());
   leaf.refusal = code(part.refusal == Refusal::None ? because : part.refusal);
-  capture(site.call, code(kind), view(path), repeat, leaf,
-          rust::Slice<const int64_t>(sizes.data(), sizes.size()), part.axes, tensor);
+  // What is refused may be asked nothing.
+  leaf.on_device = leaf.refusal == code(Refusal::None) && !tensor.device().is_cpu();
+  leaf.repeat = repeat;
+  leaf.path = str(path);
+  leaf.handle = &tensor;
+  leaf.sizes = sizes.data();
+  leaf.ndim = sizes.size();
+  leaf.axes = axes.data();
+  leaf.axis_count = axes.size();
+  host().capture(&site.call, &leaf);
 }
 
 at::Tensor edited(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor) {
   if (site.traced.defined()) return edited_in_graph(site, kind, path, tensor);
   if ((site.edit & bit(kind)) == 0) return {};
-  const LeafEdit edit = flexmodel::edit(site.call, code(kind), view(path));
-  if (edit.op == code(EditOp::Scale) && scales(tensor)) return at::mul(tensor, edit.factor);
-  return edit.op == code(EditOp::Zero) ? zeroed(tensor) : at::Tensor();
+  const LeafEdit edit = host().edit(&site.call, code(kind), str(path));
+  if (edit.op == EditOp::Scale && scales(tensor)) return at::mul(tensor, edit.factor);
+  return edit.op == EditOp::Zero ? zeroed(tensor) : at::Tensor();
 }
 
 at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }
@@ -240,9 +250,9 @@ std::vector<Consumer> consumers(const Node* of) {
   return found == known.end() ? std::vector<Consumer>() : found->second;
 }
 
-void tell_of_compiled_autograd() {
-  static std::atomic<bool> told = false;
-  if (!told.exchange(true)) notice("gradients in graphs that torch's compiled autograd makes are not captured");
+void report_compiled_autograd() {
+  static std::atomic<bool> said = false;
+  if (!said.exchange(true)) notice("gradients in graphs that torch's compiled autograd makes are not captured");
 }
 
 std::string reason(const std::exception& error) {

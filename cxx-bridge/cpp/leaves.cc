@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "flexmodel/faults.h"
-#include "flexmodel/ffi.h"
+#include "flexmodel/host.h"
 
 namespace flexmodel {
 namespace {
@@ -17,7 +17,7 @@ namespace {
 // Deeper and larger than any real structure. Objects that refer to each other end here.
 constexpr size_t kMaxDepth = 32;
 constexpr size_t kMaxValues = 10000;
-// For a first look only: where a tensor is given, it is among the first.
+// For a first look only: a tensor, if there is any, is among the first values.
 constexpr size_t kMaxFirst = 256;
 
 // Extends the path for the time it lives.
@@ -243,8 +243,8 @@ Ref map_leaves(const std::string& name, PyObject* value, std::string& path, cons
   Walk walk(name, path, visit, undo, left);
   attempt([&] { result = walk.value(value); }, [&] { return name + " " + path; });
   if (left == 0) {
-    static std::atomic<bool> told{false};
-    if (!told.exchange(true)) {
+    static std::atomic<bool> said{false};
+    if (!said.exchange(true)) {
       notice("a tapped module takes or returns more than " + std::to_string(kMaxValues) + " values at '" + path +
              "'; the tensors behind them are not captured");
     }
@@ -254,7 +254,7 @@ Ref map_leaves(const std::string& name, PyObject* value, std::string& path, cons
 
 PyObject* first_tensor(PyObject* value) {
   PyObject* found = nullptr;
-  // Whoever looks at all of them tells what raises.
+  // What raises is reported when all values are visited.
   const std::string name;
   std::string path;
   size_t left = kMaxFirst;

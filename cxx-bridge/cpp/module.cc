@@ -5,9 +5,11 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <exception>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -26,6 +28,8 @@ extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bri
 namespace flexmodel {
 namespace {
 
+const HostTable* engine = nullptr;
+
 // select(serial, [(name, class, qualified class, order)], [parameter], wrapper, [(mesh axis, index, size, role)], rank,
 // world) -> [(index, (before, after))], [(index of the parameter, tap)]
 PyObject* py_select(PyObject*, PyObject* args) {
@@ -37,28 +41,36 @@ PyObject* py_select(PyObject*, PyObject* args) {
                        &axes, &rank, &world) == 0) {
     return nullptr;
   }
-  rust::Vec<rust::String> parameters;
+  // Texts are borrowed of Python's, which the arguments hold.
+  std::vector<Str> parameters;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
     const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(names, i));
     if (name == nullptr) return nullptr;
-    parameters.push_back(rust::String::lossy(name));
+    parameters.push_back(str(name));
   }
-  rust::Vec<MeshAxis> mesh;
+  std::vector<MeshAxis> mesh;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(axes); ++i) {
     const char* name = nullptr;
-    unsigned int index = 0, size = 1;
-    unsigned char role = 0;
-    if (PyArg_ParseTuple(PyList_GET_ITEM(axes, i), "sIIb", &name, &index, &size, &role) == 0) return nullptr;
-    mesh.push_back(MeshAxis{rust::String::lossy(name), index, size, role});
+    MeshAxis axis{};
+    if (PyArg_ParseTuple(PyList_GET_ITEM(axes, i), "sIIb", &name, &axis.index, &axis.size, &axis.role) == 0) return nullptr;
+    axis.name = str(name);
+    mesh.push_back(axis);
   }
-  rust::Vec<Module> modules;
+  std::vector<ModuleDesc> modules;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
     const char *name = nullptr, *class_name = nullptr, *qualified = nullptr;
-    unsigned char order = 0;
-    if (PyArg_ParseTuple(PyList_GET_ITEM(entries, i), "sssb", &name, &class_name, &qualified, &order) == 0) return nullptr;
-    modules.push_back(Module{rust::String::lossy(name), rust::String::lossy(class_name), rust::String::lossy(qualified), order});
+    ModuleDesc module{};
+    PyObject* entry = PyList_GET_ITEM(entries, i);
+    if (PyArg_ParseTuple(entry, "sssb", &name, &class_name, &qualified, &module.order) == 0) return nullptr;
+    module.name = str(name);
+    module.class_name = str(class_name);
+    module.qualified = str(qualified);
+    modules.push_back(module);
   }
-  const rust::Vec<Selected> found = select(serial, modules, parameters, rust::Str(wrapper), mesh, rank, world);
+  const ModelDesc model{serial, modules.data(), modules.size(), parameters.data(), parameters.size(),
+                        str(wrapper), mesh.data(), mesh.size()};
+  std::vector<Selected> found(modules.size() + parameters.size());
+  found.resize(std::min(found.size(), host().select(&model, Rank{rank, world}, found.data(), found.size())));
   Ref out(PyList_New(0)), of_parameters(PyList_New(0));
   if (!out || !of_parameters) return nullptr;
   for (const Selected& selected : found) {
@@ -67,8 +79,8 @@ PyObject* py_select(PyObject*, PyObject* args) {
       if (!pair || PyList_Append(of_parameters.get(), pair.get()) != 0) return nullptr;
       continue;
     }
-    std::string name(modules[selected.index].name);
-    PyObject* tap = into_python([&] { return make_tap(selected.tap, std::move(name), selected.kinds, selected.edits); });
+    const Str& name = modules[selected.index].name;
+    PyObject* tap = into_python([&] { return make_tap(selected, {reinterpret_cast<const char*>(name.ptr), name.len}); });
     if (tap == nullptr) return nullptr;
     Ref pair(Py_BuildValue("(IN)", selected.index, tap));
     if (!pair || PyList_Append(out.get(), pair.get()) != 0) return nullptr;
@@ -83,7 +95,7 @@ PyObject* py_microbatches(PyObject*, PyObject* args) {
   long long batch = -1;
   long long length = -1;
   if (PyArg_ParseTuple(args, "KILL", &serial, &count, &batch, &length) == 0) return nullptr;
-  microbatches(serial, count, batch, length);
+  host().microbatches(serial, count, batch, length);
   Py_RETURN_NONE;
 }
 
@@ -91,7 +103,7 @@ PyObject* py_microbatches(PyObject*, PyObject* args) {
 PyObject* py_loss_scale(PyObject*, PyObject* scale) {
   const double value = PyFloat_AsDouble(scale);
   if (PyErr_Occurred() != nullptr) return nullptr;
-  loss_scale(value);
+  host().loss_scale(value);
   Py_RETURN_NONE;
 }
 
@@ -105,7 +117,7 @@ PyObject* py_pause(PyObject*, PyObject* paused) {
 PyObject* py_wants(PyObject*, PyObject* kinds) {
   const unsigned long mask = PyLong_AsUnsignedLong(kinds);
   if (PyErr_Occurred() != nullptr) return nullptr;
-  return PyBool_FromLong(wants(static_cast<uint32_t>(mask)) ? 1 : 0);
+  return PyBool_FromLong(host().wants(static_cast<uint32_t>(mask)) ? 1 : 0);
 }
 
 // due(tap, kind) -> bool
@@ -113,12 +125,12 @@ PyObject* py_due(PyObject*, PyObject* args) {
   unsigned int tap = 0;
   unsigned char kind = 0;
   if (PyArg_ParseTuple(args, "Ib", &tap, &kind) == 0) return nullptr;
-  return PyBool_FromLong(due(tap, kind) ? 1 : 0);
+  return PyBool_FromLong(host().parameter_due(tap, kind) ? 1 : 0);
 }
 
 void capture_parameter(uint32_t tap, Kind kind, const Part& part) {
   Call call{};
-  if (taken(tap, code(kind), call)) capture(call, kind, kind == Kind::Grad ? "grad" : "param", 0, part);
+  if (host().begin_parameter(tap, code(kind), &call)) capture(call, kind, kind == Kind::Grad ? "grad" : "param", 0, part);
 }
 
 // parameter(tap, kind, tensor, axes)
@@ -152,11 +164,11 @@ PyObject* py_refuse(PyObject*, PyObject* args) {
   });
 }
 
-// faults_with(reason, tell)
+// faults_with(reason, report)
 PyObject* py_faults_with(PyObject*, PyObject* args) {
-  PyObject *reason = nullptr, *tell = nullptr;
-  if (PyArg_ParseTuple(args, "OO", &reason, &tell) == 0) return nullptr;
-  set_faults(reason, tell);
+  PyObject *reason = nullptr, *report = nullptr;
+  if (PyArg_ParseTuple(args, "OO", &reason, &report) == 0) return nullptr;
+  set_faults(reason, report);
   Py_RETURN_NONE;
 }
 
@@ -186,8 +198,9 @@ PyObject* py_joined(PyObject*, PyObject* args) {
 
 // plan() -> str
 PyObject* py_plan(PyObject*, PyObject*) {
-  const rust::String text = plan();
-  return PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size()));
+  std::string text(1 << 16, '\0');
+  text.resize(std::min(text.size(), host().plan(reinterpret_cast<uint8_t*>(text.data()), text.size())));
+  return PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
 }
 
 PyObject* py_scope(PyObject*, PyObject* args) {
@@ -199,21 +212,27 @@ PyObject* py_scope(PyObject*, PyObject* args) {
 PyObject* py_forget(PyObject*, PyObject* serial) {
   const unsigned long long number = PyLong_AsUnsignedLongLong(serial);
   if (PyErr_Occurred() != nullptr) return nullptr;
-  forget(number);
+  host().forget(number);
   Py_RETURN_NONE;
 }
 
-template <void (*function)()>
-PyObject* plain(PyObject*, PyObject*) {
-  function();
+PyObject* py_digest_inputs(PyObject*, PyObject*) {
+  digest_inputs();
   Py_RETURN_NONE;
 }
 
-template <void (*function)(rust::Str)>
+// Passed on to the engine as it is.
+template <void (*HostTable::*function)()>
+PyObject* event(PyObject*, PyObject*) {
+  (host().*function)();
+  Py_RETURN_NONE;
+}
+
+template <void (*HostTable::*function)(Str)>
 PyObject* text(PyObject*, PyObject* argument) {
   const char* bytes = PyUnicode_AsUTF8(argument);
   if (bytes == nullptr) return nullptr;
-  function(rust::Str(bytes));
+  (host().*function)(str(bytes));
   Py_RETURN_NONE;
 }
 
@@ -221,7 +240,7 @@ PyObject* py_active(PyObject*, PyObject*) { return PyBool_FromLong(active() ? 1 
 
 PyObject* py_finish(PyObject*, PyObject*) {
   Py_BEGIN_ALLOW_THREADS;
-  finish();
+  host().finish();
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
@@ -229,25 +248,25 @@ PyObject* py_finish(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
     {"microbatches", py_microbatches, METH_VARARGS, "A model is a stage of a pipeline."},
-    {"loss_scale", py_loss_scale, METH_O, "Gradients are so many times those of the loss that the script computes."},
+    {"loss_scale", py_loss_scale, METH_O, "The factor by which the job scales its losses, and so its gradients."},
     {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
-    {"tell_given", plain<tell_given>, METH_NOARGS, "From now on passes are told with a digest of what models were given."},
+    {"digest_inputs", py_digest_inputs, METH_NOARGS, "From now on a pass of a model is reported with a digest of its input."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
     {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
     {"parameter", py_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},
     {"refuse", py_refuse, METH_VARARGS, "Counts a parameter, or its gradient, that cannot be read."},
-    {"faults_with", py_faults_with, METH_VARARGS, "Keeps the functions that say why something raised, and tell of it."},
-    {"describe_with", py_describe_with, METH_O, "Keeps the function that tells how a tensor lies over the ranks."},
+    {"faults_with", py_faults_with, METH_VARARGS, "Keeps the functions that say why something raised, and that report it."},
+    {"describe_with", py_describe_with, METH_O, "Keeps the function that describes how a tensor lies over the ranks."},
     {"take_with", py_take_with, METH_O, "Keeps the function that captures what is due of a model's parameters."},
     {"scope", py_scope, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
-    {"forget", py_forget, METH_O, "A model is no more."},
-    {"resolved", plain<resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
-    {"stepped", plain<stepped>, METH_NOARGS, "An optimizer stepped."},
+    {"forget", py_forget, METH_O, "A model was destroyed."},
+    {"resolved", event<&HostTable::resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
+    {"stepped", event<&HostTable::stepped>, METH_NOARGS, "An optimizer stepped."},
     {"plan", py_plan, METH_NOARGS, "What all ranks must agree on to gather tensors; empty if no hook wants that."},
     {"joined", py_joined, METH_VARARGS, "The ranks have a communicator of ours: a c10d backend, this member, how many, and its device."},
-    {"apart", text<apart>, METH_O, "They have none, for this reason."},
-    {"notice", text<notice>, METH_O, "One line for the user."},
-    {"fault", text<fault>, METH_O, "Turns taps off in this process, with one line."},
+    {"per_rank", text<&HostTable::per_rank>, METH_O, "There is no communicator, or none any more: each rank sends its own parts, for this reason."},
+    {"notice", text<&HostTable::notice>, METH_O, "One line for the user."},
+    {"fault", text<&HostTable::fault>, METH_O, "Turns taps off in this process, with one line."},
     {"finish", py_finish, METH_NOARGS, "The process ends in good order."},
     {"active", py_active, METH_NOARGS, "Whether taps are on."},
     {nullptr, nullptr, 0, nullptr},
@@ -257,6 +276,13 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "flexmodel_inside._bridge", "Fl
                           nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+
+bool set_host(size_t table) {
+  engine = reinterpret_cast<const HostTable*>(table);
+  return engine->abi == TAP_ABI && engine->size == sizeof(HostTable);
+}
+
+const HostTable& host() { return *engine; }
 
 size_t python_module() {
   if (!ready_types()) return 0;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -50,7 +51,7 @@ Firing firing(const std::optional<at::Tensor>& first, int64_t flags) {
   f.train = has(flags, Flag::Training);
   f.recomputes = f.grad_enabled && at::SavedTensorDefaultHooks::is_enabled() &&
                  at::SavedTensorDefaultHooks::get_hooks().has_value();
-  f.first = {-1, -1, -1};
+  std::fill(std::begin(f.first), std::end(f.first), -1);
   if (first && refusal_of(*first, nullptr) == Refusal::None) {
     for (int64_t dim = 0; dim < std::min<int64_t>(first->dim(), 3); ++dim) f.first[dim] = first->size(dim);
   }
@@ -65,7 +66,7 @@ at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std
     const int64_t tap = number.const_data_ptr<int64_t>()[0];
     Firing now = firing(first, flags);
     now.split = !split.empty();
-    if (tap < 0 || !fire(static_cast<uint32_t>(tap), now, call)) {
+    if (tap < 0 || !host().triggered(static_cast<uint32_t>(tap), &now, &call)) {
       call = Call{};
       return;
     }
@@ -109,9 +110,9 @@ at::Tensor factors_op(const at::Tensor& words, int64_t kind, c10::string_view pa
   guarded_operation([&] {
     const Call call = unpacked(words);
     if ((call.edit & bit(static_cast<Kind>(kind))) == 0) return;
-    const LeafEdit edit = flexmodel::edit(call, static_cast<uint8_t>(kind), rust::Str(path.data(), path.size()));
-    if (edit.op == code(EditOp::Scale)) factor = edit.factor;
-    zero = edit.op == code(EditOp::Zero);
+    const LeafEdit edit = host().edit(&call, static_cast<uint8_t>(kind), str({path.data(), path.size()}));
+    if (edit.op == EditOp::Scale) factor = edit.factor;
+    zero = edit.op == EditOp::Zero;
   });
   const Unseen unseen;
   at::Tensor out = at::empty({2}, at::TensorOptions().dtype(at::kDouble));
@@ -122,17 +123,17 @@ at::Tensor factors_op(const at::Tensor& words, int64_t kind, c10::string_view pa
 
 void scope_op(const at::Tensor& number, const std::optional<at::Tensor>& first, int64_t flags) {
   guarded_operation([&] {
-    // The model, the part, and what is kept of what it was given; nobody else looks at what is behind the tensor.
+    // The model, the part, and the digest of its first input on a device; nobody else reads this tensor.
     int64_t* numbers = number.mutable_data_ptr<int64_t>();
     if (numbers[0] < 0) return;
     const bool pre = has(flags, Flag::Before);
     Firing now = firing(first, flags);
     if (pre && first) {
-      auto kept = static_cast<uint32_t>(numbers[2]);
-      now.given = digest_of_given(*first, nullptr, now, kept);
-      numbers[2] = kept;
+      auto first_digest = static_cast<uint32_t>(numbers[2]);
+      now.input_digest = input_digest(*first, nullptr, now, first_digest);
+      numbers[2] = first_digest;
     }
-    flexmodel::scope(static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), pre, now);
+    host().pass(static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), pre, &now);
     if (pre) take_parameters(static_cast<uint64_t>(numbers[0]));
   });
 }

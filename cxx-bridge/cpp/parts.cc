@@ -1,11 +1,10 @@
-// What this process holds of a tensor that lies over several: told by the shim, which knows DTensor's own words.
+// The part of a distributed tensor that this process holds. The shim describes it, which knows DTensor's own words.
 #include "flexmodel/parts.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <sstream>
-#include <string_view>
 #include <utility>
 
 #include "flexmodel/leaves.h"
@@ -17,19 +16,19 @@ PyObject* describer = nullptr;
 
 // What the shim says of `tensor`, or nothing.
 Ref described(const at::Tensor& tensor, Where where) {
-  const auto given = [](PyObject* object) { return object == nullptr ? Py_None : object; };
+  const auto or_none = [](PyObject* object) { return object == nullptr ? Py_None : object; };
   Ref object(THPVariable_Wrap(tensor));
   if (!object) {
     PyErr_Clear();
     return Ref();
   }
-  Ref answer(PyObject_CallFunctionObjArgs(describer, object.get(), given(where.module), given(where.like), nullptr));
+  Ref answer(PyObject_CallFunctionObjArgs(describer, object.get(), or_none(where.module), or_none(where.like), nullptr));
   if (!answer) throw PyError{};
   return answer.get() == Py_None ? Ref() : std::move(answer);
 }
 
 // Reads sizes.
-bool read(PyObject* sizes, rust::Vec<uint64_t>& shape) {
+bool read(PyObject* sizes, std::vector<uint64_t>& shape) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes); ++i) {
     shape.push_back(PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(sizes, i)));
   }
@@ -45,17 +44,26 @@ bool read(PyObject* answer, Part& part) {
 
 }  // namespace
 
+LeafAxis Axis::borrowed() const {
+  LeafAxis axis = lies;
+  axis.name = str(name);
+  axis.sizes = sizes.data();
+  axis.ndim = sizes.size();
+  return axis;
+}
+
 bool read_axes(PyObject* list, Axes& axes) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
     const char* name = nullptr;
     PyObject* shape = nullptr;
-    LeafAxis axis{};
-    if (PyArg_ParseTuple(PyList_GET_ITEM(list, i), "sIIbI|O!", &name, &axis.index, &axis.size, &axis.placement, &axis.dim,
+    Axis axis;
+    LeafAxis& lies = axis.lies;
+    if (PyArg_ParseTuple(PyList_GET_ITEM(list, i), "sIIbI|O!", &name, &lies.index, &lies.size, &lies.placement, &lies.dim,
                          &PyTuple_Type, &shape) == 0) {
       return false;
     }
-    axis.name = rust::String::lossy(name);
-    if (shape != nullptr && !read(shape, axis.shape)) return false;
+    axis.name = name;
+    if (shape != nullptr && !read(shape, axis.sizes)) return false;
     axes.push_back(std::move(axis));
   }
   return true;
@@ -93,19 +101,19 @@ Part part_of_gradient(const at::Tensor& gradient, const Axes& forward) {
 void lies_as(Part& part, const Axes& forward) {
   if (!part.axes.empty() || part.refusal != Refusal::None) return;
   // Where the tensor is in pieces, so is its gradient. Where all have the same tensor, each may have its own addend.
-  for (const LeafAxis& axis : forward) {
-    LeafAxis own = axis;
-    const bool in_pieces = own.placement == code(Placement::Shard) || own.placement == code(Placement::HeadTail);
-    if (!in_pieces) own.placement = code(Placement::Unknown);
+  for (const Axis& axis : forward) {
+    Axis own = axis;
+    uint8_t& placement = own.lies.placement;
+    if (placement != code(Placement::Shard) && placement != code(Placement::HeadTail)) placement = code(Placement::Unknown);
     part.axes.push_back(std::move(own));
   }
 }
 
 std::string text_of(const Axes& axes) {
   std::ostringstream out;
-  for (const LeafAxis& axis : axes) {
-    out << axis.index << ' ' << axis.size << ' ' << static_cast<unsigned int>(axis.placement) << ' ' << axis.dim << ' '
-        << axis.name.size() << ' ' << std::string_view(axis.name.data(), axis.name.size());
+  for (const auto& [name, sizes, lies] : axes) {
+    out << lies.index << ' ' << lies.size << ' ' << static_cast<unsigned int>(lies.placement) << ' ' << lies.dim << ' '
+        << name.size() << ' ' << name;
   }
   return out.str();
 }
@@ -113,21 +121,21 @@ std::string text_of(const Axes& axes) {
 Axes axes_of(const std::string& text) {
   Axes axes;
   std::istringstream in(text);
-  LeafAxis axis{};
+  Axis axis;
   unsigned int placement = 0;
-  for (size_t length = 0; in >> axis.index >> axis.size >> placement >> axis.dim >> length; axis = LeafAxis{}) {
-    std::string name(std::min(length, text.size()), '\0');
-    if (!in.ignore(1) || !in.read(name.data(), static_cast<std::streamsize>(name.size()))) break;
-    axis.name = rust::String::lossy(name);
-    axis.placement = static_cast<uint8_t>(placement);
+  for (size_t length = 0; in >> axis.lies.index >> axis.lies.size >> placement >> axis.lies.dim >> length; axis = Axis()) {
+    axis.name.resize(std::min(length, text.size()));
+    if (!in.ignore(1) || !in.read(axis.name.data(), static_cast<std::streamsize>(axis.name.size()))) break;
+    axis.lies.placement = static_cast<uint8_t>(placement);
     axes.push_back(std::move(axis));
   }
   return axes;
 }
 
 bool same(const Axes& a, const Axes& b) {
-  const auto equal = [](const LeafAxis& x, const LeafAxis& y) {
-    return x.name == y.name && x.index == y.index && x.size == y.size && x.placement == y.placement && x.dim == y.dim;
+  const auto equal = [](const Axis& x, const Axis& y) {
+    return x.name == y.name && x.lies.index == y.lies.index && x.lies.size == y.lies.size &&
+           x.lies.placement == y.lies.placement && x.lies.dim == y.lies.dim;
   };
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), equal);
 }

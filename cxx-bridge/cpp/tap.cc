@@ -19,16 +19,14 @@
 
 #include "flexmodel/compiled.h"
 #include "flexmodel/faults.h"
-#include "flexmodel/ffi.h"
 #include "flexmodel/gradients.h"
 #include "flexmodel/leaves.h"
 #include "flexmodel/tensor.h"
-#include "flexmodel/uses.h"
+#include "flexmodel/input_gradients.h"
 
 namespace flexmodel {
 namespace {
 
-constexpr uint32_t kBefore = bit(Kind::ForwardPre) | bit(Kind::Backward);
 // Most calls of one module under way: more are left of forwards that raised.
 constexpr size_t kMaxOpen = 64;
 
@@ -36,7 +34,7 @@ constexpr size_t kMaxOpen = 64;
 struct Open {
   unsigned long thread;
   Undo undo;
-  Uses uses;
+  InputGradients watched;
 };
 
 // What the two hooks of a tap share. Guarded by the GIL.
@@ -57,7 +55,7 @@ struct Hook {
   std::shared_ptr<Shared>* shared;
   uint64_t serial, part;
   // The digest of the model's first input on a device: to look at another would make the job wait.
-  uint32_t given;
+  uint32_t digest;
 };
 
 PyObject* none() { Py_RETURN_NONE; }
@@ -77,7 +75,7 @@ Firing firing(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
   f.replay = torch::autograd::get_current_graph_task_id() != -1;
   f.grad_enabled = c10::GradMode::is_enabled();
   f.train = training(module);
-  f.first = {-1, -1, -1};
+  std::fill(std::begin(f.first), std::end(f.first), -1);
   PyObject* first = args == nullptr ? nullptr : first_tensor(args);
   if (first == nullptr && kwargs != nullptr) first = first_tensor(kwargs);
   if (first != nullptr) {
@@ -113,7 +111,7 @@ bool throws() {
 }
 
 // Written with the GIL.
-std::atomic<bool> paused = false, tells_given = false;
+std::atomic<bool> paused = false, takes_digests = false;
 PyObject* taker = nullptr;
 
 // Whether a hook is called as it was registered: with `count` arguments, the first of which is its module, or a copy that
@@ -194,21 +192,21 @@ class RestoredOnError {
 
 // Ends the call that this thread began last: takes out what was put into its arguments, and returns the inputs whose
 // gradients are wanted. nn.DataParallel runs copies that share their hooks.
-Uses close(Shared& shared) {
+InputGradients close(Shared& shared) {
   const unsigned long thread = PyThread_get_thread_ident();
   const auto last = std::find_if(shared.open.rbegin(), shared.open.rend(), [=](const Open& o) { return o.thread == thread; });
   if (last == shared.open.rend()) return {};
   Open open = std::move(*last);
   shared.open.erase(std::next(last).base());
   open.undo.restore();
-  return std::move(open.uses);
+  return std::move(open.watched);
 }
 
 // The inputs: captured, edited, and noted if their gradients through this module are wanted.
 class Inputs {
  public:
-  Inputs(const Shared& shared, const Call& call, PyObject* module, Uses& uses)
-      : shared_(shared), call_(call), module_(module), uses_(uses) {}
+  Inputs(const Shared& shared, const Call& call, PyObject* module, InputGradients& watched)
+      : shared_(shared), call_(call), module_(module), watched_(watched) {}
 
   Ref operator()(PyObject* leaf, const std::string& path) {
     for (const Seen& seen : seen_) {
@@ -218,7 +216,7 @@ class Inputs {
     const Part part = part_at(shared_, path, leaf, call_.ask, {module_, nullptr});
     if ((call_.capture & bit(Kind::ForwardPre)) != 0) capture(call_, Kind::ForwardPre, path, 0, part);
     at::Tensor now = edited(call_, Kind::ForwardPre, path, tensor);
-    if (watches(call_, Kind::Backward, path, tensor, part)) uses_.add(call_, path, now.defined() ? now : tensor, part.axes);
+    if (watches(call_, Kind::Backward, path, tensor, part)) watched_.add(call_, path, now.defined() ? now : tensor, part.axes);
     Ref replacement = now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     seen_.push_back({leaf, Ref::borrow(replacement.get())});
     return replacement;
@@ -244,7 +242,7 @@ class Inputs {
   const Shared& shared_;
   const Call& call_;
   PyObject* const module_;
-  Uses& uses_;
+  InputGradients& watched_;
   std::vector<Seen> seen_;
 };
 
@@ -255,23 +253,23 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
   return guarded([&]() -> Ref {
     Call call{};
     const Firing now = firing(args[0], args[1], args[2], true);
-    const bool wanted = fire(shared.tap, now, call);
+    const bool wanted = host().triggered(shared.tap, &now, &call);
     if (wanted && !now.replay && call.pass != shared.pass) {
       // What is left of a pass that raised.
       shared.open.clear();
       shared.pass = call.pass;
     }
     if (shared.open.size() >= kMaxOpen) shared.open.erase(shared.open.begin());
-    shared.open.push_back({PyThread_get_thread_ident(), Undo(), Uses()});
+    shared.open.push_back({PyThread_get_thread_ident(), Undo(), InputGradients()});
     if (!wanted) return Ref();
-    Uses uses;
-    Inputs inputs(shared, call, args[0], uses);
+    InputGradients watched;
+    Inputs inputs(shared, call, args[0], watched);
     const Visitor visit = std::ref(inputs);
     RestoredOnError undo;
     std::string path = "in";
     Ref new_args = map_leaves(shared.name, args[1], path, visit, &*undo);
     map_leaves(shared.name, args[2], path, visit, &*undo);
-    shared.open.back().uses = std::move(uses);
+    shared.open.back().watched = std::move(watched);
     if (!new_args && undo->empty()) return Ref();
     Ref result = checked(PyTuple_Pack(2, new_args ? new_args.get() : args[1], args[2]));
     // The dict of keyword arguments is the call's own, so it may be changed for good.
@@ -285,10 +283,11 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
 PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
   if (!is_called_as_registered(self, args, nargsf, names, 4)) return none();
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
-  Uses uses = close(shared);
+  InputGradients watched = close(shared);
   return guarded([&]() -> Ref {
     Call call{};
-    if (!fire(shared.tap, firing(args[0], args[1], args[2], false), call) && uses.empty()) return Ref();
+    const Firing now = firing(args[0], args[1], args[2], false);
+    if (!host().triggered(shared.tap, &now, &call) && watched.empty()) return Ref();
     std::vector<at::Tensor> outputs;
     const Where where{args[0], call.ask ? first_tensor(args[1]) : nullptr};
     const Visitor visit = [&](PyObject* leaf, const std::string& path) -> Ref {
@@ -298,7 +297,7 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
       const Part part = part_at(shared, path, leaf, call.ask, where);
       if ((call.capture & bit(Kind::Forward)) != 0) capture(call, Kind::Forward, path, 0, part);
       at::Tensor now = edited(call, Kind::Forward, path, tensor);
-      if (!now.defined()) now = uses.returned(tensor);
+      if (!now.defined()) now = watched.returned(tensor);
       if (watches(call, Kind::BackwardPre, path, now.defined() ? now : tensor, part)) {
         // A gradient edit must come after those of modules inside that return the same tensor.
         if ((call.edit & bit(Kind::BackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
@@ -316,7 +315,7 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
     };
     std::string path = "out";
     Ref changed = map_leaves(shared.name, args[3], path, visit, nullptr);
-    attempt([&] { uses.hook(outputs); }, [&] { return shared.name + ", gradients of its inputs"; });
+    attempt([&] { watched.hook(outputs); }, [&] { return shared.name + ", gradients of its inputs"; });
     return changed;
   });
 }
@@ -329,8 +328,8 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
     Firing now = firing(args[0], args[1], args[2], true);
     PyObject* first = first_tensor(args[1]);
     if (first == nullptr) first = first_tensor(args[2]);
-    if (first != nullptr) now.given = digest_of_given(THPVariable_Unpack(first), Py_TYPE(first)->tp_name, now, hook.given);
-    scope(hook.serial, hook.part, true, now);
+    if (first != nullptr) now.input_digest = input_digest(THPVariable_Unpack(first), Py_TYPE(first)->tp_name, now, hook.digest);
+    host().pass(hook.serial, hook.part, true, &now);
     take_parameters(hook.serial);
     return Ref();
   });
@@ -341,7 +340,8 @@ PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
   if (!is_called_as_registered(self, args, nargsf, names, 4)) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
-    scope(hook.serial, hook.part, false, firing(args[0], nullptr, nullptr, false));
+    const Firing now = firing(args[0], nullptr, nullptr, false);
+    host().pass(hook.serial, hook.part, false, &now);
     return Ref();
   });
 }
@@ -415,7 +415,7 @@ Ref make(vectorcallfunc function, std::shared_ptr<Shared> shared, uint64_t seria
   hook->shared = shared ? new std::shared_ptr<Shared>(std::move(shared)) : nullptr;
   hook->serial = serial;
   hook->part = part;
-  hook->given = 0;
+  hook->digest = 0;
   return Ref(reinterpret_cast<PyObject*>(hook));
 }
 
@@ -425,13 +425,13 @@ bool ready_types() { return PyType_Ready(&hook_type) == 0; }
 
 void pause_taps(bool now) { paused = now; }
 
-void tell_given() { tells_given = true; }
+void digest_inputs() { takes_digests = true; }
 
-uint32_t digest_of_given(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& kept) {
-  if (!tells_given || now.replay || refusal_of(first, python_type) != Refusal::None) return 0;
+uint32_t input_digest(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& first_digest) {
+  if (!takes_digests || now.replay || refusal_of(first, python_type) != Refusal::None) return 0;
   if (first.device().is_cpu()) return digest_of(first);
-  if (kept == 0) kept = digest_of(first);
-  return kept;
+  if (first_digest == 0) first_digest = digest_of(first);
+  return first_digest;
 }
 
 bool are_taps_paused() { return paused; }
@@ -442,21 +442,21 @@ void take_with(PyObject* take) {
 }
 
 void take_parameters(uint64_t serial) {
-  if (!wants(bit(Kind::Param))) return;
+  if (!host().wants(bit(Kind::Param))) return;
   const Gil gil;
   if (taker == nullptr) return;
   const Ref answer(PyObject_CallFunction(taker, "K", static_cast<unsigned long long>(serial)));
   if (!answer) throw PyError{};
 }
 
-PyObject* make_tap(uint32_t tap, std::string name, uint32_t kinds, uint32_t edits) {
+PyObject* make_tap(const Selected& selected, std::string name) {
   auto shared = std::make_shared<Shared>();
-  shared->tap = tap;
+  shared->tap = selected.tap;
   shared->name = name.empty() ? "the model" : std::move(name);
-  shared->kinds = kinds;
-  shared->edits = edits;
+  shared->kinds = selected.kinds;
+  shared->edits = selected.edits;
   shared->pass = 0;
-  Ref first = (kinds & kBefore) != 0 ? make(before, shared) : Ref::borrow(Py_None);
+  Ref first = selected.before ? make(before, shared) : Ref::borrow(Py_None);
   Ref second = make(after, shared);
   return PyTuple_Pack(2, first.get(), second.get());
 }

@@ -188,7 +188,7 @@ bool is_plain(const at::Tensor& tensor, uint8_t dtype) {
          !tensor.is_conj() && !tensor.is_neg();
 }
 
-std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool kept, uint8_t dtype, uint64_t first, uint64_t count,
+std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool staged, uint8_t dtype, uint64_t first, uint64_t count,
                                  uint8_t* destination) {
   const auto type = dtype_of(dtype);
   TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
@@ -201,7 +201,7 @@ std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool kept, uint8_t dt
   }
   const auto from = static_cast<int64_t>(first), length = static_cast<int64_t>(count);
   // Row-major, as it was asked for. The stream of this thread, which is not the job's, knows nothing of it.
-  if (!tensor.device().is_cpu() && kept) return copy_aside(tensor.view({-1}).narrow(0, from, length), destination);
+  if (!tensor.device().is_cpu() && staged) return copy_aside(tensor.view({-1}).narrow(0, from, length), destination);
   if (!tensor.device().is_cpu()) return copy_from_device(tensor, *type, from, length, destination);
   copy_range(tensor, from, at::from_blob(destination, {length}, at::TensorOptions().dtype(*type)));
   return nullptr;

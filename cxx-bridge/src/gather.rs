@@ -73,6 +73,15 @@ impl Ranks {
     }
 }
 
+/// C++ has joined the ranks: hands their communicator to the host.
+pub fn joined(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32) {
+    let Some(host) = host::host() else { return };
+    let ranks = Ranks::new(words, index, size, device);
+    let devices = ranks.takes_devices();
+    // SAFETY: the host leaves the communicator once, through the bridge's table.
+    unsafe { (host.joined)(Box::into_raw(Box::new(ranks)).cast(), index, size, devices) };
+}
+
 /// # Safety
 /// `comm` must be of [`Ranks`] that were not left yet.
 unsafe fn borrow<'a>(comm: *mut c_void) -> &'a Ranks {
@@ -80,9 +89,9 @@ unsafe fn borrow<'a>(comm: *mut c_void) -> &'a Ranks {
     unsafe { &*comm.cast() }
 }
 
-/// Whether it went well; if not, the host is told that there is no communicator any more.
+/// Whether it went well; if not, the host hears that there is no communicator any more.
 fn settled(outcome: Result<(), String>) -> bool {
-    outcome.inspect_err(|why| host::apart(why)).is_ok()
+    outcome.inspect_err(|why| host::per_rank(why)).is_ok()
 }
 
 pub unsafe extern "C" fn exchange(
@@ -104,7 +113,7 @@ pub unsafe extern "C" fn exchange(
 }
 
 pub unsafe extern "C" fn transfer(comm: *mut c_void, moves: *mut tap_abi::Move, count: usize) -> bool {
-    // SAFETY: so many moves, the caller's, live through the call (BridgeTable); so does the communicator.
+    // SAFETY: the caller's `count` moves live through the call (BridgeTable); so does the communicator.
     settled(unsafe { borrow(comm).transfer(std::slice::from_raw_parts_mut(moves, count)) })
 }
 

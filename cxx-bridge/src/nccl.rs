@@ -36,7 +36,7 @@ pub struct Transfer<'a> {
 }
 
 impl Devices {
-    /// Joins all ranks, who tell each other through `words` whether they can, and the first one's id. `None`, on all of
+    /// Joins all ranks, who exchange through `words` whether they can, and the first one's id. `None`, on all of
     /// them, where one cannot.
     pub fn join(words: &Communicator, index: u32, size: u32, device: i32) -> Option<Self> {
         let stand_in = std::env::var(env::TEST_NCCL).ok().filter(|path| !path.is_empty());
@@ -50,7 +50,7 @@ impl Devices {
             _ => Ok(vec![1]),
         });
         // Nothing is the word of a rank that cannot.
-        let mine = ready.inspect_err(tell).unwrap_or_default();
+        let mine = ready.inspect_err(report).unwrap_or_default();
         let heard = words.exchange(&mine).ok()?;
         let first: [u8; 128] = heard.first()?.bytes.as_slice().try_into().ok()?;
         if heard.iter().any(|words| words.bytes.is_empty()) {
@@ -59,7 +59,7 @@ impl Devices {
         let until = Instant::now() + JOINING;
         let on_device = move || bridge::go_aside(device).map(drop).map_err(|e| e.what().to_owned());
         let comm = Comm::join(&nccl.ok()?, first.into(), size as usize, index as usize, until, on_device);
-        let comm = comm.inspect_err(tell).ok();
+        let comm = comm.inspect_err(report).ok();
         // Some may have joined and others not.
         let all = words.exchange(&[u8::from(comm.is_some())]).ok()?;
         let all = all.iter().all(|words| words.bytes == [1]);
@@ -111,6 +111,6 @@ impl Devices {
     }
 }
 
-fn tell(why: &Error) {
+fn report(why: &Error) {
     host::notice(&format!("tensors on devices are not gathered: {why}"));
 }

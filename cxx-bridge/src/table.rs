@@ -17,8 +17,8 @@ use crate::{
     gather, host, pin,
 };
 
-/// A copy that failed is told once; every one is counted.
-static TOLD: AtomicBool = AtomicBool::new(false);
+/// A copy that failed is reported once; every one is counted.
+static REPORTED: AtomicBool = AtomicBool::new(false);
 
 static TABLE: BridgeTable = BridgeTable {
     abi: TAP_ABI,
@@ -27,8 +27,8 @@ static TABLE: BridgeTable = BridgeTable {
     copy,
     wait,
     checksum,
-    keep,
-    discard,
+    stage,
+    release,
     exchange: gather::exchange,
     transfer: gather::transfer,
     cut: gather::cut,
@@ -48,8 +48,7 @@ pub unsafe extern "C" fn flexmodel_bridge_open(table: *const HostTable) -> *cons
         Some(table) if table.abi == TAP_ABI && table.size as usize == size_of::<HostTable>() => table,
         _ => return std::ptr::null(),
     };
-    host::set(table);
-    &TABLE
+    if host::set(table) { &TABLE } else { std::ptr::null() }
 }
 
 unsafe extern "C" fn python_module() -> *mut c_void {
@@ -58,21 +57,21 @@ unsafe extern "C" fn python_module() -> *mut c_void {
 
 unsafe extern "C" fn copy(
     handle: *const c_void,
-    kept: bool,
+    staged: bool,
     dtype: u8,
     first: u64,
     count: u64,
     dst: *mut u8,
 ) -> Copied {
     let failed = Copied { state: CopyState::Failed, ticket: std::ptr::null_mut() };
-    // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc), or one that is kept.
+    // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc), or a staged one.
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return failed };
     // SAFETY: the interposer reserved room for `count` elements at `dst` and keeps it until `wait`.
-    match unsafe { bridge::copy_out(tensor, kept, dtype, first, count, dst) } {
+    match unsafe { bridge::copy_out(tensor, staged, dtype, first, count, dst) } {
         Ok(ticket) if ticket.is_null() => Copied { state: CopyState::Done, ticket: std::ptr::null_mut() },
         Ok(ticket) => Copied { state: CopyState::Pending, ticket: ticket.into_raw().cast() },
         Err(why) => {
-            tell("tensors are dropped", &why);
+            report("tensors are dropped", &why);
             failed
         }
     }
@@ -90,14 +89,14 @@ unsafe extern "C" fn checksum(handle: *const c_void, dtype: u8, out: *mut u32) -
     let count = bridge::elements_of(tensor);
     let mut crc = 0;
     if bridge::is_plain(tensor, dtype) {
-        // SAFETY: a contiguous tensor of this type has so many bytes there, and lives through the call.
+        // SAFETY: a contiguous tensor of this type has `count` elements of `item` bytes there, and lives through the call.
         let bytes = unsafe { std::slice::from_raw_parts(bridge::address_of(tensor) as *const u8, count * item) };
         crc = crc32c::crc32c(if count == 0 { &[] } else { bytes });
     } else {
         let mut chunk = vec![0; count.min(CHUNK) * item];
         for first in (0..count).step_by(CHUNK) {
             let some = (count - first).min(CHUNK);
-            // SAFETY: the chunk takes so many elements, and a copy from the CPU is done when this returns.
+            // SAFETY: the chunk takes `some` elements, and a copy from the CPU is done when this returns.
             if unsafe { bridge::copy_out(tensor, false, dtype, first as u64, some as u64, chunk.as_mut_ptr()) }.is_err()
             {
                 return false;
@@ -110,30 +109,30 @@ unsafe extern "C" fn checksum(handle: *const c_void, dtype: u8, out: *mut u32) -
     true
 }
 
-unsafe extern "C" fn keep(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void {
+unsafe extern "C" fn stage(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void {
     // SAFETY: the handle is the tensor of the tap that is firing (TensorDesc).
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return std::ptr::null_mut() };
-    match bridge::keep(tensor, dtype) {
-        Ok(kept) => {
+    match bridge::stage(tensor, dtype) {
+        Ok(staged) => {
             // SAFETY: the flag is the caller's to be written.
-            unsafe { on_device.write(bridge::is_on_device(&kept)) };
-            kept.into_raw().cast()
+            unsafe { on_device.write(bridge::is_on_device(&staged)) };
+            staged.into_raw().cast()
         }
         Err(why) => {
-            tell("tensors are not gathered", &why);
+            report("tensors are not gathered", &why);
             std::ptr::null_mut()
         }
     }
 }
 
-unsafe extern "C" fn discard(kept: *mut c_void) {
-    // SAFETY: the tensor came from `keep` or `transfer` and is given back once (BridgeTable).
-    drop(unsafe { UniquePtr::from_raw(kept.cast::<Tensor>()) });
+unsafe extern "C" fn release(staged: *mut c_void) {
+    // SAFETY: the tensor came from `stage` or `transfer` and is given back once (BridgeTable).
+    drop(unsafe { UniquePtr::from_raw(staged.cast::<Tensor>()) });
 }
 
 /// Says once what fails.
-fn tell(what: &str, why: &cxx::Exception) {
-    if !TOLD.swap(true, Ordering::Relaxed) {
+fn report(what: &str, why: &cxx::Exception) {
+    if !REPORTED.swap(true, Ordering::Relaxed) {
         host::notice(&format!("{what}: {}", gather::first_line(why)));
     }
 }

@@ -9,7 +9,7 @@ use wire::{
     codes::{Code, EditOp},
     env,
     hooks::Kind,
-    tap_abi::{Call, Firing, HostTable, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI, TensorDesc},
+    tap_abi::{Call, Firing, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI},
 };
 
 use capture::{Capture, engine::Engine};
@@ -23,21 +23,21 @@ pub static HOST: HostTable = HostTable {
     select,
     wants,
     resolved,
-    scope,
+    pass,
     forget,
     microbatches,
     loss_scale,
     stepped,
-    fire,
-    due,
-    taken,
+    triggered,
+    parameter_due,
+    begin_parameter,
     capture,
     edit,
     notice,
     fault,
     plan,
     joined,
-    apart,
+    per_rank,
     finish,
     active,
 };
@@ -86,9 +86,9 @@ unsafe extern "C" fn resolved() {
     engine(Engine::resolved);
 }
 
-unsafe extern "C" fn scope(serial: u64, part: u64, enter: bool, firing: *const Firing) {
+unsafe extern "C" fn pass(serial: u64, part: u64, enter: bool, firing: *const Firing) {
     // SAFETY: the bridge passes a firing that lives through the call.
-    engine(|e| e.pass(serial, part, enter, unsafe { &*firing }));
+    boundary(|capture| capture.pass(serial, part, enter, unsafe { &*firing }));
 }
 
 unsafe extern "C" fn forget(serial: u64) {
@@ -104,10 +104,10 @@ unsafe extern "C" fn loss_scale(scale: f64) {
 }
 
 unsafe extern "C" fn stepped() {
-    engine(Engine::stepped);
+    boundary(Capture::stepped);
 }
 
-unsafe extern "C" fn fire(tap: u32, firing: *const Firing, out: *mut Call) -> bool {
+unsafe extern "C" fn triggered(tap: u32, firing: *const Firing, out: *mut Call) -> bool {
     boundary(|capture| {
         injected_in_tap();
         // SAFETY: the bridge passes a firing that lives through the call.
@@ -118,11 +118,11 @@ unsafe extern "C" fn fire(tap: u32, firing: *const Firing, out: *mut Call) -> bo
     })
 }
 
-unsafe extern "C" fn due(tap: u32, kind: u8) -> bool {
+unsafe extern "C" fn parameter_due(tap: u32, kind: u8) -> bool {
     engine(|e| Kind::from_code(kind).is_some_and(|kind| e.parameter_due(tap, kind)))
 }
 
-unsafe extern "C" fn taken(tap: u32, kind: u8, out: *mut Call) -> bool {
+unsafe extern "C" fn begin_parameter(tap: u32, kind: u8, out: *mut Call) -> bool {
     engine(|e| {
         let Some(call) = Kind::from_code(kind).and_then(|kind| e.begin_parameter(tap, kind)) else {
             return false;
@@ -141,12 +141,9 @@ fn injected_in_tap() {
     }
 }
 
-unsafe extern "C" fn capture(call: *const Call, kind: u8, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>) {
-    boundary(|capture| {
-        let Some(kind) = Kind::from_code(kind) else { return };
-        // SAFETY: the bridge's call and tensor live through this call, and its sizes are ndim long.
-        unsafe { capture.capture(&*call, kind, path, repeat, &*tensor) };
-    });
+unsafe extern "C" fn capture(call: *const Call, leaf: *const Leaf<'_>) {
+    // SAFETY: the bridge's call and leaf live through this call, and the leaf's arrays are as long as it says.
+    boundary(|capture| unsafe { capture.capture(&*call, &*leaf) });
 }
 
 unsafe extern "C" fn edit(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdit {
@@ -187,7 +184,7 @@ unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, devices: b
     }
 }
 
-unsafe extern "C" fn apart(why: Str<'_>) {
+unsafe extern "C" fn per_rank(why: Str<'_>) {
     // SAFETY: the string lives through the call.
     boundary(|capture| capture.gather().per_rank(unsafe { why.get() }));
 }

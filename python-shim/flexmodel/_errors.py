@@ -1,6 +1,6 @@
 """The errors of the reader. Each message is one line that names the place, the reason and the way out."""
 
-from ._text import safe
+from ._native import safe
 
 
 class RunError(ValueError):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-KINDS = ("forward", "forward_pre", "backward", "backward_pre", "param", "grad")
-"""Every kind of record, in the order of `Kind` in `wire/src/hooks`."""
+from . import _native
 
+KINDS = tuple(_native.kinds())
+"""Every kind of record, in the order of their codes."""
 
 class Identity(NamedTuple):
     """What tells one record from every other. The parts of a record share it."""
@@ -223,3 +224,18 @@ class RunInfo:
     owners: tuple[Owners, ...] = ()
     notices: tuple[str, ...] = ()
     totals: Totals = Totals()
+
+
+def run_info(raw: dict[str, Any]) -> RunInfo:
+    """From what the reader took of `run.json`."""
+    models = tuple([ModelInfo(model["model"], tuple(map(_module, model["modules"]))) for model in raw["models"]])
+    owners = tuple([Owners(own["model"], tuple(own["ranks"]), tuple(own["modules"])) for own in raw["owners"]])
+    return RunInfo(**{
+        **raw, "command": tuple(raw["command"]), "models": models, "owners": owners,
+        "notices": tuple(raw["notices"]), "totals": Totals(**raw["totals"]),
+    })  # fmt: skip
+
+
+def _module(raw: dict[str, Any]) -> ModuleInfo:
+    kinds = tuple([kind for bit, kind in enumerate(KINDS) if raw["kinds"] >> bit & 1])
+    return ModuleInfo(raw["name"], raw["class"], kinds)

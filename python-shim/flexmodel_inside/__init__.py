@@ -2,31 +2,30 @@
 
 | file | does |
 |---|---|
-| `imports.py` | tells when a module of torch has been imported |
-| `patches.py` | everything that we replaced in torch, which can be listed and undone |
-| `faults.py` | what one parameter, module or tensor costs that raises |
-| `family.py` | knows every module from construction on, and which are in no other |
+| `imports.py` | calls back when the job has imported a module |
+| `patches.py` | lists and undoes everything that we replaced in torch and others |
+| `faults.py` | has one parameter, module or tensor that raises cost itself alone |
+| `discovery.py` | finds models when they are first called |
+| `module_registry.py` | knows every live module from construction on, and which are roots |
+| `naming.py` | the names the user wrote, without those of wrappers; the one walk through a model |
+| `frameworks/` | what each framework says of a model: one file each |
+| `mesh.py` | the axes along which a job distributes a model |
+| `layouts.py` | how a tensor lies along them |
+| `orders.py` | where modules say that the batch is |
+| `tapping.py` | puts taps on modules |
 | `hooks.py` | our hooks on modules, and who must not see them |
+| `parameters.py` | the pieces of parameters and gradients that this process holds, and their taps |
+| `steps.py` | what the step of an optimizer is given |
+| `compiled.py` | what our hooks are in graphs of torch.compile |
 | `compiler.py` | has torch.compile know our operations, and mends what it does wrong with them |
 | `caches.py` | keeps what of ours is in graphs out of what others load |
-| `compiled.py` | what these hooks are in graphs of torch.compile |
-| `alike.py` | makes modules that may share a graph alike in their hooks |
-| `naming.py` | the names the user wrote, without those of wrappers |
-| `wrappers.py` | how the job wraps a model |
-| `mesh.py` | the axes along which it distributes a model |
-| `layouts.py` | how a tensor lies along them, where torch knows |
-| `contexts.py` | how torch's context parallelism cuts sequences |
-| `pipelines.py` | the stages of pipelines, and their microbatches |
-| `parameters.py` | the pieces of parameters and gradients that this process holds |
-| `steps.py` | what the step of an optimizer is given |
-| `models.py` | finds models when they are first called, and taps them |
+| `uniform_hooks.py` | gives modules that may share a graph the same hooks |
 | `communicators.py` | a communicator of our own, to gather tensors |
-| `scaling.py` | by how much the job scales losses |
 | `ranks.py` | who this process is |
 
 It decides nothing that Rust decides too: which modules are tapped, and what a tap does, is asked of the interposer.
-What one of many raises costs that one (`faults.py`). Any other exception in here turns taps off in this process; the
-job goes on.
+What one of many raises costs that one (`faults.py`). Any other exception in here turns taps off in this process, and
+undoes what we replaced; the job goes on.
 """
 
 from __future__ import annotations
@@ -48,21 +47,9 @@ def start(bridge: Any) -> None:
     sys.modules[bridge.__name__] = bridge
 
     def watch() -> None:
-        from . import contexts, layouts, mesh, pipelines
-        from .models import Models
-        from .ranks import JOINING
-        from .scaling import DEEPSPEED
+        from .discovery import Discovery
 
-        models = Models(bridge)
-        models.watch()
-        imports.when_imported(["torch._dynamo"], guarded(bridge, models.dynamo_is_here))
-        imports.when_imported([mesh.MODULE], guarded(bridge, models.meshes_are_here))
-        imports.when_imported([layouts.MODULE], guarded(bridge, models.dtensor_is_here))
-        imports.when_imported([contexts.MODULE], guarded(bridge, models.contexts_are_here))
-        imports.when_imported([pipelines.TORCH], guarded(bridge, models.pipelining_is_here))
-        imports.when_imported([pipelines.MEGATRON], guarded(bridge, models.megatron_is_here))
-        imports.when_imported([DEEPSPEED], guarded(bridge, models.deepspeed_is_here))
-        imports.when_imported(JOINING, guarded(bridge, models.distributed_is_here))
+        Discovery(bridge).watch()
 
     imports.when_imported(["torch.nn.modules.module", "torch.optim.optimizer"], guarded(bridge, watch))
 

@@ -7,7 +7,7 @@ everywhere. Here are the caches that are asked before there is a graph, by a key
 | cache | |
 |---|---|
 | torch's precompiled packages (`torch._dynamo.config.caching_precompile`) | have the job's hooks in their keys |
-| vLLM's compiled graphs and models | have them too, as one of its factors |
+| vLLM's compiled graphs and models | have them too, as one of its factors (`frameworks/vllm.py`) |
 | functions compiled ahead of time (`aot_compile`), where the job chooses the place | are made without our hooks |
 """
 
@@ -35,26 +35,35 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 class Caches:
     """The caches of a process in which torch.compile knows our operations.
 
-    `settle` puts hooks in place that modules still lack, and `modules` are all there are.
+    `settle` puts hooks in place that modules still lack, and `modules` are all there are. `guarded` makes of a function
+    one that turns taps off where it raises.
     """
 
-    def __init__(self, bridge: Any, settle: Callable[[], object], modules: Callable[[], Iterable[nn.Module]]) -> None:
+    def __init__(
+        self,
+        bridge: Any,
+        settle: Callable[[], object],
+        modules: Callable[[], Iterable[nn.Module]],
+        guarded: Callable[..., Any],
+    ) -> None:
         self._bridge = bridge
-        self._settle = settle
+        self._settle = guarded(settle)
+        self._guarded = guarded
         self._modules = modules
         self._text = os.environ.get("FLEXMODEL_HOOKS", "")
         # Whether what is compiled ahead of time goes to places of which we are a part.
-        self._keyed = False
+        self.is_keyed = False
+        # What is to be in a key; None where nothing can be tapped.
+        self.key: Callable[[], str | None] = guarded(self._key)
         self._said = False
 
-    def watch(self, guarded: Callable[[Any], Any]) -> None:
+    def watch(self) -> None:
         """Follow each of them, once it is imported."""
         for name, watch in (
             ("torch._dynamo.package", self._follow_packages),
             ("torch._dynamo.aot_compile", self._follow_ahead_of_time),
-            ("vllm.envs", self._follow_vllm),
         ):
-            imports.when_imported([name], guarded(lambda watch=watch: watch(guarded)))
+            imports.when_imported([name], self._guarded(watch))
 
     @functools.cached_property
     def _ours(self) -> str:
@@ -63,62 +72,42 @@ class Caches:
         for name in _OPERATIONS:
             digest.update(str(getattr(torch.ops.flexmodel, name).default._schema).encode())
         digest.update(str(self._bridge.call_words).encode())
-        for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
     def _key(self) -> str | None:
-        """What is to be in a key; None where nothing can be tapped."""
         return self._ours if self._bridge.active() else None
 
-    def _follow_packages(self, guarded: Callable[[Any], Any]) -> None:
+    def _follow_packages(self) -> None:
         """They are looked up by the name of a function, when that is decorated: it may then call models that are yet to
         be made."""
-        key = guarded(self._key)
-
         def keyed(original: Any) -> Any:
             def source_id_from_fn(*args: Any, **kwargs: Any) -> str:
-                found, ours = original(*args, **kwargs), key()
+                found, ours = original(*args, **kwargs), self.key()
                 return found if ours is None else hashlib.sha256(f"{found} {ours}".encode()).hexdigest()
 
             return source_id_from_fn
 
         wrap(torch._dynamo.package.CompilePackage, "source_id_from_fn", keyed)
 
-    def _follow_vllm(self, guarded: Callable[[Any], Any]) -> None:
-        """Its keys are digests of its settings, and of the files that torch.compile read."""
-        import vllm.envs
-
-        key = guarded(self._key)
-
-        def keyed(original: Any) -> Any:
-            def compile_factors(*args: Any, **kwargs: Any) -> Any:
-                factors, ours = original(*args, **kwargs), key()
-                return factors if ours is None else {**factors, "FLEXMODEL": ours}
-
-            return compile_factors
-
-        wrap(vllm.envs, "compile_factors", keyed)
-        self._keyed = True
-
-    def _follow_ahead_of_time(self, guarded: Callable[[Any], Any]) -> None:
+    def _follow_ahead_of_time(self) -> None:
         """What is saved there is loaded where we are not."""
         ahead = torch._dynamo.aot_compile
-        settle, tell = guarded(self._settle), guarded(self._tell)
 
         def hiding(original: Any) -> Any:
             def aot_compile_fullgraph(*args: Any, **kwargs: Any) -> Any:
-                settle()
-                with _hidden([] if self._keyed else self._modules()):
+                self._settle()
+                with _hidden([] if self.is_keyed else self._modules()):
                     return original(*args, **kwargs)
 
             return aot_compile_fullgraph
 
         wrap(ahead, "aot_compile_fullgraph", hiding)
-        follow(ahead.AOTCompiledFunction, "__post_init__", guarded, after=lambda *_: tell())
+        follow(ahead.AOTCompiledFunction, "__post_init__", self._guarded, after=lambda *_: self._tell())
 
     def _tell(self) -> None:
-        if self._bridge.active() and not self._keyed and not self._said:
+        if self._bridge.active() and not self.is_keyed and not self._said:
             self._said = True
             self._bridge.notice(
                 "modules inside what is compiled ahead of time (aot_compile) are not captured, since that is saved for "

@@ -1,8 +1,8 @@
 """A communicator of our own among the ranks of a job, for `assemble=collective`.
 
-It shares nothing with the job's: the ranks meet under a prefix of ours in the store of `init_process_group`, over
-a connection of our own to it. A thread waits there until all of them have come, and with the same hooks: whoever is not
-there, or has other hooks, is named, and there is no communicator. Only then is one made, which no rank waits for long.
+It shares nothing with the job's. The ranks meet under a prefix of ours in the store of `init_process_group`, over a
+connection of our own. A thread waits until all of them are there with the same hooks. If a rank is missing or has other
+hooks, it is named and there is no communicator. Otherwise one is made, with a bound on how long that takes.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Communicators:
         group = c10d._get_default_group()
         if self._group is not None:
             if group is not self._group():
-                self._bridge.apart("the job made another process group")
+                self._bridge.per_rank("the job made another process group")
             return
         self._group = weakref.ref(group)
         try:
             store = c10d.PrefixStore(_PREFIX, c10d._get_default_store().clone())
         except Exception as e:
-            self._bridge.apart(_failed(e))
+            self._bridge.per_rank(_failed(e))
             return
         meeting = (store, c10d.get_rank(), c10d.get_world_size(), f"{zlib.crc32(plan.encode()):08x}", _device())
         self._thread = threading.Thread(target=self._meet, args=meeting, name="flexmodel-join", daemon=True)
@@ -77,9 +77,9 @@ class Communicators:
                 gloo.set_timeout(_OPERATION)
                 self._bridge.joined(gloo, rank, world, device)
             else:
-                self._bridge.apart(why)
+                self._bridge.per_rank(why)
         except Exception as e:
-            self._bridge.apart(_failed(e))
+            self._bridge.per_rank(_failed(e))
 
     def _absent(self, store: Any, rank: int, world: int, plan: str) -> str | None:
         """Why there can be no communicator: None if there can, nothing if it was too late for one."""

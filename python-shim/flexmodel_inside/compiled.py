@@ -3,7 +3,7 @@
 A hook that runs is a C callable. While torch.compile traces, it is this Python instead, which becomes operations in the
 graph (`cxx-bridge/cpp/operations.cc`). Blocks of one class share one graph, so whatever differs between them is no
 constant in it: a hook's number is a tensor, our hooks are under the same keys in every module, and where any module of
-a class has a tap, the others have a hook without one (`alike.py`).
+a class has a tap, the others have a hook without one (`uniform_hooks.py`).
 
 Methods of hooks are what torch.compile reads; it puts the functions that they call into its graph as they are, and
 runs these when it knows what a DTensor is made of, and what autograd's graph is.

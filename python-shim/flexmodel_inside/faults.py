@@ -1,7 +1,7 @@
-"""What one parameter, module or tensor costs that raises when it is looked at: itself, and nothing else.
+"""A parameter, module or tensor that raises when we look at it is left out, and nothing else is.
 
-Whoever goes through many of them has each looked at by `Faults.of`, or by a function that `Faults.guard` made: what
-raises is told by its name, once, with the reason, and the others go on.
+Code that goes through many of them looks at each by `Faults.of`, or by a function that `Faults.guard` made: what raises
+is reported by its name, once, with the reason, and the others go on.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-# Faults that are told one by one.
-_TOLD_EACH = 20
-# Characters of a reason that are told.
+# Faults that are reported one by one.
+_REPORTED = 20
+# Characters of a reason that are reported.
 _LONGEST = 300
 # What ends a process.
 _ENDING = (KeyboardInterrupt, SystemExit)
 
 
 class Faults:
-    """Tells every fault once."""
+    """Reports every fault once."""
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
-        self._told: set[tuple[str, str]] = set()
-        bridge.faults_with(reason, self.tell)
+        self._reported: set[tuple[str, str]] = set()
+        bridge.faults_with(reason, self.report)
 
     def of(self, name: str, function: Callable[..., Any], *args: Any, otherwise: Any = None) -> Any:
-        """What `function` returns, or `otherwise` if it raises; then `name` says to the user what that was about."""
+        """What `function` returns, or `otherwise` if it raises; `name` tells the user what it was about."""
         try:
             return function(*args)
         except BaseException as e:
             why = reason(e)
             if why is None:
                 raise
-            self.tell(name, why)
+            self.report(name, why)
             return otherwise
 
     def guard(self, function: Callable[..., Any], name: str = "") -> Callable[..., Any]:
-        """`function`, which takes positional arguments, so that it gives None where it raises."""
+        """A function that does the same, takes positional arguments alone, and gives None where it would raise."""
         name = name or getattr(function, "__qualname__", repr(function))
 
         @functools.wraps(function)
@@ -48,18 +48,18 @@ class Faults:
 
         return call
 
-    def tell(self, name: str, why: str) -> None:
-        """Says that something is not captured, or not as it could be."""
-        if (name, why) in self._told or len(self._told) > _TOLD_EACH:
+    def report(self, name: str, why: str) -> None:
+        """Something is not captured, or not as it could be."""
+        if (name, why) in self._reported or len(self._reported) > _REPORTED:
             return
-        self._told.add((name, why))
-        more = len(self._told) > _TOLD_EACH
-        self._bridge.notice("more has raised like that, and is not told of" if more else f"{name}: {why}")
+        self._reported.add((name, why))
+        more = len(self._reported) > _REPORTED
+        self._bridge.notice("further faults like these are not reported" if more else f"{name}: {why}")
 
 
 def reason(e: BaseException) -> str | None:
-    """Why something failed, in a line; None if it did not, and the exception is the job's: what ends the process, and
-    whatever a handler of its signals raised, which may have come while our code ran."""
+    """Why something failed, in a line. None if the exception is the job's: what ends the process, and what a handler of
+    its signals raised, which may have run while our code did."""
     if isinstance(e, _ENDING) or _is_of_a_signal(e):
         return None
     try:
@@ -83,7 +83,7 @@ def _is_of_a_signal(e: BaseException) -> bool:
 
 
 def _code_of(handler: Any) -> Any:
-    """What runs where a signal is handled; None if that is not Python."""
+    """The code of a signal handler; None if that is not Python."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     function = getattr(handler, "__func__", handler)

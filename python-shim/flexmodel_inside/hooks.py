@@ -1,4 +1,4 @@
-"""Hooks of ours on a module: told apart from the job's, taken out, and kept from what copies and compiles modules."""
+"""Our hooks on modules: how to recognize and remove them, and what keeps them out of copies, pickles and torch.jit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
 
 
 class Traceable:
-    """A hook where torch.compile cannot have it in its graphs: nothing while it traces."""
+    """A hook for a torch whose graphs cannot have ours: it does nothing while torch.compile traces."""
 
     __name__ = "flexmodel"
 
@@ -37,7 +37,7 @@ class Traceable:
 
 
 def is_ours(hook: Any) -> bool:
-    """Also what ours became in a copy."""
+    """Whether a hook is ours, or what ours became in a copy."""
     home = type(hook).__module__
     return (isinstance(home, str) and home.partition(".")[0] == __package__) or _is_copied(hook)
 
@@ -48,13 +48,13 @@ def _is_copied(hook: Any) -> bool:
 
 
 def are_ours(module: nn.Module) -> bool:
-    """Whether all hooks of the module are."""
+    """Whether all hooks of a module are ours."""
     return all(is_ours(hook) for name in _KINDS for hook in own(module, name, {}).values())
 
 
 def drop_strays(module: nn.Module) -> None:
-    """Takes out what our hooks become in a copy, and those of another module that were moved here, as torch does where
-    it fuses or converts modules: they do nothing, and there would be ever more."""
+    """Removes what our hooks became in a copy, and those that torch moved here from a module that it fused or
+    converted. They do nothing, and every further copy would add to them."""
     for name in _KINDS:
         hooks = own(module, name, {})
         for key in [key for key, hook in hooks.items() if _is_copied(hook) or (is_ours(hook) and not _is_our_key(key))]:
@@ -66,7 +66,7 @@ def _is_our_key(key: Any) -> bool:
 
 
 def put(module: nn.Module, name: str, key: int, hook: Any, always_call: bool = False) -> None:
-    """Has `hook` called last of those in the attribute `name`, under a key of ours (`compiled.py` says why)."""
+    """Adds `hook` as the last one in the attribute `name`, under a key of ours (`compiled.py` says why)."""
     if own(module, name, {}).get(key) is None:
         # Torch's own, whatever the module's class made of it.
         after = name == "_forward_hooks"
@@ -82,13 +82,13 @@ def put(module: nn.Module, name: str, key: int, hook: Any, always_call: bool = F
 
 
 def drop(module: nn.Module, name: str, key: int) -> None:
-    """Takes out the hook that is under `key` in the attribute `name`."""
+    """Removes the hook under `key` in the attribute `name`."""
     for kind in (name, *_KINDS[name]):
         own(module, kind, {}).pop(key, None)
 
 
 def drop_all(modules: Iterable[nn.Module]) -> None:
-    """Takes out every hook of ours."""
+    """Removes every hook of ours."""
     for module in modules:
         for name in _KINDS:
             for key in [key for key, hook in own(module, name, {}).items() if is_ours(hook)]:
@@ -96,16 +96,16 @@ def drop_all(modules: Iterable[nn.Module]) -> None:
 
 
 def keep_from_copies(guard: Callable[..., Any]) -> None:
-    """What is pickled or copied of a module is without our hooks, and works where there is no FlexModel.
+    """Leave our hooks out of pickles and copies of modules, which then work where there is no FlexModel.
 
-    A class that says by itself how it is copied may take them along: `drop_strays` is for these.
+    A class that defines by itself how it is copied may take them along: `drop_strays` is for these.
     """
     replace(nn.Module, "__reduce_ex__", _Reducing(guard(_without_ours)))
 
 
 class _Reducing:
-    """Gives what would be found without it: `nn.Module` has no way of its own to be reduced, so that it is the one of
-    whatever comes behind it in the order of the classes. Ours are taken out of what that returns."""
+    """Finds the method that would be found without it, and removes our hooks from what that returns. `nn.Module` has
+    none itself, so it is that of the next class in the method resolution order."""
 
     def __init__(self, clean: Callable[[Any], Any]) -> None:
         self._clean = clean
@@ -126,7 +126,7 @@ class _Reducing:
 
 
 def _without_ours(value: Any) -> Any:
-    """`value` with our hooks in no state of a module in it, be it the state or in a tuple; itself if there are none."""
+    """A module's state, or a tuple with one in it, without our hooks; `value` itself if it has none."""
     if type(value) is tuple:
         parts = tuple(map(_without_ours, value))
         return value if all(map(_same, parts, value)) else parts
@@ -171,7 +171,7 @@ def hide_from_jit(guard: Callable[..., Any]) -> None:
 
 
 def _others_only(module: Any) -> dict[str, Any]:
-    """Has a module have hooks of others alone, and returns what it had, by the attribute."""
+    """Gives a module the hooks of others alone, and returns those that it had, by attribute."""
     had = {name: hooks for name in _KINDS if (hooks := own(module, name, None))}
     theirs = {name: type(hooks)((k, h) for k, h in hooks.items() if not is_ours(h)) for name, hooks in had.items()}
     for name, hooks in theirs.items():

@@ -1,8 +1,8 @@
-"""Tells when modules have been imported, without taking part in importing them.
+"""Calls back when modules have been imported, without taking part in importing them.
 
 Python walks `sys.meta_path` while it asks our finder, and so may other threads: an entry taken out then makes it pass
 over the next one. So our finder goes in once, at the front, and stays; it is never moved or removed. The job may do so:
-then `look` tells the same, a little later.
+then `look` calls back a little later.
 """
 
 from __future__ import annotations

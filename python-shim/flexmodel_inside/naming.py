@@ -1,8 +1,8 @@
-"""Canonical names: those of the model as its author wrote it, whatever wrapped it since."""
+"""Canonical names, of the model as its author wrote it, without those of wrappers; and the one walk through a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
 from typing import Any
 
 import torch
@@ -10,24 +10,20 @@ from torch import nn
 
 from .faults import reason
 
-# Children whose name alone says that they are the wrapped module.
-_PRIVATE = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+# What the adapters in `frameworks` say of their names (`Adapter` describes each). They say it before they are present:
+# names must not depend on what has been imported already.
+_PRIVATE: set[str] = set()
+_WRAPPERS: set[tuple[str, str]] = set()
+_NUMBERED: set[tuple[str, str]] = set()
+_SUBCLASS_PREFIXES: set[str] = set()
 
-# Classes whose child `module` is the wrapped module. A child of that name in any other class is the author's.
-_WRAPPERS = {
-    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
-    ("torch.nn.parallel.data_parallel", "DataParallel"),
-    ("torch.optim.swa_utils", "AveragedModel"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine"),
-    ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel"),
-    ("megatron.core.transformer.module", "Float16Module"),
-}
 
-# Classes whose `layer_number`, from 1, counts the layers of the whole model, of which there may be a stage here.
-_NUMBERED = {("megatron.core.transformer.module", "MegatronModule")}
-
-# What torch puts before a class's name when it swaps in a subclass.
-_SUBCLASS_PREFIXES = ("FSDP", "DDP", "Parametrized")
+def know(adapter: Any) -> None:
+    """Take in what an adapter says of names."""
+    _PRIVATE.update(adapter.private_children)
+    _WRAPPERS.update(adapter.wrappers)
+    _NUMBERED.update(adapter.numbered)
+    _SUBCLASS_PREFIXES.update(adapter.subclass_prefixes)
 
 
 def own(module: nn.Module, name: str, default: Any) -> Any:
@@ -50,19 +46,19 @@ def stored(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def is_module(value: object) -> bool:
-    """Whether it is a module. By its type: what it says of its class is the job's own."""
+    """Whether it is a module, by its type: `__class__` is the job's to define."""
     return issubclass(type(value), nn.Module)
 
 
 def held_by(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that it holds, whatever they are, and their names in it."""
+    """Its children, by their names in it."""
     children = own(module, "_modules", {}).items()
     return [(key, child) for key, child in children if is_module(child)]
 
 
 def all_in(top: nn.Module) -> list[nn.Module]:
-    """It and every module below it, whatever they are, parents first. Never by `modules()`: a class of the job may have
-    replaced that by something of its own, as it may every other method."""
+    """It and every module below it, parents first. Never by `modules()`: a class of the job may have overridden that,
+    as it may every other method."""
     found: dict[int, nn.Module] = {}
     stack = [top]
     while stack:
@@ -71,13 +67,6 @@ def all_in(top: nn.Module) -> list[nn.Module]:
             found[id(module)] = module
             stack.extend(child for _, child in reversed(held_by(module)))
     return list(found.values())
-
-
-def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Those that can be tapped. Modules of torch.jit take no hooks, and run what they hold outside of Python."""
-    if is_scripted(module):
-        return []
-    return [(key, child) for key, child in held_by(module) if not is_scripted(child)]
 
 
 def is_scripted(module: nn.Module) -> bool:
@@ -118,27 +107,37 @@ def authored_class(module: nn.Module) -> type:
     return cls
 
 
-def named(top: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Canonical name and module for all of a model, parents first; the model itself is ''.
+def walk(top: nn.Module) -> list[tuple[str | None, nn.Module]]:
+    """Every module of a model, once, with its canonical name, parents first; the model itself is ''.
 
-    A module that is there twice has its first name. A layer of megatron-core's has the number that it has in the whole
-    model, of which this may be a stage.
+    Wrappers have no name, nor has what only a wrapper or a module of torch.jit holds. A module that is there twice has
+    its first name. A layer that knows its number in the whole model, of which this may be a stage, has that.
     """
-    seen: set[int] = set()
-    stack = [("", authored(top))]
+    found: dict[int, tuple[str | None, nn.Module]] = {}
+    stack: list[tuple[str | None, nn.Module]] = [("", top)]
+    children: list[tuple[str | None, nn.Module]]
     while stack:
         name, module = stack.pop()
-        if id(module) in seen:
+        inner = unwrapped(module)
+        known = found.get(id(module))
+        # A wrapper passes its name on. A module may be met without a name first.
+        if known is not None and (name is None or known[0] is not None):
             continue
-        seen.add(id(module))
-        yield name, module
-        children = [(f"{name}.{key}" if name else key, authored(child)) for key, child in _numbered(module)]
+        found[id(module)] = (name if inner is None else None, module)
+        if inner is not None:
+            others = [(None, child) for _, child in held_by(module) if child is not inner]
+            children = [(name, inner), *others]
+        elif name is None or is_scripted(module):
+            children = [(None, child) for _, child in held_by(module)]
+        else:
+            children = [(f"{name}.{key}" if name else key, child) for key, child in _numbered(module)]
         stack.extend(reversed(children))
+    return list(found.values())
 
 
 def _numbered(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Its children that can be tapped, megatron-core's layers under their numbers, from 0, in the whole model."""
-    children = children_of(module)
+    """Its children, layers that know their number under that, from 0."""
+    children = held_by(module)
     if type(module) is not nn.ModuleList:
         return children
     layers = [authored(child) for _, child in children]
@@ -146,6 +145,12 @@ def _numbered(module: nn.Module) -> list[tuple[str, nn.Module]]:
     if not all(type(number) is int and number > 0 for number in numbers) or len(set(numbers)) < len(numbers):
         return children
     return [(str(number - 1), child) for number, (_, child) in zip(numbers, children, strict=True)]
+
+
+def is_instance(value: object, module: str, name: str) -> bool:
+    """Whether `value` is of a class that may not be imported."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and issubclass(type(value), cls)
 
 
 def _is_of(module: nn.Module, classes: set[tuple[str, str]]) -> bool:
@@ -165,7 +170,7 @@ def holders(modules: list[nn.Module], wanted: list[nn.Module]) -> list[nn.Module
     """Those of a model's `modules` that have one of `wanted` anywhere below them."""
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
-        for _, child in children_of(module):
+        for _, child in held_by(module):
             parents.setdefault(id(authored(child)), []).append(module)
     found: set[int] = set()
     stack = [id(module) for module in wanted]

@@ -5,22 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
-
-from .patches import follow, replace
 
 # wire::env::RANK_PROCESS.
 _RANK_PROCESS = "FLEXMODEL_RANK_PROCESS"
-
-# Where torch has the function by which a process becomes a rank.
-JOINING = ("torch.distributed", "torch.distributed.distributed_c10d", "torch.distributed.device_mesh")
 
 
 def rank_and_world() -> tuple[int, int] | None:
     """Global rank and number of ranks; None for a helper process of the job, such as a DataLoader worker.
 
-    A process that multiprocessing started inherits its parent's environment, so only torch.distributed can tell
+    A process that multiprocessing started inherits its parent's environment, so only torch.distributed knows
     whether it is a rank.
     """
     if _joined():
@@ -57,17 +50,6 @@ def started_by_rank(world: int) -> int | None:
         return None
     made_rank = os.environ.get("RANK", "") != its_rank or (multiprocessing.parent_process() is not None and _joined())
     return None if size == 1 and made_rank else pid
-
-
-def tell_joined(guard: Callable[..., Any], then: Callable[[], object]) -> None:
-    """Call `then` whenever this process has become a rank. The modules `JOINING` must be imported."""
-    first: Any
-    first, *others = map(sys.modules.__getitem__, JOINING)
-    original = first.init_process_group
-    follow(first, "init_process_group", guard, after=lambda *_: then())
-    for module in others:
-        if getattr(module, "init_process_group", None) is original:
-            replace(module, "init_process_group", first.init_process_group)
 
 
 def _joined() -> bool:

@@ -1,7 +1,7 @@
-"""What the step of an optimizer is given: whether there is a closure, which computes the gradients that it uses.
+"""The closure of an optimizer's step, which computes the gradients that the step uses.
 
-That is what its parameter `closure` is given, if it can be called. A step that takes whatever comes, to hand it on, has
-it where torch's optimizers have it, first. Nothing else is a closure, be it called in the step or not.
+It is the argument for the parameter `closure`, if that is callable. A step that takes any arguments and hands them on
+has it where torch's optimizers have it, first. Nothing else is a closure, even if the step calls it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ use flexmodel_run::{Options, Run, Store};
 use libfuzzer_sys::arbitrary::{self, Arbitrary, Result, Unstructured};
 use tokio::runtime::{Builder, Runtime};
 use wire::{
-    control::{CONTROL_VERSION, Hello, ModuleInfo, ToAgent, encode},
+    control::{Answer, CONTROL_VERSION, Hello, ModuleInfo, ToAgent, encode},
     dtype::DType,
     env::OnFull,
     record::{Axis, Place, RecordMeta},
@@ -153,6 +153,7 @@ enum Act {
     Another { lies: bool, with: Brings },
     Lost { rank: u8, count: u64 },
     Bye,
+    Answer { id: u8, revision: u64, clauses: u16 },
     Garbage { bytes: Vec<u8> },
     Giant { claims: u32 },
     Half,
@@ -226,6 +227,10 @@ impl Other {
                 (0..times).try_for_each(|n| self.say(&ToAgent::Notice(format!("{text}{n}").repeat(times.into()))))
             }
             Act::Bye => self.say(&ToAgent::Bye),
+            Act::Answer { id, revision, clauses } => {
+                let clauses = (0..clauses % 2000).map(|n| n.to_string()).collect();
+                self.say(&ToAgent::Answer { id: id.into(), answer: Answer::Plan { revision, clauses } })
+            }
             Act::Garbage { bytes } => self.send(&bytes),
             Act::Giant { claims } => self.send(&claims.to_le_bytes()),
             Act::Half => self.send(&bytes(&ToAgent::Notice("half".into()))[..6]),

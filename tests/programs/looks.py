@@ -15,9 +15,19 @@ def select(serial, entries, *_about) -> tuple[list, list]:
     return [], []
 
 
+class Codes(types.ModuleType):
+    """Stands for the bridge's module, which has codes as constants."""
+
+    def __getattr__(self, name: str) -> int:
+        if not name.isupper():
+            raise AttributeError(name)
+        return self.__dict__.setdefault(name, len(self.__dict__))
+
+
 def watch(home: str) -> None:
     sys.path.insert(0, home)
-    from flexmodel_inside.models import Models
+    sys.modules["flexmodel_inside._bridge"] = Codes("flexmodel_inside._bridge")
+    from flexmodel_inside.discovery import Discovery
 
     def nothing(*_about) -> None:
         pass
@@ -25,7 +35,7 @@ def watch(home: str) -> None:
     names = ("forget", "resolved", "stepped", "finish", "faults_with", "describe_with", "take_with", "wants", "plan")
     told = {"fault": print, "notice": print}
     bridge = types.SimpleNamespace(select=select, active=lambda: True, **told, **dict.fromkeys(names, nothing))
-    Models(bridge).watch()
+    Discovery(bridge).watch()
 
 
 def say(what: str) -> None:

@@ -99,8 +99,8 @@ class Secret(nn.Parameter):
     """An attribute that raises."""
 
     @property
-    def ds_tensor(self):
-        raise Rude("ds_tensor")
+    def tensor_model_parallel(self):
+        raise Rude("tensor_model_parallel")
 
 
 class Wrapper(torch.Tensor):

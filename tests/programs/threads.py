@@ -1,4 +1,4 @@
-"""Several threads that run a model each, all at once: `threads.py THREADS CALLS ROWS [STOP]`, and waits until STOP is there.
+"""Several threads that run a model each, all at once: `threads.py THREADS CALLS ROWS [STOP]`; waits for STOP.
 
 Without a number of calls, which is 0, the threads go on until STOP is there, and each rank prints how many it made.
 What a model returns tells the rank, the thread and the call: see `value`.

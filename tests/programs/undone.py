@@ -87,13 +87,13 @@ def train(compiled: bool) -> int:
 
 def fail() -> None:
     """The next look at models raises."""
-    models = inside("models")
-    if models is not None:
+    discovery = inside("discovery")
+    if discovery is not None:
 
         def broken() -> None:
             raise LookupError("broken by the test")
 
-        models.rank_and_world = broken
+        discovery.rank_and_world = broken
 
 
 def count_followers() -> list[str]:

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, with parameters really partitioned in stage 3: `zero.py 1|2|3`."""
+"""DeepSpeed ZeRO, with parameters really partitioned in stage 3: `zero.py 1|2|3...`, one after another."""
 
 import sys
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 
-def main(stage: int, steps: int = 3) -> None:
+def train(stage: int, steps: int = 3) -> None:
     model = tiny.build()
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -35,6 +35,11 @@ def main(stage: int, steps: int = 3) -> None:
     engine.destroy()
 
 
+def main(*stages: int) -> None:
+    for stage in stages:
+        train(stage)
+
+
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
-    parallel.launch(main, int(sys.argv[1]))
+    parallel.launch(main, *map(int, sys.argv[1:]))

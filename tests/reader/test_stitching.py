@@ -54,6 +54,24 @@ def test_what_the_nodes_say_is_told_of_the_job(tmp_path: Path):
     assert flexmodel.open(job).info.finished_ns is None, "one node is not finished"
 
 
+@pytest.mark.parametrize(
+    ("codes", "job"), [((0, 0), 0), ((0, None), None), ((None, 0), None), ((None, 3), 3), ((0, 3), 3), ((4, 3), 4)]
+)
+def test_a_job_went_well_if_all_nodes_are_known_to_have(tmp_path: Path, codes: tuple, job: int | None):
+    folder, *nodes = _job(tmp_path)
+    for node, code in zip(nodes, codes, strict=True):
+        node.info(**INFO, exit_code=code)
+    assert flexmodel.open(folder).info.exit_code == job
+
+
+def test_a_record_that_lies_on_two_nodes_is_counted_once(tmp_path: Path):
+    folder, *nodes = _job(tmp_path)
+    for node in nodes:
+        node.info(**INFO, totals={"records": 2, "parts": 4})
+    totals = flexmodel.open(folder).info.totals
+    assert (totals.records, totals.parts) == (2, 8)
+
+
 def test_a_running_job_of_two_nodes_is_read_as_it_writes(tmp_path: Path):
     job, a, b = _job(tmp_path)
     run = flexmodel.open(job)

@@ -76,7 +76,7 @@ pub enum Role {
     #[default]
     Other = 3,
     /// As [`Role::Data`], but nothing says so: the job wraps the model in nothing and names no mesh.
-    Supposed = 4,
+    Assumed = 4,
     /// Members have modules of their own, so it is no axis of a tensor, and never reaches the engine.
     Pipeline = 5,
 }

@@ -4,17 +4,29 @@
 //! The rank's first message is [`ToAgent::Hello`]; its slab's memfd rides on its first byte as `SCM_RIGHTS`, and that of
 //! each further slab on the first byte of a [`ToAgent::Slab`]. A process that has no slab may leave one
 //! [`ToAgent::Notice`] or [`ToAgent::Lost`] instead and go.
+//!
+//! An agent may ask a rank that it has welcomed ([`FromAgent::Ask`]): a [`Question`] has a number, and the rank's
+//! [`ToAgent::Answer`] has the same. The rank answers when it next looks at its socket; at most [`MAX_QUESTIONS`] are open on
+//! a connection, and what is open when the connection ends will not be answered.
+//!
+//! # Adding a message
+//!
+//! From a rank: a variant of [`FromRank`], for which [`FromRank::keeping`] says how long a rank keeps it, and an arm where the
+//! agent hears it (`agent/src/server/attach.rs`). A question to a rank: a variant of [`Question`] and one of [`Answer`], and
+//! an arm where the rank answers it (`interposer/capture/src/answers.rs`). [`CONTROL_VERSION`] goes up with either.
 
 use serde::{Deserialize, Serialize};
 
 use crate::env::OnFull;
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 4;
+pub const CONTROL_VERSION: u32 = 5;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most bytes of a [`FromAgent`] with its length prefix: a rank takes no longer one.
-pub const MAX_ANSWER: usize = 8 << 10;
+pub const MAX_FROM_AGENT: usize = 8 << 10;
+/// Most questions that are open on a connection.
+pub const MAX_QUESTIONS: usize = 16;
 /// Most notices that a rank keeps and a run takes.
 pub const MAX_NOTICES: usize = 200;
 /// Longest notice in bytes, see [`clip`].
@@ -105,6 +117,61 @@ pub enum FromRank<M, N> {
         /// How many.
         count: u64,
     },
+    /// What the agent asked.
+    Answer {
+        /// The number of the question.
+        id: u64,
+        /// The answer.
+        answer: Answer<N>,
+    },
+}
+
+/// How long a rank keeps a message for agents to come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keeping {
+    /// Messages with the same subject and of the same variant replace each other.
+    pub subject: Option<u32>,
+    /// Most messages of this variant that are kept; those after are left out.
+    pub most: usize,
+    /// The next agent hears it too. What is only for this one is forgotten once it is sent.
+    pub for_next_agent: bool,
+}
+
+impl<M, N> FromRank<M, N> {
+    /// How long a rank keeps this message.
+    pub fn keeping(&self) -> Keeping {
+        let forever = Keeping { subject: None, most: usize::MAX, for_next_agent: true };
+        let once = Keeping { for_next_agent: false, ..forever };
+        match self {
+            // Each connection begins with a hello and slabs of its own.
+            Self::Hello(_) => Keeping { subject: Some(0), ..once },
+            Self::Bye | Self::Slab { .. } => once,
+            Self::Answer { .. } => Keeping { most: MAX_QUESTIONS, ..once },
+            Self::Model { model, .. } => Keeping { subject: Some(*model), most: MAX_MODELS, ..forever },
+            Self::Others { .. } => Keeping { most: MAX_MODELS, ..forever },
+            Self::Notice(_) | Self::OutOfReach { .. } => Keeping { most: MAX_NOTICES, ..forever },
+            Self::Lost { .. } => forever,
+        }
+    }
+}
+
+/// What an agent asks a rank. It is answered by the variant of the same name of [`Answer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// Which hook plan is in force?
+    Plan,
+}
+
+/// What a rank answers. `N` is a list of texts, as in [`FromRank`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer<N = Vec<String>> {
+    /// The hook plan in force.
+    Plan {
+        /// Its revision; that of the environment is 0.
+        revision: u64,
+        /// Its clauses as they were written.
+        clauses: N,
+    },
 }
 
 /// From the agent to a rank.
@@ -114,6 +181,13 @@ pub enum FromAgent {
     Welcome,
     /// The agent will not take this rank; the sentence, of at most [`MAX_NOTICE`] bytes, says why.
     Refused(String),
+    /// The agent wants to know something.
+    Ask {
+        /// Number of the question on this connection.
+        id: u64,
+        /// The question.
+        question: Question,
+    },
 }
 
 /// Why bytes are not a message.
@@ -207,9 +281,20 @@ mod tests {
         assert_eq!(clip(&format!("x{long}")).len(), MAX_NOTICE - 1);
     }
 
+    #[test]
+    fn a_question_and_its_answer_have_one_number() {
+        let ask = FromAgent::Ask { id: u64::MAX, question: Question::Plan };
+        let mut bytes = encode(&ask).unwrap();
+        assert!(bytes.len() < MAX_FROM_AGENT / (2 * MAX_QUESTIONS), "all that may be open fits into one look");
+        assert_eq!(decode_next(&mut bytes), Ok(Some(ask)));
+        let answer = ToAgent::Answer { id: u64::MAX, answer: Answer::Plan { revision: 3, clauses: vec!["a".into()] } };
+        assert_eq!(decode_next(&mut encode(&answer).unwrap()), Ok(Some(answer)));
+    }
+
     proptest! {
         #[test]
         fn hostile_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode_next::<FromAgent>(&mut bytes.clone());
             let _ = decode_next::<ToAgent>(&mut bytes);
         }
     }

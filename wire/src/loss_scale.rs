@@ -65,7 +65,7 @@ impl de::Visitor<'_> for Visitor {
     type Value = LossScale;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a number, \"inf\", \"-inf\" or \"nan\"")
+        f.write_str("a loss scale: a number, \"inf\", \"-inf\" or \"nan\"")
     }
 
     fn visit_f64<E>(self, scale: f64) -> Result<LossScale, E> {

@@ -62,6 +62,35 @@ pub enum Place {
     Unknown,
 }
 
+impl Place {
+    /// The place with this code. `dim` is the dimension, where there is one, and `shape` the whole tensor's for
+    /// [`Place::Flat`].
+    pub fn of(placement: Placement, dim: u32, shape: &[u64]) -> Self {
+        match placement {
+            Placement::Replicate => Self::Replicate,
+            Placement::Shard => Self::Shard { dim },
+            Placement::ReplicateOrShard => Self::ReplicateOrShard { dim },
+            Placement::Flat => Self::Flat { shape: shape.to_vec() },
+            Placement::HeadTail => Self::HeadTail { dim },
+            Placement::Partial => Self::Partial,
+            Placement::Unknown => Self::Unknown,
+        }
+    }
+
+    /// Its code.
+    pub fn placement(&self) -> Placement {
+        match self {
+            Self::Replicate => Placement::Replicate,
+            Self::Shard { .. } => Placement::Shard,
+            Self::ReplicateOrShard { .. } => Placement::ReplicateOrShard,
+            Self::Flat { .. } => Placement::Flat,
+            Self::HeadTail { .. } => Placement::HeadTail,
+            Self::Partial => Placement::Partial,
+            Self::Unknown => Placement::Unknown,
+        }
+    }
+}
+
 /// One mesh axis of a layout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Axis {
@@ -193,16 +222,12 @@ impl RecordMeta {
             put_str(out, &axis.name);
             out.extend_from_slice(&axis.index.to_le_bytes());
             out.extend_from_slice(&axis.size.to_le_bytes());
-            let (code, dim) = match &axis.place {
-                Place::Replicate => (Placement::Replicate, 0),
-                Place::Shard { dim } => (Placement::Shard, *dim),
-                Place::ReplicateOrShard { dim } => (Placement::ReplicateOrShard, *dim),
-                Place::Partial => (Placement::Partial, 0),
-                Place::Unknown => (Placement::Unknown, 0),
-                Place::Flat { shape } => (Placement::Flat, shape.len().min(MAX_DIMS) as u32),
-                Place::HeadTail { dim } => (Placement::HeadTail, *dim),
+            let dim = match &axis.place {
+                Place::Shard { dim } | Place::ReplicateOrShard { dim } | Place::HeadTail { dim } => *dim,
+                Place::Flat { shape } => shape.len().min(MAX_DIMS) as u32,
+                Place::Replicate | Place::Partial | Place::Unknown => 0,
             };
-            out.push(code as u8);
+            out.push(axis.place.placement() as u8);
             out.extend_from_slice(&dim.to_le_bytes());
             out.extend_from_slice(&axis.given.map_or(u64::MAX, u64::from).to_le_bytes());
             if let Place::Flat { shape } = &axis.place {
@@ -252,19 +277,16 @@ impl RecordMeta {
                 u64::MAX => None,
                 digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
             };
-            let place = match Placement::from_code(code).ok_or(RecordError("unknown placement"))? {
-                Placement::Replicate => Place::Replicate,
+            let placement = Placement::from_code(code).ok_or(RecordError("unknown placement"))?;
+            let shape: Vec<u64> = match placement {
                 Placement::Shard | Placement::HeadTail if dim as usize >= ndim => {
                     return Err(RecordError("pieces of a dimension the tensor does not have"));
                 }
-                Placement::Shard => Place::Shard { dim },
-                Placement::ReplicateOrShard => Place::ReplicateOrShard { dim },
-                Placement::Partial => Place::Partial,
-                Placement::Unknown => Place::Unknown,
                 Placement::Flat if dim as usize > MAX_DIMS => return Err(RecordError("too many dimensions")),
-                Placement::Flat => Place::Flat { shape: (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()? },
-                Placement::HeadTail => Place::HeadTail { dim },
+                Placement::Flat => (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()?,
+                _ => Vec::new(),
             };
+            let place = Place::of(placement, dim, &shape);
             axes.push(Axis { name, index, size, place, given });
         }
         let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];

@@ -6,6 +6,9 @@
 //! - [`HostTable`], the interposer's, which taps call when they fire;
 //! - [`BridgeTable`], the bridge's, which the interposer calls to read tensors.
 //!
+//! Both halves have these structs from here: Rust as they are, C++ by the header that `cxx-bridge/build.rs` generates. C++
+//! calls the host's table itself.
+//!
 //! Every function may be called from any thread. None unwinds. [`TAP_ABI`] changes with anything in this module.
 //!
 //! A field that says *code of* an enum may hold any number, as C++ and compiled graphs can have any: whoever reads it asks
@@ -16,7 +19,7 @@ use std::{ffi::c_void, marker::PhantomData};
 use crate::codes::{CopyState, EditOp};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 8;
+pub const TAP_ABI: u32 = 9;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -57,26 +60,44 @@ impl<'a> Str<'a> {
     }
 }
 
-/// A tensor as the bridge describes it.
+/// A borrowed array. C++ may have null for one that is empty.
+///
+/// # Safety
+/// Where `len` is not 0, `first` must point to `len` values that live for `'a`.
+pub unsafe fn array<'a, T>(first: *const T, len: usize) -> &'a [T] {
+    if first.is_null() {
+        return &[];
+    }
+    // SAFETY: the caller vouches for pointer and length.
+    unsafe { std::slice::from_raw_parts(first, len) }
+}
+
+/// One tensor of a module or of a parameter, on its way from the bridge to the engine: all that the bridge says of a record.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub struct TensorDesc<'a> {
+pub struct Leaf<'a> {
+    /// Code of [`crate::codes::Kind`].
+    pub kind: u8,
+    /// Code of [`crate::dtype::DType`]; 0: not a type we know.
+    pub dtype: u8,
+    /// Code of [`crate::codes::Refusal`]: why it cannot be read.
+    pub refusal: u8,
+    /// On a device, not the CPU.
+    pub on_device: bool,
+    /// For gradients: how many of the same call came before it.
+    pub repeat: u32,
+    /// Where it is in what the module takes or returns: `out`, `in[0]`, ...
+    pub path: Str<'a>,
     /// The `at::Tensor`, valid during the call.
     pub handle: *const c_void,
     /// Sizes, `ndim` of them.
     pub sizes: *const i64,
     /// Dimensions.
-    pub ndim: u32,
-    /// [`crate::dtype::DType`] code; 0: not a type we know.
-    pub dtype: u8,
-    /// On a device, not the CPU.
-    pub on_device: bool,
-    /// Code of [`crate::codes::Refusal`]: why it cannot be read.
-    pub refusal: u8,
+    pub ndim: usize,
     /// What torch says of how it lies over the ranks, outermost first, `axis_count` of them.
     pub axes: *const LeafAxis<'a>,
     /// None where torch says nothing.
-    pub axis_count: u32,
+    pub axis_count: usize,
 }
 
 /// An axis along which the job distributes a model.
@@ -105,13 +126,15 @@ pub struct LeafAxis<'a> {
     pub size: u32,
     /// Code of [`crate::codes::Placement`].
     pub placement: u8,
-    /// For a shard and for head and tail: the dimension. For flat: how many sizes there are.
+    /// The dimension of which there are pieces.
     pub dim: u32,
-    /// For flat: sizes of the tensor, `dim` of them.
+    /// Of the whole tensor, for flat runs of its elements.
     pub sizes: *const u64,
+    /// How many sizes.
+    pub ndim: usize,
 }
 
-/// What a tap is told when it fires; it stays with the gradient hooks that the call attaches.
+/// What a tap has to do in one call of its module. It stays with the gradient hooks that the call attaches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Call {
@@ -158,8 +181,8 @@ pub struct Firing {
     pub split: bool,
     /// The first tensor among the module's arguments: its first three sizes, -1 where there is none.
     pub first: [i64; 3],
-    /// A digest of some of its elements, where a model begins whose ranks are only supposed to share the batch. 0: not taken.
-    pub given: u32,
+    /// A digest of some of its elements, where a model begins whose ranks are only assumed to share the batch. 0: not taken.
+    pub input_digest: u32,
 }
 
 /// How a leaf is edited.
@@ -173,10 +196,10 @@ pub struct LeafEdit {
 }
 
 /// One module or parameter that a selector matched.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Selected {
-    /// Index into the names given; those of parameters follow those of modules.
+    /// Index into the modules; those of parameters follow those of modules.
     pub index: u32,
     /// The tap's number.
     pub tap: u32,
@@ -184,33 +207,43 @@ pub struct Selected {
     pub kinds: u32,
     /// Mask of those with an edit, in whatever step.
     pub edits: u32,
+    /// The tap needs the hook before the module's forward.
+    pub before: bool,
+}
+
+/// A module as the shim found it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct ModuleDesc<'a> {
+    /// Canonical name.
+    pub name: Str<'a>,
+    /// Class name.
+    pub class_name: Str<'a>,
+    /// Full dotted class name.
+    pub qualified: Str<'a>,
+    /// Code of [`crate::codes::Order`].
+    pub order: u8,
 }
 
 /// A model as the shim found it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct ModelDesc<'a> {
     /// Number of the shim's own for this model object, stable while it lives.
     pub serial: u64,
-    /// Modules: `count` entries in each of the arrays.
-    pub count: usize,
-    /// Canonical names.
-    pub names: *const Str<'a>,
-    /// Class names.
-    pub classes: *const Str<'a>,
-    /// Full dotted class names.
-    pub qualified: *const Str<'a>,
-    /// Codes of [`crate::codes::Order`].
-    pub orders: *const u8,
-    /// Names of its parameters, `parameter_count` of them.
+    /// Modules.
+    pub modules: *const ModuleDesc<'a>,
+    /// How many.
+    pub module_count: usize,
+    /// Names of its parameters.
     pub parameters: *const Str<'a>,
-    /// Parameters.
+    /// How many.
     pub parameter_count: usize,
     /// How the job wraps it.
     pub wrapper: Str<'a>,
-    /// The axes over which it is distributed, outermost first, `axis_count` of them.
+    /// The axes over which it is distributed, outermost first.
     pub mesh: *const MeshAxis<'a>,
-    /// None for a process alone.
+    /// How many; none for a process alone.
     pub axis_count: usize,
 }
 
@@ -233,32 +266,31 @@ pub struct HostTable {
     pub size: u32,
     /// Taps of a model and its parameters: at most `cap` entries into `out`, the number there are returned. Known ones keep
     /// their taps.
-    pub select: unsafe extern "C" fn(*const ModelDesc<'_>, Rank, *mut Selected, usize) -> usize,
+    pub select: unsafe extern "C" fn(model: *const ModelDesc<'_>, rank: Rank, out: *mut Selected, cap: usize) -> usize,
     /// Whether any hook taps one of these kinds, a mask.
     pub wants: unsafe extern "C" fn(kinds: u32) -> bool,
     /// The shim looked at every model it knows: report selectors without a match.
     pub resolved: unsafe extern "C" fn(),
     /// The forward of the model with this serial, or of a part of it that holds tapped modules, begins (`true`) or ends.
     /// `part` tells the parts of a model apart; 0 is the model itself.
-    pub scope: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing),
-    /// The model with this serial is no more.
+    pub pass: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing),
+    /// The model with this serial was destroyed.
     pub forget: unsafe extern "C" fn(serial: u64),
-    /// The model with this serial is a stage of a pipeline, whose steps go into so many microbatches: each `batch` sequences
+    /// The model with this serial is a stage of a pipeline, whose steps go into `count` microbatches: each `batch` sequences
     /// of `length`, whatever the stage is called with; negative where that is not known.
     pub microbatches: unsafe extern "C" fn(serial: u64, count: u32, batch: i64, length: i64),
-    /// From now on gradients are so many times those of the loss that the script computes.
+    /// From now on gradients are `scale` times those of the loss that the script computes.
     pub loss_scale: unsafe extern "C" fn(scale: f64),
     /// An optimizer stepped.
     pub stepped: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.
-    pub fire: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
+    pub triggered: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
     /// Whether this kind (a code, as in all that follows) of a parameter is wanted in this step, and was not captured in it yet.
-    pub due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
+    pub parameter_due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
     /// The call to capture it under; from now on it is not due in this step.
-    pub taken: unsafe extern "C" fn(tap: u32, kind: u8, out: *mut Call) -> bool,
+    pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, out: *mut Call) -> bool,
     /// Captures a leaf.
-    pub capture:
-        unsafe extern "C" fn(call: *const Call, kind: u8, path: Str<'_>, repeat: u32, tensor: *const TensorDesc<'_>),
+    pub capture: unsafe extern "C" fn(call: *const Call, leaf: *const Leaf<'_>),
     /// How a leaf is edited.
     pub edit: unsafe extern "C" fn(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdit,
     /// One line for the user, on stderr and in the run.
@@ -271,8 +303,8 @@ pub struct HostTable {
     /// The ranks have a communicator of ours, for the host to leave: member `index` of `size`. Whether it takes tensors
     /// that are on devices.
     pub joined: unsafe extern "C" fn(comm: *mut c_void, index: u32, size: u32, devices: bool),
-    /// They have none, or none any more, for this reason.
-    pub apart: unsafe extern "C" fn(why: Str<'_>),
+    /// The ranks have no communicator, or none any more, for this reason: each sends its own parts.
+    pub per_rank: unsafe extern "C" fn(why: Str<'_>),
     /// The process ends in good order: finish what is under way, within a bound.
     pub finish: unsafe extern "C" fn(),
     /// Whether taps are on.
@@ -299,7 +331,7 @@ pub struct Move {
     pub send: bool,
     /// From device to device; otherwise both have it on the CPU.
     pub on_device: bool,
-    /// A kept tensor: the caller's, or null, and then what was received, for the caller to discard.
+    /// A staged tensor: the caller's, or null, and then what was received, for the caller to release.
     pub tensor: *mut c_void,
     /// Of what is received.
     pub dtype: u8,
@@ -318,11 +350,11 @@ pub struct BridgeTable {
     pub size: u32,
     /// New reference to the Python module with which the shim makes taps; null with a Python error set. Needs the GIL.
     pub python_module: unsafe extern "C" fn() -> *mut c_void,
-    /// Copies elements `first .. first + count`, row-major and converted to `dtype`, to `dst`. `kept`: the handle is what
-    /// `keep` or `transfer` gave, not the job's.
+    /// Copies elements `first .. first + count`, row-major and converted to `dtype`, to `dst`. `staged`: the handle is what
+    /// `stage` or `transfer` gave, not the job's.
     pub copy: unsafe extern "C" fn(
         handle: *const c_void,
-        kept: bool,
+        staged: bool,
         dtype: u8,
         first: u64,
         count: u64,
@@ -333,13 +365,13 @@ pub struct BridgeTable {
     /// crc32c of a tensor's elements, row-major and converted to `dtype`, in `out`; false where they are on a device, or
     /// cannot be read.
     pub checksum: unsafe extern "C" fn(handle: *const c_void, dtype: u8, out: *mut u32) -> bool,
-    /// Keeps a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
+    /// Stages a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
     /// be. It may be used from any thread, also where a `handle` is asked for. Says whether it is on a device, not the CPU.
-    pub keep: unsafe extern "C" fn(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void,
-    /// Gives a kept tensor back.
-    pub discard: unsafe extern "C" fn(kept: *mut c_void),
-    /// Tells all members of a communicator some bytes, and then `hear` what each of them told, in order. False: the
-    /// communicator is of no use any more, and [`HostTable::apart`] was told why. Does not need the GIL.
+    pub stage: unsafe extern "C" fn(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void,
+    /// Gives a staged tensor back.
+    pub release: unsafe extern "C" fn(staged: *mut c_void),
+    /// Sends some bytes to all members of a communicator, and then passes those of each to `hear`, in order. False: the
+    /// communicator is of no use any more, and [`HostTable::per_rank`] was called with the reason. Does not need the GIL.
     pub exchange: unsafe extern "C" fn(
         comm: *mut c_void,
         bytes: *const u8,

@@ -1,4 +1,4 @@
-//! Bounds of what is read of a run directory, whoever made it. `python-shim/flexmodel/_limits.py` has the same.
+//! Bounds of what is read of a run directory, whoever made it.
 //!
 //! A line of the manifest that is beyond one of them costs what it tells of, and is named; everything else is served. All
 //! are far beyond what an agent writes: jobs have names of 4096 bytes, 8 mesh axes and 64 models at most

@@ -27,7 +27,7 @@ pub enum LineError {
     #[error("not a manifest line: {0}")]
     Malformed(Cow<'static, str>),
     /// The checksum does not match.
-    #[error("its checksum is {found:08x}, the line says {said}")]
+    #[error("its checksum is wrong")]
     Checksum {
         /// crc32c of the inner object as it stands.
         found: u32,

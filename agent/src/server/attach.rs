@@ -12,6 +12,7 @@ use tokio::{
     io::Interest,
     net::UnixStream,
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::Instant,
 };
 use wire::{
     control::{self, CONTROL_VERSION, FromAgent, Hello, MAX_BODY, clip},
@@ -20,7 +21,8 @@ use wire::{
 
 use super::{
     Arrival, Server, ingest,
-    listed::ToAgent,
+    listed::Heard,
+    ranks,
     session::{Session, inode_of},
     socket::{CHUNK, receive},
 };
@@ -48,14 +50,13 @@ struct Line {
     /// Room for long messages, and how much of it the last message has.
     long: Arc<Semaphore>,
     held: Option<OwnedSemaphorePermit>,
+    /// When some of it came last.
+    moved: Instant,
 }
 
 impl Line {
-    /// The next message; `None` at the end of the connection. The room of the one before is given back: it is done with.
-    async fn next(&mut self) -> io::Result<Option<ToAgent>> {
-        if self.held.take().is_some() {
-            self.inbox.shrink_to(SHORT);
-        }
+    /// The next message; `None` at the end of the connection. It may be given up while it waits, and called again.
+    async fn next(&mut self) -> io::Result<Option<Heard>> {
         loop {
             let next = control::decode_next(&mut self.inbox);
             if let Some(message) = next.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))? {
@@ -64,15 +65,25 @@ impl Line {
             self.make_room().await?;
             match &self.held {
                 None => self.stream.readable().await?,
-                Some(_) => tokio::time::timeout(STALLED, self.stream.readable()).await??,
+                Some(_) => tokio::time::timeout_at(self.moved + STALLED, self.stream.readable()).await??,
             }
             let (stream, inbox, mut fd) = (&self.stream, &mut self.inbox, None);
             match stream.try_io(Interest::READABLE, || receive(stream, inbox, &mut fd)) {
                 Ok(0) => return Ok(None),
-                Ok(_) => self.fds.extend(fd.filter(|_| self.fds.len() < MAX_WAITING)),
+                Ok(_) => {
+                    self.moved = Instant::now();
+                    self.fds.extend(fd.filter(|_| self.fds.len() < MAX_WAITING));
+                }
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(e) => return Err(e),
             }
+        }
+    }
+
+    /// The last message is done with: its room is given back.
+    fn done(&mut self) {
+        if self.held.take().is_some() {
+            self.inbox.shrink_to(SHORT);
         }
     }
 
@@ -85,20 +96,20 @@ impl Line {
         let wanted = u32::try_from(len.min(LONG_ROOM)).unwrap_or(u32::MAX);
         let held = self.long.clone().acquire_many_owned(wanted).await;
         self.held = Some(held.map_err(io::Error::other)?);
+        self.moved = Instant::now();
         self.inbox.reserve_exact((len + CHUNK).saturating_sub(self.inbox.len()));
         Ok(())
     }
 
     async fn refuse(&self, why: &str) {
-        self.say(FromAgent::Refused(clip(why).to_owned())).await;
+        self.say(&FromAgent::Refused(clip(why).to_owned())).await;
     }
 
-    /// Best effort: a peer that does not read its answer is gone or will be.
-    async fn say(&self, message: FromAgent) {
-        let Ok(bytes) = control::encode(&message) else { return };
-        if self.stream.writable().await.is_ok() {
-            let _ = self.stream.try_write(&bytes);
-        }
+    /// Whether the whole message went. All that an agent says on a connection fits into the socket's buffer: a peer for which
+    /// that is not so is gone or will be.
+    async fn say(&self, message: &FromAgent) -> bool {
+        let Ok(bytes) = control::encode(message) else { return false };
+        self.stream.writable().await.is_ok() && self.stream.try_write(&bytes).is_ok_and(|sent| sent == bytes.len())
     }
 }
 
@@ -139,7 +150,8 @@ impl Attached {
 
 /// Serves a connection until it ends.
 pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
-    let mut line = Line { stream, inbox: Vec::new(), fds: VecDeque::new(), long: server.long.clone(), held: None };
+    let (long, moved) = (server.long.clone(), Instant::now());
+    let mut line = Line { stream, inbox: Vec::new(), fds: VecDeque::new(), long, held: None, moved };
     let arrived = tokio::select! {
         biased;
         arrived = arrive(&server, &mut line) => arrived,
@@ -158,23 +170,32 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
         rank.each(Session::hang_up);
         return line.refuse(&too_many(server.max_ranks)).await;
     };
-    line.say(FromAgent::Welcome).await;
+    line.say(&FromAgent::Welcome).await;
     let number = rank.hello.rank;
+    let mut questions = server.ranks.join(number);
+    tokio::spawn(ranks::compare_plan(server.clone(), number));
     loop {
+        line.done();
         tokio::select! {
             () = rank.damaged.notified() => {
                 line.refuse("its shared memory is damaged").await;
                 break;
             }
+            question = questions.next() => {
+                if !line.say(&question).await {
+                    break;
+                }
+            }
             message = line.next() => match message {
-                Ok(Some(ToAgent::Model { model, modules })) => server.board.model(number, model, &modules),
-                Ok(Some(ToAgent::Others { modules })) => server.board.others(number, &modules),
-                Ok(Some(ToAgent::Notice(text))) => _ = server.board.notice(&text),
-                Ok(Some(ToAgent::Bye)) => rank.each(Session::part),
-                Ok(Some(ToAgent::Hello(hello))) if hello.rank == number => server.board.attached(&hello),
-                Ok(Some(ToAgent::Hello(_) | ToAgent::Lost { .. })) => {}
-                Ok(Some(ToAgent::OutOfReach { id, begun })) => server.write_off(number, id, begun),
-                Ok(Some(ToAgent::Slab { id })) => {
+                Ok(Some(Heard::Model { model, modules })) => server.board.model(number, model, &modules),
+                Ok(Some(Heard::Others { modules })) => server.board.others(number, &modules),
+                Ok(Some(Heard::Notice(text))) => _ = server.board.notice(&text),
+                Ok(Some(Heard::Bye)) => rank.each(Session::part),
+                Ok(Some(Heard::Hello(hello))) if hello.rank == number => server.board.attached(&hello),
+                Ok(Some(Heard::Hello(_) | Heard::Lost { .. })) => {}
+                Ok(Some(Heard::Answer { id, answer })) => questions.answered(id, answer),
+                Ok(Some(Heard::OutOfReach { id, begun })) => server.write_off(number, id, begun),
+                Ok(Some(Heard::Slab { id })) => {
                     let fd = line.fds.pop_front();
                     if let Err(why) = rank.take(&server, fd, Some(id)) {
                         server.board.trouble(&why);
@@ -204,12 +225,12 @@ async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<Attached
     }
     let hello = match line.next().await {
         Ok(None) => return Ok(None),
-        Ok(Some(ToAgent::Hello(hello))) => hello,
-        Ok(Some(ToAgent::Notice(text))) => {
+        Ok(Some(Heard::Hello(hello))) => hello,
+        Ok(Some(Heard::Notice(text))) => {
             server.board.notice(&text);
             return Ok(None);
         }
-        Ok(Some(ToAgent::Lost { rank, count })) => {
+        Ok(Some(Heard::Lost { rank, count })) => {
             server.store.dropped(rank, count, NOT_TAKEN, None);
             server.board.live().dropped(rank, count);
             return Ok(None);

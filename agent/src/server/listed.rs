@@ -12,8 +12,8 @@ use serde::{
 };
 use wire::control::{FromRank, ModuleInfo};
 
-/// What a rank says.
-pub type ToAgent = FromRank<Listed<ModuleInfo>, Listed<String>>;
+/// What a rank says, as the agent takes it in.
+pub type Heard = FromRank<Listed<ModuleInfo>, Listed<String>>;
 
 /// The list. `T` is what it is a sequence of on the wire.
 #[derive(Debug)]
@@ -131,13 +131,13 @@ mod tests {
         let names = vec!["x".to_owned(), String::new(), "ß".into()];
         let mut bytes = control::encode(&control::ToAgent::Model { model: 7, modules: modules.clone() }).unwrap();
         bytes.extend(control::encode(&control::ToAgent::Others { modules: names }).unwrap());
-        let Ok(Some(ToAgent::Model { model: 7, modules: listed })) = control::decode_next(&mut bytes) else { panic!() };
+        let Ok(Some(Heard::Model { model: 7, modules: listed })) = control::decode_next(&mut bytes) else { panic!() };
         let again: Vec<_> = listed
             .iter()
             .map(|(name, class, kinds)| ModuleInfo { name: name.into(), class: class.into(), kinds })
             .collect();
         assert_eq!((again, listed.is_cut()), (modules, false));
-        let Ok(Some(ToAgent::Others { modules: listed })) = control::decode_next(&mut bytes) else { panic!() };
+        let Ok(Some(Heard::Others { modules: listed })) = control::decode_next(&mut bytes) else { panic!() };
         assert_eq!(listed.iter().collect::<Vec<_>>(), [("x", "", 0), ("", "", 0), ("ß", "", 0)]);
     }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`socket`] | the listening socket, and messages with descriptors off it |
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
+//! | [`ranks`] | the ranks that are attached, and what they are asked |
 //! | [`session`] | one slab of a rank and how far along it is |
 //! | [`listed`] | lists of modules, as they come over it |
 //! | [`ingest`] | the thread that empties a slab into the store |
@@ -35,6 +36,7 @@ pub mod board;
 pub mod ingest;
 pub mod listed;
 pub mod parent;
+pub mod ranks;
 pub mod session;
 pub mod socket;
 
@@ -59,6 +61,7 @@ use crate::{
     newcomers::{Newcomer, Newcomers},
 };
 use board::Board;
+use ranks::Ranks;
 use session::Session;
 
 /// Time between two beats of a slab's heart.
@@ -85,6 +88,8 @@ pub struct Server {
     max_slabs: usize,
     /// Most ranks.
     max_ranks: usize,
+    /// Who is attached and can be asked.
+    pub ranks: Arc<Ranks>,
     /// Connections that have said hello: two a rank, since the end of one may be noticed late.
     connected: Semaphore,
     /// Room for long messages.
@@ -104,6 +109,7 @@ impl Server {
             newcomers: Newcomers::new(shares.arriving),
             max_slabs: 2 * shares.ranks,
             max_ranks: shares.ranks,
+            ranks: Arc::default(),
             connected: Semaphore::new(2 * shares.ranks),
             long: Arc::new(Semaphore::new(attach::LONG_ROOM)),
         });

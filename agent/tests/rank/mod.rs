@@ -292,13 +292,19 @@ impl Rank {
     }
 }
 
-/// The agent's next word.
-pub fn answer(mut stream: &UnixStream) -> FromAgent {
+/// The agent's next word that is no question: these ranks do not answer.
+pub fn answer(stream: &UnixStream) -> FromAgent {
+    hear(stream, &mut Vec::new(), |message| !matches!(message, FromAgent::Ask { .. }))
+}
+
+/// The agent's next word that is `wanted`; what came after it is left in `buffer`.
+pub fn hear(mut stream: &UnixStream, buffer: &mut Vec<u8>, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
     stream.set_read_timeout(Some(HANG)).unwrap();
-    let mut buffer = Vec::new();
     loop {
-        if let Some(message) = control::decode_next(&mut buffer).unwrap() {
-            return message;
+        match control::decode_next(buffer).unwrap() {
+            Some(message) if wanted(&message) => return message,
+            Some(_) => continue,
+            None => {}
         }
         let mut chunk = [0; 4096];
         let n = stream.read(&mut chunk).unwrap();

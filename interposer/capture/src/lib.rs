@@ -10,6 +10,7 @@
 //! | [`layout`] | infers how a leaf lies over the ranks |
 //! | [`gather`] | brings parts to one rank first, where hooks want that; agrees with the other ranks on it |
 //! | [`transport`] | slab and socket: carries records to the agent, or drops and counts them |
+//! | [`answers`] | what a rank answers its agent |
 //! | [`process`] | what the process gives and does |
 //! | [`switch`] | whether taps are on, and the ways into off |
 //!
@@ -20,6 +21,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic))]
 
+pub mod answers;
 pub mod clock;
 pub mod engine;
 pub mod gather;
@@ -40,11 +42,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use wire::{
-    hooks::Kind,
-    tap_abi::{BridgeTable, Call, Str, TensorDesc},
-};
+use wire::tap_abi::{BridgeTable, Call, Firing, Leaf};
 
+use answers::Answers;
 use engine::Engine;
 use gather::{Communicator, Gather};
 use plan::{HookPlan, PlanInForce};
@@ -66,7 +66,7 @@ impl Capture {
         // Where some ranks alone capture, the one that would send a replica may not be among them.
         let replicas_once = plan.is_for_all_ranks();
         let plans = Arc::new(PlanInForce::new(plan));
-        let transport = Transport::new(settings, replicas_once, process.clone(), bridge);
+        let transport = Transport::new(settings, Answers::new(plans.clone()), replicas_once, process.clone(), bridge);
         let engine = Arc::new(Mutex::new(Engine::new(plans, process.clone(), transport.clone())));
         let clock = engine.clone();
         let step = move || clock.lock().unwrap_or_else(PoisonError::into_inner).step();
@@ -84,13 +84,27 @@ impl Capture {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The forward of a model or of a part of it begins or ends: [`Engine::pass`].
+    pub fn pass(&self, serial: u64, part: u64, enter: bool, firing: &Firing) {
+        self.engine().pass(serial, part, enter, firing);
+        if enter {
+            self.transport.look();
+        }
+    }
+
+    /// An optimizer stepped: [`Engine::stepped`].
+    pub fn stepped(&self) {
+        self.engine().stepped();
+        self.transport.look();
+    }
+
     /// Captures a leaf, if anybody asked for it.
     ///
     /// # Safety
-    /// `path` and what `tensor` points to live through the call.
-    pub unsafe fn capture(&self, call: &Call, kind: Kind, path: Str<'_>, repeat: u32, tensor: &TensorDesc<'_>) {
+    /// What `leaf` points to lives through the call, and is as long as it says.
+    pub unsafe fn capture(&self, call: &Call, leaf: &Leaf<'_>) {
         // SAFETY: the caller vouches for it.
-        let captured = unsafe { self.engine().describe(call, kind, path, repeat, tensor) };
+        let captured = unsafe { self.engine().describe(call, leaf) };
         match captured {
             Some(captured) if captured.collective => self.gather.take(captured),
             Some(captured) => self.transport.send(captured),

@@ -1,15 +1,25 @@
 //! Captures from tap to agent, in one process: what arrives, what is counted as lost, and when nothing happens.
 
+use std::{
+    io::Write,
+    time::{Duration, Instant},
+};
+
 use wire::{
     codes::{Refusal, Role},
+    control::{Answer, FromAgent, Question, ToAgent, encode},
     counts::Counts,
     env::{MIN_SLAB_BYTES, OnFull},
+    hooks::Kind,
     record::RecordMeta,
     slab::{Fetched, SlabReader},
 };
 
 use super::*;
-use crate::testing::{Agent, BRIDGE, Folder, Model, StandInProcess, Tensor, hello, training};
+use crate::testing::{Agent, BRIDGE, Folder, Model, StandInProcess, Tensor, heard, hello, training};
+
+/// A bound for hangs.
+const HANG: Duration = Duration::from_secs(30);
 
 struct World {
     folder: Folder,
@@ -45,9 +55,9 @@ impl World {
             call
         };
         let sizes = [tensor.floats.len() as i64];
-        let described = tensor.described(&sizes, refusal);
+        let described = tensor.described(Kind::Forward, "out", &sizes, refusal);
         // SAFETY: sizes and path live through the call.
-        unsafe { self.capture.capture(&call, Kind::Forward, Str::new("out"), 0, &described) };
+        unsafe { self.capture.capture(&call, &described) };
     }
 
     fn counted(&self) -> u64 {
@@ -84,7 +94,7 @@ fn a_leaf_arrives_as_its_record_and_bytes() {
     let tensor = Tensor::of(100_000);
     w.pass(tap, &tensor, Refusal::None);
     let (_stream, messages, memory) = agent.accept();
-    assert!(messages.iter().any(|m| matches!(m, wire::control::ToAgent::Model { model: 0, .. })), "{messages:?}");
+    assert!(messages.iter().any(|m| matches!(m, ToAgent::Model { model: 0, .. })), "{messages:?}");
     let records = read(&mut SlabReader::attach(memory.unwrap()).unwrap());
     let (meta, bytes) = &records[0];
     assert_eq!((records.len(), meta.module.as_str(), meta.shape.as_slice()), (1, "a", &[100_000][..]));
@@ -135,7 +145,7 @@ fn a_process_that_becomes_another_rank_begins_another_slab_and_counts_what_nobod
     w.pass(tap, &Tensor::of(4), Refusal::None);
     w.capture.finish();
     let (_stream, messages, memory) = agent.accept();
-    let hello = messages.iter().find_map(|m| if let wire::control::ToAgent::Hello(h) = m { Some(h) } else { None });
+    let hello = messages.iter().find_map(|m| if let ToAgent::Hello(h) = m { Some(h) } else { None });
     assert_eq!(hello.map(|h| (h.rank, h.world)), Some((1, 2)));
     let mut reader = SlabReader::attach(memory.unwrap()).unwrap();
     assert_eq!(read(&mut reader).iter().map(|(meta, _)| meta.rank).collect::<Vec<_>>(), [1]);
@@ -155,8 +165,31 @@ fn what_is_to_be_gathered_goes_to_its_own_agent_where_there_is_no_communicator()
     w.pass(tap, &Tensor::of(4), Refusal::None);
     let (_stream, messages, memory) = agent.accept();
     assert_eq!(read(&mut SlabReader::attach(memory.unwrap()).unwrap()).len(), 2);
-    let said = |m: &wire::control::ToAgent| matches!(m, wire::control::ToAgent::Notice(t) if t.contains("find each"));
+    let said = |m: &ToAgent| matches!(m, ToAgent::Notice(t) if t.contains("find each"));
     assert_eq!(messages.iter().filter(|m| said(m)).count(), 1);
+}
+
+/// The link listens while nothing is sent.
+#[test]
+fn a_rank_that_captures_nothing_at_the_moment_answers_all_the_same() {
+    let w = capture("a@every=1000", OnFull::Wait);
+    let agent = Agent::at(&w.folder.path("s"));
+    let tap = w.select(&Model::of(1, &["", "a"]), 0, 1);
+    w.pass(tap, &Tensor::of(4), Refusal::None);
+    let (mut stream, _, _memory) = agent.accept();
+    w.capture.engine().replace_plan(HookPlan::parse(4, "b; c").unwrap());
+    let question = encode(&FromAgent::Ask { id: 9, question: Question::Plan }).unwrap();
+    stream.write_all(&question).unwrap();
+    let plan = Answer::Plan { revision: 4, clauses: vec!["b".into(), "c".into()] };
+    let expected = ToAgent::Answer { id: 9, answer: plan };
+    let (begun, mut said) = (Instant::now(), Vec::new());
+    while !said.contains(&expected) {
+        assert!(begun.elapsed() < HANG, "it never answered: {said:?}");
+        w.capture.pass(1, 0, true, &training());
+        w.capture.pass(1, 0, false, &training());
+        w.capture.stepped();
+        said.extend(heard(&mut stream));
+    }
 }
 
 /// FORK-1: the child of a fork finds the switch off, and nothing of ours is asked there.

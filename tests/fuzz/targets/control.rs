@@ -8,5 +8,8 @@ fuzz_target!(|bytes: &[u8]| {
     while let Ok(Some(message)) = decode_next::<ToAgent>(&mut buffer) {
         assert_eq!(decode_next(&mut encode(&message).unwrap()), Ok(Some(message)));
     }
-    let _ = decode_next::<FromAgent>(&mut bytes.to_vec());
+    let mut buffer = bytes.to_vec();
+    while let Ok(Some(message)) = decode_next::<FromAgent>(&mut buffer) {
+        assert_eq!(decode_next(&mut encode(&message).unwrap()), Ok(Some(message)));
+    }
 });

@@ -3,7 +3,7 @@
 //!
 //! Replicas are one tensor and must look alike. What is left is grouped by its coordinate on the first mesh axis, each
 //! group is planned over the remaining axes, and the axis's [`Place`] says how the groups combine. The result is a tree
-//! that [`super::assemble`] carries out. `python-shim/flexmodel/_assemble.py` says the same in Python.
+//! that [`super::assemble`] and [`super::fill`] carry out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

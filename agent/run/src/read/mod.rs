@@ -4,9 +4,12 @@
 //! served: a damaged manifest line costs its part, a damaged shard its bytes. A folder that holds the runs of a job's
 //! nodes is a run too: see [`nodes`].
 
+mod ask;
 pub mod assemble;
+pub mod fill;
+pub mod growing;
 pub mod layout;
-mod nodes;
+pub mod nodes;
 pub mod number;
 mod plan;
 pub mod sealed;
@@ -20,11 +23,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use ask::{Wanted, shown};
 pub use assemble::Whole;
+pub use growing::Growing;
 pub use layout::LayoutError;
 pub use plan::{AssemblyPlan, PlanError};
 pub use select::{Filter, display_module, in_order, natural, nearest};
 use serde::Serialize;
+use wire::record::Place;
 
 use crate::{
     files::read_whole,
@@ -266,7 +272,7 @@ impl Run {
         let mut unread = 0u64;
         while let Some(entry) = lines.next_line()? {
             if matches!(entry.line, Err(LineError::Torn)) {
-                self.notes.push(format!("the last line of {MANIFEST_FILE} is not complete; its part is not served"));
+                self.notes.push(format!("the last line of {MANIFEST_FILE} is half a line; its part is not served"));
                 break;
             }
             match entry.line {
@@ -298,7 +304,11 @@ impl Run {
     }
 
     fn take_part(&mut self, part: Part, by_id: &mut HashMap<Identity, usize>) {
-        self.ranks.entry(layout::coordinates(&part.what.axes)).or_insert(part.what.rank);
+        // Missing parts are named without their place among replicas.
+        let own: Vec<_> = part.what.axes.iter().filter(|axis| axis.place != Place::Replicate).cloned().collect();
+        if !own.is_empty() {
+            self.ranks.entry(layout::coordinates(&own)).or_insert(part.what.rank);
+        }
         let at = *by_id.entry(part.what.id.clone()).or_insert_with(|| {
             self.records.push(Record { id: part.what.id.clone(), parts: Vec::new() });
             self.records.len() - 1
@@ -359,7 +369,8 @@ impl Run {
         }
     }
 
-    fn rank_at(&self, place: &layout::Coordinates) -> Option<u32> {
+    /// The rank whose parts have these coordinates, or begin with them.
+    pub fn rank_at(&self, place: &layout::Coordinates) -> Option<u32> {
         // What begins with it comes right behind it.
         self.ranks.range(place.clone()..).next().filter(|(full, _)| full.starts_with(place)).map(|(_, &rank)| rank)
     }

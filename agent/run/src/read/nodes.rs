@@ -36,7 +36,7 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
     let refuse = |why: String| OpenError::NotARun {
         path: path.display().to_string(),
         reason: format!(
-            "not a FlexModel run, and the runs in it are not the nodes of one job: {why}; give one of them"
+            "not a FlexModel run, and the runs in it are not the nodes of one job: {why}; open one of them"
         ),
     };
     if names.len() > NODES {

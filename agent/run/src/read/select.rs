@@ -109,6 +109,15 @@ pub fn nearest<'a>(wanted: &str, names: &[&'a str], count: usize) -> Vec<&'a str
     ranked.into_iter().map(|(_, _, name)| name).take(count).collect()
 }
 
+/// At most `count` of `names` that are like `wanted`: those that contain it, or have at least half of it.
+pub fn close<'a>(wanted: &str, names: &[&'a str], count: usize) -> Vec<&'a str> {
+    let long = |text: &str| text.chars().take(100).count();
+    let is_close = |name: &&'a str| {
+        !wanted.is_empty() && name.contains(wanted) || 2 * distance(wanted, name) <= long(wanted).max(long(name))
+    };
+    nearest(wanted, names, count).into_iter().filter(is_close).collect()
+}
+
 /// Levenshtein's distance over the first hundred characters.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().take(100).collect(), b.chars().take(100).collect());

@@ -53,6 +53,9 @@ impl From<String> for ReadError {
     }
 }
 
+const MISSING: &str = "the file is missing";
+const NO_NAME: &str = "is not the name of a shard";
+
 /// Bytes of the longest stem.
 const LONGEST_STEM: usize = 200;
 
@@ -84,7 +87,7 @@ impl Shards {
         };
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if name.is_empty() || name.len() > LONGEST_STEM || !name.chars().all(plain) {
-            return Err(ReadError::Damage(format!("'{}' is not the name of a shard", clip(stem))));
+            return Err(ReadError::Damage(format!("'{}' {NO_NAME}", clip(stem))));
         }
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         // Sealed once more at the end: it may have been sealed between the first two looks.
@@ -96,8 +99,24 @@ impl Shards {
             }
         }
         Err(match last.kind() {
-            io::ErrorKind::NotFound => ReadError::Damage("the file is missing".into()),
+            io::ErrorKind::NotFound => ReadError::Damage(MISSING.into()),
             _ => ReadError::Damage(format!("the file does not open ({last})")),
+        })
+    }
+
+    /// The same, with the shard's name in what is wrong.
+    pub fn found(&self, stem: &str) -> Result<File, ReadError> {
+        self.file(stem).map(|(_, file)| file).map_err(|e| {
+            let stem = clip(stem);
+            ReadError::Damage(match e {
+                ReadError::Damage(what) if what == MISSING => format!(
+                    "{stem}.safetensors is missing, and {stem}.open too; copy the run again from where it was written"
+                ),
+                ReadError::Damage(what) if what.ends_with(NO_NAME) => {
+                    format!("the manifest names the shard '{stem}', which is no name of a shard")
+                }
+                other => format!("{stem}: {other}"),
+            })
         })
     }
 
@@ -139,7 +158,8 @@ impl Shards {
         Ok(map)
     }
 
-    fn mapped(&self, at: &Location) -> Result<Bytes, ReadError> {
+    /// The bytes of a range, in a map of the shard.
+    pub fn mapped(&self, at: &Location) -> Result<Bytes, ReadError> {
         if at.len == 0 {
             return Ok(Bytes::Owned(Vec::new()));
         }

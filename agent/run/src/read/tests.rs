@@ -13,7 +13,16 @@ fn open(dir: &tempfile::TempDir) -> Run {
 
 fn only(run: &Run) -> Whole {
     assert_eq!(run.records.len(), 1);
-    run.whole(&run.records[0]).unwrap()
+    let record = &run.records[0];
+    let whole = run.whole(record).unwrap();
+    // Both executors carry the plan out alike.
+    let (node, len) = (layout::plan(&record.parts).unwrap(), whole.bytes.len());
+    assert_eq!(&*fill::own(&node, whole.dtype, &record.parts, run.shards()).unwrap(), &*whole.bytes);
+    let mut given = vec![0xa5; len];
+    fill::fill(&node, whole.dtype, &record.parts, run.shards(), &mut given).unwrap();
+    assert_eq!(given, &*whole.bytes);
+    assert!(fill::fill(&node, whole.dtype, &record.parts, run.shards(), &mut vec![0; len + 1]).is_err());
+    whole
 }
 
 fn mesh(dp: (u32, u32, Place), tp: (u32, u32, Place)) -> Vec<Axis> {

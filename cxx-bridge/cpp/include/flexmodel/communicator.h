@@ -10,7 +10,7 @@
 
 namespace flexmodel {
 
-struct Words;
+struct Message;
 struct Move;
 
 // Used by one thread at a time, and cut from any. After an exception it is of no use any more.
@@ -21,8 +21,8 @@ class Communicator {
   Communicator& operator=(const Communicator&) = delete;
   virtual ~Communicator() = default;
 
-  // Tells all members `mine`; what each of them told, in order.
-  virtual rust::Vec<Words> exchange(rust::Slice<const uint8_t> mine) const = 0;
+  // Sends `mine` to all members; the message of each, in order.
+  virtual rust::Vec<Message> exchange(rust::Slice<const uint8_t> mine) const = 0;
   // Carries out moves between tensors of the CPU.
   virtual void transfer(const rust::Vec<Move>& moves) const = 0;
   // Makes what is under way fail.

@@ -1,6 +1,6 @@
 // Taps inside of torch.compile: operations in the graphs that it makes.
 //
-// `tap` fires, captures what it is given, and returns the call as a tensor of words, so that gradients find their call
+// `tap` fires, captures its tensors, and returns the call as a tensor of words, so that gradients find their call
 // wherever the graph takes them: through a saved tensor, in whatever order backward passes come. `gradient` captures a
 // gradient of that call; `factors` says how a leaf of it is edited; `scope` marks the forward of a model. All but
 // `factors` are effects in torch's sense, which keep their order and are neither dropped nor done twice.
@@ -26,11 +26,11 @@ namespace flexmodel {
 // that blocks which share a graph may differ in it.
 PyObject* traced_form(const char* role, int64_t first, int64_t second, uint32_t kinds, uint32_t edits);
 
-// Words that a call takes.
+// Message that a call takes.
 inline constexpr size_t kCallWords = (sizeof(Call) + sizeof(int64_t) - 1) / sizeof(int64_t);
 
-// What the graph that is being traced can have of a tensor, which may be made of others. `like`: what a module was given
-// first that gives the tensor and has no parameters.
+// What the graph that is being traced can have of a tensor, which may be made of others. `like`: the first input of the
+// module that returns it, if that has no parameters.
 Part part_in_graph(const at::Tensor& tensor, PyObject* like = nullptr);
 
 // Puts the capture of a gradient into the graph that is being traced.

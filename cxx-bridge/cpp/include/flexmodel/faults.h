@@ -7,8 +7,8 @@
 
 namespace flexmodel {
 
-// Keeps the shim's `reason(exception) -> str | None` and `tell(name, why)`, see faults.py.
-void set_faults(PyObject* reason, PyObject* tell);
+// Keeps the shim's `reason(exception) -> str | None` and `report(name, why)`, see faults.py.
+void set_faults(PyObject* reason, PyObject* report);
 
 // In a handler: why what was thrown was. Throws PyError, with Python's exception set, if that is the job's.
 std::string why();
@@ -17,7 +17,7 @@ std::string why();
 std::string why_in_torch();
 
 // Says of something, once, that it cannot be looked at. Takes the GIL.
-void tell(const std::string& name, const std::string& why);
+void report(const std::string& name, const std::string& why);
 
 // Runs `body`, which looks at one of many. Where it throws, says so by `name()`, unless that is empty, and returns false.
 // The job's own exceptions go on, as PyError.
@@ -27,7 +27,7 @@ bool attempt(Body body, Name name) {
     body();
     return true;
   } catch (...) {
-    tell(name(), why());
+    report(name(), why());
   }
   return false;
 }

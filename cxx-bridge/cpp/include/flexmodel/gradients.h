@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "flexmodel/faults.h"
-#include "flexmodel/ffi.h"
 #include "flexmodel/parts.h"
 #include "flexmodel/site.h"
 
@@ -48,7 +47,7 @@ struct Consumer {
 std::vector<Consumer> consumers(const torch::autograd::Node* of);
 
 // Says once that compiled autograd leaves our hooks out.
-void tell_of_compiled_autograd();
+void report_compiled_autograd();
 
 // What went wrong, in a line.
 std::string reason(const std::exception& error);
@@ -60,7 +59,7 @@ void guarded_gradient(Body body) {
   try {
     body();
   } catch (...) {
-    tell("a gradient", why_in_torch());
+    report("a gradient", why_in_torch());
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "flexmodel/host.h"
+
 namespace flexmodel {
 
 // See ffi.rs. Needs the GIL.

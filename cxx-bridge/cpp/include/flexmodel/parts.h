@@ -1,18 +1,31 @@
-// What this process holds of a tensor that lies over several.
+// The part of a distributed tensor that this process holds.
 #pragma once
 
 #include "flexmodel/py.h"
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
-#include "flexmodel/ffi.h"
+#include "flexmodel/host.h"
 #include "flexmodel/tensor.h"
 
 namespace flexmodel {
 
-using Axes = rust::Vec<LeafAxis>;
+// How a tensor lies along one axis. Owns what a LeafAxis borrows.
+struct Axis {
+  std::string name;
+  std::vector<uint64_t> sizes;
+  // Without these.
+  LeafAxis lies{};
+
+  // As long as this lives and stays where it is.
+  LeafAxis borrowed() const;
+};
+
+using Axes = std::vector<Axis>;
 
 // A tensor that this process can read, and what torch says about how it lies over the others.
 struct Part {
@@ -26,10 +39,10 @@ struct Part {
 // Reads a list of (axis, index, size, placement, dimension[, shape, for runs]); false with a Python error set.
 bool read_axes(PyObject* list, Axes& axes);
 
-// The module that is given a tensor, or gives it.
+// The module that takes or returns a tensor.
 struct Where {
   PyObject* module = nullptr;
-  // What it was given first, if `tensor` is what it gives.
+  // Its first input, if it returns the tensor.
   PyObject* like = nullptr;
 };
 

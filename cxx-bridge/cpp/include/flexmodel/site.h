@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "flexmodel/ffi.h"
+#include "flexmodel/wire.h"
 
 namespace flexmodel {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string>
 
-#include "flexmodel/ffi.h"
+#include "flexmodel/wire.h"
 
 namespace flexmodel {
 
@@ -19,12 +19,12 @@ bool ready_types();
 void pause_taps(bool paused);
 bool are_taps_paused();
 
-// From now on the passes of models are told with a digest of what they were given.
-void tell_given();
+// From now on a pass of a model is reported with a digest of its input.
+void digest_inputs();
 
-// The digest of what a model is given, if that is wanted. `kept` is that of the model's first input on a device: to look
-// at another would make the job wait.
-uint32_t digest_of_given(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& kept);
+// The digest of a model's input, if that is wanted. `first_digest` is that of its first input on a device: to look at
+// another one would make the job wait.
+uint32_t input_digest(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& first_digest);
 
 // Keeps the shim's `take(serial)`, which captures what is due of a model's parameters and raises nothing of ours.
 void take_with(PyObject* take);
@@ -32,9 +32,9 @@ void take_with(PyObject* take);
 // Has it do so, if any hook taps parameters: a forward pass of the model begins. Throws PyError.
 void take_parameters(uint64_t serial);
 
-// (before, after) hooks of a tap on `kinds` of the module `name`, of which `edits` are edited; `before` is None where the tap
-// needs only its output. New reference.
-PyObject* make_tap(uint32_t tap, std::string name, uint32_t kinds, uint32_t edits);
+// (before, after) hooks of the tap that the engine selected on the module `name`; `before` is None where it needs only the
+// module's output. New reference.
+PyObject* make_tap(const Selected& selected, std::string name);
 
 // (before, after) hooks that mark the forward of a model (part 0), or of a part of it. New reference.
 PyObject* make_scope(uint64_t serial, uint64_t part);

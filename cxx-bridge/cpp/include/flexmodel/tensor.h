@@ -11,20 +11,12 @@
 #include <memory>
 #include <optional>
 
-#include "flexmodel/wire.h"
+#include "flexmodel/host.h"
 #include "rust/cxx.h"
 
 namespace flexmodel {
 
 using Tensor = at::Tensor;
-struct Leaf;
-
-// The number that crosses a boundary.
-template <typename Enum>
-constexpr uint8_t code(Enum value) {
-  static_assert(sizeof(Enum) == 1);
-  return static_cast<uint8_t>(value);
-}
 
 // Our own operations are nobody's business: no autograd, no autocast, no dispatch mode of the job sees them.
 struct Unseen {
@@ -83,7 +75,7 @@ uint32_t digest_of(const at::Tensor& tensor);
 
 // See ffi.rs.
 bool is_plain(const at::Tensor& tensor, uint8_t dtype);
-std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool kept, uint8_t dtype, uint64_t first, uint64_t count,
+std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool staged, uint8_t dtype, uint64_t first, uint64_t count,
                                  uint8_t* destination);
 
 }  // namespace flexmodel

@@ -129,7 +129,7 @@ impl Passes {
             *counter += 1;
             self.number += 1;
             self.grad_enabled = firing.grad_enabled;
-            self.inputs.push_back((self.number, Input { sizes: firing.first, digest: firing.given }));
+            self.inputs.push_back((self.number, Input { sizes: firing.first, digest: firing.input_digest }));
             if self.inputs.len() > REMEMBERED {
                 self.inputs.pop_front();
             }

@@ -101,7 +101,7 @@ fn models_share_steps_and_count_their_own_microbatches() {
 #[test]
 fn the_input_of_a_pass_is_known_for_gradients_that_come_late() {
     let mut w = World::new();
-    w.pass(Firing { given: 5, ..train() });
+    w.pass(Firing { input_digest: 5, ..train() });
     w.pass(Firing { first: [2, -1, -1], ..train() });
     assert_eq!(w.clock.input(MODEL, 1), Input { sizes: [4, 8, -1], digest: 5 });
     assert_eq!(w.clock.input(MODEL, 2).sizes, [2, -1, -1]);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use wire::{
     codes::{EditOp, Role},
-    control::ModuleInfo,
+    control::ToAgent,
     hooks::{Edit, Kind},
     tap_abi::{Call, Firing, LeafEdit, Rank},
 };
@@ -28,11 +28,8 @@ pub trait Reports: Send + Sync {
     /// Who this process is, and how the job wraps its model, if that is known.
     fn describe(&self, rank: Rank, wrapper: &str);
 
-    /// The modules of a model with this number.
-    fn model(&self, model: u32, modules: Vec<ModuleInfo>);
-
-    /// The modules of a model of which nothing is captured here.
-    fn other_model(&self, modules: Vec<String>);
+    /// A message for the agent.
+    fn say(&self, message: ToAgent);
 
     /// One line for the user.
     fn notice(&self, text: String);
@@ -166,7 +163,7 @@ impl Engine {
             edit &= if placed.is_some() { !0 } else { !Kind::GRADIENTS };
         }
         let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
-        let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Supposed));
+        let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Assumed));
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
     }
 

@@ -6,7 +6,7 @@ use wire::{
     hooks::{Assemble, Kind, Reduce},
     loss_scale::LossScale,
     record::{MICRO, RecordMeta},
-    tap_abi::{Call, Str, TensorDesc},
+    tap_abi::{self, Call},
 };
 
 use super::Engine;
@@ -19,21 +19,15 @@ impl Engine {
     /// Describes a leaf for its way to the agent; `None` if nobody asked for it.
     ///
     /// # Safety
-    /// `tensor.sizes` must point to `ndim` sizes, and `tensor.axes` to `axis_count` axes.
-    pub unsafe fn describe(
-        &self,
-        call: &Call,
-        kind: Kind,
-        path: Str<'_>,
-        repeat: u32,
-        tensor: &TensorDesc<'_>,
-    ) -> Option<Captured> {
+    /// The arrays of `tensor` are as long as it says, and live through the call, as its path does.
+    pub unsafe fn describe(&self, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Option<Captured> {
+        let kind = Kind::from_code(tensor.kind)?;
         let (tap, model) = self.taps.get(call.tap)?;
-        // SAFETY: the caller's string lives through the call.
-        let path = unsafe { path.get() };
+        // SAFETY: the string lives through the call (caller).
+        let path = unsafe { tensor.path.get() };
         let clause = tap.captures(call.step, kind, path)?;
         // SAFETY: the caller vouches for sizes and ndim.
-        let sizes = unsafe { std::slice::from_raw_parts(tensor.sizes, tensor.ndim as usize) };
+        let sizes = unsafe { tap_abi::array(tensor.sizes, tensor.ndim) };
         let shape: Vec<u64> = sizes.iter().map(|&n| n.max(0) as u64).collect();
         let own = DType::from_code(tensor.dtype);
         let refusal = match Refusal::from_code(tensor.refusal).unwrap_or(Refusal::Subclass) {
@@ -77,7 +71,7 @@ impl Engine {
             step: call.step,
             micro: if is_cut { call.micro / model.microbatches } else { call.micro },
             call: call.call,
-            repeat,
+            repeat: tensor.repeat,
             train: call.train,
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,

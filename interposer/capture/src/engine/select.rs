@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use wire::{
     codes::{Code, Order},
-    control::ModuleInfo,
+    control::{ModuleInfo, ToAgent},
     hooks::{Kind, nearest},
     tap_abi::{ModelDesc, Rank, Selected},
 };
@@ -80,24 +80,21 @@ impl Engine {
     /// Taps for the modules of a model that selectors match. A model that is seen again keeps its number and taps.
     ///
     /// # Safety
-    /// `desc` must point to `count` entries in each of its arrays.
+    /// The arrays of `desc` are as long as it says.
     pub unsafe fn select(&mut self, desc: &ModelDesc<'_>, rank: Rank) -> Vec<Selected> {
         let plan = self.plans.get();
         self.rank = rank;
         self.process.set_rank(rank.rank);
-        let mut modules = Vec::with_capacity(desc.count);
+        let mut modules = Vec::with_capacity(desc.module_count);
         let mut out = Vec::new();
         let (mut selected, mut names) = (HashMap::new(), Vec::new());
-        for i in 0..desc.count {
-            // SAFETY: i < count; the strings live through the call (caller).
+        for i in 0..desc.module_count {
+            // SAFETY: i < module_count; the strings live through the call (caller).
             let (name, class, qualified, order) = unsafe {
-                (
-                    (*desc.names.add(i)).get(),
-                    (*desc.classes.add(i)).get(),
-                    (*desc.qualified.add(i)).get(),
-                    Order::from_code(*desc.orders.add(i)).unwrap_or_default(),
-                )
+                let module = &*desc.modules.add(i);
+                (module.name.get(), module.class_name.get(), module.qualified.get(), module.order)
             };
+            let order = Order::from_code(order).unwrap_or_default();
             let clauses = self.findings.matching(&plan, rank.rank, Subject { name, class, qualified }, !0);
             let kinds = plan.kinds(&clauses) & !Kind::OF_PARAMETERS;
             let edited = plan.some(&clauses).filter(|clause| clause.edit.is_some());
@@ -110,7 +107,8 @@ impl Engine {
             self.say_disagreement(&plan, &clauses, name);
             let target = Target { model: desc.serial, name, class, order };
             let tap = self.taps.add(target, &plan, clauses, kinds);
-            out.push(Selected { index: i as u32, tap, kinds, edits });
+            let before = kinds & Kind::BEFORE != 0;
+            out.push(Selected { index: i as u32, tap, kinds, edits, before });
         }
         for i in 0..desc.parameter_count {
             // SAFETY: i < parameter_count; the string lives through the call (caller).
@@ -121,7 +119,8 @@ impl Engine {
                 self.say_disagreement(&plan, &clauses, name);
                 let target = Target { model: desc.serial, name, class: "Parameter", order: Order::Unstated };
                 let tap = self.taps.add(target, &plan, clauses, kinds);
-                out.push(Selected { index: (desc.count + i) as u32, tap, kinds, edits: 0 });
+                let index = (desc.module_count + i) as u32;
+                out.push(Selected { index, tap, kinds, ..Selected::default() });
             }
             names.push(name.to_owned());
         }
@@ -133,7 +132,8 @@ impl Engine {
             let some_for_all = plan.clauses().iter().any(|clause| clause.options.ranks.is_none());
             if rank.world > 1 && modules.len() > 1 && some_for_all {
                 self.reports.describe(rank, "");
-                self.reports.other_model(modules.into_iter().map(|m| m.name).collect());
+                let modules = modules.into_iter().map(|m| m.name).collect();
+                self.reports.say(ToAgent::Others { modules });
             }
             return out;
         }
@@ -144,7 +144,7 @@ impl Engine {
             // The process may have become a rank since the last time.
             // SAFETY: the array has `axis_count` entries, whose names live through the call (caller).
             model.mesh = unsafe { layout::mesh_of(desc) };
-            self.reports.model(model.number, modules);
+            self.reports.say(ToAgent::Model { model: model.number, modules });
         }
         out
     }

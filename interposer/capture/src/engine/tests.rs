@@ -5,7 +5,6 @@ use std::sync::Arc;
 use wire::{
     codes::Refusal,
     record::{Axis, Place, RecordMeta},
-    tap_abi::Str,
 };
 
 use super::*;
@@ -43,9 +42,9 @@ impl World {
     /// The record of a leaf of 4 x 8, if it is captured.
     fn record(&self, call: &Call, kind: Kind, path: &str) -> Option<RecordMeta> {
         let tensor = Tensor::of(32);
-        let described = tensor.described(&[4, 8], Refusal::None);
+        let described = tensor.described(kind, path, &[4, 8], Refusal::None);
         // SAFETY: sizes and path live through the call.
-        unsafe { self.engine.describe(call, kind, Str::new(path), 0, &described) }.map(|captured| captured.meta)
+        unsafe { self.engine.describe(call, &described) }.map(|captured| captured.meta)
     }
 }
 
@@ -99,8 +98,7 @@ fn ranks_that_there_are_not_and_modules_that_there_are_not_are_said_once_by_rank
 fn a_rank_that_captures_nothing_of_a_model_says_which_modules_it_has() {
     let mut w = engine("elsewhere");
     Model::of(1, &["", "a"]).select_in(&mut w.engine, 0, 2);
-    assert_eq!(*w.reports.others.lock().unwrap(), [["".to_owned(), "a".into()]]);
-    assert!(w.reports.models.lock().unwrap().is_empty());
+    assert_eq!(*w.reports.said.lock().unwrap(), [ToAgent::Others { modules: vec!["".into(), "a".into()] }]);
 }
 
 #[test]
@@ -229,9 +227,9 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     let call = w.calls(1, &new, &training())[0].unwrap();
     assert_eq!(w.record(&call, Kind::Forward, "out").unwrap().group, "new");
     assert_eq!((w.engine.plan().revision(), call.micro), (1, 2), "the clock goes on");
-    let models = w.reports.models.lock().unwrap();
-    assert_eq!(models.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 0]);
-    assert_eq!(models[1].1.iter().map(|m| m.kinds).collect::<Vec<_>>(), [0, 0, FORWARD]);
+    let said = w.reports.said.lock().unwrap();
+    let [ToAgent::Model { model: 0, .. }, ToAgent::Model { model: 0, modules }] = &said[..] else { panic!("{said:?}") };
+    assert_eq!(modules.iter().map(|m| m.kinds).collect::<Vec<_>>(), [0, 0, FORWARD]);
 }
 
 #[test]

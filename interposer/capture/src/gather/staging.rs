@@ -34,7 +34,7 @@ impl Staged {
         budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).ok()?;
         let mut on_device = false;
         // SAFETY: the handle is the tensor of the tap that is firing.
-        let tensor = unsafe { (bridge.keep)(captured.handle, captured.meta.dtype as u8, &raw mut on_device) };
+        let tensor = unsafe { (bridge.stage)(captured.handle, captured.meta.dtype as u8, &raw mut on_device) };
         if tensor.is_null() {
             budget.fetch_sub(bytes, Ordering::Relaxed);
             return None;
@@ -82,6 +82,6 @@ impl Drop for Staged {
     fn drop(&mut self) {
         self.budget.fetch_sub(self.bytes, Ordering::Relaxed);
         // SAFETY: the tensor came from the bridge and is given back once.
-        unsafe { (self.bridge.discard)(self.tensor) };
+        unsafe { (self.bridge.release)(self.tensor) };
     }
 }

@@ -8,7 +8,7 @@ use wire::{
     codes::{Code, Order, Placement, Role},
     hooks::{Kind, ShardHint},
     record::{Axis, MICRO, Place},
-    tap_abi::{ModelDesc, Rank, TensorDesc},
+    tap_abi::{self, ModelDesc, Rank},
 };
 
 /// The name of the axes over which the batch lies, taken together.
@@ -80,28 +80,19 @@ pub unsafe fn mesh_of(desc: &ModelDesc<'_>) -> Vec<MeshAxis> {
 ///
 /// # Safety
 /// `tensor.axes` must point to `axis_count` axes.
-pub unsafe fn from_torch(tensor: &TensorDesc<'_>) -> Vec<Axis> {
+pub unsafe fn from_torch(tensor: &tap_abi::Leaf<'_>) -> Vec<Axis> {
     let at = |i: usize| {
         // SAFETY: i < axis_count; the name lives as long as the description.
         let (axis, name) = unsafe {
             let axis = &*tensor.axes.add(i);
             (axis, axis.name.get())
         };
-        let place = match Placement::from_code(axis.placement).unwrap_or_default() {
-            Placement::Replicate => Place::Replicate,
-            Placement::Shard => shard(axis.dim),
-            Placement::ReplicateOrShard => Place::ReplicateOrShard { dim: axis.dim },
-            Placement::Partial => Place::Partial,
-            Placement::HeadTail => Place::HeadTail { dim: axis.dim },
-            Placement::Unknown => Place::Unknown,
-            // SAFETY: `dim` sizes, which live as long as the description.
-            Placement::Flat => unsafe {
-                Place::Flat { shape: std::slice::from_raw_parts(axis.sizes, axis.dim as usize).to_vec() }
-            },
-        };
+        // SAFETY: `ndim` sizes, which live as long as the description.
+        let sizes = unsafe { tap_abi::array(axis.sizes, axis.ndim) };
+        let place = Place::of(Placement::from_code(axis.placement).unwrap_or_default(), axis.dim, sizes);
         Axis { name: name.to_owned(), index: axis.index, size: axis.size, place, given: None }
     };
-    (0..tensor.axis_count as usize).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
+    (0..tensor.axis_count).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
 }
 
 /// Over how many ranks the batch lies.
@@ -110,7 +101,7 @@ pub fn data_size(mesh: &[MeshAxis]) -> u32 {
 }
 
 fn has_batch(axis: &MeshAxis) -> bool {
-    matches!(axis.role, Role::Data | Role::Supposed)
+    matches!(axis.role, Role::Data | Role::Assumed)
 }
 
 /// Axes of a leaf: those of the mesh of which torch says nothing, the batch's as one, and then, inside of these, those of
@@ -132,7 +123,7 @@ pub fn infer(
             _ => {
                 let name = if has_batch(axis) { DATA.to_owned() } else { axis.name.clone() };
                 let place = place_along(axis, leaf, known);
-                let given = (axis.role == Role::Supposed && place != Place::Unknown).then_some(known.input_digest);
+                let given = (axis.role == Role::Assumed && place != Place::Unknown).then_some(known.input_digest);
                 axes.push(Axis { name, index: axis.index, size: axis.size, place, given });
             }
         }
@@ -189,9 +180,9 @@ fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
 
 fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
     match axis.role {
-        Role::Supposed if known.input_digest == 0 => Place::Unknown,
-        Role::Data | Role::Supposed if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
-        Role::Data | Role::Supposed => place(leaf.shape, leaf.path, known),
+        Role::Assumed if known.input_digest == 0 => Place::Unknown,
+        Role::Data | Role::Assumed if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
+        Role::Data | Role::Assumed => place(leaf.shape, leaf.path, known),
         Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
         // The pieces of a sequence may be in any order.
         Role::Context | Role::Other | Role::Pipeline => Place::Unknown,

@@ -151,14 +151,14 @@ fn the_batch_lies_over_all_data_axes_as_one() {
 #[test]
 fn what_is_only_supposed_says_what_the_model_was_given() {
     let place = |known: Known, hint: Option<&ShardHint>| {
-        let axis = infer(OUT, known, hint, &mesh(&[Role::Supposed]), Vec::new()).remove(0);
+        let axis = infer(OUT, known, hint, &mesh(&[Role::Assumed]), Vec::new()).remove(0);
         (axis.name, axis.place, axis.given)
     };
     assert_eq!(place(DP, None), ("dp".into(), shard(0), Some(7)));
     assert_eq!(place(Known { input_digest: 0, ..DP }, None), ("dp".into(), Place::Unknown, None));
     let hint = ShardHint { dim: 2, axis: "tp".into() };
     assert_eq!(place(DP, Some(&hint)), ("tp".into(), shard(2), None));
-    assert_eq!(data_size(&mesh(&[Role::Supposed])), 2);
+    assert_eq!(data_size(&mesh(&[Role::Assumed])), 2);
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::ffi::c_void;
 use wire::{
     codes::{CopyState, Refusal},
     dtype::DType,
-    tap_abi::{BridgeTable, Copied, Move, TAP_ABI, TensorDesc},
+    hooks::Kind,
+    tap_abi::{BridgeTable, Copied, Leaf, Move, Str, TAP_ABI},
 };
 
 /// A tensor of the CPU that the stand-in for the bridge can read.
@@ -21,11 +22,14 @@ impl Tensor {
     }
 
     /// As a tap describes it. It lies in one dimension, of `sizes`.
-    pub fn described<'a>(&self, sizes: &'a [i64], refusal: Refusal) -> TensorDesc<'a> {
-        TensorDesc {
+    pub fn described<'a>(&self, kind: Kind, path: &'a str, sizes: &'a [i64], refusal: Refusal) -> Leaf<'a> {
+        Leaf {
+            kind: kind as u8,
+            path: Str::new(path),
+            repeat: 0,
             handle: std::ptr::from_ref(self).cast(),
             sizes: sizes.as_ptr(),
-            ndim: sizes.len() as u32,
+            ndim: sizes.len(),
             dtype: DType::Float32 as u8,
             on_device: false,
             refusal: refusal as u8,
@@ -43,8 +47,8 @@ pub static BRIDGE: BridgeTable = BridgeTable {
     copy,
     wait,
     checksum,
-    keep,
-    discard,
+    stage,
+    release,
     exchange,
     transfer,
     cut,
@@ -74,7 +78,7 @@ unsafe extern "C" fn checksum(_: *const c_void, _: u8, _: *mut u32) -> bool {
     false
 }
 
-unsafe extern "C" fn keep(handle: *const c_void, _: u8, on_device: *mut bool) -> *mut c_void {
+unsafe extern "C" fn stage(handle: *const c_void, _: u8, on_device: *mut bool) -> *mut c_void {
     // SAFETY: as in copy; `on_device` is the caller's to be written.
     let floats = unsafe {
         on_device.write(false);
@@ -83,8 +87,8 @@ unsafe extern "C" fn keep(handle: *const c_void, _: u8, on_device: *mut bool) ->
     Box::into_raw(Box::new(Tensor { floats, fails: false })).cast()
 }
 
-unsafe extern "C" fn discard(staged: *mut c_void) {
-    // SAFETY: `keep` made it, and it is given back once.
+unsafe extern "C" fn release(staged: *mut c_void) {
+    // SAFETY: `stage` made it, and it is given back once.
     drop(unsafe { Box::from_raw(staged.cast::<Tensor>()) });
 }
 

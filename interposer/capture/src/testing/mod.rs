@@ -13,10 +13,10 @@ use std::{
 
 use wire::{
     codes::Role,
-    control::{CONTROL_VERSION, Hello, ModuleInfo},
+    control::{CONTROL_VERSION, Hello, ToAgent},
     env::OnFull,
     hooks::Kind,
-    tap_abi::{Firing, MeshAxis, ModelDesc, Rank, Selected, Str},
+    tap_abi::{Firing, MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str},
 };
 
 use crate::{engine::Reports, process::Process, switch::Switch};
@@ -96,8 +96,7 @@ impl Process for StandInProcess {
 #[derive(Default)]
 pub struct StandInTransport {
     pub described: Mutex<Vec<(u32, u32, String)>>,
-    pub models: Mutex<Vec<(u32, Vec<ModuleInfo>)>>,
-    pub others: Mutex<Vec<Vec<String>>>,
+    pub said: Mutex<Vec<ToAgent>>,
     pub notices: Mutex<Vec<String>>,
 }
 
@@ -113,12 +112,8 @@ impl Reports for StandInTransport {
         self.described.lock().unwrap().push((rank.rank, rank.world, wrapper.to_owned()));
     }
 
-    fn model(&self, model: u32, modules: Vec<ModuleInfo>) {
-        self.models.lock().unwrap().push((model, modules));
-    }
-
-    fn other_model(&self, modules: Vec<String>) {
-        self.others.lock().unwrap().push(modules);
+    fn say(&self, message: ToAgent) {
+        self.said.lock().unwrap().push(message);
     }
 
     fn notice(&self, text: String) {
@@ -143,8 +138,13 @@ impl Model {
 
     /// What the engine selects of it.
     pub fn select_in(&self, engine: &mut crate::engine::Engine, rank: u32, world: u32) -> Vec<Selected> {
-        let names: Vec<Str<'_>> = self.modules.iter().copied().map(Str::new).collect();
-        let classes = vec![Str::new("Linear"); names.len()];
+        let module = |name: &&'static str| ModuleDesc {
+            name: Str::new(name),
+            class_name: Str::new("Linear"),
+            qualified: Str::new("Linear"),
+            order: 0,
+        };
+        let modules: Vec<ModuleDesc<'_>> = self.modules.iter().map(module).collect();
         let parameters: Vec<Str<'_>> = self.parameters.iter().copied().map(Str::new).collect();
         let axis = |&(name, index, size, role): &(&'static str, u32, u32, Role)| MeshAxis {
             name: Str::new(name),
@@ -153,14 +153,10 @@ impl Model {
             role: role as u8,
         };
         let mesh: Vec<MeshAxis<'_>> = self.mesh.iter().map(axis).collect();
-        let orders = vec![0; names.len()];
         let desc = ModelDesc {
             serial: self.serial,
-            count: names.len(),
-            names: names.as_ptr(),
-            classes: classes.as_ptr(),
-            qualified: classes.as_ptr(),
-            orders: orders.as_ptr(),
+            modules: modules.as_ptr(),
+            module_count: modules.len(),
             parameters: parameters.as_ptr(),
             parameter_count: parameters.len(),
             wrapper: Str::new("DDP"),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use wire::{
-    control::{self, FromAgent, Hello, MAX_ANSWER, ToAgent, clip},
+    control::{self, FromAgent, Hello, MAX_FROM_AGENT, ToAgent, clip},
     descriptor::{self, Descriptor},
     tap_abi::Rank,
 };
@@ -19,7 +19,7 @@ use super::{
     slabs::Slabs,
     socket::{self, NoConnection},
 };
-use crate::process::Process;
+use crate::{answers::Answers, process::Process};
 
 /// How often an absent agent is looked for, and a present one looked at.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
@@ -35,6 +35,7 @@ const MAX_LINES: u32 = 20;
 pub struct Link {
     socket: PathBuf,
     hello: Hello,
+    answers: Answers,
     process: Arc<dyn Process>,
     stream: Option<Descriptor>,
     outbox: Outbox,
@@ -59,10 +60,11 @@ pub struct Link {
 
 impl Link {
     /// A link that has not looked for its agent yet, of a process that calls itself `hello`.
-    pub fn new(socket: &str, hello: Hello, process: Arc<dyn Process>) -> Self {
+    pub fn new(socket: &str, hello: Hello, answers: Answers, process: Arc<dyn Process>) -> Self {
         Self {
             socket: socket.into(),
             hello,
+            answers,
             process,
             stream: None,
             outbox: Outbox::default(),
@@ -258,7 +260,7 @@ impl Link {
     fn listen(&mut self) -> bool {
         let mut is_there = true;
         // An agent that never ends its sentence is not listened to for ever.
-        while self.inbox.len() <= MAX_ANSWER {
+        while self.inbox.len() <= MAX_FROM_AGENT {
             let Some(stream) = self.stream.as_ref() else { return false };
             match socket::receive(stream, &mut self.inbox) {
                 Ok(1..) => {}
@@ -276,7 +278,7 @@ impl Link {
         }
         loop {
             match control::decode_next(&mut self.inbox) {
-                Ok(None) if !is_there || self.inbox.len() > MAX_ANSWER => return self.lost(),
+                Ok(None) if !is_there || self.inbox.len() > MAX_FROM_AGENT => return self.lost(),
                 Ok(None) => return true,
                 Ok(Some(FromAgent::Welcome)) => {
                     self.pause = LOOK;
@@ -290,6 +292,11 @@ impl Link {
                     self.refused = true;
                     self.stream = None;
                     return false;
+                }
+                // It has asked more than it may have open: what is too much is not answered.
+                Ok(Some(FromAgent::Ask { .. })) if self.outbox.is_full_of_answers() => {}
+                Ok(Some(FromAgent::Ask { id, question })) => {
+                    self.outbox.push(ToAgent::Answer { id, answer: self.answers.to(question) });
                 }
                 Err(_) => return self.lost(),
             }

@@ -13,6 +13,10 @@
 //! | taps go off | at most two [`GLANCE`]s for the word of it |
 //! | the process turns out to be another rank | at most [`MOVE`] for copies that are under way, and [`WORD`] |
 //! | the process ends | at most [`FAREWELL`] for copies from a device that are under way, and [`WORD`] |
+//!
+//! There is no thread for the agent's words: the job's own threads look at the socket, without waiting, at most every
+//! [`LOOK`](link::LOOK), or every 20 ms while something waits to be sent. They do so when a tensor is sent, when a forward pass
+//! begins and when an optimizer has stepped. An agent that asks a rank which does none of these gets no answer until it does.
 
 mod copies;
 mod in_flight;
@@ -40,14 +44,14 @@ use std::{
 
 use wire::{
     codes::CopyState,
-    control::{Hello, ModuleInfo, ToAgent},
+    control::{Hello, ToAgent},
     counts::Counts,
     record::{Axis, Place, RecordMeta},
     slab::{Mapping, Reservation},
     tap_abi::{BridgeTable, Rank},
 };
 
-use crate::{engine::Reports, process::Process};
+use crate::{answers::Answers, engine::Reports, process::Process};
 use copies::Copies;
 use in_flight::InFlight;
 use link::Link;
@@ -109,13 +113,14 @@ impl Transport {
     /// Nothing is sent, made or connected yet. `replicas_once`: of replicas one rank sends the bytes, the others a checksum.
     pub fn new(
         settings: Settings,
+        answers: Answers,
         replicas_once: bool,
         process: Arc<dyn Process>,
         bridge: &'static BridgeTable,
     ) -> Arc<Self> {
         let Settings { socket, slab_bytes, counts, hello } = settings;
         let on_full = hello.on_full;
-        let link = Link::new(&socket, hello, process.clone());
+        let link = Link::new(&socket, hello, answers, process.clone());
         let slabs = Slabs::new(slab_bytes, Memory::new(1));
         let state = Mutex::new(State::new(link, slabs, counts, on_full, process.clone()));
         Arc::new_cyclic(|this| Self {
@@ -143,9 +148,15 @@ impl Transport {
         self.say(ToAgent::Notice(text));
     }
 
-    fn say(&self, message: ToAgent) {
-        let State { link, slabs, .. } = &mut *self.lock();
-        link.say(message, slabs);
+    /// Listens to an agent, answers it and sends what waits, if it is time to look. Tensors that are sent do so anyway; passes
+    /// and steps call this for a job that sends none at the moment.
+    pub fn look(&self) {
+        match self.state.try_lock() {
+            Ok(mut state) => state.look(),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().look(),
+            // Whoever sends a tensor looks too.
+            Err(TryLockError::WouldBlock) => {}
+        }
     }
 
     /// The word that taps went off in this process: best effort, and no longer than two glances. Called from anywhere.
@@ -273,14 +284,9 @@ impl Reports for Transport {
         link.describe(rank, wrapper, slabs);
     }
 
-    /// Tells the agent a model's modules, if they are news.
-    fn model(&self, model: u32, modules: Vec<ModuleInfo>) {
-        self.say(ToAgent::Model { model, modules });
-    }
-
-    /// Tells the agent the modules of a model of which nothing is captured here.
-    fn other_model(&self, modules: Vec<String>) {
-        self.say(ToAgent::Others { modules });
+    fn say(&self, message: ToAgent) {
+        let State { link, slabs, .. } = &mut *self.lock();
+        link.say(message, slabs);
     }
 
     fn notice(&self, text: String) {

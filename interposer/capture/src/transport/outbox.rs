@@ -1,8 +1,8 @@
 //! What an agent has to hear, and how much of it this one has heard. Knows no socket.
 
-use std::io;
+use std::{io, mem::discriminant};
 
-use wire::control::{self, MAX_MODELS, MAX_NOTICES, ToAgent};
+use wire::control::{self, MAX_QUESTIONS, ToAgent};
 
 use super::socket::is_later;
 
@@ -21,39 +21,31 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// One more message. What was said before is not said again; news of a model replaces what was said of it.
+    /// One more message. What was said before is not said again; what replaces an earlier message comes in its place at the
+    /// end.
     pub fn push(&mut self, message: ToAgent) {
         if self.messages.contains(&message) {
             return;
         }
-        let count = |like: fn(&ToAgent) -> bool| self.messages.iter().filter(|m| like(m)).count();
-        let old = match &message {
-            ToAgent::Hello(_) => self.messages.iter().position(|m| matches!(m, ToAgent::Hello(_))),
-            ToAgent::Model { model, .. } => {
-                let old = self
-                    .messages
-                    .iter()
-                    .position(|m| matches!(m, ToAgent::Model { model: other, .. } if other == model));
-                if old.is_none() && count(|m| matches!(m, ToAgent::Model { .. })) >= MAX_MODELS {
-                    return;
-                }
-                old
+        let keeping = message.keeping();
+        let like = |other: &ToAgent| discriminant(other) == discriminant(&message);
+        let same = |other: &ToAgent| like(other) && other.keeping().subject == keeping.subject;
+        let old = keeping.subject.and_then(|_| self.messages.iter().position(same));
+        match old {
+            Some(old) => {
+                self.messages.remove(old);
+                self.sent -= usize::from(old < self.sent);
             }
-            ToAgent::Others { .. } if count(|m| matches!(m, ToAgent::Others { .. })) >= MAX_MODELS => return,
-            ToAgent::Notice(_) if count(|m| matches!(m, ToAgent::Notice(_))) >= MAX_NOTICES => return,
-            ToAgent::OutOfReach { .. } if count(|m| matches!(m, ToAgent::OutOfReach { .. })) >= MAX_NOTICES => return,
-            ToAgent::Notice(_)
-            | ToAgent::Bye
-            | ToAgent::Others { .. }
-            | ToAgent::Slab { .. }
-            | ToAgent::OutOfReach { .. }
-            | ToAgent::Lost { .. } => None,
-        };
-        if let Some(old) = old {
-            self.messages.remove(old);
-            self.sent -= usize::from(old < self.sent);
+            None if self.messages.iter().filter(|other| like(other)).count() >= keeping.most => return,
+            None => {}
         }
         self.messages.push(message);
+    }
+
+    /// Whether as many answers wait to be sent as an agent may have questions.
+    pub fn is_full_of_answers(&self) -> bool {
+        let waiting = self.messages.iter().filter(|m| matches!(m, ToAgent::Answer { .. })).count();
+        waiting >= MAX_QUESTIONS
     }
 
     /// Whether it says which modules this rank has.
@@ -65,7 +57,7 @@ impl Outbox {
     /// then everything else.
     pub fn restart(&mut self, rest: Vec<u8>, slabs: impl Iterator<Item = u64>) {
         // Its own hello comes first, and says what a later one said.
-        self.messages.retain(|m| !matches!(m, ToAgent::Hello(_) | ToAgent::Bye | ToAgent::Slab { .. }));
+        self.messages.retain(|message| message.keeping().for_next_agent);
         self.messages.splice(0..0, slabs.map(|id| ToAgent::Slab { id }));
         (self.bytes, self.at, self.slab, self.sent) = (rest, 0, None, 0);
     }
@@ -92,14 +84,18 @@ impl Outbox {
             // A message too long for the protocol is left out.
             self.bytes = control::encode(message).unwrap_or_default();
             self.slab = if let ToAgent::Slab { id } = message { Some(*id) } else { None };
-            self.sent += 1;
+            if message.keeping().for_next_agent {
+                self.sent += 1;
+            } else {
+                self.messages.remove(self.sent);
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use wire::control::{ModuleInfo, decode_next};
+    use wire::control::{Answer, MAX_MODELS, MAX_NOTICES, ModuleInfo, decode_next};
 
     use super::*;
 
@@ -204,9 +200,34 @@ mod tests {
         assert_eq!(said.iter().rfind(|m| matches!(m, ToAgent::Model { .. })), Some(&model(0, "M19")));
     }
 
+    fn answer(id: u64) -> ToAgent {
+        ToAgent::Answer { id, answer: Answer::Plan { revision: 0, clauses: Vec::new() } }
+    }
+
+    #[test]
+    fn an_answer_is_for_the_agent_that_asked_and_is_forgotten_once_it_is_sent() {
+        let mut outbox = Outbox::default();
+        for message in [answer(1), notice("n"), answer(2)] {
+            outbox.push(message);
+        }
+        assert_eq!(messages(read(&mut outbox, 1000, 2)), [answer(1), notice("n")]);
+        outbox.restart(Vec::new(), std::iter::empty());
+        assert_eq!(messages(read(&mut outbox, 1000, 100)), [notice("n")], "the other one asked nothing");
+        for id in 0..1000 {
+            outbox.push(answer(id));
+            assert_eq!(messages(read(&mut outbox, 1000, 100)), [answer(id)]);
+        }
+        assert_eq!(outbox.messages.len(), 1);
+    }
+
     #[test]
     fn an_agent_that_reads_nothing_holds_a_bounded_number_of_messages() {
         let mut outbox = Outbox::default();
+        for id in 0..1000 {
+            assert_eq!(outbox.is_full_of_answers(), id >= MAX_QUESTIONS as u64);
+            outbox.push(answer(id));
+        }
+        outbox.restart(Vec::new(), std::iter::empty());
         for n in 0..1000 {
             outbox.push(notice(&n.to_string()));
             outbox.push(model(n, "A"));

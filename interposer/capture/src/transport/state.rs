@@ -76,6 +76,13 @@ impl State {
         self.link.alive(&self.slabs)
     }
 
+    /// Looks after the link, without which there is nothing to look after.
+    pub fn look(&mut self) {
+        if self.slabs.current().is_some() {
+            self.link.tend(&self.slabs);
+        }
+    }
+
     /// Lets slabs go that are over, and tells of those that no agent can be given any more.
     pub fn sweep(&mut self) {
         self.slabs.sweep();

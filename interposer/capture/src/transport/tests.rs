@@ -2,17 +2,21 @@
 
 use std::{
     io::{Read, Write},
-    os::{fd::AsRawFd, unix::net::UnixListener},
+    os::{
+        fd::AsRawFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::Path,
 };
 
 use wire::{
-    control::{self, FromAgent, decode_next, encode},
+    control::{self, Answer, FromAgent, MAX_QUESTIONS, ModuleInfo, Question, decode_next, encode},
     env::{MIN_SLAB_BYTES, OnFull},
     slab::{Fetched, SlabReader, SlabWriter},
 };
 
 use super::*;
+use crate::plan::{HookPlan, PlanInForce};
 use crate::testing::{Folder, StandInProcess, heard, hello};
 
 /// A listener and the link of a rank that looks for it.
@@ -29,8 +33,12 @@ fn slabs() -> Slabs {
     slabs
 }
 
+fn answers() -> Answers {
+    Answers::new(Arc::new(PlanInForce::new(HookPlan::parse(0, "*").unwrap())))
+}
+
 fn link_to(socket: &Path) -> Link {
-    Link::new(socket.to_str().unwrap(), hello(OnFull::Wait), StandInProcess::on())
+    Link::new(socket.to_str().unwrap(), hello(OnFull::Wait), answers(), StandInProcess::on())
 }
 
 fn pair() -> Pair {
@@ -147,13 +155,13 @@ fn an_agent_that_talks_without_end_is_left() {
     let (mut agent, _) = pair.listener.accept().unwrap();
     agent.set_nonblocking(true).unwrap();
     let endless = [&(1_u32 << 24).to_le_bytes()[..], &[7; 1 << 16]].concat();
-    assert!(agent.write(&endless).unwrap() > control::MAX_ANSWER);
+    assert!(agent.write(&endless).unwrap() > control::MAX_FROM_AGENT);
     assert!(!pair.alive());
     assert_eq!(agent.write(&[7]).unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
     // Many that are short are no reason to leave; each look hears some of them.
     assert!(pair.retry());
     let (mut agent, _) = pair.listener.accept().unwrap();
-    agent.write_all(&encode(&FromAgent::Welcome).unwrap().repeat(2 * control::MAX_ANSWER)).unwrap();
+    agent.write_all(&encode(&FromAgent::Welcome).unwrap().repeat(2 * control::MAX_FROM_AGENT)).unwrap();
     for _ in 0..20 {
         assert!(pair.alive());
     }
@@ -384,4 +392,58 @@ fn a_connection_that_the_job_has_closed_is_made_again_in_silence() {
     assert!(!pair.link.missing, "the agent is not gone");
     assert!(pair.retry());
     assert_eq!(hellos(&heard(&mut pair.listener.accept().unwrap().0)).len(), 1);
+}
+
+/// What an agent asks.
+fn ask(agent: &mut UnixStream, ids: impl IntoIterator<Item = u64>) {
+    let question = |id| encode(&FromAgent::Ask { id, question: Question::Plan }).unwrap();
+    let all: Vec<u8> = ids.into_iter().flat_map(question).collect();
+    agent.write_all(&all).unwrap();
+}
+
+fn answers_of(messages: &[ToAgent]) -> Vec<u64> {
+    messages.iter().filter_map(|m| if let ToAgent::Answer { id, .. } = m { Some(*id) } else { None }).collect()
+}
+
+#[test]
+fn a_rank_answers_each_question_by_its_number_when_it_looks() {
+    let mut pair = pair();
+    assert!(pair.alive());
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    agent.write_all(&encode(&FromAgent::Welcome).unwrap()).unwrap();
+    ask(&mut agent, [7, 5, u64::MAX]);
+    assert!(answers_of(&heard(&mut agent)).is_empty());
+    assert!(pair.alive());
+    let messages = heard(&mut agent);
+    assert_eq!(answers_of(&messages), [7, 5, u64::MAX]);
+    let plan = Answer::Plan { revision: 0, clauses: vec!["*".into()] };
+    assert_eq!(messages[0], ToAgent::Answer { id: 7, answer: plan });
+}
+
+/// It may have [`MAX_QUESTIONS`] open.
+#[test]
+fn an_agent_that_asks_without_end_gets_a_bounded_number_of_answers_a_look() {
+    let mut pair = pair();
+    assert!(pair.alive());
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    for _ in 0..3 {
+        ask(&mut agent, 0..500);
+        assert!(pair.alive());
+        assert_eq!(answers_of(&heard(&mut agent)).len(), MAX_QUESTIONS);
+        while !answers_of(&heard(&mut agent)).is_empty() {
+            assert!(pair.alive());
+        }
+    }
+}
+
+#[test]
+fn what_an_agent_asked_that_died_is_not_answered_to_the_next() {
+    let mut pair = pair();
+    assert!(pair.alive());
+    let (mut agent, _) = pair.listener.accept().unwrap();
+    ask(&mut agent, [3]);
+    drop(agent);
+    assert!(!pair.alive());
+    assert!(pair.retry());
+    assert!(answers_of(&heard(&mut pair.listener.accept().unwrap().0)).is_empty());
 }

@@ -1,0 +1,349 @@
+//! Carries out a layout's plan into memory that is the caller's own: a private map of a shard where the whole lies there in
+//! one piece, else memory that parts are read into, each straight to its place.
+
+use std::{io, os::unix::fs::FileExt};
+
+use memmap2::{MmapMut, MmapOptions};
+use wire::dtype::DType;
+
+use super::{
+    Shards,
+    layout::{Node, byte_len},
+    number,
+    shards::ReadError,
+};
+use crate::format::{Location, Part};
+
+/// Bytes from which on mapping a tensor is quicker than reading it.
+const MAP_FROM: u64 = 1 << 16;
+
+/// Bytes of a tensor that may be written to. Writing changes no file.
+pub enum Own {
+    /// Pages of a shard, copied when they are written to, or new ones.
+    Mapped(MmapMut),
+    /// Read.
+    Read(Vec<u8>),
+}
+
+impl std::ops::Deref for Own {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Own::Mapped(map) => map,
+            Own::Read(bytes) => bytes,
+        }
+    }
+}
+
+impl std::ops::DerefMut for Own {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Own::Mapped(map) => map,
+            Own::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// The bytes of `node`. Checksums are not compared: `flexmodel verify` does that.
+pub fn own(node: &Node, dtype: DType, parts: &[Part], shards: &Shards) -> Result<Own, ReadError> {
+    let from = From { dtype, parts, shards };
+    let len = from.bytes(node)?;
+    if len == 0 {
+        return Ok(Own::Read(Vec::new()));
+    }
+    if let Some(at) = from.one_piece(node)?
+        && at.len >= MAP_FROM
+    {
+        let file = shards.holding(&at)?;
+        // SAFETY: the map is private, so that what is written to it stays here. Bytes that a manifest line speaks of never
+        // change and the file never shrinks (the store's rule). Who truncates a shard by hand meanwhile gets SIGBUS, as with
+        // every mmap reader.
+        let map = unsafe { MmapOptions::new().offset(at.offset).len(len).no_reserve_swap().map_copy(&file) };
+        if let Ok(map) = map {
+            return Ok(Own::Mapped(map));
+        }
+        // No more maps are to be had: it is read.
+    }
+    super::expect_apart(node, parts)?;
+    let mut out = room(len)?;
+    from.fill(node, &Block::whole(node.shape(), dtype), &mut out)?;
+    Ok(out)
+}
+
+/// Writes the bytes of `node` to `out`, which is as long as they are.
+pub fn fill(node: &Node, dtype: DType, parts: &[Part], shards: &Shards, out: &mut [u8]) -> Result<(), ReadError> {
+    let from = From { dtype, parts, shards };
+    let len = from.bytes(node)?;
+    if len != out.len() {
+        return Err(ReadError::Layout(format!("{} bytes are not the {len} of the tensor", out.len())));
+    }
+    super::expect_apart(node, parts)?;
+    from.fill(node, &Block::whole(node.shape(), dtype), out)
+}
+
+fn room(len: usize) -> Result<Own, ReadError> {
+    if (len as u64) < MAP_FROM {
+        return Ok(Own::Read(vec![0; len]));
+    }
+    // Unlike an allocation, a map that there is no memory for is an error.
+    MmapMut::map_anon(len)
+        .map(Own::Mapped)
+        .map_err(|e| ReadError::Damage(format!("there is no memory for {len} bytes ({e})")))
+}
+
+/// Where the elements of a tensor lie in memory: that of the first, and how far it is to the next along each dimension.
+struct Block {
+    offset: usize,
+    strides: Vec<usize>,
+}
+
+impl Block {
+    /// Side by side. The bytes of the shape fit into memory.
+    fn whole(shape: &[u64], dtype: DType) -> Self {
+        let mut stride = dtype.size();
+        let mut strides: Vec<usize> = Vec::with_capacity(shape.len());
+        for &len in shape.iter().rev() {
+            strides.push(stride);
+            stride = stride.saturating_mul(len as usize);
+        }
+        strides.reverse();
+        Self { offset: 0, strides }
+    }
+
+    /// From `start` on along `dim`.
+    fn from(&self, dim: usize, start: u64) -> Self {
+        let step = self.strides.get(dim).copied().unwrap_or_default();
+        Self { offset: self.offset + start as usize * step, strides: self.strides.clone() }
+    }
+
+    /// The last dimensions of `shape` that lie side by side: where they begin, and their bytes.
+    fn run(&self, shape: &[u64], element: usize) -> (usize, usize) {
+        let (mut depth, mut width) = (shape.len(), element);
+        while depth > 0 && (self.strides[depth - 1] == width || shape[depth - 1] == 1) {
+            depth -= 1;
+            width *= shape[depth] as usize;
+        }
+        (depth, width)
+    }
+}
+
+struct From<'a> {
+    dtype: DType,
+    parts: &'a [Part],
+    shards: &'a Shards,
+}
+
+impl From<'_> {
+    fn bytes(&self, node: &Node) -> Result<usize, ReadError> {
+        byte_len(self.dtype, node.shape())
+            .and_then(|n| usize::try_from(n).ok())
+            .ok_or_else(|| ReadError::Damage(format!("a tensor of shape {:?} does not fit into memory", node.shape())))
+    }
+
+    fn at(&self, part: usize) -> Result<&Location, ReadError> {
+        let part = self.parts.get(part).ok_or_else(|| ReadError::Damage("a part that is not there".into()))?;
+        located(part)
+    }
+
+    /// The range of a shard that the bytes of a node are, if they are one.
+    fn one_piece(&self, node: &Node) -> Result<Option<Location>, ReadError> {
+        match node {
+            Node::Leaf { part, .. } => self.at(*part).cloned().map(Some),
+            Node::Flat { child, .. } => self.one_piece(child),
+            Node::Sum { .. } | Node::HeadTail { .. } => Ok(None),
+            Node::Concat { dim, children, shape } => {
+                if shape.iter().take(*dim).any(|&len| len != 1) {
+                    return Ok(None);
+                }
+                let mut whole: Option<Location> = None;
+                for child in children.iter().filter(|child| !child.shape().contains(&0)) {
+                    let Some(next) = self.one_piece(child)? else { return Ok(None) };
+                    whole = Some(match whole {
+                        None => next,
+                        Some(so_far) if so_far.shard == next.shard && so_far.offset + so_far.len == next.offset => {
+                            Location { len: so_far.len + next.len, ..so_far }
+                        }
+                        Some(_) => return Ok(None),
+                    });
+                }
+                Ok(whole)
+            }
+        }
+    }
+
+    fn fill(&self, node: &Node, to: &Block, out: &mut [u8]) -> Result<(), ReadError> {
+        let shape = node.shape();
+        if shape.contains(&0) {
+            return Ok(());
+        }
+        let (depth, width) = to.run(shape, self.dtype.size());
+        match node {
+            Node::Leaf { part, .. } => {
+                let at = self.at(*part)?;
+                if depth == 0 {
+                    return self.shards.read_into(at, piece(out, to.offset, width)?);
+                }
+                scatter(&self.apart(node)?, shape, to, self.dtype.size(), out)
+            }
+            Node::Concat { dim, children, .. } => {
+                let mut start = 0;
+                for child in children {
+                    self.fill(child, &to.from(*dim, start), out)?;
+                    start += child.shape().get(*dim).copied().unwrap_or_default();
+                }
+                Ok(())
+            }
+            Node::HeadTail { dim, children, .. } => {
+                let (mut head, mut tail) = (0, shape.get(*dim).copied().unwrap_or_default());
+                for child in children {
+                    let half = child.shape().get(*dim).copied().unwrap_or_default() / 2;
+                    let mut half_shape = child.shape().to_vec();
+                    half_shape[*dim] = half;
+                    let bytes = self.apart(child)?;
+                    // Rows of both halves take turns.
+                    let rows: u64 = half_shape.iter().take(*dim).product();
+                    let width = bytes.len() / (2 * rows.max(1) as usize).max(1);
+                    let of = |second: usize| -> Vec<u8> {
+                        bytes.chunks_exact(width.max(1)).skip(second).step_by(2).flatten().copied().collect()
+                    };
+                    tail -= half;
+                    scatter(&of(0), &half_shape, &to.from(*dim, head), self.dtype.size(), out)?;
+                    scatter(&of(1), &half_shape, &to.from(*dim, tail), self.dtype.size(), out)?;
+                    head += half;
+                }
+                Ok(())
+            }
+            Node::Flat { child, .. } if depth == 0 => {
+                let mut to_child = Block::whole(child.shape(), self.dtype);
+                to_child.offset = to.offset;
+                self.fill(child, &to_child, out)
+            }
+            Node::Flat { child, .. } => scatter(&self.apart(child)?, shape, to, self.dtype.size(), out),
+            Node::Sum { children, .. } => {
+                let mut addends = Vec::with_capacity(children.len());
+                for child in children {
+                    addends.push(match child {
+                        Node::Leaf { part, .. } => Addend::There(self.shards.mapped(self.at(*part)?)?),
+                        other => Addend::Made(self.apart(other)?),
+                    });
+                }
+                let bytes: Vec<&[u8]> = addends.iter().map(Addend::bytes).collect();
+                let sum = number::sum(self.dtype, &bytes)?;
+                scatter(&sum, shape, to, self.dtype.size(), out)
+            }
+        }
+    }
+
+    /// The bytes of a node by themselves.
+    fn apart(&self, node: &Node) -> Result<Own, ReadError> {
+        let mut own = room(self.bytes(node)?)?;
+        self.fill(node, &Block::whole(node.shape(), self.dtype), &mut own)?;
+        Ok(own)
+    }
+}
+
+enum Addend {
+    There(super::assemble::Bytes),
+    Made(Own),
+}
+
+impl Addend {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Addend::There(bytes) => bytes,
+            Addend::Made(bytes) => bytes,
+        }
+    }
+}
+
+/// Where a part's bytes are; they are as many as its shape says.
+pub fn located(part: &Part) -> Result<&Location, ReadError> {
+    let what = &part.what;
+    let Some(at) = &part.at else {
+        return Err(ReadError::Layout(match part.same {
+            Some(_) => format!("rank {} sent a checksum, and no rank bytes that have it", what.rank),
+            None => "only statistics were kept (reduce=stats)".into(),
+        }));
+    };
+    if byte_len(what.dtype, &what.shape) != Some(at.len) {
+        return Err(ReadError::Damage(format!(
+            "the manifest gives {} bytes to a {} tensor of shape {:?} from rank {}",
+            at.len,
+            what.dtype.name(),
+            what.shape,
+            what.rank
+        )));
+    }
+    Ok(at)
+}
+
+fn piece(out: &mut [u8], offset: usize, len: usize) -> Result<&mut [u8], ReadError> {
+    // A plan's blocks lie within its whole.
+    out.get_mut(offset..offset.saturating_add(len))
+        .ok_or_else(|| ReadError::Damage("a piece outside of its whole".into()))
+}
+
+/// Writes elements that lie side by side to their places in `out`.
+fn scatter(bytes: &[u8], shape: &[u64], to: &Block, element: usize, out: &mut [u8]) -> Result<(), ReadError> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let (depth, width) = to.run(shape, element);
+    let mut index = vec![0u64; depth];
+    let mut offset = to.offset;
+    for row in bytes.chunks_exact(width) {
+        piece(out, offset, width)?.copy_from_slice(row);
+        for dim in (0..depth).rev() {
+            index[dim] += 1;
+            offset += to.strides[dim];
+            if index[dim] < shape[dim] {
+                break;
+            }
+            offset -= index[dim] as usize * to.strides[dim];
+            index[dim] = 0;
+        }
+    }
+    Ok(())
+}
+
+impl Shards {
+    /// The file of a shard, which has these bytes.
+    fn holding(&self, at: &Location) -> Result<std::fs::File, ReadError> {
+        let file = self.found(&at.shard)?;
+        let size = file.metadata().map_err(|e| ReadError::Damage(format!("{}: {e}", at.shard)))?.len();
+        let end = at.offset.checked_add(at.len).filter(|_| at.offset >= crate::format::HEADER_SPACE);
+        match end {
+            None => Err(ReadError::Damage(format!(
+                "bytes {}+{} of {} are outside of its tensors",
+                at.offset, at.len, at.shard
+            ))),
+            Some(end) if end > size => Err(ReadError::Damage(too_short(&at.shard, size, end))),
+            Some(_) => Ok(file),
+        }
+    }
+
+    fn read_into(&self, at: &Location, out: &mut [u8]) -> Result<(), ReadError> {
+        self.holding(at)?.read_exact_at(out, at.offset).map_err(|e| {
+            ReadError::Damage(match e.kind() {
+                io::ErrorKind::UnexpectedEof => format!("{} was cut while it was read", at.shard),
+                _ => format!("{} cannot be read from byte {} on: {e}", at.shard, at.offset),
+            })
+        })
+    }
+
+    /// What is wrong with a shard that the manifest needs so many bytes of.
+    pub fn problem(&self, stem: &str, end: u64) -> Option<String> {
+        match self.found(stem).and_then(|file| file.metadata().map_err(|e| ReadError::Damage(format!("{stem}: {e}")))) {
+            Err(e) => Some(e.to_string()),
+            Ok(meta) if meta.len() < end => Some(too_short(stem, meta.len(), end)),
+            Ok(_) => None,
+        }
+    }
+}
+
+fn too_short(stem: &str, size: u64, end: u64) -> String {
+    format!(
+        "{stem} is cut short: it has {size} bytes and the manifest names {end}; copy the run again from where it was \
+         written, or see `flexmodel verify` for what is lost"
+    )
+}

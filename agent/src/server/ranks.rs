@@ -1,0 +1,225 @@
+//! The ranks that are attached, each with the connection on which it can be asked something.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::{mpsc, oneshot};
+use wire::control::{self, FromAgent, MAX_QUESTIONS, Question};
+
+use super::{Server, listed::Listed};
+
+/// What a rank answers, no more of it than a run keeps.
+pub type Answer = control::Answer<Listed<String>>;
+
+/// How long a rank may take to look at its socket: it does so between two steps at the latest.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a rank did not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoAnswer {
+    /// No such rank is attached.
+    Absent,
+    /// It left with the question.
+    Left,
+    /// It did not look at its socket in time, or has not answered as many questions as may be open.
+    Late,
+}
+
+/// A question on its way to the connection of a rank.
+struct Asked {
+    question: Question,
+    reply: oneshot::Sender<Answer>,
+}
+
+struct Peer {
+    /// Tells this connection from the rank's others.
+    connection: u64,
+    questions: mpsc::Sender<Asked>,
+    /// Of the hook plan that it has said it has.
+    revision: Option<u64>,
+}
+
+#[derive(Default)]
+struct Known {
+    connections: u64,
+    peers: BTreeMap<u32, Peer>,
+}
+
+/// The ranks that are attached, each by its last connection.
+#[derive(Default)]
+pub struct Ranks(Mutex<Known>);
+
+impl std::fmt::Debug for Ranks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.lock().peers.keys()).finish()
+    }
+}
+
+impl Ranks {
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A rank is welcomed on a connection. What it is asked comes to that until it ends.
+    pub fn join(self: &Arc<Self>, rank: u32) -> Questions {
+        let (questions, asked) = mpsc::channel(MAX_QUESTIONS);
+        let mut known = self.lock();
+        known.connections += 1;
+        let connection = known.connections;
+        known.peers.insert(rank, Peer { connection, questions, revision: None });
+        Questions { ranks: self.clone(), rank, connection, asked, next: 0, open: HashMap::new() }
+    }
+
+    /// Asks a rank. There is an answer, or the reason why there is none, within `limit`.
+    ///
+    /// # Errors
+    /// The rank is not there, leaves, or does not answer in time.
+    pub async fn ask(&self, rank: u32, question: Question, limit: Duration) -> Result<Answer, NoAnswer> {
+        let questions = self.lock().peers.get(&rank).map(|peer| peer.questions.clone()).ok_or(NoAnswer::Absent)?;
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            questions.send(Asked { question, reply }).await.map_err(|_| NoAnswer::Left)?;
+            answer.await.map_err(|_| NoAnswer::Left)
+        };
+        tokio::time::timeout(limit, asked).await.unwrap_or(Err(NoAnswer::Late))
+    }
+
+    /// A rank says which revision of the plan it has: the rank that has another one, with that.
+    fn has_revision(&self, rank: u32, revision: u64) -> Option<(u32, u64)> {
+        let mut known = self.lock();
+        known.peers.get_mut(&rank)?.revision = Some(revision);
+        known.peers.iter().find_map(|(other, peer)| Some((*other, peer.revision.filter(|has| *has != revision)?)))
+    }
+}
+
+/// The questions for one connection of a rank, and those that it has not answered.
+pub struct Questions {
+    ranks: Arc<Ranks>,
+    rank: u32,
+    connection: u64,
+    asked: mpsc::Receiver<Asked>,
+    next: u64,
+    open: HashMap<u64, oneshot::Sender<Answer>>,
+}
+
+impl Questions {
+    /// The next one to be sent, with its number. It waits while as many are open as may be.
+    pub async fn next(&mut self) -> FromAgent {
+        if self.open.len() >= MAX_QUESTIONS {
+            return std::future::pending().await;
+        }
+        let Some(Asked { question, reply }) = self.asked.recv().await else { return std::future::pending().await };
+        let id = self.next;
+        self.next += 1;
+        self.open.insert(id, reply);
+        FromAgent::Ask { id, question }
+    }
+
+    /// The rank answers. What nobody asked, or nobody waits for any more, is dropped.
+    pub fn answered(&mut self, id: u64, answer: Answer) {
+        if let Some(reply) = self.open.remove(&id) {
+            let _ = reply.send(answer);
+        }
+    }
+}
+
+impl Drop for Questions {
+    fn drop(&mut self) {
+        let mut known = self.ranks.lock();
+        if known.peers.get(&self.rank).is_some_and(|peer| peer.connection == self.connection) {
+            known.peers.remove(&self.rank);
+        }
+    }
+}
+
+/// Asks a rank that has just attached for its plan, and names it where another rank has another revision.
+pub async fn compare_plan(server: Arc<Server>, rank: u32) {
+    let Ok(Answer::Plan { revision, .. }) = server.ranks.ask(rank, Question::Plan, PATIENCE).await else { return };
+    if let Some((other, its)) = server.ranks.has_revision(rank, revision) {
+        server.board.trouble_once(&format!(
+            "rank {rank} has revision {revision} of the hooks and rank {other} has revision {its}: what they capture \
+             may not go together"
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(revision: u64) -> Answer {
+        Answer::Plan { revision, clauses: ["a".to_owned()].into_iter().collect() }
+    }
+
+    fn number(ask: &FromAgent) -> u64 {
+        let FromAgent::Ask { id, question: Question::Plan } = ask else { panic!("{ask:?}") };
+        *id
+    }
+
+    #[tokio::test]
+    async fn answers_come_to_who_asked_in_whatever_order() {
+        let ranks = Arc::new(Ranks::default());
+        let mut questions = ranks.join(3);
+        let ask = || ranks.ask(3, Question::Plan, PATIENCE);
+        let rank = async {
+            let (first, second) = (questions.next().await, questions.next().await);
+            questions.answered(number(&second), plan(2));
+            questions.answered(77, plan(9));
+            questions.answered(number(&first), plan(1));
+            questions.answered(number(&first), plan(8));
+        };
+        let (first, second, ()) = tokio::join!(ask(), ask(), rank);
+        let revision = |answer: Result<Answer, NoAnswer>| answer.map(|Answer::Plan { revision, .. }| revision);
+        assert_eq!((revision(first), revision(second)), (Ok(1), Ok(2)));
+    }
+
+    #[tokio::test]
+    async fn who_asks_learns_that_the_rank_is_absent_or_has_left_or_is_late() {
+        let ranks = Arc::new(Ranks::default());
+        let failed = |answer: Result<Answer, NoAnswer>| answer.unwrap_err();
+        assert_eq!(failed(ranks.ask(3, Question::Plan, PATIENCE).await), NoAnswer::Absent);
+        let mut questions = ranks.join(3);
+        assert_eq!(failed(ranks.ask(3, Question::Plan, Duration::ZERO).await), NoAnswer::Late);
+        let leaves = async {
+            let _ = (questions.next().await, questions.next().await);
+            drop(questions);
+        };
+        let (answer, ()) = tokio::join!(ranks.ask(3, Question::Plan, PATIENCE), leaves);
+        assert_eq!(failed(answer), NoAnswer::Left);
+        assert_eq!(failed(ranks.ask(3, Question::Plan, PATIENCE).await), NoAnswer::Absent);
+    }
+
+    #[tokio::test]
+    async fn a_rank_that_answers_nothing_has_a_bounded_number_of_open_questions() {
+        let ranks = Arc::new(Ranks::default());
+        let mut questions = ranks.join(3);
+        for _ in 0..MAX_QUESTIONS {
+            assert_eq!(ranks.ask(3, Question::Plan, Duration::ZERO).await.unwrap_err(), NoAnswer::Late);
+            questions.next().await;
+        }
+        assert_eq!(ranks.ask(3, Question::Plan, Duration::ZERO).await.unwrap_err(), NoAnswer::Late);
+        let more = tokio::time::timeout(Duration::from_millis(1), questions.next());
+        assert!(more.await.is_err());
+        questions.answered(0, plan(0));
+        assert_eq!(number(&questions.next().await), MAX_QUESTIONS as u64);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_an_old_connection_is_not_that_of_the_new_one() {
+        let ranks = Arc::new(Ranks::default());
+        let (old, mut new) = (ranks.join(3), ranks.join(3));
+        drop(old);
+        let answers = async {
+            let id = number(&new.next().await);
+            new.answered(id, plan(5));
+        };
+        let (answer, ()) = tokio::join!(ranks.ask(3, Question::Plan, PATIENCE), answers);
+        assert!(answer.is_ok());
+        assert_eq!(ranks.has_revision(3, 5), None);
+        let _other = ranks.join(4);
+        assert_eq!(ranks.has_revision(4, 6), Some((3, 5)));
+    }
+}

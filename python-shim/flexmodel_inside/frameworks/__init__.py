@@ -1,0 +1,146 @@
+"""The frameworks that FlexModel knows: one file each. To add one, write its adapter and put it on the list.
+
+| file | knows |
+|---|---|
+| `adapter.py` | what an adapter may answer |
+| `torch_wrappers.py` | torch's wrappers that distribute nothing |
+| `ddp.py`, `fsdp1.py`, `fsdp2.py` | torch's wrappers that distribute a model |
+| `deepspeed.py` | DeepSpeed's engine and ZeRO |
+| `dtensor.py` | DTensors, and local tensors made from them |
+| `device_mesh.py` | the meshes that the job makes |
+| `megatron.py` | megatron-core's parallel layers, process groups and schedules |
+| `marks.py` | the marks of megatron's on parameters, which others make too |
+| `context_parallel.py` | how torch cuts sequences |
+| `pipelining.py` | torch's stages of pipelines |
+| `amp.py` | torch's loss scaling |
+| `optimizers.py` | the clock: what ends a step |
+| `distributed.py` | when this process becomes a rank |
+| `compiler.py` | when torch.compile comes into use |
+| `vllm.py` | the keys of vLLM's compiled graphs |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .. import naming
+from . import (
+    amp,
+    compiler,
+    context_parallel,
+    ddp,
+    deepspeed,
+    device_mesh,
+    distributed,
+    dtensor,
+    fsdp1,
+    fsdp2,
+    marks,
+    megatron,
+    optimizers,
+    pipelining,
+    torch_wrappers,
+    vllm,
+)
+from .adapter import Adapter, Job, ModelFacts, Stage
+
+# In the order in which they are asked. Who says the outer axes comes first.
+ADAPTERS: list[type[Adapter]] = [
+    torch_wrappers.TorchWrappers,
+    deepspeed.DeepSpeed,
+    fsdp1.Fsdp1,
+    fsdp2.Fsdp2,
+    ddp.Ddp,
+    dtensor.DTensors,
+    device_mesh.DeviceMeshes,
+    megatron.Megatron,
+    marks.Marks,
+    context_parallel.ContextParallel,
+    pipelining.Pipelining,
+    amp.Amp,
+    optimizers.Optimizers,
+    distributed.Distributed,
+    compiler.Compiler,
+    vllm.Vllm,
+]
+
+for _adapter in ADAPTERS:
+    naming.know(_adapter)
+
+
+class Frameworks:
+    """The adapters of this process, of which those are asked that are present."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._adapters = [adapter(job) for adapter in ADAPTERS]
+        self._present: list[Adapter] = []
+        # Those that are present and have an answer to a question, by the name of its method.
+        self._answering: dict[str, list[Any]] = {}
+        job.layouts.frameworks = self
+
+    def watch(
+        self,
+        when_imported: Callable[[Sequence[str], Callable[[], object]], None],
+        guarded: Callable[[Callable[[], object]], Callable[[], object]],
+    ) -> None:
+        """Have each adapter present, and following what it follows, once its modules are imported. `guarded` makes of
+        a function one that turns taps off where it raises."""
+        for adapter in self._adapters:
+            when_imported(adapter.imports, guarded(lambda adapter=adapter: self._arrive(adapter)))
+            for names, function in adapter.watches():
+                when_imported(names, guarded(function))
+
+    def _arrive(self, adapter: Adapter) -> None:
+        arrived = {*self._present, adapter}
+        self._present = [each for each in self._adapters if each in arrived]
+        self._answering.clear()
+
+    def _who(self, question: str) -> list[Any]:
+        """The methods of those that answer it, in order."""
+        methods = self._answering.get(question)
+        if methods is None:
+            base = getattr(Adapter, question)
+            methods = [getattr(each, question) for each in self._present if getattr(type(each), question) is not base]
+            self._answering[question] = methods
+        return methods
+
+    def look_at(self, modules: list[nn.Module], with_parameters: bool) -> ModelFacts:
+        """What adapters say of a model, each of whose modules is shown to them once."""
+        model, of = ModelFacts(with_parameters), self._job.faults.of
+        for begin in self._who("begin"):
+            of(_about(begin, "models"), begin, model)
+        for module in modules:
+            for see in self._who("see"):
+                of(_about(see, f"a {type(module).__name__}"), see, module, model)
+        for conclude in self._who("conclude"):
+            of(_about(conclude, "a model"), conclude, model)
+        return model
+
+    def first(self, question: str, *about: Any) -> Any:
+        """The first answer to a question that may have one; None if there is none."""
+        for ask in self._who(question):
+            answer = ask(*about)
+            if answer is not None:
+                return answer
+        return None
+
+    def decided(self, question: str, *about: Any) -> Any:
+        """The answer to a question that is one adapter's to decide; `NotImplemented` if it is nobody's."""
+        for ask in self._who(question):
+            answer = ask(*about)
+            if answer is not NotImplemented:
+                return answer
+        return NotImplemented
+
+    def stages(self) -> list[Stage]:
+        """All stages whose modules live."""
+        return [stage for stages in self._who("stages") for stage in stages() if stage.submod is not None]
+
+
+def _about(method: Any, what: str) -> str:
+    """A name for what is lost where it raises."""
+    return f"what {type(method.__self__).__name__} knows of {what}"

@@ -1,0 +1,54 @@
+"""By how much torch's `GradScaler` scales the loss before it goes backward: gradients are multiplied by that too.
+
+A scale is never read from a device while the job computes: `update` waits for the device anyway, and the scaler is
+asked after that.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..patches import follow, given
+from .adapter import Adapter, Job
+
+_MODULE = "torch.amp.grad_scaler"
+
+# What scalers said after their last update.
+_known: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+
+class Amp(Adapter):
+    """torch's own scaler."""
+
+    imports = (_MODULE,)
+
+    def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
+        return [((_MODULE,), self._follow)]
+
+    def _follow(self) -> None:
+        if not self.job.wants_gradients():
+            return
+
+        def updated(_: Any, *call: Any) -> None:
+            scaler = given(*call, 0, "self")
+            if scaler.is_enabled():
+                _known[scaler] = scaler.get_scale()
+
+        follow(sys.modules[_MODULE].GradScaler, "update", self.job.guard, after=updated)  # type: ignore[attr-defined]
+        follow_scale(self.job, _MODULE, "GradScaler")
+
+
+def follow_scale(job: Job, module: str, name: str) -> None:
+    """Tell the scale whenever a scaler of this class scales, if gradients are wanted at all."""
+    if not job.wants_gradients():
+        return
+
+    def scales(*call: Any) -> None:
+        scaler = given(*call, 0, "self")
+        if scaler.is_enabled():
+            job.loss_scale(_known.get(scaler, scaler._init_scale))
+
+    follow(getattr(sys.modules[module], name), "scale", job.guard, before=scales)

@@ -1,0 +1,83 @@
+"""`FullyShardedDataParallel`: parameters are runs of the flattened elements, in the shard of a flat parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Any
+
+from torch import nn
+
+from .._bridge import KIND_PARAM
+from ..layouts import REPLICATE
+from ..mesh import DATA, Axis
+from ..naming import authored, is_instance, own
+from ..parameters import Parameter, Piece, flat_placement
+from .adapter import Adapter, ModelFacts
+from .amp import follow_scale
+
+_MODULE, _CLASS = "torch.distributed.fsdp", "FullyShardedDataParallel"
+_SCALER = "torch.distributed.fsdp.sharded_grad_scaler"
+
+
+class Fsdp1(Adapter):
+    """One axis, or two where shards are replicated. It has a loss scaler of its own."""
+
+    imports = (_MODULE,)
+    private_children = ("_fsdp_wrapped_module",)
+
+    def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
+        return [((_SCALER,), lambda: follow_scale(self.job, _SCALER, "ShardedGradScaler"))]
+
+    def see(self, module: nn.Module, model: ModelFacts) -> None:
+        if not is_instance(module, _MODULE, _CLASS):
+            return
+        model.wrapped("FSDP1")
+        outer, inner = self._axes(module)
+        model.axes += [*outer, inner]
+        handle = own(module, "_handle", None)
+        if model.with_parameters and handle is not None:
+            model.shards.update(_parameters(handle, outer, inner))
+
+    def _axes(self, module: Any) -> tuple[list[Axis], Axis]:
+        """The axis between replicas of the shards, if there is one, and that of the shards."""
+        meshes, between = self.job.meshes, own(module, "_inter_node_pg", None)
+        outer = [] if between is None else [meshes.axis_of_group(between, "dp_replicate", DATA)]
+        return outer, meshes.axis_of_group(module.process_group, "dp" if between is None else "dp_shard", DATA)
+
+
+def _parameters(handle: Any, outer: list[Axis], inner: Axis) -> Iterator[tuple[tuple[int, str], Parameter]]:
+    flat = handle.flat_param
+    index_of = {}
+    for number, (name, module, _) in enumerate(flat._param_infos):
+        index_of[id(module), name] = number
+        yield (id(authored(module)), name), _run(weakref.ref(handle), number, outer, inner)
+    for name, module, _, first_name, first_module, _ in flat._shared_param_infos:
+        number = index_of[id(first_module), first_name]
+        yield (id(authored(module)), name), _run(weakref.ref(handle), number, outer, inner)
+
+
+def _run(where: Any, number: int, outer: list[Axis], inner: Axis) -> Parameter:
+    """The run of one parameter, by its number in the flat one of the handle `where`."""
+
+    def is_in(held: Set[int]) -> bool:
+        flat = getattr(where(), "flat_param", None)
+        return flat is not None and id(flat if flat._params is None else flat._params[number]) in held
+
+    def read(kind: int) -> Piece | None:
+        handle = where()
+        flat = None if handle is None else handle.flat_param
+        if flat is None:
+            return None
+        shape, piece = tuple(flat._shapes[number]), flat._shard_param_infos[number]
+        shard = flat._local_shard if kind == KIND_PARAM else handle.sharded_grad
+        if shard is None:
+            return None
+        start = piece.offset_in_shard if piece.in_shard else 0
+        run = shard.detach().reshape(-1)[start : start + (piece.numel_in_shard if piece.in_shard else 0)]
+        axes = [axis.placed(REPLICATE) for axis in outer]
+        if handle.uses_sharded_strategy:
+            return run, [*axes, flat_placement(inner, shape)]
+        return run.view(shape), [*axes, inner.placed(REPLICATE)]
+
+    return Parameter(read, is_in)

@@ -1,0 +1,65 @@
+"""`fully_shard`: parameters are DTensors that the module's own state keeps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .._bridge import KIND_GRAD
+from ..mesh import DATA
+from ..naming import authored, is_instance
+from ..parameters import Parameter, Piece
+from .adapter import Adapter, ModelFacts
+
+_MODULE, _CLASS = "torch.distributed.fsdp", "FSDPModule"
+
+
+class Fsdp2(Adapter):
+    """The axes of the mesh that it was given."""
+
+    imports = (_MODULE,)
+    subclass_prefixes = ("FSDP",)
+
+    def see(self, module: nn.Module, model: ModelFacts) -> None:
+        if not is_instance(module, _MODULE, _CLASS):
+            return
+        model.wrapped("FSDP2")
+        groups = _groups(module)
+        for group in groups:
+            model.meshes.append(group.mesh_info.mesh)
+            model.axes += self.job.meshes.axes_of(group.mesh_info.mesh, DATA)
+        for group in groups if model.with_parameters else ():
+            model.shards.update(self._parameters(group))
+
+    def _parameters(self, group: Any) -> Iterator[tuple[tuple[int, str], Parameter]]:
+        for fsdp_param in group.fsdp_params:
+            info = fsdp_param._module_info
+            parameter = self._sharded(weakref.ref(fsdp_param))
+            places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+            for module, name in places:
+                yield (id(authored(module)), name), parameter
+
+    def _sharded(self, where: Any) -> Parameter:
+        def sharded() -> Any:
+            fsdp_param = where()
+            return None if fsdp_param is None else fsdp_param.sharded_param
+
+        def read(kind: int) -> Piece | None:
+            value = sharded()
+            value = value.grad if kind == KIND_GRAD and value is not None else value
+            if value is None:
+                return None
+            local, axes = self.job.layouts.describe(value) or (value, [])
+            return local.detach(), axes
+
+        return Parameter(read, lambda held: id(sharded()) in held)
+
+
+def _groups(module: Any) -> list[Any]:
+    """What is sharded together of a module: an `FSDPParamGroup` or, from torch 2.12 on, several."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]

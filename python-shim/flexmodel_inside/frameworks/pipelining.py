@@ -1,0 +1,75 @@
+"""Pipelines of `torch.distributed.pipelining`: which modules are stages, and into how many microbatches a step goes."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..patches import follow, given, wrap
+from .adapter import Adapter, Job, Stage
+
+_MODULE = "torch.distributed.pipelining.stage"
+_TRACING = "torch.distributed.pipelining._IR"
+
+
+class Pipelining(Adapter):
+    """torch's own objects are the stages."""
+
+    imports = (_MODULE,)
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._stages: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
+        return [((_MODULE,), self._follow), ((_TRACING,), self._follow_tracing)]
+
+    def stages(self) -> list[Stage]:
+        return list(self._stages)
+
+    def _follow(self) -> None:
+        module: Any = sys.modules[_MODULE]
+
+        def made(_: Any, *call: Any) -> None:
+            self._stages.add(given(*call, 0, "self"))
+            self.job.changed()
+
+        follow(module._PipelineStageBase, "__init__", self.job.guard, after=made)
+        for cls in (module._PipelineStage, module.PipelineStage):
+            if "_prepare_forward_infra" in vars(cls):
+                self._pause_during(cls, "_prepare_forward_infra")
+
+    def _follow_tracing(self) -> None:
+        """`pipeline()` traces and cuts a model, and leaves dozens of modules for the garbage collector. Nobody calls
+        these, and how many are still there would differ between ranks. What it cut becomes known as a stage."""
+        pipe: Any = sys.modules[_TRACING].Pipe  # type: ignore[attr-defined]
+
+        def ignoring(original: Any) -> Any:
+            def from_tracing(*args: Any, **kwargs: Any) -> Any:
+                with self.job.ignoring():
+                    return original(*args, **kwargs)
+
+            return from_tracing
+
+        if hasattr(pipe, "from_tracing"):
+            wrap(pipe, "from_tracing", ignoring)
+
+    def _pause_during(self, cls: Any, name: str) -> None:
+        """Before its first step a stage runs its module on made-up input, to learn the shapes of what it gives: nothing
+        of that is captured."""
+        pause, prepared = self.job.guard(self.job.pause), self.job.guard(self.job.prepared)
+
+        def pausing(original: Any) -> Any:
+            def prepare(*args: Any, **kwargs: Any) -> Any:
+                pause(True)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    pause(False)
+                    prepared(given(args, kwargs, 0, "self"))
+
+            return prepare
+
+        wrap(cls, name, pausing)

@@ -1,0 +1,204 @@
+//! A record: what it says, and its bytes.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use flexmodel_run::{
+    ReadError, Record as Read,
+    format::{Identity, Part, Stats},
+    read::{
+        LayoutError, fill,
+        layout::{self, byte_len},
+    },
+    text::{clip, few, total},
+};
+use pyo3::{exceptions::PyTypeError, prelude::*, types::PyDict};
+use wire::record::{Axis, Place};
+
+use crate::{NotCapturedError, RunError, memory::Memory, run::State};
+
+/// One record of a run as it was then.
+#[pyclass(frozen, module = "flexmodel._native")]
+pub struct Record {
+    state: Arc<State>,
+    at: usize,
+}
+
+type AxisFields = (String, u32, u32, &'static str, i64, Option<Vec<u64>>, Option<u32>);
+type LocationFields = (String, u64, u64, u32);
+type StatsFields = (u64, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, u64, u64, u64);
+type PartFields = (
+    (u32, &'static str, Vec<u64>, Vec<AxisFields>, Option<LocationFields>),
+    (String, String, u32, f64, u64),
+    (Option<StatsFields>, Option<u32>),
+);
+
+pub fn identity(id: &Identity) -> (String, &'static str, String, u32, u64, u32, u32, u32, bool) {
+    let name = (id.module.clone(), id.kind.name(), id.path.clone());
+    (name.0, name.1, name.2, id.model, id.step, id.micro, id.call, id.repeat, id.train)
+}
+
+fn axes(all: &[Axis]) -> Vec<AxisFields> {
+    let one = |axis: &Axis| {
+        let (place, dim, shape) = match &axis.place {
+            Place::Replicate => ("replicate", -1, None),
+            Place::Shard { dim } => ("shard", i64::from(*dim), None),
+            Place::ReplicateOrShard { dim } => ("replicate_or_shard", i64::from(*dim), None),
+            Place::HeadTail { dim } => ("head_tail", i64::from(*dim), None),
+            Place::Flat { shape } => ("flat", -1, Some(shape.clone())),
+            Place::Partial => ("partial", -1, None),
+            Place::Unknown => ("unknown", -1, None),
+        };
+        (axis.name.clone(), axis.index, axis.size, place, dim, shape, axis.given)
+    };
+    all.iter().map(one).collect()
+}
+
+fn stats(s: &Stats) -> StatsFields {
+    (s.count, s.mean, s.std, s.l2, s.absmax, s.min, s.max, s.nan, s.inf, s.zero)
+}
+
+impl Record {
+    pub fn new(state: Arc<State>, at: usize) -> Self {
+        Self { state, at }
+    }
+
+    fn read(&self) -> &Read {
+        // Made with an index of the run's records, which do not change.
+        &self.state.run.records[self.at]
+    }
+
+    fn ranks(&self) -> BTreeSet<u32> {
+        self.read().parts.iter().map(|part| part.what.rank).collect()
+    }
+
+    /// Why there is no whole.
+    fn no_whole(&self, name: &str, error: LayoutError) -> PyErr {
+        let ranks = few(self.ranks());
+        let why = match error {
+            LayoutError::Missing(missing) => return self.incomplete(name, &missing),
+            LayoutError::Unknown { axis, .. } => format!("how they lie along {axis} is not known"),
+            LayoutError::Apart(why) => why,
+            LayoutError::Conflict(why) => why.trim_end_matches("; read them one by one").to_owned(),
+        };
+        NotCapturedError::new_err(format!("{name}: {why}; each rank's part is kept: ask for rank= one of {ranks}"))
+    }
+
+    fn incomplete(&self, name: &str, missing: &[layout::Coordinates]) -> PyErr {
+        let run = &self.state.run;
+        let (mut names, mut ranks) = (Vec::new(), Vec::new());
+        for place in missing {
+            let one = |(axis, index, size): &(String, u32, u32)| format!("{axis} {index} of {size}");
+            let text = clip(&place.iter().map(one).collect::<Vec<_>>().join(", "));
+            match run.rank_at(place) {
+                Some(rank) => {
+                    ranks.push(rank);
+                    names.push(format!("rank {rank} ({text})"));
+                }
+                None => names.push(text),
+            }
+        }
+        let lost = run.lost.dropped.iter().filter(|(rank, ..)| ranks.contains(rank));
+        let reasons: Vec<&str> = lost.map(|(_, _, why)| why.as_str()).collect::<BTreeSet<_>>().into_iter().collect();
+        let why = match reasons.as_slice() {
+            [] => String::new(),
+            all => format!("; parts were dropped there: {}", clip(&all.join(", "))),
+        };
+        NotCapturedError::new_err(format!(
+            "{name} is incomplete: no part of {}{why}. Parts of rank {} are there: ask with rank=; while the job runs, \
+             run.refresh() reads what has come since",
+            names.join("; "),
+            few(self.ranks())
+        ))
+    }
+}
+
+#[pymethods]
+impl Record {
+    /// What it says, by the names of Python's fields.
+    fn fields<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let record = self.read();
+        let (id, what) = (&record.id, record.what());
+        let shape = record.shape().ok();
+        let stored = || total(record.parts.iter().filter_map(|part| Some(part.at.as_ref()?.len)));
+        let nbytes = shape.as_deref().and_then(|shape| byte_len(what.dtype, shape)).unwrap_or_else(stored);
+        let complete = shape.is_some() && record.parts.iter().all(|part| part.at.is_some());
+        let fields = PyDict::new(py);
+        fields.set_item(pyo3::intern!(py, "module"), &id.module)?;
+        fields.set_item(pyo3::intern!(py, "kind"), id.kind.name())?;
+        fields.set_item(pyo3::intern!(py, "path"), &id.path)?;
+        fields.set_item(pyo3::intern!(py, "step"), id.step)?;
+        fields.set_item(pyo3::intern!(py, "micro"), id.micro)?;
+        fields.set_item(pyo3::intern!(py, "call"), id.call)?;
+        fields.set_item(pyo3::intern!(py, "train"), id.train)?;
+        fields.set_item(pyo3::intern!(py, "shape"), shape.map(|s| pyo3::types::PyTuple::new(py, s)).transpose()?)?;
+        fields.set_item(pyo3::intern!(py, "dtype"), what.dtype.name())?;
+        fields.set_item(pyo3::intern!(py, "model"), id.model)?;
+        fields.set_item(pyo3::intern!(py, "repeat"), id.repeat)?;
+        fields.set_item(pyo3::intern!(py, "class_name"), &what.class)?;
+        fields.set_item(pyo3::intern!(py, "group"), &what.group)?;
+        fields.set_item(pyo3::intern!(py, "layout"), axes(&what.axes))?;
+        fields.set_item(pyo3::intern!(py, "dp_size"), record.data_size())?;
+        fields.set_item(pyo3::intern!(py, "loss_scale"), what.loss_scale.0)?;
+        let first = record.parts.iter().map(|part| part.what.time_ns).min();
+        fields.set_item(pyo3::intern!(py, "time_ns"), first)?;
+        fields.set_item(pyo3::intern!(py, "ranks"), pyo3::types::PyTuple::new(py, self.ranks())?)?;
+        fields.set_item(pyo3::intern!(py, "nbytes"), nbytes)?;
+        fields.set_item(pyo3::intern!(py, "complete"), complete)?;
+        Ok(fields)
+    }
+
+    /// It never changes, so a copy of what holds it may share it.
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    /// What each rank captured.
+    fn parts(&self) -> Vec<PartFields> {
+        let one = |part: &Part| {
+            let what = &part.what;
+            let at = part.at.as_ref().map(|at| (at.shard.clone(), at.offset, at.len, at.crc));
+            (
+                (what.rank, what.dtype.name(), what.shape.clone(), axes(&what.axes), at),
+                (what.class.clone(), what.group.clone(), what.dp_size, what.loss_scale.0, what.time_ns),
+                (part.stats.as_ref().map(stats), part.same),
+            )
+        };
+        self.read().parts.iter().map(one).collect()
+    }
+
+    /// Statistics of the whole.
+    fn stats(&self) -> Option<StatsFields> {
+        self.read().stats().as_ref().map(stats)
+    }
+
+    /// The bytes of the whole, or of one rank's part of it, and their shape; `name` is the record's, for errors.
+    fn bytes(&self, py: Python<'_>, name: &str, rank: Option<i64>) -> PyResult<(Memory, Vec<u64>)> {
+        py.detach(|| {
+            let record = self.read();
+            let own: Vec<Part>;
+            let parts = match rank {
+                None => &record.parts,
+                Some(rank) => {
+                    let of = |part: &&Part| i64::from(part.what.rank) == rank;
+                    own = layout::of_one_rank(record.parts.iter().filter(of).cloned().collect());
+                    &own
+                }
+            };
+            if parts.is_empty() {
+                let (rank, stored) = (rank.unwrap_or_default(), few(self.ranks()));
+                return Err(NotCapturedError::new_err(format!("{name} has no part of rank {rank}, only of {stored}")));
+            }
+            let node = layout::plan(parts).map_err(|e| self.no_whole(name, e))?;
+            let own = fill::own(&node, record.what().dtype, parts, self.state.run.shards()).map_err(|e| match e {
+                ReadError::Layout(why) if why.ends_with("have no sum") => {
+                    PyTypeError::new_err(format!("{why}; each rank's part is kept: ask for it with rank="))
+                }
+                ReadError::Layout(why) | ReadError::Incomplete(why) => {
+                    NotCapturedError::new_err(format!("{name}: {why}"))
+                }
+                ReadError::Damage(why) => RunError::new_err(format!("{name}: {why}")),
+            })?;
+            Ok((Memory::new(own), node.shape().to_vec()))
+        })
+    }
+}

@@ -1,0 +1,238 @@
+//! A run, and its records in order.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+use flexmodel_run::{
+    Run as Opened,
+    format::{Identity, What},
+    read::{Growing, Wanted, natural},
+};
+use pyo3::{exceptions::PyIndexError, prelude::*};
+
+use crate::{
+    NotCapturedError,
+    open::{expect_run, problems, refused},
+    record::{Record, identity},
+};
+
+/// A run as it was when it was last looked at, and what is made of it once it is asked for.
+pub struct State {
+    pub run: Arc<Opened>,
+    problems: Vec<String>,
+    by_module: OnceLock<HashMap<String, Vec<usize>>>,
+    modules: OnceLock<Vec<String>>,
+    order: OnceLock<Vec<usize>>,
+}
+
+impl State {
+    fn new(run: Arc<Opened>) -> PyResult<Arc<Self>> {
+        let problems = problems(&run)?;
+        Ok(Arc::new(Self {
+            run,
+            problems,
+            by_module: OnceLock::new(),
+            modules: OnceLock::new(),
+            order: OnceLock::new(),
+        }))
+    }
+
+    /// Records of each module, in the order of their first parts.
+    fn by_module(&self) -> &HashMap<String, Vec<usize>> {
+        self.by_module.get_or_init(|| {
+            let mut found: HashMap<String, Vec<usize>> = HashMap::new();
+            for (at, record) in self.run.records.iter().enumerate() {
+                match found.get_mut(&record.id.module) {
+                    Some(records) => records.push(at),
+                    None => _ = found.insert(record.id.module.clone(), vec![at]),
+                }
+            }
+            found
+        })
+    }
+
+    fn modules(&self) -> &[String] {
+        self.modules.get_or_init(|| self.run.modules_in_model_order().into_iter().map(str::to_owned).collect())
+    }
+
+    /// By step, microbatch, module, and then as [`in_module`].
+    fn order(&self) -> &[usize] {
+        self.order.get_or_init(|| {
+            let position: HashMap<&str, usize> =
+                self.modules().iter().enumerate().map(|(at, name)| (name.as_str(), at)).collect();
+            let mut all: Vec<usize> = (0..self.run.records.len()).collect();
+            all.sort_by_cached_key(|&at| {
+                let id = &self.run.records[at].id;
+                (id.step, id.micro, position.get(id.module.as_str()).copied(), in_module(id))
+            });
+            all
+        })
+    }
+
+    fn of_module(&self, module: &str) -> PyResult<&[usize]> {
+        self.by_module().get(module).map(Vec::as_slice).ok_or_else(|| {
+            let names: Vec<&str> = self.modules().iter().map(String::as_str).collect();
+            NotCapturedError::new_err(self.run.no_such_module(module, &names))
+        })
+    }
+}
+
+/// The order of a module's records.
+fn in_module(id: &Identity) -> impl Ord + use<'_> {
+    (id.step, id.micro, id.call, id.model, !id.train, id.kind, natural(&id.path), id.repeat)
+}
+
+/// A run directory.
+#[pyclass(frozen, module = "flexmodel._native")]
+pub struct Run {
+    growing: Mutex<Growing>,
+    state: Mutex<Arc<State>>,
+}
+
+impl Run {
+    fn state(&self) -> Arc<State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+type Lost = (Identity9, u32, String);
+type Identity9 = (String, &'static str, String, u32, u64, u32, u32, u32, bool);
+
+fn lost(what: &What) -> (Identity9, u32) {
+    (identity(&what.id), what.rank)
+}
+
+#[pymethods]
+impl Run {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        py.detach(|| {
+            expect_run(&path)?;
+            let growing = Growing::open(&path).map_err(refused)?;
+            let state = State::new(growing.run())?;
+            Ok(Self { growing: Mutex::new(growing), state: Mutex::new(state) })
+        })
+    }
+
+    /// Reads what has come since; how many parts are new.
+    fn refresh(&self, py: Python<'_>) -> PyResult<u64> {
+        py.detach(|| {
+            let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+            let new = growing.refresh().map_err(refused)?;
+            let state = State::new(growing.run())?;
+            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+            Ok(new)
+        })
+    }
+
+    /// Folders of the nodes' runs; empty for a run of one folder.
+    #[getter]
+    fn nodes(&self) -> Vec<String> {
+        self.state().run.nodes.clone()
+    }
+
+    /// What `run.json` says, as JSON.
+    fn info(&self, py: Python<'_>) -> PyResult<String> {
+        let state = self.state();
+        py.detach(|| serde_json::to_string(&state.run.info))
+            .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
+    }
+
+    /// Names of the modules that have records, in the model's order.
+    fn modules(&self, py: Python<'_>) -> Vec<String> {
+        let state = self.state();
+        py.detach(|| state.modules().to_vec())
+    }
+
+    fn has(&self, module: &str) -> bool {
+        self.state().by_module().contains_key(module)
+    }
+
+    fn record_count(&self) -> usize {
+        self.state().run.records.len()
+    }
+
+    fn module_count(&self) -> usize {
+        self.state().by_module().len()
+    }
+
+    /// Every record, in order.
+    fn records(&self, py: Python<'_>) -> Records {
+        let state = self.state();
+        py.detach(|| _ = state.order());
+        Records { state }
+    }
+
+    /// The records of a module, in order.
+    fn of_module(&self, py: Python<'_>, module: &str) -> PyResult<Vec<Record>> {
+        let state = self.state();
+        let mut all = py.detach(|| state.of_module(module).map(<[usize]>::to_vec))?;
+        all.sort_by(|&a, &b| in_module(&state.run.records[a].id).cmp(&in_module(&state.run.records[b].id)));
+        Ok(all.into_iter().map(|at| Record::new(state.clone(), at)).collect())
+    }
+
+    /// The one record that is meant.
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (module, *, kind, model, train, step, micro, call, path, repeat))]
+    fn one(
+        &self,
+        py: Python<'_>,
+        module: &str,
+        kind: Option<String>,
+        model: Option<i128>,
+        train: Option<bool>,
+        step: Option<i128>,
+        micro: Option<i128>,
+        call: Option<i128>,
+        path: Option<String>,
+        repeat: Option<i128>,
+    ) -> PyResult<Record> {
+        let state = self.state();
+        let wanted = Wanted { kind, model, train, step, micro, call, path, repeat };
+        let at = py.detach(|| {
+            let all = state.of_module(module)?;
+            state.run.one(module, all, &wanted).map_err(NotCapturedError::new_err)
+        })?;
+        Ok(Record::new(state, at))
+    }
+
+    fn refused(&self) -> Vec<Lost> {
+        let state = self.state();
+        state.run.lost.refused.iter().map(|(what, why)| (identity(&what.id), what.rank, why.clone())).collect()
+    }
+
+    fn divergences(&self) -> Vec<(Identity9, u32, u32)> {
+        let state = self.state();
+        let all = state.run.lost.divergences.iter();
+        all.map(|(what, against)| (lost(what).0, what.rank, *against)).collect()
+    }
+
+    fn dropped(&self) -> Vec<(u32, u64, String)> {
+        self.state().run.lost.dropped.clone()
+    }
+
+    fn problems(&self) -> Vec<String> {
+        self.state().problems.clone()
+    }
+}
+
+/// All records of a run, as it was then, in order; each is made when it is asked for.
+#[pyclass(frozen, module = "flexmodel._native")]
+pub struct Records {
+    state: Arc<State>,
+}
+
+#[pymethods]
+impl Records {
+    fn __len__(&self) -> usize {
+        self.state.order().len()
+    }
+
+    fn at(&self, index: usize) -> PyResult<Record> {
+        let at = self.state.order().get(index).ok_or_else(|| PyIndexError::new_err("record index out of range"))?;
+        Ok(Record::new(self.state.clone(), *at))
+    }
+}
