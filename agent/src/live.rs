@@ -47,7 +47,7 @@ pub const POINT_BUDGET: usize = 1 << 18;
 pub const MAX_SERIES: usize = 1 << 13;
 /// Most bytes of different names of series: modules, classes, groups, leaves.
 pub const MAX_SERIES_TEXT: usize = 4 << 20;
-/// Newest records kept with the places of their parts.
+/// Newest records kept, with where their parts lie.
 pub const MAX_RECORDS: usize = 4096;
 /// Most parts that those records hold between them.
 pub const MAX_PARTS: usize = 1 << 15;
@@ -368,10 +368,6 @@ impl Inner {
             r.parts += 1;
             r.bytes = r.bytes.saturating_add(bytes);
             r.step = id.step;
-        }
-        if part.at.is_none() && part.same.is_some() {
-            // A checksum is nothing to look at.
-            return;
         }
         let Some(index) = self.series_of(what) else {
             self.totals.records += u64::from(what.axes.iter().all(|a| a.index == 0));

@@ -7,7 +7,11 @@ use std::{fs, path::Path};
 use command::{flexmodel, text};
 use flexmodel_run::testing::fixture::{self, *};
 use tempfile::TempDir;
-use wire::{dtype::DType, hooks::Kind, record::Place};
+use wire::{
+    dtype::DType,
+    hooks::Kind,
+    record::{Axis, MICRO, Place},
+};
 
 /// Runs the command, which must succeed; its stdout.
 fn ok(args: &[&str]) -> String {
@@ -98,6 +102,21 @@ fn show_takes_the_last_complete_step_and_says_what_else_there_is() {
     assert_eq!(whole["stats"]["absmax"], 2.0);
     assert_eq!(whole["ranks"], serde_json::json!([0, 1]));
     assert_eq!(json(&["show", at(&dir), "(root)", "--json"])["train"], false);
+}
+
+#[test]
+fn show_counts_ranks_and_not_the_microbatches_that_each_has() {
+    let mut f = Fixture::default();
+    for (rank, micro) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let axes = [dp(rank, 2, shard(0)), vec![Axis { name: MICRO.into(), ..dp(micro, 2, shard(0)).remove(0) }]];
+        f.part(id("mlp", 0), DType::UInt8, &[1], rank, axes.concat(), &[(10 * rank + micro) as u8]);
+    }
+    let dir = f.finish();
+    let whole = ok(&["show", at(&dir), "mlp"]);
+    assert!(whole.contains("uint8 [4]") && whole.contains("whole, from 2 ranks\n"), "{whole}");
+    let part = ok(&["show", at(&dir), "mlp", "--rank", "1"]);
+    assert!(part.contains("uint8 [2]") && part.contains("rank 1's part, of 2 ranks\n"), "{part}");
+    assert_eq!(json(&["show", at(&dir), "mlp", "--json"])["ranks"], serde_json::json!([0, 1]));
 }
 
 #[test]

@@ -2,12 +2,12 @@
 
 mod picture;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{collections::BTreeSet, io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
 use flexmodel_run::{
     ReadError, Record, Run, Whole,
-    format::{Identity, Part, Stats},
+    format::{Identity, Stats},
     read::{Filter, display_module, natural, nearest},
     stats,
 };
@@ -73,7 +73,7 @@ struct Shown<'a> {
     dtype: &'static str,
     shape: &'a [u64],
     bytes: Option<usize>,
-    ranks: Vec<u32>,
+    ranks: BTreeSet<u32>,
     dp_size: u32,
     stats: Option<Stats>,
     histogram: Option<picture::Histogram>,
@@ -109,7 +109,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
             dtype: record.what().dtype.name(),
             shape: &shape,
             bytes: whole.as_ref().map(|whole| whole.bytes.len()),
-            ranks: ranks(record, args.rank),
+            ranks: args.rank.map_or_else(|| record.ranks(), |rank| BTreeSet::from([rank])),
             dp_size: record.data_size(),
             stats: measured,
             histogram: picture.map(|(_, histogram, _)| histogram),
@@ -247,23 +247,15 @@ fn choose<'a>(run: &Run, args: &Args, found: &[&'a Record]) -> anyhow::Result<Ch
     bail!("{}; --rank N shows what one rank captured", text::safe(&skipped.unwrap_or_default()))
 }
 
-fn of_rank(record: &Record, rank: u32) -> Option<&Part> {
-    record.parts.iter().find(|p| p.what.rank == rank)
-}
-
 fn part_or_whole_stats(record: &Record, rank: Option<u32>) -> Option<Stats> {
-    rank.map_or_else(|| record.stats(), |rank| of_rank(record, rank)?.stats)
+    rank.map_or_else(|| record.stats(), |rank| record.of_rank(rank)?.stats())
 }
 
 fn shape_of(record: &Record, rank: Option<u32>) -> Vec<u64> {
     match rank {
-        Some(rank) => of_rank(record, rank).map(|p| p.what.shape.clone()).unwrap_or_default(),
+        Some(rank) => record.of_rank(rank).and_then(|own| own.shape().ok()).unwrap_or_default(),
         None => record.shape().unwrap_or_default(),
     }
-}
-
-fn ranks(record: &Record, only: Option<u32>) -> Vec<u32> {
-    only.map_or_else(|| record.parts.iter().map(|p| p.what.rank).collect(), |rank| vec![rank])
 }
 
 fn heading(record: &Record, shape: &[u64], whole: Option<&Whole>, rank: Option<u32>) -> String {
@@ -273,9 +265,10 @@ fn heading(record: &Record, shape: &[u64], whole: Option<&Whole>, rank: Option<u
         when += &format!(", backward pass {}", id.repeat);
     }
     when += if id.train { ", train" } else { ", eval" };
+    let ranks = text::count(record.ranks().len() as u64, "rank");
     let from = match rank {
-        Some(rank) => format!("rank {rank}'s part of {}", record.parts.len()),
-        None => format!("whole, from {}", text::count(record.parts.len() as u64, "rank")),
+        Some(rank) => format!("rank {rank}'s part, of {ranks}"),
+        None => format!("whole, from {ranks}"),
     };
     format!(
         "{} ({})  {} {}  model {}\n{when}\n{} {:?}  {}  {from}\n",

@@ -1,6 +1,6 @@
 //! The JSON routes.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use axum::{
     Json,
@@ -101,7 +101,7 @@ struct RecordView {
     class: String,
     dtype: &'static str,
     shapes: Vec<Vec<u64>>,
-    ranks: Vec<u32>,
+    ranks: BTreeSet<u32>,
     layout: Vec<String>,
     bytes: u64,
     time_ms: f64,

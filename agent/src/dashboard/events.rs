@@ -30,7 +30,7 @@ struct Reader {
     series: usize,
     /// The first event is due at once, whatever changed.
     first: bool,
-    /// The event before told of the end.
+    /// The event before reported the end.
     over: bool,
     watch: Watch,
     _permit: OwnedSemaphorePermit,
@@ -62,7 +62,7 @@ impl Reader {
         if self.over {
             // Asked for the next event: the one before is on its way.
             time::sleep(TICK / 8).await;
-            self.watch.told();
+            self.watch.heard_the_end();
         }
         loop {
             if !self.first {

@@ -13,7 +13,7 @@ pub const ROWS: u64 = 96;
 pub const COLS: u64 = 192;
 /// Bars of a histogram.
 pub const BINS: usize = 64;
-/// A tensor of at most so many elements is read in full.
+/// A tensor of at most this many elements is read in full.
 const EXACT: u64 = 1 << 20;
 /// Of a larger tensor: rows read of each row of cells.
 const SAMPLE_ROWS: u64 = 4;
@@ -60,8 +60,8 @@ pub struct Heat {
     bad: Vec<u32>,
 }
 
-/// Draws the tensor of this shape. `known`: the statistics of the disjoint parts that it is made of.
-pub fn draw(shape: &[u64], read: &Read<'_>, known: Option<Vec<Stats>>) -> Result<Picture, String> {
+/// Draws the tensor of this shape. `known`: the statistics of all of it.
+pub fn draw(shape: &[u64], read: &Read<'_>, known: Option<Stats>) -> Result<Picture, String> {
     // A zero may stand after numbers whose product is too large.
     let elements = if shape.contains(&0) { 0 } else { shape.iter().product::<u64>() };
     let of_cols = shape.last().copied().unwrap_or(1);
@@ -101,12 +101,12 @@ pub fn draw(shape: &[u64], read: &Read<'_>, known: Option<Vec<Stats>>) -> Result
         }
     }
     let sampled = sample.len() as u64;
-    let merged = if sampled == elements { None } else { known.map(merge) };
+    let known = known.filter(|_| sampled != elements);
     Ok(Picture {
         elements,
         sampled,
-        stats_sampled: sampled != elements && merged.is_none(),
-        stats: merged.unwrap_or_else(|| measure(&sample)),
+        stats_sampled: sampled != elements && known.is_none(),
+        stats: known.unwrap_or_else(|| measure(&sample)),
         histogram: histogram(&sample),
         heat,
     })
@@ -171,10 +171,6 @@ fn measure(sample: &[f64]) -> Stats {
         all.update(&bytes);
     }
     all.stats()
-}
-
-fn merge(parts: Vec<Stats>) -> Stats {
-    parts.into_iter().reduce(|a, b| a.merge(&b)).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Elements of a whole, read through its layout out of the parts that it is made of.
+//! The executor of a plan that reads single elements: through the plan's tree, out of the parts that the whole is made of.
 
 use std::cell::RefCell;
 
@@ -21,7 +21,7 @@ pub struct Source<'a, P> {
 }
 
 impl<'a, P: Parts> Source<'a, P> {
-    /// Of a whole that is made of these parts.
+    /// Of the whole that a plan's tree makes of these parts.
     pub fn new(node: &'a Node, dtype: DType, parts: P) -> Self {
         Self { node, dtype, parts: RefCell::new(parts) }
     }

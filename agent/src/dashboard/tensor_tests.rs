@@ -2,15 +2,16 @@
 
 use flexmodel_run::{
     format::{HEADER_SPACE, Location, RunInfo, What},
-    manifest::encode_line,
+    manifest::{Reader, decode_line, encode_line},
     read::{
         assemble::{self, Bytes},
+        layout,
         number::component,
     },
     stats::to_f64,
-    testing,
+    testing::{self, fixture::*},
 };
-use wire::dtype::DType;
+use wire::{dtype::DType, record::MICRO};
 
 use super::*;
 use crate::{dashboard::windows::Parts, live::SeriesQuery};
@@ -84,10 +85,6 @@ fn check(case: Case) {
     }
 }
 
-fn shard(dim: u32) -> Place {
-    Place::Shard { dim }
-}
-
 #[test]
 fn uneven_pieces_of_every_dimension_read_as_the_whole() {
     check(case(DType::Float32, &[(&[2, 3, 4], &[("dp", 0, 2, shard(0))]), (&[1, 3, 4], &[("dp", 1, 2, shard(0))])]));
@@ -144,6 +141,80 @@ fn where_a_rank_captured_a_record_again_its_last_part_is_shown() {
     assert_eq!(shown(&live), (1, Some(2.0)), "by the manifest");
     parts.iter().for_each(|part| live.part(part));
     assert_eq!(shown(&live), (1, Some(2.0)), "by what is remembered");
+}
+
+/// What the page shows of the one record of a run, by the manifest and by what is remembered: shape, elements, ranks.
+fn shown(fixture: Fixture, rank: Option<u32>) -> [Result<serde_json::Value, String>; 2] {
+    let lines = Reader::new(&fixture.lines[..]).map(|entry| entry.unwrap().line.unwrap());
+    let parts: Vec<Part> =
+        lines.filter_map(|line| if let Line::Part(part) = line { Some(part) } else { None }).collect();
+    let dir = fixture.kill();
+    let tensors = Tensors::new(dir.path().to_owned());
+    let remembered = Live::new(RunInfo::default());
+    parts.iter().for_each(|part| remembered.part(part));
+    assert!(remembered.pick(&parts[0].what.id).is_some());
+    [Live::new(RunInfo::default()), remembered].map(|live| {
+        let look = serde_json::to_value(tensors.look(&live, &parts[0].what.id, rank)?).unwrap();
+        let ranks: Vec<_> = look["parts"].as_array().unwrap().iter().map(|part| part["rank"].clone()).collect();
+        Ok(serde_json::json!([look["shape"], look["heat"]["mean"], ranks]))
+    })
+}
+
+#[test]
+fn the_microbatches_of_every_rank_are_parts_of_the_whole() {
+    let run = || {
+        let mut f = Fixture::default();
+        for (rank, micro) in [(1, 1), (0, 0), (1, 0), (0, 1)] {
+            let axes = [dp(rank, 2, shard(0)), vec![Axis { name: MICRO.into(), ..dp(micro, 2, shard(0)).remove(0) }]];
+            f.part(id("m", 0), DType::UInt8, &[1, 1], rank, axes.concat(), &[(10 * rank + micro) as u8]);
+        }
+        f
+    };
+    for whole in shown(run(), None) {
+        assert_eq!(whole.unwrap(), serde_json::json!([[4, 1], [0.0, 1.0, 10.0, 11.0], [0, 0, 1, 1]]));
+    }
+    for part in shown(run(), Some(1)) {
+        assert_eq!(part.unwrap(), serde_json::json!([[2, 1], [10.0, 11.0], [0, 0, 1, 1]]));
+    }
+}
+
+#[test]
+fn a_replica_that_sent_a_checksum_has_the_bytes_of_its_equal() {
+    // Which of them sent the bytes, and whether they came last.
+    for sender in [0, 1] {
+        for checksum_first in [false, true] {
+            let run = || {
+                let mut bytes = Fixture::default();
+                bytes.part(id("m", 0), DType::UInt8, &[2], sender, dp(sender, 2, Place::Replicate), &[7, 8]);
+                let mut checksum = Fixture::default();
+                checksum.part(id("m", 0), DType::UInt8, &[2], 1 - sender, dp(1 - sender, 2, Place::Replicate), &[7, 8]);
+                let Line::Part(mut part) = decode_line(&checksum.lines).unwrap() else { panic!("not a part") };
+                part.same = part.at.take().map(|at| at.crc);
+                let line = encode_line(&Line::Part(part));
+                bytes.lines = if checksum_first { [line, bytes.lines].concat() } else { [bytes.lines, line].concat() };
+                bytes
+            };
+            for rank in [None, Some(0), Some(1)] {
+                for look in shown(run(), rank) {
+                    assert_eq!(look.unwrap(), serde_json::json!([[2], [7.0, 8.0], [0, 1]]), "{sender} {rank:?}");
+                }
+            }
+        }
+    }
+}
+
+/// The rules of the one reader hold here too: no byte is in two pieces of a whole.
+#[test]
+fn pieces_that_share_bytes_are_refused() {
+    let mut f = Fixture::default();
+    f.part(id("m", 0), DType::UInt8, &[2], 0, dp(0, 2, shard(0)), &[7, 8]);
+    let Line::Part(mut part) = decode_line(&f.lines).unwrap() else { panic!("not a part") };
+    (part.what.rank, part.what.axes) = (1, dp(1, 2, shard(0)));
+    f.line(&Line::Part(part));
+    for look in shown(f, None) {
+        let error = look.unwrap_err();
+        assert!(error.contains("two of its pieces have the byte"), "{error}");
+    }
 }
 
 /// More parts than there are windows, and a part that is longer than a window.

@@ -380,7 +380,7 @@ fn a_tensor_is_shown_whole_or_by_rank() {
 }
 
 #[test]
-fn what_cannot_be_shown_is_told_in_a_sentence() {
+fn what_cannot_be_shown_is_explained_in_a_sentence() {
     let site = Site::new();
     site.capture(0);
     for (query, status, words) in [

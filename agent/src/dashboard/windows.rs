@@ -27,11 +27,11 @@ pub trait Parts {
 /// The parts of one record, while a picture of it is made.
 pub struct Windows<'a> {
     shards: &'a Shards,
-    /// By the part's number; `None`: none of its bytes are wanted.
-    places: Vec<Option<Location>>,
+    /// Where a plan's parts lie, by their number; `None`: none of its bytes are wanted.
+    sources: Vec<Option<Location>>,
     /// Newest last.
     open: Vec<(String, File)>,
-    /// A part has one place among these.
+    /// A part has one slot among these.
     windows: Vec<Option<Window>>,
 }
 
@@ -42,12 +42,12 @@ struct Window {
 }
 
 impl<'a> Windows<'a> {
-    /// Of parts that lie at these places; says if a shard is gone, or ends before one of them does.
-    pub fn new(shards: &'a Shards, places: Vec<Option<Location>>) -> Result<Self, String> {
-        let count = places.iter().flatten().count().clamp(1, MAX_WINDOWS);
+    /// Of the parts of a plan; says if a shard is gone, or ends before one of them does.
+    pub fn new(shards: &'a Shards, sources: Vec<Option<Location>>) -> Result<Self, String> {
+        let count = sources.iter().flatten().count().clamp(1, MAX_WINDOWS);
         let windows = std::iter::repeat_with(|| None).take(count).collect();
-        let mut all = Self { shards, places, open: Vec::new(), windows };
-        for at in all.places.clone().iter().flatten().filter(|at| at.len > 0) {
+        let mut all = Self { shards, sources, open: Vec::new(), windows };
+        for at in all.sources.clone().iter().flatten().filter(|at| at.len > 0) {
             let damage = |what: String| ReadError::Damage(what).about(&shards.name(&at.shard)).to_string();
             let end = at.offset.checked_add(at.len).filter(|_| at.offset >= HEADER_SPACE);
             let end =
@@ -77,7 +77,7 @@ impl<'a> Windows<'a> {
 
     /// Reads a window of a part into `bytes`.
     fn load(&mut self, part: usize, begin: u64, len: usize, mut bytes: Vec<u8>) -> Result<Vec<u8>, String> {
-        let Some(at) = self.places.get(part).cloned().flatten() else { return Err("a part without bytes".into()) };
+        let Some(at) = self.sources.get(part).cloned().flatten() else { return Err("a part without bytes".into()) };
         let rest = at.len.saturating_sub(begin);
         if rest < len as u64 {
             return Err("the stored length does not fit the shape; run flexmodel verify".into());
@@ -102,22 +102,22 @@ fn too_short(how: &str, end: u64) -> String {
 
 impl Parts for Windows<'_> {
     fn bytes(&mut self, part: usize, begin: u64, len: usize) -> Result<&[u8], String> {
-        let place = part % self.windows.len();
+        let slot = part % self.windows.len();
         let holds = |w: &Window| {
             let skip = begin.checked_sub(w.begin).filter(|_| w.part == part)?;
             let skip = usize::try_from(skip).ok()?;
             (skip.checked_add(len)? <= w.bytes.len()).then_some(skip)
         };
-        let skip = match self.windows[place].as_ref().and_then(holds) {
+        let skip = match self.windows[slot].as_ref().and_then(holds) {
             Some(skip) => skip,
             None => {
-                let old = self.windows[place].take().map_or_else(Vec::new, |w| w.bytes);
+                let old = self.windows[slot].take().map_or_else(Vec::new, |w| w.bytes);
                 let bytes = self.load(part, begin, len, old)?;
-                self.windows[place] = Some(Window { part, begin, bytes });
+                self.windows[slot] = Some(Window { part, begin, bytes });
                 0
             }
         };
-        let window = self.windows[place].as_ref().map_or(&[][..], |w| &w.bytes);
+        let window = self.windows[slot].as_ref().map_or(&[][..], |w| &w.bytes);
         Ok(&window[skip..skip + len])
     }
 }

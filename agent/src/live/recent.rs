@@ -1,4 +1,4 @@
-//! The newest records with the places of their parts, in a bounded ring.
+//! The newest records and where their parts lie, in a bounded ring.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -35,6 +35,7 @@ struct Kept {
     time_ns: u64,
     at: Option<(Arc<str>, u64, u64, u32)>,
     stats: Option<Stats>,
+    same: Option<u32>,
 }
 
 /// The ring. Records are numbered in the order they began.
@@ -108,6 +109,7 @@ impl Ring {
             time_ns: what.time_ns,
             at: part.at.as_ref().map(|at| (self.shard(&at.shard), at.offset, at.len, at.crc)),
             stats: part.stats,
+            same: part.same,
         }
     }
 
@@ -173,7 +175,7 @@ impl Recent {
                 crc: *crc,
             }),
             stats: kept.stats,
-            same: None,
+            same: kept.same,
         };
         self.parts.iter().map(part).collect()
     }

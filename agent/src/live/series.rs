@@ -96,8 +96,10 @@ pub(super) enum Role {
 }
 
 impl Role {
-    fn of(axes: &[Axis]) -> Self {
-        if axes.iter().any(|a| a.place == Place::Replicate && a.index > 0) {
+    fn of(part: &Part) -> Self {
+        let axes = &part.what.axes;
+        let checksum = part.at.is_none() && part.same.is_some();
+        if checksum || axes.iter().any(|a| a.place == Place::Replicate && a.index > 0) {
             Role::Copy
         } else if axes.iter().any(|a| may_repeat(a) && a.index > 0) {
             Role::CopyIfEqual
@@ -118,7 +120,7 @@ impl Moments {
     }
 
     pub fn of(part: &Part) -> Self {
-        let role = Role::of(&part.what.axes);
+        let role = Role::of(part);
         part.stats.map_or(Self::none(role), |stats| Self::from_stats(&stats, role))
     }
 

@@ -58,6 +58,23 @@ fn replicas_count_once_in_whatever_order_they_come() {
 }
 
 #[test]
+fn a_checksum_counts_as_the_replica_that_it_is() {
+    for checksum_first in [false, true] {
+        let live = Live::new(RunInfo::default());
+        let bytes = part(0, 0, 2, Place::Replicate, &[3.0, 4.0]);
+        let mut checksum = part(0, 1, 2, Place::Replicate, &[3.0, 4.0]);
+        checksum.same = checksum.at.take().map(|at| at.crc);
+        checksum.stats = None;
+        let parts = if checksum_first { [&checksum, &bytes] } else { [&bytes, &checksum] };
+        parts.iter().for_each(|part| live.part(part));
+        let (_, series) = live.series(&query());
+        assert!(close(series[0].points.l2[0], Some(5.0)) && series[0].points.complete[0]);
+        assert_eq!((series[0].summary.state.count, live.run().totals.records), (1, 1));
+        assert_eq!(live.pick(&bytes.what.id).unwrap().parts, parts.map(Clone::clone));
+    }
+}
+
+#[test]
 fn parts_that_might_have_been_replicas_and_differ_are_pieces() {
     let live = Live::new(RunInfo::default());
     live.part(&part(0, 0, 2, Place::ReplicateOrShard { dim: 0 }, &[3.0]));
@@ -125,21 +142,21 @@ fn many_series_share_the_budget_of_points() {
 }
 
 #[test]
-fn every_changed_series_is_told_even_when_few_fit() {
+fn every_changed_series_is_sent_even_when_few_fit() {
     let live = Live::new(RunInfo::default());
     let mut one = part(0, 0, 1, testing::batch(), &[1.0]);
     for series in 0..25 {
         one.what.id.module = format!("m{series}");
         live.part(&one);
     }
-    let (mut since, mut seen, mut told) = (0, 0, std::collections::BTreeSet::new());
+    let (mut since, mut seen, mut sent) = (0, 0, std::collections::BTreeSet::new());
     for _ in 0..3 {
         let delta = live.delta(since, &mut seen, 10);
         assert!(delta.series.len() <= 10);
         since = delta.clock;
-        told.extend(delta.series.into_iter().map(|(id, _)| id));
+        sent.extend(delta.series.into_iter().map(|(id, _)| id));
     }
-    assert_eq!(told.len(), 25);
+    assert_eq!(sent.len(), 25);
     assert!(live.delta(since, &mut seen, 10).series.is_empty());
 }
 

@@ -176,7 +176,7 @@ pub struct Delta {
 pub struct Picked {
     /// What it is.
     pub id: Identity,
-    /// Its parts, so far, with their places.
+    /// Its parts, so far, and where they lie.
     pub parts: Vec<Part>,
 }
 

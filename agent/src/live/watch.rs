@@ -24,7 +24,7 @@ impl Watch {
     }
 
     /// The page has heard of the end: nobody needs to wait for it.
-    pub fn told(&mut self) {
+    pub fn heard_the_end(&mut self) {
         if let Some(live) = self.0.take() {
             live.watching.fetch_sub(1, Ordering::AcqRel);
         }
@@ -33,7 +33,7 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.told();
+        self.heard_the_end();
     }
 }
 

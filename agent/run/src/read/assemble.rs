@@ -1,4 +1,7 @@
-//! Carries out a layout's plan: bytes of parts into bytes of the whole.
+//! The executor of a plan that makes bytes: those of the parts into those of the whole.
+//!
+//! Nothing here knows layouts, shards or runs: what goes where is in the [`plan`](super::AssemblyPlan), and who calls gives
+//! the bytes of its leaves. Other executors stand beside this one and take the same plan.
 
 use std::{ops::Range, sync::Arc};
 
@@ -65,7 +68,7 @@ pub struct Whole {
     pub bytes: Bytes,
 }
 
-/// Makes the bytes of `node`; `leaf` gives those of one part, already checked to be as long as its shape says.
+/// Makes the bytes of `node`, a plan's tree; `leaf` gives those of one part, as many as its shape says.
 pub fn assemble<E: From<String>>(
     node: &Node,
     dtype: DType,

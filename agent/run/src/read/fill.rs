@@ -9,7 +9,7 @@ use wire::dtype::DType;
 use super::{
     Shards,
     layout::{Node, byte_len},
-    number,
+    number, plan,
     shards::ReadError,
 };
 use crate::format::{Location, Part};
@@ -64,7 +64,7 @@ pub fn own(node: &Node, dtype: DType, parts: &[Part], shards: &Shards) -> Result
         }
         // No more maps are to be had: it is read.
     }
-    super::expect_apart(node, parts)?;
+    plan::expect_apart(node, parts).map_err(|e| shards.refusal(&e))?;
     let mut out = room(len)?;
     from.fill(node, &Block::whole(node.shape(), dtype), &mut out)?;
     Ok(out)
@@ -77,7 +77,7 @@ pub fn fill(node: &Node, dtype: DType, parts: &[Part], shards: &Shards, out: &mu
     if len != out.len() {
         return Err(ReadError::Layout(format!("{} bytes are not the {len} of the tensor", out.len())));
     }
-    super::expect_apart(node, parts)?;
+    plan::expect_apart(node, parts).map_err(|e| shards.refusal(&e))?;
     from.fill(node, &Block::whole(node.shape(), dtype), out)
 }
 

@@ -1,4 +1,5 @@
-//! How the parts of a record make the whole: from layouts to a plan, without touching a byte.
+//! How the parts of a record make the whole: from their layouts to the tree of an
+//! [`AssemblyPlan`](super::AssemblyPlan), without touching a byte.
 //!
 //! Replicas are one tensor and must look alike. What is left is grouped by its coordinate on the first mesh axis, each
 //! group is planned over the remaining axes, and the axis's [`Place`] says how the groups combine. The result is a tree
@@ -21,7 +22,7 @@ use crate::{
 /// Coordinates on a mesh: axis name, index, size.
 pub type Coordinates = Vec<(String, u32, u32)>;
 
-/// A plan for a whole tensor.
+/// The tree of a plan: what makes the whole tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Node {
     /// One part's bytes as they are.
@@ -76,9 +77,7 @@ impl Node {
             | Node::Sum { shape, .. } => shape,
         }
     }
-}
 
-impl Node {
     /// The parts that it is made of.
     pub fn leaves(&self) -> Vec<usize> {
         match self {
@@ -161,7 +160,7 @@ pub fn of_one_rank(mut parts: Vec<Part>) -> Vec<Part> {
     parts
 }
 
-/// Plans the whole of a record's parts. Takes hostile parts.
+/// The tree that makes the whole of a record's parts. Takes hostile parts.
 pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
     let first = parts.first().ok_or_else(|| LayoutError::Conflict("a record without parts".into()))?;
     let mut axes = settled(parts, &first.what.axes);
@@ -213,7 +212,7 @@ fn same_place(a: &Place, b: &Place) -> bool {
     }
 }
 
-/// The first part's axes; where it had a batch of one and could not tell, another part's word for a shard counts.
+/// The first part's axes; where its batch of one was ambiguous, another part that says it is a shard counts.
 fn settled(parts: &[Part], axes: &[Axis]) -> Vec<Axis> {
     let mut axes = axes.to_vec();
     for (depth, axis) in axes.iter_mut().enumerate() {
@@ -261,7 +260,7 @@ fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
     Ok(kept.into_values().collect())
 }
 
-/// Gives parts of which another rank sent the bytes, and this one their checksum, the place of these bytes.
+/// Gives parts of which another rank sent the bytes, and this one their checksum, the location of these bytes.
 pub fn lend(parts: &mut [Part]) {
     let borrows = |part: &Part| part.at.is_none() && part.same.is_some();
     if !parts.iter().any(borrows) {

@@ -11,6 +11,7 @@ pub mod growing;
 pub mod layout;
 pub mod nodes;
 pub mod number;
+mod plan;
 pub mod sealed;
 mod select;
 mod shards;
@@ -26,6 +27,7 @@ pub use ask::{Wanted, shown};
 pub use assemble::Whole;
 pub use growing::Growing;
 pub use layout::LayoutError;
+pub use plan::{AssemblyPlan, PlanError};
 pub use select::{Filter, display_module, in_order, natural, nearest};
 use serde::Serialize;
 use wire::record::Place;
@@ -62,7 +64,7 @@ impl std::fmt::Display for Problem {
     }
 }
 
-/// One record: the parts that share an identity, one a rank.
+/// One record: the parts that share an identity, one a rank; of a pipeline, one a rank and microbatch.
 #[derive(Clone, Debug)]
 pub struct Record {
     /// Which.
@@ -72,6 +74,28 @@ pub struct Record {
 }
 
 impl Record {
+    /// The record of parts that came in this order; `None` of none. Where one was captured again, its last counts, and
+    /// otherwise they are settled as those of [`Run::open`] are.
+    pub fn new(mut parts: Vec<Part>, scattered: &Scattered) -> Option<Self> {
+        let id = parts.first()?.what.id.clone();
+        in_seats(&mut parts, &mut Vec::new());
+        layout::lend(&mut parts);
+        scattered.settle(&mut parts);
+        Some(Self { id, parts })
+    }
+
+    /// What one rank captured of it; `None` if nothing. Several parts of one rank, the microbatches of a pipeline, lie side
+    /// by side.
+    pub fn of_rank(&self, rank: u32) -> Option<Self> {
+        let own: Vec<Part> = self.parts.iter().filter(|p| p.what.rank == rank).cloned().collect();
+        (!own.is_empty()).then(|| Self { id: self.id.clone(), parts: layout::of_one_rank(own) })
+    }
+
+    /// The ranks that have parts of it.
+    pub fn ranks(&self) -> BTreeSet<u32> {
+        self.parts.iter().map(|part| part.what.rank).collect()
+    }
+
     /// What the first part says.
     pub fn what(&self) -> &What {
         // A record is made with its first part.
@@ -88,7 +112,7 @@ impl Record {
         layout::plan(&self.parts).ok().and_then(|node| layout::stats(&node, &self.parts))
     }
 
-    /// Over how many ranks the batch lies: a gradient of a mean loss is so many times that of one process.
+    /// Over how many ranks the batch lies: a gradient of a mean loss is that many times one process's.
     pub fn data_size(&self) -> u32 {
         layout::data_size(&self.parts)
     }
@@ -304,24 +328,27 @@ impl Run {
 
     /// The whole tensor of a record, checksums compared; one range of the mapped shard where it lies there in one piece.
     pub fn whole(&self, record: &Record) -> Result<Whole, ReadError> {
-        let node = layout::plan(&record.parts).map_err(|e| self.layout_error(record, e))?;
-        expect_apart(&node, &record.parts).map_err(|e| e.about(&record.id.to_string()))?;
-        let dtype = record.what().dtype;
         let name = record.id.to_string();
-        let bytes = assemble::assemble(&node, dtype, &mut |i: usize| self.shards.part(&record.parts[i]))
+        let plan = AssemblyPlan::new(&record.parts).map_err(|e| match e {
+            PlanError::Layout(e) => self.layout_error(record, e),
+            e => self.shards.refusal(&e).about(&name),
+        })?;
+        let bytes = assemble::assemble(&plan.tree, plan.dtype, &mut |i: usize| self.shards.part(&record.parts[i]))
             .map_err(|e: ReadError| e.about(&name))?;
-        Ok(Whole { dtype, shape: node.shape().to_vec(), bytes })
+        Ok(Whole { dtype: plan.dtype, shape: plan.shape().to_vec(), bytes })
     }
 
     /// What one rank captured of a record: where it has several parts, the microbatches of a pipeline, these laid side by
     /// side.
     pub fn part(&self, record: &Record, rank: u32) -> Result<Whole, ReadError> {
-        let own: Vec<Part> = record.parts.iter().filter(|p| p.what.rank == rank).cloned().collect();
-        if own.is_empty() {
-            let have = text::few(record.parts.iter().map(|p| p.what.rank).collect::<BTreeSet<_>>());
-            return Err(ReadError::Layout(format!("{}: no part from rank {rank}; there is {have}", record.id)));
+        match record.of_rank(rank) {
+            Some(own) => self.whole(&own),
+            None => Err(ReadError::Layout(format!(
+                "{}: no part from rank {rank}; there is {}",
+                record.id,
+                text::few(record.ranks())
+            ))),
         }
-        self.whole(&Record { id: record.id.clone(), parts: layout::of_one_rank(own) })
     }
 
     fn layout_error(&self, record: &Record, e: LayoutError) -> ReadError {
@@ -354,21 +381,6 @@ impl Run {
         let mut names: Vec<&str> = unique.into_iter().collect();
         names.sort_by_cached_key(|name| (natural(name), *name));
         names
-    }
-}
-
-/// Pieces of one whole have bytes of their own: otherwise a small file would make a whole of any size.
-fn expect_apart(node: &layout::Node, parts: &[Part]) -> Result<(), ReadError> {
-    let leaves = node.leaves();
-    if leaves.len() < 2 {
-        return Ok(());
-    }
-    let at = leaves.iter().filter_map(|&leaf| parts.get(leaf)?.at.as_ref()).filter(|at| at.len > 0);
-    let mut places: Vec<(&str, u64, u64)> = at.map(|at| (at.shard.as_str(), at.offset, at.len)).collect();
-    places.sort_unstable();
-    match places.windows(2).find(|two| two[0].0 == two[1].0 && two[1].1 - two[0].1 < two[0].2) {
-        Some(two) => Err(ReadError::Damage(format!("two of its pieces have the byte {} of {}", two[1].1, two[1].0))),
-        None => Ok(()),
     }
 }
 

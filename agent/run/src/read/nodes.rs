@@ -43,7 +43,7 @@ pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
         return Err(refuse(format!("it holds more than {NODES}")));
     }
     // What `run.json` says first: a folder of a hundred other runs is refused without reading them.
-    // Damage is told when the run itself is opened.
+    // Damage is reported when the run itself is opened.
     let info = |name: &String| read_info(&path.join(name), &mut Vec::new()).unwrap_or_default();
     let infos: Vec<(&str, RunInfo)> = names.iter().map(|name| (name.as_str(), info(name))).collect();
     same_job(&infos).map_err(refuse)?;
@@ -188,12 +188,12 @@ impl Run {
     /// No agent saw replicas of two nodes side by side: it is noticed here where they differ.
     fn compare_replicas(&mut self) {
         let mut found = Vec::new();
-        let told: HashSet<_> = self.lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
+        let known: HashSet<_> = self.lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
         for Record { parts, .. } in &mut self.records {
             parts.sort_by_key(|p| p.what.rank);
             for (first, other) in layout::differing_replicas(parts) {
                 let (what, against) = (&parts[other].what, parts[first].what.rank);
-                if !told.contains(&(&what.id, what.rank)) {
+                if !known.contains(&(&what.id, what.rank)) {
                     found.push((what.clone(), against));
                 }
             }
@@ -216,5 +216,31 @@ impl Problem {
     /// The same problem, of a node's run.
     pub fn within(self, node: &str) -> Self {
         Self { place: format!("{node}/{}", self.place), what: self.what }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_code_of_several_nodes_is_unknown_where_that_of_one_is() {
+        let of = |codes: &[Option<i32>]| {
+            let info = |&exit_code: &Option<i32>| RunInfo { world: 2, exit_code, ..RunInfo::default() };
+            joined(codes.iter().map(info).collect(), 0).exit_code
+        };
+        for unknown in [&[Some(0), None][..], &[None, Some(0)], &[Some(0), None, Some(0)], &[None, None]] {
+            assert_eq!(of(unknown), None, "{unknown:?}");
+        }
+        assert_eq!(of(&[Some(0), Some(0)]), Some(0));
+        for failed in [[Some(0), Some(3)], [Some(3), Some(0)], [None, Some(3)], [Some(3), None]] {
+            assert_eq!(of(&failed), Some(3), "{failed:?}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_no_rank_attached_to_says_with_which_code_it_ended() {
+        let info = |world, exit_code| RunInfo { world, exit_code: Some(exit_code), ..RunInfo::default() };
+        assert_eq!(joined(vec![info(0, 3), info(2, 0)], 0).exit_code, Some(3));
     }
 }

@@ -11,7 +11,11 @@ use std::{
 
 use memmap2::{Mmap, MmapOptions};
 
-use super::{assemble::Bytes, layout::byte_len};
+use super::{
+    assemble::Bytes,
+    layout::LayoutError,
+    plan::{self, PlanError},
+};
 use crate::{
     files::open_to_read,
     format::{HEADER_SPACE, Location, Part},
@@ -171,28 +175,32 @@ impl Shards {
     /// A part's bytes, length and checksum compared; damage with its place and the way out.
     pub fn part(&self, part: &Part) -> Result<Bytes, ReadError> {
         self.check(part).map_err(|e| match (e, &part.at) {
-            (ReadError::Damage(what), Some(at)) => ReadError::Damage(format!(
-                "{}, rank {}: {what}; `flexmodel verify` lists all damage",
-                self.name(&at.shard),
-                part.what.rank
-            )),
+            (ReadError::Damage(what), Some(at)) => self.damage(at, part.what.rank, &what),
             (other, _) => other,
         })
     }
 
-    /// The same, where the place is said by who asks.
-    pub fn check(&self, part: &Part) -> Result<Bytes, ReadError> {
-        let what = &part.what;
-        let at =
-            part.at.as_ref().ok_or_else(|| ReadError::Layout(format!("rank {} {}", what.rank, without_bytes(part))))?;
-        if byte_len(what.dtype, &what.shape) != Some(at.len) {
-            return Err(ReadError::Damage(format!(
-                "{} bytes are not a {} of shape {:?}",
-                at.len,
-                what.dtype.name(),
-                what.shape
-            )));
+    fn damage(&self, at: &Location, rank: u32, what: &str) -> ReadError {
+        let name = self.name(&at.shard);
+        ReadError::Damage(format!("{name}, rank {rank}: {what}; `flexmodel verify` lists all damage"))
+    }
+
+    /// Why there is no plan, in words, with the name of the file where that is damage.
+    pub fn refusal(&self, e: &PlanError) -> ReadError {
+        match e {
+            PlanError::Layout(LayoutError::Missing(_)) => ReadError::Incomplete(e.to_string()),
+            PlanError::Layout(_) | PlanError::NoBytes { .. } => ReadError::Layout(e.to_string()),
+            PlanError::Length { rank, at, .. } => self.damage(at, *rank, &e.to_string()),
+            PlanError::Overlap { .. } => ReadError::Damage(e.to_string()),
         }
+    }
+
+    /// As [`Shards::part`], where who asks says the place.
+    pub fn check(&self, part: &Part) -> Result<Bytes, ReadError> {
+        let at = plan::source(part).map_err(|e| match e {
+            PlanError::Length { .. } => ReadError::Damage(e.to_string()),
+            _ => ReadError::Layout(e.to_string()),
+        })?;
         let bytes = self.mapped(at)?;
         let crc = crc32c::crc32c(&bytes);
         if crc != at.crc {
@@ -230,13 +238,5 @@ impl Map {
     /// The bytes in a range that counts from the start of the map.
     pub fn get(&self, range: Range<usize>) -> &[u8] {
         self.bytes.get(range).unwrap_or_default()
-    }
-}
-
-/// Why a part has no bytes.
-fn without_bytes(part: &Part) -> &'static str {
-    match part.same {
-        Some(_) => "sent a checksum, and no rank bytes that have it",
-        None => "kept statistics only (reduce=stats)",
     }
 }

@@ -241,6 +241,20 @@ fn parts_without_a_layout_are_named_and_readable_one_by_one() {
 }
 
 #[test]
+fn a_coordinate_outside_of_its_axis_is_a_conflict() {
+    let mut f = Fixture::default();
+    f.part(id("m", 0), DType::UInt8, &[1], 0, dp(0, 2, shard(0)), &[1]);
+    f.part(id("m", 0), DType::UInt8, &[1], 1, dp(1, 2, shard(0)), &[2]);
+    let mut parts = open(&f.finish()).records.remove(0).parts;
+    for outside in [2, u32::MAX] {
+        parts[1].what.axes[0].index = outside;
+        let conflict = LayoutError::Conflict(format!("rank 1 says dp {outside} of 2"));
+        assert_eq!(layout::plan(&parts), Err(conflict));
+        assert!(crate::manifest::decode_line(&crate::manifest::encode_line(&Line::Part(parts[1].clone()))).is_err());
+    }
+}
+
+#[test]
 fn a_missing_rank_is_named_by_its_number() {
     let mut f = Fixture::default();
     for (module, ranks) in [("full", vec![0, 1]), ("half", vec![0])] {

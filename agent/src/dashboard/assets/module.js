@@ -228,11 +228,11 @@ export class ModulePanel {
       this.say("");
       this.picture.element.hidden = false;
       this.picture.load(look);
-      this.offerRanks(look.parts.map((p) => p.rank));
+      this.offerRanks([...new Set(look.parts.map((p) => p.rank))]);
     } catch (error) {
       if (this.gone || this.asked !== mine) return;
       // The newest record's other parts are on their way.
-      if (this.follow && tries > 1 && /incomplete|not yet/.test(error.message)) {
+      if (this.follow && tries > 1 && /incomplete|not yet|sent a checksum/.test(error.message)) {
         await new Promise((done) => setTimeout(done, 250));
         return this.fetchTensor(tries - 1);
       }
