@@ -122,6 +122,9 @@ impl Run {
         py.detach(|| {
             let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
             let new = growing.refresh().map_err(refused)?;
+            if Arc::ptr_eq(&growing.run(), &self.state().run) {
+                return Ok(0);
+            }
             let state = State::new(growing.run())?;
             *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
             Ok(new)

@@ -40,7 +40,7 @@ impl Growing {
         self.run.clone()
     }
 
-    /// Reads what has come since; how many parts are new.
+    /// Looks whether the files have changed, and reads the run anew if so; how many parts are new.
     pub fn refresh(&mut self) -> Result<u64, OpenError> {
         let nodes = nodes(&self.path);
         let seen = look(&self.path, &nodes);
