@@ -438,6 +438,10 @@ fn read_info(run: &Path, problems: &mut Vec<Problem>) -> Option<RunInfo> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return None,
         Err(e) => return Some(damaged(e.to_string())),
     };
+    // What serde derives would take an array of the fields as well.
+    if !bytes.trim_ascii_start().starts_with(b"{") {
+        return Some(damaged("it is no object".to_owned()));
+    }
     let read = serde_json::from_slice::<RunInfo>(&bytes).map_err(|e| e.to_string());
     Some(read.and_then(|info| info.check().map(|()| info)).unwrap_or_else(|why| {
         // The format alone may still be readable, and decides whether the rest can be.
