@@ -103,8 +103,7 @@ def test_plain_commands_behave_as_without(variant, programs):
         without, within = harness.run(argv), harness.run(argv, variant)
         if name == "ldd":  # it lists the preload, as the loader does; addresses vary
             without.out, within.out = (
-                {line.split()[0] for line in o.out.splitlines()} - {str(harness.LIBRARY)}
-                for o in (without, within)
+                {line.split()[0] for line in o.out.splitlines()} - {str(harness.LIBRARY)} for o in (without, within)
             )
         assert (within.code, within.out, within.err) == (without.code, without.out, without.err), name
 

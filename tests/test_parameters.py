@@ -62,9 +62,7 @@ def test_gradients_that_a_closure_computes_are_those_of_its_step(run_once, untap
     argv = harness.python("closure.py")
     outcome = run_once(argv, "**:param,grad").expect(0)
     assert outcome.losses == untapped_once(argv).losses
-    captures.expect_equal(
-        captures.read(outcome.run), whole(tiny.build(), steps=closure.STEPS, sizes=(closure.ROWS,))
-    )
+    captures.expect_equal(captures.read(outcome.run), whole(tiny.build(), steps=closure.STEPS, sizes=(closure.ROWS,)))
 
 
 def test_one_process_and_a_module_for_all_that_is_in_it(run_once):

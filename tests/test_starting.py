@@ -60,7 +60,7 @@ def test_a_program_of_musl_starts_and_ends_as_without(tmp_path):
     if not shutil.which("musl-gcc"):
         pytest.skip("there is no musl-gcc: scripts/setup --test says how to get it")
     (tmp_path / "m.c").write_text(
-        '#include <dlfcn.h>\n#include <stdio.h>\n'
+        "#include <dlfcn.h>\n#include <stdio.h>\n"
         'int main(void) { printf("%d\\n", dlopen("libnone.so", RTLD_NOW) != 0); return 7; }\n'
     )
     subprocess.run(["musl-gcc", "-o", tmp_path / "m", tmp_path / "m.c"], check=True)
@@ -77,7 +77,7 @@ def test_a_program_of_musl_starts_and_ends_as_without(tmp_path):
 def sanitized(tmp_path) -> pathlib.Path:
     """A program that is linked with AddressSanitizer's shared runtime."""
     (tmp_path / "a.cc").write_text(
-        '#include <cstdio>\n#include <vector>\n'
+        "#include <cstdio>\n#include <vector>\n"
         'int main(int argc, char **) { std::vector<int> v(argc, 5); std::printf("%d\\n", v[0]); return 5; }\n'
     )
     subprocess.run(["g++", "-fsanitize=address", "-o", tmp_path / "a", tmp_path / "a.cc"], check=True)
@@ -152,7 +152,7 @@ def test_stderr_that_became_a_file_of_the_jobs_stays_its_own(tmp_path):
     program = f"""
 import os
 os.close(2)
-assert os.open({str(tmp_path / 'own')!r}, os.O_RDWR | os.O_CREAT) == 2
+assert os.open({str(tmp_path / "own")!r}, os.O_RDWR | os.O_CREAT) == 2
 import plain  # torch comes when descriptor 2 is another file
 plain.main()
 """

@@ -10,6 +10,7 @@ from . import _native
 KINDS = tuple(_native.kinds())
 """Every kind of record, in the order of their codes."""
 
+
 class Identity(NamedTuple):
     """What tells one record from every other. The parts of a record share it."""
 

@@ -82,6 +82,7 @@ class Caches:
     def _follow_packages(self) -> None:
         """They are looked up by the name of a function, when that is decorated: it may then call models that are yet to
         be made."""
+
         def keyed(original: Any) -> Any:
             def source_id_from_fn(*args: Any, **kwargs: Any) -> str:
                 found, ours = original(*args, **kwargs), self.key()

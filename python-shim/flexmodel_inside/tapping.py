@@ -63,9 +63,7 @@ class Tapping:
             self._hook(module, "_forward_hooks", key, end, always_call=self._traceable is None)
         self._has_new = True
 
-    def _tap_module(
-        self, name: str, module: nn.Module, before: Any, after: Any, serial: int, models: Set[int]
-    ) -> None:
+    def _tap_module(self, name: str, module: nn.Module, before: Any, after: Any, serial: int, models: Set[int]) -> None:
         known = self._registry.member(module)
         if known.tapped is not None:
             owner, _ = known.tapped
