@@ -157,12 +157,12 @@ unsafe extern "C" fn edit(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdi
 
 unsafe extern "C" fn notice(text: Str<'_>) {
     // SAFETY: the string lives through the call.
-    boundary(|capture| capture.transport().notice(unsafe { text.get() }.to_owned()));
+    boundary(|capture| capture.transport().notice(unsafe { text.shown() }.into_owned()));
 }
 
 unsafe extern "C" fn fault(text: Str<'_>) {
     // SAFETY: the string lives through the call.
-    let _ = catch_unwind(AssertUnwindSafe(|| state::off(unsafe { text.get() })));
+    let _ = catch_unwind(AssertUnwindSafe(|| state::off(&unsafe { text.shown() })));
 }
 
 unsafe extern "C" fn plan(out: *mut u8, cap: usize) -> usize {
@@ -186,7 +186,7 @@ unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, devices: b
 
 unsafe extern "C" fn per_rank(why: Str<'_>) {
     // SAFETY: the string lives through the call.
-    boundary(|capture| capture.gather().per_rank(unsafe { why.get() }));
+    boundary(|capture| capture.gather().per_rank(&unsafe { why.shown() }));
 }
 
 unsafe extern "C" fn finish() {

@@ -104,12 +104,13 @@ class Record:
     def _make(self, rank: int | None, torch: Any) -> Any:
         if torch is None:
             numpy_dtype(self.dtype)  # before bytes are moved for nothing
-        memory, dims = self._reader.bytes(str(self), rank)
+        # What one rank captured may be of another type than the whole.
+        memory, dims, dtype = self._reader.bytes(str(self), rank)
         raw, shape = np.asarray(memory), tuple(dims)
         try:
             if torch is None:
-                return as_numpy(raw, self.dtype, shape)
-            return as_torch(torch, raw, self.dtype, shape)
+                return as_numpy(raw, dtype, shape)
+            return as_torch(torch, raw, dtype, shape)
         except (ValueError, RuntimeError, OverflowError) as error:  # more dimensions than they have
             raise RunError(f"{self}: {error}") from None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import flexmodel
@@ -110,8 +112,45 @@ def test_a_shard_outside_the_run_is_never_opened(run_dir: Writer):
 
 def test_a_manifest_that_contradicts_itself_is_refused(run_dir: Writer):
     run_dir.part("m", np.zeros(3), shape=(4,))
-    with raises("gives 24 bytes to a float64 tensor of shape", flexmodel.RunError):
+    with raises("24 bytes are not a float64 of shape", flexmodel.RunError):
         flexmodel.open(run_dir.root).get("m")
+
+
+@pytest.mark.parametrize("types", [(np.float64, np.float32), (np.float32, np.float64)])
+def test_a_rank_gives_its_part_in_the_type_that_it_has(run_dir: Writer, types: tuple):
+    for rank, dtype in enumerate(types):
+        run_dir.part("m", np.arange(40_000, dtype=dtype) + rank, rank=rank, axes=[axis(rank, 2, shard(0))])
+    run = flexmodel.open(run_dir.root)
+    with raises("rank 0 has"):
+        run.get("m")
+    for rank, dtype in enumerate(types):
+        part = run.get("m", rank=rank).numpy()
+        assert part.dtype == dtype and np.array_equal(part, np.arange(40_000, dtype=dtype) + rank)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+import flexmodel
+run = flexmodel.open(sys.argv[1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20),) * 2)
+try:
+    run["m"][0].numpy()
+except flexmodel.RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["partial", "head_tail"])
+def test_where_memory_is_short_it_is_an_error(run_dir: Writer, how: str):
+    """Both need memory of their own, which is asked for and not taken for granted."""
+    place = {"head_tail": {"dim": 0}} if how == "head_tail" else "partial"
+    for rank in range(2):
+        run_dir.part("m", np.zeros(16 << 20, np.uint8), rank=rank, axes=[{**axis(rank, 2, "replicate"), "place": place}])
+    argv = [sys.executable, "-c", SHORT_OF_MEMORY, str(run_dir.root)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(PACKAGE)})
+    assert done.returncode == 0, done
+    assert "memory" in done.stdout, done
 
 
 def test_a_hostile_mesh_is_named_in_bounded_words(run_dir: Writer):

@@ -40,6 +40,17 @@ def test_parts_of_two_nodes_make_one_tensor(tmp_path: Path):
     assert np.array_equal(run.get("mlp", rank=3).numpy(), np.full((2, 3), 3, np.float32))
 
 
+def test_a_sealed_shard_of_a_node_that_was_cut_is_a_problem(tmp_path: Path):
+    job, a, _ = _job(tmp_path)
+    a.seal()
+    whole = a.sealed().stat().st_size
+    with a.sealed().open("ab") as file:
+        file.truncate(whole + 8)
+    a.line({"t": "sealed", "shard": "shard-00000", "len": whole + 9})
+    (problem,) = flexmodel.open(job).problems
+    assert "node-a/shard-00000 is cut short" in problem
+
+
 def test_what_the_nodes_say_is_told_of_the_job(tmp_path: Path):
     job, a, b = _job(tmp_path)
     modules = [{"name": name, "class": "M", "kinds": 1} for name in ("one", "two", "three")]

@@ -278,7 +278,7 @@ def test_statistics_of_the_whole_are_those_of_its_elements(run_dir: Writer):
     assert (record.shape, record.complete) == ((90,), False)
     for name, value in stats(whole).items():
         assert getattr(record.stats, name) == pytest.approx(value)
-    with raises("only statistics were kept"):
+    with raises("kept statistics only"):
         record.tensor()
 
 

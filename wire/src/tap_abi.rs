@@ -14,7 +14,7 @@
 //! A field that says *code of* an enum may hold any number, as C++ and compiled graphs can have any: whoever reads it asks
 //! [`crate::codes::Code::from_code`].
 
-use std::{ffi::c_void, marker::PhantomData};
+use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 
 use crate::codes::{CopyState, EditOp};
 
@@ -57,6 +57,15 @@ impl<'a> Str<'a> {
         // SAFETY: the caller vouches for pointer and length.
         let bytes = unsafe { std::slice::from_raw_parts(self.ptr, self.len) };
         std::str::from_utf8(bytes).unwrap_or("")
+    }
+
+    /// The string for people, whatever its bytes are: what is no UTF-8 is replaced.
+    ///
+    /// # Safety
+    /// As for [`Str::get`].
+    pub unsafe fn shown(&self) -> Cow<'a, str> {
+        // SAFETY: the caller vouches for pointer and length.
+        String::from_utf8_lossy(unsafe { array(self.ptr, self.len) })
     }
 }
 

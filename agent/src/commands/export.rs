@@ -68,6 +68,7 @@ impl Outcome {
         match e {
             ReadError::Damage(text) => self.failed.push(text.clone()),
             ReadError::Incomplete(text) | ReadError::Layout(text) => self.incomplete.push(text.clone()),
+            ReadError::NoSum(_) => self.incomplete.push(e.to_string()),
         }
     }
 }

@@ -174,8 +174,8 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
     let number = rank.hello.rank;
     let mut questions = server.ranks.join(number);
     tokio::spawn(ranks::compare_plan(server.clone(), number));
+    line.done();
     loop {
-        line.done();
         tokio::select! {
             () = rank.damaged.notified() => {
                 line.refuse("its shared memory is damaged").await;
@@ -186,7 +186,8 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
                     break;
                 }
             }
-            message = line.next() => match message {
+            message = line.next() => {
+                match message {
                 Ok(Some(Heard::Model { model, modules })) => server.board.model(number, model, &modules),
                 Ok(Some(Heard::Others { modules })) => server.board.others(number, &modules),
                 Ok(Some(Heard::Notice(text))) => _ = server.board.notice(&text),
@@ -210,6 +211,8 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
                     }
                     break;
                 }
+                }
+                line.done();
             }
         }
     }

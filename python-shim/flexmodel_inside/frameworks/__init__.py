@@ -123,7 +123,7 @@ class Frameworks:
     def first(self, question: str, *about: Any) -> Any:
         """The first answer to a question that may have one; None if there is none."""
         for ask in self._who(question):
-            answer = ask(*about)
+            answer = self._job.faults.of(_about(ask, "an answer"), ask, *about)
             if answer is not None:
                 return answer
         return None
@@ -131,14 +131,19 @@ class Frameworks:
     def decided(self, question: str, *about: Any) -> Any:
         """The answer to a question that is one adapter's to decide; `NotImplemented` if it is nobody's."""
         for ask in self._who(question):
-            answer = ask(*about)
+            answer = self._job.faults.of(_about(ask, "an answer"), ask, *about, otherwise=NotImplemented)
             if answer is not NotImplemented:
                 return answer
         return NotImplemented
 
     def stages(self) -> list[Stage]:
         """All stages whose modules live."""
-        return [stage for stages in self._who("stages") for stage in stages() if stage.submod is not None]
+        of = self._job.faults.of
+        return [stage for ask in self._who("stages") for stage in of(_about(ask, "stages"), _living, ask) or []]
+
+
+def _living(stages: Callable[[], Sequence[Stage]]) -> list[Stage]:
+    return [stage for stage in stages() if stage.submod is not None]
 
 
 def _about(method: Any, what: str) -> str:

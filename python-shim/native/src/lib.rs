@@ -6,6 +6,8 @@ mod open;
 mod record;
 mod run;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use flexmodel_run::text;
 use pyo3::{prelude::*, types::PyString};
 use wire::{dtype::DType, hooks::Kind};
@@ -13,6 +15,12 @@ use wire::{dtype::DType, hooks::Kind};
 pyo3::import_exception!(flexmodel._errors, RunError);
 pyo3::import_exception!(flexmodel._errors, RunNotFoundError);
 pyo3::import_exception!(flexmodel._errors, NotCapturedError);
+
+/// Runs what reads: a panic of ours reaches Python as an error that it can catch as such.
+fn bounded<T>(read: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
+    catch_unwind(AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(RunError::new_err("the reader itself failed, see above")))
+}
 
 /// Text for one line of a terminal.
 #[pyfunction]

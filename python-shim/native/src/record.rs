@@ -6,7 +6,7 @@ use flexmodel_run::{
     ReadError, Record as Read,
     format::{Identity, Part, Stats},
     read::{
-        LayoutError, fill,
+        AssemblyPlan, LayoutError, PlanError, fill,
         layout::{self, byte_len},
     },
     text::{clip, few, total},
@@ -14,7 +14,7 @@ use flexmodel_run::{
 use pyo3::{exceptions::PyTypeError, prelude::*, types::PyDict};
 use wire::record::{Axis, Place};
 
-use crate::{NotCapturedError, RunError, memory::Memory, run::State};
+use crate::{NotCapturedError, RunError, bounded, memory::Memory, run::State};
 
 /// One record of a run as it was then.
 #[pyclass(frozen, module = "flexmodel._native")]
@@ -51,6 +51,17 @@ fn axes(all: &[Axis]) -> Vec<AxisFields> {
         (axis.name.clone(), axis.index, axis.size, place, dim, shape, axis.given)
     };
     all.iter().map(one).collect()
+}
+
+/// What Python is told where bytes do not read.
+fn unread(name: &str, error: ReadError) -> PyErr {
+    match error {
+        ReadError::NoSum(_) => {
+            PyTypeError::new_err(format!("{error}; each rank's part is kept: ask for it with rank="))
+        }
+        ReadError::Layout(why) | ReadError::Incomplete(why) => NotCapturedError::new_err(format!("{name}: {why}")),
+        ReadError::Damage(why) => RunError::new_err(format!("{name}: {why}")),
+    }
 }
 
 fn stats(s: &Stats) -> StatsFields {
@@ -171,34 +182,34 @@ impl Record {
         self.read().stats().as_ref().map(stats)
     }
 
-    /// The bytes of the whole, or of one rank's part of it, and their shape; `name` is the record's, for errors.
-    fn bytes(&self, py: Python<'_>, name: &str, rank: Option<i64>) -> PyResult<(Memory, Vec<u64>)> {
+    /// The bytes of the whole, or of one rank's part of it, their shape and type; `name` is the record's, for errors.
+    fn bytes(&self, py: Python<'_>, name: &str, rank: Option<i64>) -> PyResult<(Memory, Vec<u64>, &'static str)> {
         py.detach(|| {
-            let record = self.read();
-            let own: Vec<Part>;
-            let parts = match rank {
-                None => &record.parts,
-                Some(rank) => {
-                    let of = |part: &&Part| i64::from(part.what.rank) == rank;
-                    own = layout::of_one_rank(record.parts.iter().filter(of).cloned().collect());
-                    &own
+            bounded(|| {
+                let record = self.read();
+                let own: Vec<Part>;
+                let parts = match rank {
+                    None => &record.parts,
+                    Some(rank) => {
+                        let of = |part: &&Part| i64::from(part.what.rank) == rank;
+                        own = layout::of_one_rank(record.parts.iter().filter(of).cloned().collect());
+                        &own
+                    }
+                };
+                if parts.is_empty() {
+                    let (rank, stored) = (rank.unwrap_or_default(), few(self.ranks()));
+                    return Err(NotCapturedError::new_err(format!(
+                        "{name} has no part of rank {rank}, only of {stored}"
+                    )));
                 }
-            };
-            if parts.is_empty() {
-                let (rank, stored) = (rank.unwrap_or_default(), few(self.ranks()));
-                return Err(NotCapturedError::new_err(format!("{name} has no part of rank {rank}, only of {stored}")));
-            }
-            let node = layout::plan(parts).map_err(|e| self.no_whole(name, e))?;
-            let own = fill::own(&node, record.what().dtype, parts, self.state.run.shards()).map_err(|e| match e {
-                ReadError::Layout(why) if why.ends_with("have no sum") => {
-                    PyTypeError::new_err(format!("{why}; each rank's part is kept: ask for it with rank="))
-                }
-                ReadError::Layout(why) | ReadError::Incomplete(why) => {
-                    NotCapturedError::new_err(format!("{name}: {why}"))
-                }
-                ReadError::Damage(why) => RunError::new_err(format!("{name}: {why}")),
-            })?;
-            Ok((Memory::new(own), node.shape().to_vec()))
+                let shards = self.state.run.shards();
+                let plan = AssemblyPlan::new(parts).map_err(|e| match e {
+                    PlanError::Layout(e) => self.no_whole(name, e),
+                    e => unread(name, shards.refusal(&e)),
+                })?;
+                let own = fill::own(&plan, shards).map_err(|e| unread(name, e))?;
+                Ok((Memory::new(own), plan.shape().to_vec(), plan.dtype.name()))
+            })
         })
     }
 }

@@ -14,7 +14,7 @@ use flexmodel_run::{
 use pyo3::{exceptions::PyIndexError, prelude::*};
 
 use crate::{
-    NotCapturedError,
+    NotCapturedError, bounded,
     open::{expect_run, problems, refused},
     record::{Record, identity},
 };
@@ -110,24 +110,28 @@ impl Run {
     #[new]
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         py.detach(|| {
-            expect_run(&path)?;
-            let growing = Growing::open(&path).map_err(refused)?;
-            let state = State::new(growing.run())?;
-            Ok(Self { growing: Mutex::new(growing), state: Mutex::new(state) })
+            bounded(|| {
+                expect_run(&path)?;
+                let growing = Growing::open(&path).map_err(refused)?;
+                let state = State::new(growing.run())?;
+                Ok(Self { growing: Mutex::new(growing), state: Mutex::new(state) })
+            })
         })
     }
 
     /// Reads what has come since; how many parts are new.
     fn refresh(&self, py: Python<'_>) -> PyResult<u64> {
         py.detach(|| {
-            let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-            let new = growing.refresh().map_err(refused)?;
-            if Arc::ptr_eq(&growing.run(), &self.state().run) {
-                return Ok(0);
-            }
-            let state = State::new(growing.run())?;
-            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
-            Ok(new)
+            bounded(|| {
+                let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+                let new = growing.refresh().map_err(refused)?;
+                if Arc::ptr_eq(&growing.run(), &self.state().run) {
+                    return Ok(0);
+                }
+                let state = State::new(growing.run())?;
+                *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+                Ok(new)
+            })
         })
     }
 
@@ -196,8 +200,10 @@ impl Run {
         let state = self.state();
         let wanted = Wanted { kind, model, train, step, micro, call, path, repeat };
         let at = py.detach(|| {
-            let all = state.of_module(module)?;
-            state.run.one(module, all, &wanted).map_err(NotCapturedError::new_err)
+            bounded(|| {
+                let all = state.of_module(module)?;
+                state.run.one(module, all, &wanted).map_err(NotCapturedError::new_err)
+            })
         })?;
         Ok(Record::new(state, at))
     }

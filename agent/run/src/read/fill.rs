@@ -1,4 +1,4 @@
-//! Carries out a layout's plan into memory that is the caller's own: a private map of a shard where the whole lies there in
+//! Carries out a plan into memory that is the caller's own: a private map of a shard where the whole lies there in
 //! one piece, else memory that parts are read into, each straight to its place.
 
 use std::{io, os::unix::fs::FileExt};
@@ -9,10 +9,11 @@ use wire::dtype::DType;
 use super::{
     Shards,
     layout::{Node, byte_len},
-    number, plan,
+    number,
+    plan::AssemblyPlan,
     shards::ReadError,
 };
-use crate::format::{Location, Part};
+use crate::format::Location;
 
 /// Bytes from which on mapping a tensor is quicker than reading it.
 const MAP_FROM: u64 = 1 << 16;
@@ -44,14 +45,14 @@ impl std::ops::DerefMut for Own {
     }
 }
 
-/// The bytes of `node`. Checksums are not compared: `flexmodel verify` does that.
-pub fn own(node: &Node, dtype: DType, parts: &[Part], shards: &Shards) -> Result<Own, ReadError> {
-    let from = From { dtype, parts, shards };
-    let len = from.bytes(node)?;
+/// The bytes of the whole. Checksums are not compared: `flexmodel verify` does that.
+pub fn own(plan: &AssemblyPlan, shards: &Shards) -> Result<Own, ReadError> {
+    let from = From { plan, shards };
+    let len = from.bytes(&plan.tree)?;
     if len == 0 {
         return Ok(Own::Read(Vec::new()));
     }
-    if let Some(at) = from.one_piece(node)?
+    if let Some(at) = from.one_piece(&plan.tree)?
         && at.len >= MAP_FROM
     {
         let file = shards.holding(&at)?;
@@ -64,21 +65,9 @@ pub fn own(node: &Node, dtype: DType, parts: &[Part], shards: &Shards) -> Result
         }
         // No more maps are to be had: it is read.
     }
-    plan::expect_apart(node, parts).map_err(|e| shards.refusal(&e))?;
     let mut out = room(len)?;
-    from.fill(node, &Block::whole(node.shape(), dtype), &mut out)?;
+    from.fill(&plan.tree, &Block::whole(plan.shape(), plan.dtype), &mut out)?;
     Ok(out)
-}
-
-/// Writes the bytes of `node` to `out`, which is as long as they are.
-pub fn fill(node: &Node, dtype: DType, parts: &[Part], shards: &Shards, out: &mut [u8]) -> Result<(), ReadError> {
-    let from = From { dtype, parts, shards };
-    let len = from.bytes(node)?;
-    if len != out.len() {
-        return Err(ReadError::Layout(format!("{} bytes are not the {len} of the tensor", out.len())));
-    }
-    plan::expect_apart(node, parts).map_err(|e| shards.refusal(&e))?;
-    from.fill(node, &Block::whole(node.shape(), dtype), out)
 }
 
 fn room(len: usize) -> Result<Own, ReadError> {
@@ -128,21 +117,20 @@ impl Block {
 }
 
 struct From<'a> {
-    dtype: DType,
-    parts: &'a [Part],
+    plan: &'a AssemblyPlan,
     shards: &'a Shards,
 }
 
 impl From<'_> {
     fn bytes(&self, node: &Node) -> Result<usize, ReadError> {
-        byte_len(self.dtype, node.shape())
+        byte_len(self.plan.dtype, node.shape())
             .and_then(|n| usize::try_from(n).ok())
             .ok_or_else(|| ReadError::Damage(format!("a tensor of shape {:?} does not fit into memory", node.shape())))
     }
 
     fn at(&self, part: usize) -> Result<&Location, ReadError> {
-        let part = self.parts.get(part).ok_or_else(|| ReadError::Damage("a part that is not there".into()))?;
-        located(part)
+        let source = self.plan.sources.get(part).and_then(Option::as_ref);
+        source.ok_or_else(|| ReadError::Damage("a part that is not there".into()))
     }
 
     /// The range of a shard that the bytes of a node are, if they are one.
@@ -176,14 +164,14 @@ impl From<'_> {
         if shape.contains(&0) {
             return Ok(());
         }
-        let (depth, width) = to.run(shape, self.dtype.size());
+        let (depth, width) = to.run(shape, self.plan.dtype.size());
         match node {
             Node::Leaf { part, .. } => {
                 let at = self.at(*part)?;
                 if depth == 0 {
                     return self.shards.read_into(at, piece(out, to.offset, width)?);
                 }
-                scatter(&self.apart(node)?, shape, to, self.dtype.size(), out)
+                scatter(&self.apart(node)?, shape, to, self.plan.dtype.size(), out)
             }
             Node::Concat { dim, children, .. } => {
                 let mut start = 0;
@@ -203,22 +191,31 @@ impl From<'_> {
                     // Rows of both halves take turns.
                     let rows: u64 = half_shape.iter().take(*dim).product();
                     let width = bytes.len() / (2 * rows.max(1) as usize).max(1);
-                    let of = |second: usize| -> Vec<u8> {
-                        bytes.chunks_exact(width.max(1)).skip(second).step_by(2).flatten().copied().collect()
-                    };
                     tail -= half;
-                    scatter(&of(0), &half_shape, &to.from(*dim, head), self.dtype.size(), out)?;
-                    scatter(&of(1), &half_shape, &to.from(*dim, tail), self.dtype.size(), out)?;
+                    scatter(
+                        &every_second(&bytes, width, 0)?,
+                        &half_shape,
+                        &to.from(*dim, head),
+                        self.plan.dtype.size(),
+                        out,
+                    )?;
+                    scatter(
+                        &every_second(&bytes, width, 1)?,
+                        &half_shape,
+                        &to.from(*dim, tail),
+                        self.plan.dtype.size(),
+                        out,
+                    )?;
                     head += half;
                 }
                 Ok(())
             }
             Node::Flat { child, .. } if depth == 0 => {
-                let mut to_child = Block::whole(child.shape(), self.dtype);
+                let mut to_child = Block::whole(child.shape(), self.plan.dtype);
                 to_child.offset = to.offset;
                 self.fill(child, &to_child, out)
             }
-            Node::Flat { child, .. } => scatter(&self.apart(child)?, shape, to, self.dtype.size(), out),
+            Node::Flat { child, .. } => scatter(&self.apart(child)?, shape, to, self.plan.dtype.size(), out),
             Node::Sum { children, .. } => {
                 let mut addends = Vec::with_capacity(children.len());
                 for child in children {
@@ -227,9 +224,13 @@ impl From<'_> {
                         other => Addend::Made(self.apart(other)?),
                     });
                 }
+                if !number::has_sum(self.plan.dtype) {
+                    return Err(ReadError::NoSum(self.plan.dtype));
+                }
                 let bytes: Vec<&[u8]> = addends.iter().map(Addend::bytes).collect();
-                let sum = number::sum(self.dtype, &bytes)?;
-                scatter(&sum, shape, to, self.dtype.size(), out)
+                let mut sum = room(self.bytes(node)?)?;
+                number::sum_into(self.plan.dtype, &bytes, &mut sum)?;
+                scatter(&sum, shape, to, self.plan.dtype.size(), out)
             }
         }
     }
@@ -237,7 +238,7 @@ impl From<'_> {
     /// The bytes of a node by themselves.
     fn apart(&self, node: &Node) -> Result<Own, ReadError> {
         let mut own = room(self.bytes(node)?)?;
-        self.fill(node, &Block::whole(node.shape(), self.dtype), &mut own)?;
+        self.fill(node, &Block::whole(node.shape(), self.plan.dtype), &mut own)?;
         Ok(own)
     }
 }
@@ -256,25 +257,12 @@ impl Addend {
     }
 }
 
-/// Where a part's bytes are; they are as many as its shape says.
-pub fn located(part: &Part) -> Result<&Location, ReadError> {
-    let what = &part.what;
-    let Some(at) = &part.at else {
-        return Err(ReadError::Layout(match part.same {
-            Some(_) => format!("rank {} sent a checksum, and no rank bytes that have it", what.rank),
-            None => "only statistics were kept (reduce=stats)".into(),
-        }));
-    };
-    if byte_len(what.dtype, &what.shape) != Some(at.len) {
-        return Err(ReadError::Damage(format!(
-            "the manifest gives {} bytes to a {} tensor of shape {:?} from rank {}",
-            at.len,
-            what.dtype.name(),
-            what.shape,
-            what.rank
-        )));
-    }
-    Ok(at)
+/// One of each two blocks of `width` bytes: the first ones, or the second ones.
+fn every_second(bytes: &[u8], width: usize, which: usize) -> Result<Own, ReadError> {
+    let (width, mut out) = (width.max(1), room(bytes.len() / 2)?);
+    let blocks = bytes.chunks_exact(width).skip(which).step_by(2);
+    out.chunks_exact_mut(width).zip(blocks).for_each(|(to, from)| to.copy_from_slice(from));
+    Ok(out)
 }
 
 fn piece(out: &mut [u8], offset: usize, len: usize) -> Result<&mut [u8], ReadError> {

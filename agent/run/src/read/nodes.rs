@@ -177,6 +177,7 @@ impl Run {
             part.at.iter_mut().for_each(|at| here(&mut at.shard));
             self.replaced.push(part);
         }
+        self.sealed.extend(run.sealed.into_iter().map(|(stem, len)| (format!("{name}/{stem}"), len)));
         self.lost.refused.extend(run.lost.refused);
         self.lost.divergences.extend(run.lost.divergences);
         self.lost.dropped.extend(run.lost.dropped);

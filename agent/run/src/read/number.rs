@@ -4,28 +4,48 @@ use wire::dtype::DType;
 
 use crate::stats;
 
+/// Elements that are summed at a time, so that a sum takes no memory but its own.
+const CHUNK: usize = 1 << 14;
+
+/// Whether tensors of this type can be added up.
+pub fn has_sum(dtype: DType) -> bool {
+    !matches!(dtype, DType::Bool | DType::Float8E8M0Fnu)
+}
+
 /// The sum of tensors of one type and length: real and complex in float64, integers wrapping, then back to the type.
 pub fn sum(dtype: DType, addends: &[&[u8]]) -> Result<Vec<u8>, String> {
-    let [first, rest @ ..] = addends else { return Ok(Vec::new()) };
-    if rest.iter().any(|a| a.len() != first.len()) {
+    let mut out = vec![0; addends.first().map_or(0, |first| first.len())];
+    sum_into(dtype, addends, &mut out)?;
+    Ok(out)
+}
+
+/// As [`sum`], into memory of the same length.
+pub fn sum_into(dtype: DType, addends: &[&[u8]], out: &mut [u8]) -> Result<(), String> {
+    if addends.iter().any(|addend| addend.len() != out.len()) {
         return Err("addends differ in length".into());
     }
-    match dtype {
-        DType::Bool | DType::Float8E8M0Fnu => Err(format!("{} addends have no sum", dtype.name())),
-        _ if dtype.is_float() || dtype.is_complex() => {
-            let real = component(dtype);
-            let mut total = vec![0.0f64; first.len() / real.size()];
-            for addend in addends {
-                for (sum, x) in total.iter_mut().zip(addend.chunks_exact(real.size())) {
-                    *sum += stats::to_f64(real, x);
-                }
-            }
-            let mut out = Vec::with_capacity(first.len());
-            total.iter().for_each(|&x| encode(real, x, &mut out));
-            Ok(out)
-        }
-        _ => Ok(sum_integers(dtype.size(), addends)),
+    if !has_sum(dtype) {
+        return Err(format!("{} addends have no sum", dtype.name()));
     }
+    if !dtype.is_float() && !dtype.is_complex() {
+        sum_integers(dtype.size(), addends, out);
+        return Ok(());
+    }
+    let real = component(dtype);
+    let step = CHUNK * real.size();
+    let (mut total, mut bytes) = (Vec::with_capacity(CHUNK), Vec::with_capacity(step));
+    for (n, to) in out.chunks_mut(step).enumerate() {
+        total.clear();
+        total.resize(to.len() / real.size(), 0.0f64);
+        for addend in addends {
+            let elements = addend[n * step..][..to.len()].chunks_exact(real.size());
+            total.iter_mut().zip(elements).for_each(|(sum, x)| *sum += stats::to_f64(real, x));
+        }
+        bytes.clear();
+        total.iter().for_each(|&x| encode(real, x, &mut bytes));
+        to.iter_mut().zip(&bytes).for_each(|(to, from)| *to = *from);
+    }
+    Ok(())
 }
 
 /// The real type that a complex one has two of; a real type itself.
@@ -39,9 +59,9 @@ pub fn component(dtype: DType) -> DType {
 }
 
 /// Two's complement addition is the same for both signs, byte by byte with a carry.
-fn sum_integers(size: usize, addends: &[&[u8]]) -> Vec<u8> {
-    let mut out = addends[0].to_vec();
-    for addend in &addends[1..] {
+fn sum_integers(size: usize, addends: &[&[u8]], out: &mut [u8]) {
+    out.fill(0);
+    for addend in addends {
         for (a, b) in out.chunks_exact_mut(size).zip(addend.chunks_exact(size)) {
             let mut carry = 0u16;
             for (x, &y) in a.iter_mut().zip(b) {
@@ -51,7 +71,6 @@ fn sum_integers(size: usize, addends: &[&[u8]]) -> Vec<u8> {
             }
         }
     }
-    out
 }
 
 /// Appends `x` as a real floating `dtype`, rounded to nearest, ties to even.

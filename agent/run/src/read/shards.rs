@@ -10,6 +10,7 @@ use std::{
 };
 
 use memmap2::{Mmap, MmapOptions};
+use wire::dtype::DType;
 
 use super::{
     assemble::Bytes,
@@ -31,6 +32,9 @@ pub enum ReadError {
     /// The layout does not make a whole.
     #[error("{0}")]
     Layout(String),
+    /// It is the sum of addends of a type that has none.
+    #[error("{} addends have no sum", .0.name())]
+    NoSum(DType),
     /// A shard is damaged, short or gone.
     #[error("{0}")]
     Damage(String),
@@ -42,6 +46,7 @@ impl ReadError {
         match self {
             Self::Incomplete(text) => Self::Incomplete(format!("{record}: {text}")),
             Self::Layout(text) => Self::Layout(format!("{record}: {text}")),
+            Self::NoSum(_) => Self::Layout(format!("{record}: {self}")),
             Self::Damage(text) => Self::Damage(format!("{record}: {text}")),
         }
     }

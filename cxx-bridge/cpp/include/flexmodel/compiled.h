@@ -26,7 +26,7 @@ namespace flexmodel {
 // that blocks which share a graph may differ in it.
 PyObject* traced_form(const char* role, int64_t first, int64_t second, uint32_t kinds, uint32_t edits);
 
-// Message that a call takes.
+// Words that a call takes.
 inline constexpr size_t kCallWords = (sizeof(Call) + sizeof(int64_t) - 1) / sizeof(int64_t);
 
 // What the graph that is being traced can have of a tensor, which may be made of others. `like`: the first input of the

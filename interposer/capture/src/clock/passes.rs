@@ -50,7 +50,7 @@ pub(super) struct Scope {
 pub struct Input {
     /// Its first sizes, as in [`Firing::first`].
     pub sizes: [i64; 3],
-    /// Its digest, as in [`Firing::given`].
+    /// Its digest, as in [`Firing::input_digest`].
     pub digest: u32,
 }
 
