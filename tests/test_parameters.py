@@ -34,6 +34,15 @@ def test_the_bytes_are_those_of_one_process(name, run_once, expected):
     captures.expect_equal(layouts.tensors(outcome, number, parameters=True), expected)
 
 
+@pytest.mark.parametrize("argv", [("fsdp2.py",), ("zero.py", "3")], ids=["fsdp2", "zero3"])
+def test_without_a_tap_on_a_module_they_are_the_same(argv, run_once, untapped_once, expected):
+    """Nothing but parameters and their gradients are asked for."""
+    program = harness.torchrun(*argv)
+    outcome = run_once(program, "**:param,grad").expect(0)
+    assert outcome.losses == untapped_once(program).losses
+    captures.expect_equal(captures.read(outcome.run), expected)
+
+
 @pytest.mark.parametrize("number", range(2), ids=layouts.REPLICAS[-2:])
 def test_shards_that_are_replicated_are_joined_once(number, run_once):
     outcome = run_once(layouts.REPLICAS, layouts.HOOKS).expect(0)

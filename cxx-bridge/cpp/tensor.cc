@@ -34,7 +34,7 @@ const Codes& codes() {
     Codes made{};
     for (size_t type = 0; type < made.size(); ++type) {
       try {
-        const std::string name = c10::getDtypeNames(static_cast<ScalarType>(type)).first;
+        const std::string name(c10::getDtypeNames(static_cast<ScalarType>(type)).first);
         made[type] = dtype_code(rust::Str(name.data(), name.size()));
       } catch (const std::exception&) {
         // Torch has no name for it.
