@@ -179,6 +179,11 @@ def _never_tired(visit: Visit) -> None:
     visit.scribble(harness.TIMEOUT, word)
 
 
+def _refusing(visit: Visit) -> None:
+    visit.read(0.3)
+    visit.say(refusal((ESCAPES * 200).encode()))
+
+
 GARBAGE = random.Random(5).randbytes(4096)
 CASES: dict[str, list[Behaviour]] = {
     "words": [
@@ -197,7 +202,7 @@ CASES: dict[str, list[Behaviour]] = {
         _with_descriptors,
     ],
     "no-welcome": [lambda visit: visit.say(GARBAGE), lambda visit: None, lambda visit: visit.say(WELCOME[:4])],
-    "refused": [lambda visit: visit.say(refusal((ESCAPES * 200).encode()))],
+    "refused": [_refusing],
     "memory": [
         _scribbling(lambda visit: visit.any_word),
         _scribbling(lambda visit: lambda: (1 << 64) - 1),
@@ -219,6 +224,8 @@ def test_the_job_ends_as_it_would_without_it(case, tmp_path):
             job.wait_for_line("step 0 ")
         else:
             harness.wait_until(lambda: agent.is_done, "the last behaviour's turn", job=job)
+        if case == "refused":
+            harness.wait_until(lambda: "refused this rank" in job.err, "the refusal", job=job)
         seen = job.out.count("\n")
         harness.wait_until(lambda: job.out.count("\n") > seen + 3, "another step", job=job)
         stop.touch()
