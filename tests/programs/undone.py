@@ -81,7 +81,8 @@ def train(compiled: bool) -> int:
         optimizer.zero_grad()
         print("step", step, "loss", float(loss.detach()).hex())
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    print("copied", len(pickle.dumps(model)), float(twin(torch.ones(1, WIDTH)).sum()).hex())
+    kept = [sorted(name for name, value in vars(module).items() if value) for module in twin.modules()]
+    print("copied", kept, float(twin(torch.ones(1, WIDTH)).sum()).hex())
     return graphs.taps
 
 
