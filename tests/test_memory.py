@@ -210,7 +210,7 @@ def test_a_rank_without_shared_memory_says_so_once_and_has_dropped_all(tmp_path)
 
 
 def test_more_than_the_machine_has_is_not_asked_for(tmp_path):
-    """The job is said to be one of so many ranks here that a slab of 1 MiB fits for each, and few larger ones."""
+    """The job is told of enough ranks here that a slab of 1 MiB fits for each, and few larger ones."""
     available = int(re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())[1]) << 10
     ranks = str(available // (6 * MIB))
     outcome = harness.tapped(

@@ -146,9 +146,10 @@ def test_where_memory_is_short_it_is_an_error(run_dir: Writer, how: str):
     """Both need memory of their own, which is asked for and not taken for granted."""
     place = {"head_tail": {"dim": 0}} if how == "head_tail" else "partial"
     for rank in range(2):
-        run_dir.part("m", np.zeros(16 << 20, np.uint8), rank=rank, axes=[{**axis(rank, 2, "replicate"), "place": place}])
+        run_dir.part("m", np.zeros(16 << 20, np.uint8), rank=rank, axes=[axis(rank, 2, place)])
     argv = [sys.executable, "-c", SHORT_OF_MEMORY, str(run_dir.root)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(PACKAGE)})
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 0, done
     assert "memory" in done.stdout, done
 

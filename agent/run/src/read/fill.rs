@@ -319,7 +319,7 @@ impl Shards {
         })
     }
 
-    /// What is wrong with a shard that the manifest needs so many bytes of.
+    /// What is wrong with a shard that the manifest needs up to byte `end`.
     pub fn problem(&self, stem: &str, end: u64) -> Option<String> {
         match self.found(stem).and_then(|file| file.metadata().map_err(|e| ReadError::Damage(format!("{stem}: {e}")))) {
             Err(e) => Some(e.to_string()),
