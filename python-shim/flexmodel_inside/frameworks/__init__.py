@@ -121,9 +121,10 @@ class Frameworks:
         return model
 
     def first(self, question: str, *about: Any) -> Any:
-        """The first answer to a question that may have one; None if there is none."""
+        """The first answer to a question that may have one; None if there is none. What raises costs the value that
+        was asked about: it may be a part of something, and nobody knows of what."""
         for ask in self._who(question):
-            answer = self._job.faults.of(_about(ask, "an answer"), ask, *about)
+            answer = ask(*about)
             if answer is not None:
                 return answer
         return None
@@ -131,7 +132,7 @@ class Frameworks:
     def decided(self, question: str, *about: Any) -> Any:
         """The answer to a question that is one adapter's to decide; `NotImplemented` if it is nobody's."""
         for ask in self._who(question):
-            answer = self._job.faults.of(_about(ask, "an answer"), ask, *about, otherwise=NotImplemented)
+            answer = ask(*about)
             if answer is not NotImplemented:
                 return answer
         return NotImplemented

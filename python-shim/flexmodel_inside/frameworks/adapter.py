@@ -4,7 +4,8 @@ An adapter is a class in a file of its own, and a line in `frameworks/__init__.p
 not imported: it says which modules it waits for, and finds them in `sys.modules`. It runs no collective, and reads no
 parameter through an attribute of a module (`stored` is for that): under DeepSpeed ZeRO-3 that may start one.
 
-Every answer is optional. Each call is guarded: what raises costs what was asked about, and is reported by name.
+Every answer is optional. What raises costs what was asked about (a value, say, whose placement nobody knows then), and
+is reported by name.
 """
 
 from __future__ import annotations
