@@ -75,14 +75,24 @@ struct Wanted {
   }
 };
 
-// Sees a gradient before the node does. Not by `register_hook`: compiled autograd refuses its hooks.
+// Whether a node runs in the backward pass under way, and is not only where that ends.
+bool runs(const Node* node) {
+  const auto* info = torch::autograd::get_current_graph_task_exec_info();
+  if (info == nullptr || info->empty()) return true;
+  const auto found = info->find(const_cast<Node*>(node));
+  return found != info->end() && found->second.needed_;
+}
+
+// Sees a gradient before the node does. Not by `register_hook`: compiled autograd refuses its hooks. Where the node runs,
+// `late` ones see it, after the job's hooks on the tensor, whenever these were added. Else there is none but the other.
 class Receiver : public torch::autograd::FunctionPreHook {
  public:
-  Receiver(std::shared_ptr<Wanted> wanted, uint32_t number) : wanted_(std::move(wanted)), number_(number) {}
+  Receiver(std::shared_ptr<Wanted> wanted, const Node* node, uint32_t number, bool late)
+      : wanted_(std::move(wanted)), node_(node), number_(number), late_(late) {}
 
   variable_list operator()(const variable_list& gradients) override {
     variable_list out = gradients;
-    if (number_ < out.size() && out[number_].defined()) {
+    if (number_ < out.size() && out[number_].defined() && late_ == runs(node_)) {
       guarded_gradient([&] {
         at::Tensor now = received(out[number_]);
         if (now.defined()) out[number_] = std::move(now);
@@ -97,14 +107,19 @@ class Receiver : public torch::autograd::FunctionPreHook {
   virtual at::Tensor received(const at::Tensor& gradient) = 0;
 
   const std::shared_ptr<Wanted> wanted_;
+  // Whose hook it is.
+  const Node* const node_;
   const uint32_t number_;
+
+ private:
+  const bool late_;
 };
 
 // On the node that computed the tensor.
 class OnTensor final : public Receiver {
  public:
-  OnTensor(std::shared_ptr<Wanted> wanted, uint32_t number, bool has_base)
-      : Receiver(std::move(wanted), number), has_base_(has_base) {}
+  OnTensor(std::shared_ptr<Wanted> wanted, const Node* node, uint32_t number, bool late, bool has_base)
+      : Receiver(std::move(wanted), node, number, late), has_base_(has_base) {}
 
  private:
   at::Tensor received(const at::Tensor& gradient) override {
@@ -122,11 +137,8 @@ class OnTensor final : public Receiver {
 
 // On the node that computed the base of a view.
 class OnBase final : public Receiver {
- public:
-  OnBase(std::shared_ptr<Wanted> wanted, uint32_t number, const Node* base)
-      : Receiver(std::move(wanted), number), base_(base) {}
+  using Receiver::Receiver;
 
- private:
   at::Tensor received(const at::Tensor& gradient) override {
     if (!wanted_->changed()) return {};
     if (!wanted_->site.traced.defined() && refusal_of(gradient, nullptr) != Refusal::None) return wanted_->take(gradient, false);
@@ -141,14 +153,39 @@ class OnBase final : public Receiver {
 
   // Whether the base is used for nothing but the view, and what was written over it.
   bool is_all() const {
-    const auto all = consumers(base_);
+    const auto all = consumers(node_);
     const auto written = [](const Consumer& c) { return dynamic_cast<const torch::autograd::CopySlices*>(c.node) != nullptr; };
     const auto other = [&](const Consumer& c) { return c.input_nr == number_ && c.node != wanted_->node && !written(c); };
     return std::none_of(all.begin(), all.end(), other) && (!wanted_->alone || all.size() == 1);
   }
-
-  const Node* const base_;
 };
+
+// On the node that computed a loss that the job scaled: until the end of a backward pass through it, gradients are scaled.
+class ScaledLoss final : public torch::autograd::FunctionPreHook {
+ public:
+  explicit ScaledLoss(double scale) : scale_(scale) {}
+
+  variable_list operator()(const variable_list& gradients) override {
+    guarded_gradient([&] {
+      host().loss_scale(scale_);
+      torch::autograd::Engine::get_default_engine().queue_callback([] {
+        if (active()) host().loss_scale(1);
+      });
+    });
+    return gradients;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { report_compiled_autograd(); }
+
+ private:
+  const double scale_;
+};
+
+template <typename Hook, typename... Rest>
+void add_hooks(Node& node, const std::shared_ptr<Wanted>& wanted, uint32_t number, Rest... rest) {
+  node.add_tensor_pre_hook(std::make_unique<Hook>(wanted, &node, number, false, rest...));
+  node.add_pre_hook(std::make_unique<Hook>(wanted, &node, number, true, rest...));
+}
 
 // Whether a gradient of `base` holds that of the view `tensor` as it is.
 bool is_piece(const at::Tensor& tensor, const at::TensorBase& base) {
@@ -218,11 +255,15 @@ void watch_gradient(const Site& site, Kind kind, const std::string& path, const 
   const auto& version = torch::autograd::impl::version_counter(tensor);
   const std::shared_ptr<Wanted> wanted(new Wanted{site, kind, path, axes, alone, version, version.current_version(),
                                                   tensor.sym_sizes().vec(), tensor.sym_strides().vec(), 0, node.get()});
-  node->add_tensor_pre_hook(std::make_unique<OnTensor>(wanted, tensor.output_nr(), has_base));
+  add_hooks<OnTensor>(*node, wanted, tensor.output_nr(), has_base);
   if (!has_base) return;
   const auto& base = tensor._base();
   wanted->offset = tensor.sym_storage_offset() - base.sym_storage_offset();
-  base.grad_fn()->add_tensor_pre_hook(std::make_unique<OnBase>(wanted, base.output_nr(), base.grad_fn().get()));
+  add_hooks<OnBase>(*base.grad_fn(), wanted, base.output_nr());
+}
+
+void scaled(const at::Tensor& loss, double scale) {
+  if (const auto& node = loss.grad_fn()) node->add_pre_hook(std::make_unique<ScaledLoss>(scale));
 }
 
 std::vector<Consumer> consumers(const Node* of) {

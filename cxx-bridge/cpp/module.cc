@@ -107,6 +107,18 @@ PyObject* py_loss_scale(PyObject*, PyObject* scale) {
   Py_RETURN_NONE;
 }
 
+// scaled(loss, scale)
+PyObject* py_scaled(PyObject*, PyObject* args) {
+  PyObject* loss = nullptr;
+  double scale = 1;
+  if (PyArg_ParseTuple(args, "Od", &loss, &scale) == 0) return nullptr;
+  if (!is_tensor(loss)) return PyErr_Format(PyExc_TypeError, "not a tensor");
+  return into_python([&] {
+    scaled(THPVariable_Unpack(loss), scale);
+    Py_RETURN_NONE;
+  });
+}
+
 // pause(paused)
 PyObject* py_pause(PyObject*, PyObject* paused) {
   pause_taps(paused == Py_True);
@@ -249,6 +261,7 @@ PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
     {"microbatches", py_microbatches, METH_VARARGS, "A model is a stage of a pipeline."},
     {"loss_scale", py_loss_scale, METH_O, "The factor by which the job scales its losses, and so its gradients."},
+    {"scaled", py_scaled, METH_VARARGS, "The job scaled this loss: gradients of backward passes through it are scaled too."},
     {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
     {"digest_inputs", py_digest_inputs, METH_NOARGS, "From now on a pass of a model is reported with a digest of its input."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},

@@ -68,6 +68,24 @@ bool training(PyObject* module) {
   return is_training;
 }
 
+// Whether some module inside of `module` is in training mode.
+bool trains_inside(PyObject* module, int depth = 0) {
+  static PyObject* const name = PyUnicode_InternFromString("_modules");
+  constexpr int kMaxDepth = 100;
+  const Ref children(PyObject_GenericGetAttr(module, name));
+  if (!children || !PyDict_Check(children.get())) {
+    PyErr_Clear();
+    return false;
+  }
+  PyObject *key = nullptr, *child = nullptr;
+  for (Py_ssize_t at = 0; depth < kMaxDepth && PyDict_Next(children.get(), &at, &key, &child) != 0;) {
+    if (child == Py_None) continue;
+    const Ref held = Ref::borrow(child);
+    if (training(child) || trains_inside(child, depth + 1)) return true;
+  }
+  return false;
+}
+
 // `inputs` are the arguments and keyword arguments of the module.
 Firing firing(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
   Firing f{};
@@ -326,6 +344,7 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
     Firing now = firing(args[0], args[1], args[2], true);
+    now.train = now.train || (now.grad_enabled && trains_inside(args[0]));
     PyObject* first = first_tensor(args[1]);
     if (first == nullptr) first = first_tensor(args[2]);
     if (first != nullptr) now.input_digest = input_digest(THPVariable_Unpack(first), Py_TYPE(first)->tp_name, now, hook.digest);

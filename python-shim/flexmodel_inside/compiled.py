@@ -146,7 +146,10 @@ class _Enter(Traced):
         found = _Found()
         found.walk(args, "in", 0)
         found.walk(kwargs, "in", 0)
-        _scope(self.number, found.first(), _PRE | _flags(module))
+        flags = _PRE | _flags(module)
+        if flags & _GRADIENTS and not flags & _TRAINING and any(each.training for each in module.modules()):
+            flags |= _TRAINING
+        _scope(self.number, found.first(), flags)
         return None
 
 

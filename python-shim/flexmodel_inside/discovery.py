@@ -73,6 +73,7 @@ class Discovery:
         self._registry.watch()
         hooks.hide_from_jit(guard)
         hooks.keep_from_copies(guard)
+        hooks.stay_last(guard)
         patches.also_undo(lambda: hooks.drop_all(self._registry.modules()))
         atexit.register(guarded(bridge, self._finish))
         bridge.take_with(guarded(bridge, lambda serial: self._parameter_taps.take(serial, KIND_PARAM)))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .naming import own
-from .patches import given, replace, undone, wrap
+from .patches import follow, given, replace, undone, wrap
 
 _KINDS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -66,7 +66,7 @@ def _is_our_key(key: Any) -> bool:
 
 
 def put(module: nn.Module, name: str, key: int, hook: Any, always_call: bool = False) -> None:
-    """Adds `hook` as the last one in the attribute `name`, under a key of ours (`compiled.py` says why)."""
+    """Adds `hook` in the attribute `name`, under a key of ours (`compiled.py` says why)."""
     if own(module, name, {}).get(key) is None:
         # Torch's own, whatever the module's class made of it.
         after = name == "_forward_hooks"
@@ -79,6 +79,25 @@ def put(module: nn.Module, name: str, key: int, hook: Any, always_call: bool = F
         own(module, name, {})[key] = hook
     if always_call:
         own(module, _KINDS[name][1], {})[key] = True
+    _arrange(module, name)
+
+
+def _arrange(module: nn.Module, name: str) -> None:
+    """Has our hooks come after the job's, whose changes they have to see, and scopes around taps."""
+    there = own(module, name, {})
+    keys = [key for key in there if _is_our_key(key)]
+    for key in sorted(keys, reverse=name == "_forward_hooks"):
+        there.move_to_end(key)
+
+
+def stay_last(guard: Callable[..., Any]) -> None:
+    """Have our hooks come after those that the job adds from now on."""
+    for name, register in (("_forward_hooks", "forward_hook"), ("_forward_pre_hooks", "forward_pre_hook")):
+
+        def added(_: Any, args: tuple, kwargs: dict, name: str = name) -> None:
+            _arrange(given(args, kwargs, 0, "self"), name)
+
+        follow(nn.Module, f"register_{register}", guard, after=added)
 
 
 def drop(module: nn.Module, name: str, key: int) -> None:

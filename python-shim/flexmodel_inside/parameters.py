@@ -124,18 +124,24 @@ class ParameterTaps:
         """A model has none any more."""
         self._taps.pop(serial, None)
 
-    def take(self, serial: int, kind: int, held: Set[int] | None = None) -> None:
-        """Captures what is due of a model's parameters; if given, of those alone with these ids."""
+    def take(
+        self, serial: int, kind: int, held: Set[int] | None = None, scale: torch.Tensor | None = None
+    ) -> None:
+        """Captures what is due of a model's parameters; if given, of those alone with these ids. `scale` is by what the
+        optimizer will divide."""
         with torch._C.DisableTorchFunction():  # what the job's classes of tensors do is no matter here
             for tap, (name, parameter) in self._taps.get(serial, {}).items():
                 due = self._bridge.due(tap, kind)
-                if due and not self._faults.of(name, self._take_one, tap, kind, parameter, held):
+                if due and not self._faults.of(name, self._take_one, tap, kind, parameter, held, scale):
                     self._bridge.refuse(tap, kind)
 
-    def _take_one(self, tap: int, kind: int, parameter: Parameter, held: Set[int] | None) -> bool:
+    def _take_one(
+        self, tap: int, kind: int, parameter: Parameter, held: Set[int] | None, scale: torch.Tensor | None
+    ) -> bool:
         piece = parameter.read(kind) if held is None or parameter.is_in(held) else None
         if piece is not None:
-            self._bridge.parameter(tap, kind, *piece)
+            local, axes = piece
+            self._bridge.parameter(tap, kind, local if scale is None else local / scale.to(local.device), axes)
         return True
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -155,6 +161,8 @@ class ParameterTaps:
         if not any(self._taps.values()):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        # What a GradScaler leaves to an optimizer that unscales gradients while it uses them.
+        scale = getattr(optimizer, "grad_scale", None)
         for serial in self._taps:
             self.take(serial, KIND_PARAM, held)
-            self.take(serial, KIND_GRAD, held)
+            self.take(serial, KIND_GRAD, held, scale if isinstance(scale, torch.Tensor) else None)

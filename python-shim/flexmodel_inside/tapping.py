@@ -46,8 +46,6 @@ class Tapping:
         scopes = [model]
         if is_called_in_parts(inside, model if called is None else called):
             scopes += holders(inside, [inside[index] for index, _ in selected])
-        # A scope begins before its module's own taps, and ends after them.
-        ends = []
         for module in scopes:
             known = self._registry.member(module)
             if serial not in known.scoped:
@@ -55,12 +53,10 @@ class Tapping:
                 begin, end = self._bridge.scope(serial, 0 if module is model else known.serial + 1)
                 key = compiled.SCOPE_KEY - len(known.scoped)
                 self._hook(module, "_forward_pre_hooks", key, begin)
-                ends.append((module, key, end))
+                self._hook(module, "_forward_hooks", key, end, always_call=self._traceable is None)
         for index, (before, after) in selected:
             name, module = modules[index]
             self._faults.of(name or "the model", self._tap_module, name, module, before, after, serial, models)
-        for module, key, end in ends:
-            self._hook(module, "_forward_hooks", key, end, always_call=self._traceable is None)
         self._has_new = True
 
     def _tap_module(self, name: str, module: nn.Module, before: Any, after: Any, serial: int, models: Set[int]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from . import hooks
-from .compiled import TAP_KEY, Traced
+from .compiled import Traced
 from .naming import held_by, is_scripted, own
 
 _MAX_DEPTH = 32
@@ -67,10 +67,6 @@ def _pad_one(module: nn.Module, name: str, key: int, like: Traced) -> None:
     there = own(module, name, {})
     if key not in there:
         hooks.put(module, name, key, like.padding())
-        # As `tapping.py` registers them: scopes around taps.
-        inner = name == "_forward_pre_hooks" and key != TAP_KEY
-        for other in [k for k in there if k < 0 and (k == TAP_KEY) != (key == TAP_KEY)]:
-            there.move_to_end(key if inner else other, last=not inner)
     mine = there[key]
     if isinstance(mine, Traced):
         mine.kinds |= like.kinds

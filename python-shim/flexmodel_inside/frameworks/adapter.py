@@ -63,7 +63,7 @@ class Job:
         return bool(self.bridge.wants(KINDS_GRADIENTS))
 
     def loss_scale(self, scale: float) -> None:
-        """From now on gradients are those of the job's loss times `scale`."""
+        """From now on gradients are those of the job's loss times `scale`. `bridge.scaled` says it of one loss."""
         self.bridge.loss_scale(scale)
 
 

@@ -1,7 +1,8 @@
 """By how much torch's `GradScaler` scales the loss before it goes backward: gradients are multiplied by that too.
 
-A scale is never read from a device while the job computes: `update` waits for the device anyway, and the scaler is
-asked after that.
+A backward pass has the scale of the loss that it begins with: one whose loss was not scaled, as an attack's before the
+training pass, has none. A scale is never read from a device while the job computes: `update` waits for the device
+anyway, and the scaler is asked after that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from ..patches import follow, given
 from .adapter import Adapter, Job
@@ -42,13 +45,20 @@ class Amp(Adapter):
 
 
 def follow_scale(job: Job, module: str, name: str) -> None:
-    """Tell the scale whenever a scaler of this class scales, if gradients are wanted at all."""
+    """Tell the scale of each loss that a scaler of this class scales, if gradients are wanted at all."""
     if not job.wants_gradients():
         return
 
-    def scales(*call: Any) -> None:
+    def scaled(losses: Any, *call: Any) -> None:
         scaler = given(*call, 0, "self")
         if scaler.is_enabled():
-            job.loss_scale(_known.get(scaler, scaler._init_scale))
+            mark(losses, _known.get(scaler, scaler._init_scale))
 
-    follow(getattr(sys.modules[module], name), "scale", job.guard, before=scales)
+    def mark(losses: Any, scale: float) -> None:
+        if isinstance(losses, torch.Tensor):
+            job.bridge.scaled(losses, scale)
+        elif isinstance(losses, (list, tuple)):
+            for loss in losses:
+                mark(loss, scale)
+
+    follow(getattr(sys.modules[module], name), "scale", job.guard, after=scaled)

@@ -52,7 +52,7 @@ class DeepSpeed(Adapter):
 
         follow(cls, "__init__", self.job.guard, after=made)
         if self.job.wants_gradients():
-            follow(cls, "backward", self.job.guard, before=backward)
+            follow(cls, "backward", self.job.guard, before=backward, after=lambda *_: self.job.loss_scale(1.0))
 
     def see(self, module: nn.Module, model: ModelFacts) -> None:
         if not is_instance(module, _MODULE, _CLASS):

@@ -56,7 +56,7 @@ class Megatron(Adapter):
         for name in _PIPELINES:
             follow(schedules, name, guard, before=lambda _, given: self._begin(given))
         for name in (*_PIPELINES, _WHOLE) if self.job.wants_gradients() else ():
-            follow(schedules, name, guard, before=lambda _, given: self._scale(given))
+            follow(schedules, name, guard, before=lambda _, given: self._scale(given), after=self._unscaled)
 
     def _begin(self, given: dict[str, Any]) -> None:
         """A step of a pipeline begins."""
@@ -79,6 +79,9 @@ class Megatron(Adapter):
         scale = config.grad_scale_func
         divisor = 1 if getattr(config, "calculate_per_token_loss", False) else given["num_microbatches"]
         self.job.loss_scale((1.0 if scale is None else float(scale(torch.ones(())))) / divisor)
+
+    def _unscaled(self, *_: Any) -> None:
+        self.job.loss_scale(1.0)
 
     def stages(self) -> list[Stage]:
         return list(self._chunks)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from .adapter import Adapter
 
 _MODULE = "torch.optim.optimizer"
 
 
+# Of our hook among an optimizer's own, which never have it.
+_KEY = -1
+
+
 class Optimizers(Adapter):
-    """Parameters and gradients are read just before the optimizer's step."""
+    """Parameters and gradients are read just before the optimizer's step, after all hooks of the job's."""
 
     imports = (_MODULE,)
 
@@ -20,5 +27,21 @@ class Optimizers(Adapter):
     def _follow(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-        register_optimizer_step_pre_hook(self.job.guard(self.job.before_step, "what an optimizer steps with"))
-        register_optimizer_step_post_hook(self.job.guard(self.job.after_step, "the step of an optimizer"))
+        guard = self.job.guard
+        last = guard(self.job.before_step, "what an optimizer steps with")
+
+        def begin(optimizer: Any, args: Any, kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return last(optimizer, args, kwargs)
+            # Torch calls global hooks first, and may find others in the optimizer, one that clips gradients, say.
+            own = optimizer._optimizer_step_pre_hooks
+            own.pop(_KEY, None)
+            own[_KEY] = last
+            return None
+
+        def end(optimizer: Any, args: Any, kwargs: Any) -> None:
+            optimizer._optimizer_step_pre_hooks.pop(_KEY, None)
+            self.job.after_step()
+
+        register_optimizer_step_pre_hook(guard(begin, "what an optimizer steps with"))
+        register_optimizer_step_post_hook(guard(end, "the step of an optimizer"))

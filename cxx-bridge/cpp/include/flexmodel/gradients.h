@@ -37,6 +37,9 @@ at::Tensor identity(const at::Tensor& tensor);
 void watch_gradient(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
                     bool alone = false);
 
+// Gradients of backward passes through `loss` are those of the job's own loss times `scale`.
+void scaled(const at::Tensor& loss, double scale);
+
 // A node that has another as an edge.
 struct Consumer {
   const torch::autograd::Node* node;

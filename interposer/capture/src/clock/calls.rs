@@ -71,7 +71,7 @@ impl Calls {
             micro: passes.micro,
             call,
             pass: passes.number,
-            train: firing.train,
+            train: passes.train,
             recompute: false,
             capture: 0,
             edit: 0,

@@ -1,8 +1,9 @@
 //! Counts steps, microbatches, passes, calls and replays: which forward pass a tap fires in.
 //!
 //! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between.
-//! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training and
-//!   evaluation. Where a script calls submodules directly, a pass ends when one of them is called again.
+//! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training passes and
+//!   others. One trains where gradients were enabled when the model was called and some module of it was in training
+//!   mode, and all that happens in it does, whatever mode a module of it is in. Where a script calls submodules directly, a pass ends when one of them is called again.
 //! - *Outermost* is known from scopes: the model says when its forward begins and ends; where its parts are called
 //!   directly, so does every module that holds a tapped one. An end may be missing (the forward raised). A call that is
 //!   under way stands further up its thread's stack than one that begins inside of it, so what does not is over.

@@ -66,7 +66,7 @@ pub struct Passes {
     pub(super) step: u64,
     counted: [u32; 2],
     pub(super) micro: u32,
-    train: bool,
+    pub(super) train: bool,
     pub(super) number: u64,
     /// Forwards under way, as far as is known.
     pub(super) scopes: Vec<Scope>,
@@ -122,9 +122,10 @@ impl Passes {
         // The model's own forward is a pass, whatever parts of it did before.
         if new_step || caller == Caller::Model || self.called.contains(&caller) {
             self.called.clear();
-            self.train = firing.train;
+            // A sampler or a rollout has a model in training mode too.
+            self.train = firing.train && firing.grad_enabled;
             let [eval, train] = &mut self.counted;
-            let counter = if firing.train { train } else { eval };
+            let counter = if self.train { train } else { eval };
             self.micro = *counter;
             *counter += 1;
             self.number += 1;

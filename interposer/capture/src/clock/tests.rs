@@ -28,9 +28,13 @@ impl World {
         &self.clock.models[&MODEL]
     }
 
-    fn fire(&mut self, tap: usize, firing: Firing) -> Option<(u64, u32, u32)> {
+    fn call(&mut self, tap: usize, firing: Firing) -> Option<Call> {
         let fired = Fired { tap: tap as u32, paired: false, wants_gradients: true, firing: &firing };
-        self.clock.place(MODEL, &mut self.taps[tap], fired).map(|c| (c.step, c.micro, c.call))
+        self.clock.place(MODEL, &mut self.taps[tap], fired)
+    }
+
+    fn fire(&mut self, tap: usize, firing: Firing) -> Option<(u64, u32, u32)> {
+        self.call(tap, firing).map(|c| (c.step, c.micro, c.call))
     }
 
     /// A scope begins `depth` calls deep.
@@ -181,11 +185,35 @@ fn the_model_begins_a_pass_and_a_part_called_after_it_is_in_that() {
     w.clock.enter(MODEL, Caller::Part(0), at(0), &no_grad);
     assert_eq!(w.fire(0, no_grad), Some((0, 0, 0)));
     w.exit(Caller::Part(0), 0);
-    assert_eq!(w.pass(train()), [(0, 1, 0), (0, 1, 0)]);
+    assert_eq!(w.pass(train()), [(0, 0, 0), (0, 0, 0)], "the first that trains");
     assert!(w.passes().grad_enabled);
     w.enter(Caller::Part(0), 0);
-    assert_eq!(w.fire(0, train()), Some((0, 1, 1)));
+    assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
     w.exit(Caller::Part(0), 0);
+}
+
+#[test]
+fn a_pass_trains_or_not_as_a_whole() {
+    let of = |mode: bool, grad: bool| Firing { train: mode, grad_enabled: grad, ..train() };
+    for (mode, grad) in [(true, true), (true, false), (false, true), (false, false)] {
+        let mut w = World::new();
+        w.clock.enter(MODEL, Caller::Model, at(0), &of(mode, grad));
+        // Frozen batch norm, a part under checkpointing, and dropout that samples.
+        let inside = [of(false, true), of(true, false), of(true, true)].map(|firing| w.call(0, firing).unwrap().train);
+        assert_eq!(inside, [mode && grad; 3]);
+    }
+}
+
+#[test]
+fn a_sampler_in_training_mode_shifts_no_training_pass() {
+    let mut w = World::new();
+    for step in 0..2 {
+        for micro in 0..step {
+            assert_eq!(w.pass(Firing { grad_enabled: false, ..train() })[0], (step, micro as u32, 0));
+        }
+        assert_eq!(w.pass(train())[0], (step, 0, 0));
+        w.clock.stepped();
+    }
 }
 
 #[test]
