@@ -9,7 +9,7 @@ use wire::{
     codes::{Code, EditOp},
     env,
     hooks::Kind,
-    tap_abi::{Call, Firing, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI},
+    tap_abi::{self, Call, Firing, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI},
 };
 
 use capture::{Capture, engine::Engine};
@@ -27,7 +27,10 @@ pub static HOST: HostTable = HostTable {
     forget,
     microbatches,
     loss_scale,
+    optimizer_made,
+    held_by,
     stepped,
+    backward_ended,
     triggered,
     parameter_due,
     begin_parameter,
@@ -86,9 +89,9 @@ unsafe extern "C" fn resolved() {
     engine(Engine::resolved);
 }
 
-unsafe extern "C" fn pass(serial: u64, part: u64, enter: bool, firing: *const Firing) {
+unsafe extern "C" fn pass(serial: u64, part: u64, enter: bool, firing: *const Firing) -> bool {
     // SAFETY: the bridge passes a firing that lives through the call.
-    boundary(|capture| capture.pass(serial, part, enter, unsafe { &*firing }));
+    boundary(|capture| capture.pass(serial, part, enter, unsafe { &*firing }))
 }
 
 unsafe extern "C" fn forget(serial: u64) {
@@ -103,8 +106,22 @@ unsafe extern "C" fn loss_scale(scale: f64) {
     engine(|e| e.loss_scale(scale));
 }
 
-unsafe extern "C" fn stepped() {
-    boundary(Capture::stepped);
+unsafe extern "C" fn optimizer_made() {
+    engine(Engine::optimizer_made);
+}
+
+unsafe extern "C" fn held_by(tap: u32, optimizers: *const u32, count: usize) {
+    // SAFETY: the bridge passes `count` numbers that live through the call.
+    let optimizers = unsafe { tap_abi::array(optimizers, count) };
+    engine(|e| e.held_by(tap, optimizers));
+}
+
+unsafe extern "C" fn stepped(optimizer: u32) {
+    boundary(|capture| capture.stepped(optimizer));
+}
+
+unsafe extern "C" fn backward_ended() {
+    engine(Engine::backward_ended);
 }
 
 unsafe extern "C" fn triggered(tap: u32, firing: *const Firing, out: *mut Call) -> bool {

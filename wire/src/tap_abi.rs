@@ -151,14 +151,18 @@ pub struct Call {
     pub tap: u32,
     /// Step, as in [`crate::record::RecordMeta`].
     pub step: u64,
+    /// In how many steps the optimizers that hold the module's parameters have stepped: for `every=`.
+    pub turn: u64,
     /// Microbatch.
     pub micro: u32,
     /// Call.
     pub call: u32,
     /// Counts the model's forward passes; ties a gradient to what was known of its forward.
     pub pass: u64,
-    /// Training mode.
+    /// The pass trains.
     pub train: bool,
+    /// The step is one of inference.
+    pub inference: bool,
     /// A replay of activation checkpointing.
     pub recompute: bool,
     /// Kinds to capture: at once (forward kinds), or by gradient hooks (backward kinds).
@@ -281,8 +285,8 @@ pub struct HostTable {
     /// The shim looked at every model it knows: report selectors without a match.
     pub resolved: unsafe extern "C" fn(),
     /// The forward of the model with this serial, or of a part of it that holds tapped modules, begins (`true`) or ends.
-    /// `part` tells the parts of a model apart; 0 is the model itself.
-    pub pass: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing),
+    /// `part` tells the parts of a model apart; 0 is the model itself. Whether this is a pass of which the parameters are.
+    pub pass: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing) -> bool,
     /// The model with this serial was destroyed.
     pub forget: unsafe extern "C" fn(serial: u64),
     /// The model with this serial is a stage of a pipeline, whose steps go into `count` microbatches: each `batch` sequences
@@ -290,8 +294,14 @@ pub struct HostTable {
     pub microbatches: unsafe extern "C" fn(serial: u64, count: u32, batch: i64, length: i64),
     /// From now on gradients are `scale` times those of the loss that the script computes.
     pub loss_scale: unsafe extern "C" fn(scale: f64),
-    /// An optimizer stepped.
-    pub stepped: unsafe extern "C" fn(),
+    /// The process made an optimizer.
+    pub optimizer_made: unsafe extern "C" fn(),
+    /// The optimizers with these numbers hold the parameters of a tap's module, or the tap's parameter.
+    pub held_by: unsafe extern "C" fn(tap: u32, optimizers: *const u32, count: usize),
+    /// The optimizer with this number stepped, or was skipped.
+    pub stepped: unsafe extern "C" fn(optimizer: u32),
+    /// A backward pass ended.
+    pub backward_ended: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.
     pub triggered: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
     /// Whether this kind (a code, as in all that follows) of a parameter is wanted in this step, and was not captured in it yet.

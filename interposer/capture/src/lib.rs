@@ -69,7 +69,7 @@ impl Capture {
         let transport = Transport::new(settings, Answers::new(plans.clone()), replicas_once, process.clone(), bridge);
         let engine = Arc::new(Mutex::new(Engine::new(plans, process.clone(), transport.clone())));
         let clock = engine.clone();
-        let step = move || clock.lock().unwrap_or_else(PoisonError::into_inner).step();
+        let step = move || clock.lock().unwrap_or_else(PoisonError::into_inner).last_step();
         let gather = Gather::new(transport.clone(), process.clone(), bridge, step);
         Self { engine, gather, transport, process, bridge }
     }
@@ -85,16 +85,17 @@ impl Capture {
     }
 
     /// The forward of a model or of a part of it begins or ends: [`Engine::pass`].
-    pub fn pass(&self, serial: u64, part: u64, enter: bool, firing: &Firing) {
-        self.engine().pass(serial, part, enter, firing);
+    pub fn pass(&self, serial: u64, part: u64, enter: bool, firing: &Firing) -> bool {
+        let has_parameters = self.engine().pass(serial, part, enter, firing);
         if enter {
             self.transport.look();
         }
+        has_parameters
     }
 
     /// An optimizer stepped: [`Engine::stepped`].
-    pub fn stepped(&self) {
-        self.engine().stepped();
+    pub fn stepped(&self, optimizer: u32) {
+        self.engine().stepped(optimizer);
         self.transport.look();
     }
 

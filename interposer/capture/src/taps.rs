@@ -8,6 +8,7 @@ use std::{
 use wire::{
     codes::Order,
     hooks::{Hook, Kind, Reduce},
+    tap_abi::Call,
 };
 
 use crate::{clock::Calls, layout::MeshAxis, plan::HookPlan};
@@ -49,34 +50,44 @@ pub struct Tap {
     pub kinds: u32,
     /// What the module says about where the batch is.
     pub order: Order,
+    /// Numbers of the optimizers that hold its module's parameters, ascending; none where that is not known.
+    pub optimizers: Vec<u32>,
     /// Its calls.
     pub calls: Calls,
-    /// Kinds of a parameter, with the last step in which each was captured.
-    pub captured_in: HashMap<Kind, u64>,
+    /// Kinds of a parameter, with the last step in which each was captured, and whether that was one of inference.
+    pub captured_in: HashMap<Kind, (bool, u64)>,
 }
 
 impl Tap {
     /// Its clauses that are active in a step.
-    pub fn active(&self, step: u64) -> impl Iterator<Item = &Hook> {
-        self.plan.some(&self.clauses).filter(move |clause| clause.wants_step(step))
+    fn in_step(&self, step: u64, turn: u64) -> impl Iterator<Item = &Hook> {
+        self.plan.some(&self.clauses).filter(move |clause| clause.wants_step(step, turn))
     }
 
-    /// Its clauses that mean this leaf in a step.
-    pub fn for_leaf(&self, step: u64, kind: Kind, path: &str) -> impl Iterator<Item = &Hook> {
+    /// Its clauses that are active in a call of its module, or for a parameter.
+    pub fn active(&self, call: &Call) -> impl Iterator<Item = &Hook> {
+        let of_parameter = call.capture & Kind::OF_PARAMETERS != 0;
+        let Call { micro, train, .. } = *call;
+        self.in_step(call.step, call.turn).filter(move |clause| of_parameter || clause.wants_pass(micro, train))
+    }
+
+    /// Its clauses that mean this leaf of a call.
+    pub fn for_leaf(&self, call: &Call, kind: Kind, path: &str) -> impl Iterator<Item = &Hook> {
         let means = move |clause: &&Hook| {
             clause.kinds.contains(&kind) && clause.options.path.as_deref().is_none_or(|only| only == path)
         };
-        self.active(step).filter(means)
+        self.active(call).filter(means)
     }
 
     /// The clause that captures a leaf: the first one that keeps its bytes, or else the first.
-    pub fn captures(&self, step: u64, kind: Kind, path: &str) -> Option<&Hook> {
-        self.for_leaf(step, kind, path).min_by_key(|clause| clause.options.reduce == Reduce::Stats)
+    pub fn captures(&self, call: &Call, kind: Kind, path: &str) -> Option<&Hook> {
+        self.for_leaf(call, kind, path).min_by_key(|clause| clause.options.reduce == Reduce::Stats)
     }
 
     /// Whether this kind of a parameter is wanted in this step and was not captured in it.
-    pub fn is_due(&self, step: u64, kind: Kind) -> bool {
-        self.captured_in.get(&kind) != Some(&step) && self.active(step).any(|clause| clause.kinds.contains(&kind))
+    pub fn is_due(&self, now: &Call, kind: Kind) -> bool {
+        self.captured_in.get(&kind) != Some(&(now.inference, now.step))
+            && self.in_step(now.step, now.turn).any(|clause| clause.kinds.contains(&kind))
     }
 }
 
@@ -135,6 +146,7 @@ impl TapRegistry {
                 clauses,
                 kinds,
                 order: target.order,
+                optimizers: Vec::new(),
                 calls: Calls::default(),
                 captured_in: HashMap::new(),
             };
@@ -223,7 +235,8 @@ mod tests {
         let new = taps.add(on(5, "a"), &plan(1, "a:grad@every=3"), vec![0], 0b100000);
         assert!(new != old && taps.in_force(new).is_some());
         let (tap, model) = taps.get(old).unwrap();
-        assert!(tap.captures(1, Kind::Backward, "in[0]").is_some_and(|clause| clause.text == "a:forward,backward"));
+        let call = Call { step: 1, turn: 1, ..Call::default() };
+        assert!(tap.captures(&call, Kind::Backward, "in[0]").is_some_and(|clause| clause.text == "a:forward,backward"));
         assert_eq!(model.number, taps.get(new).unwrap().1.number);
     }
 

@@ -187,7 +187,7 @@ fn a_rank_that_captures_nothing_at_the_moment_answers_all_the_same() {
         assert!(begun.elapsed() < HANG, "it never answered: {said:?}");
         w.capture.pass(1, 0, true, &training());
         w.capture.pass(1, 0, false, &training());
-        w.capture.stepped();
+        w.capture.stepped(0);
         said.extend(heard(&mut stream));
     }
 }

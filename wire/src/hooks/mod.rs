@@ -75,6 +75,15 @@ pub enum Reduce {
     Stats,
 }
 
+/// Which passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Those that train: gradients are enabled when the model is called, and some module of it is in training mode.
+    Train,
+    /// All others.
+    Eval,
+}
+
 /// `shard=DIM@AXIS`: the user's word on a layout that cannot be inferred.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardHint {
@@ -91,6 +100,10 @@ pub struct Options {
     pub every: Option<u64>,
     /// Only these steps, first included, last **included** as written `a..b`; either side may be left out.
     pub steps: Option<(u64, u64)>,
+    /// Only these microbatches of a step, as for `steps`; training passes and others are numbered apart.
+    pub micro: Option<(u64, u64)>,
+    /// Only passes that train, or only others.
+    pub mode: Option<Mode>,
     /// Only these ranks, ascending and unique: `ranks=0`, `ranks=0+2+5`, `ranks=0..3` (both ends included).
     pub ranks: Option<Vec<u32>>,
     /// Convert to this element type before it leaves the job.
@@ -130,11 +143,18 @@ impl Hook {
         self.kinds.iter().fold(0, |mask, kind| mask | kind.bit())
     }
 
-    /// Whether this hook captures at `step`: within `steps`, and a multiple of `every`.
-    pub fn wants_step(&self, step: u64) -> bool {
+    /// Whether this hook captures in a step: within `steps`, and a multiple of `every`.
+    pub fn wants_step(&self, step: u64, turn: u64) -> bool {
         let o = &self.options;
         o.steps.is_none_or(|(first, last)| (first..=last).contains(&step))
-            && o.every.is_none_or(|n| step.is_multiple_of(n.max(1)))
+            && o.every.is_none_or(|n| turn.is_multiple_of(n.max(1)))
+    }
+
+    /// Whether it captures in a pass of such a step.
+    pub fn wants_pass(&self, micro: u32, train: bool) -> bool {
+        let o = &self.options;
+        o.micro.is_none_or(|(first, last)| (first..=last).contains(&u64::from(micro)))
+            && o.mode.is_none_or(|mode| (mode == Mode::Train) == train)
     }
 
     /// What this version of FlexModel understands but cannot do yet, as a sentence with the way out; `None` if all is well.

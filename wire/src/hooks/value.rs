@@ -5,13 +5,15 @@
 use std::collections::BTreeSet;
 
 use super::error::{Fault, nearest_word, quote};
-use super::{Assemble, Edit, Kind, Options, Reduce, ShardHint};
+use super::{Assemble, Edit, Kind, Mode, Options, Reduce, ShardHint};
 use crate::dtype::DType;
 
 /// Options by name, each with an example for messages.
-pub(super) const OPTIONS: [(&str, &str); 9] = [
+pub(super) const OPTIONS: [(&str, &str); 11] = [
     ("every", "every=10"),
     ("steps", "steps=100..200"),
+    ("micro", "micro=0..3"),
+    ("mode", "mode=train"),
     ("ranks", "ranks=0+2"),
     ("dtype", "dtype=float32"),
     ("reduce", "reduce=stats"),
@@ -60,7 +62,13 @@ pub(super) fn set_option<'a>(options: &mut Options, name: &'static str, value: &
             0 => return Err(Fault::new(value, "every=0 would capture nothing", "give 1 or more")),
             every => options.every = Some(every),
         },
-        "steps" => options.steps = Some(steps(value)?),
+        "steps" => options.steps = Some(range(value, "step")?),
+        "micro" => options.micro = Some(range(value, "microbatch")?),
+        "mode" => match value {
+            "train" => options.mode = Some(Mode::Train),
+            "eval" => options.mode = Some(Mode::Eval),
+            _ => return Err(Fault::unknown(value, "a mode", "modes", &["train", "eval"])),
+        },
         "ranks" => options.ranks = Some(ranks(value)?),
         "dtype" => {
             let known = || DType::ALL.iter().map(|dtype| dtype.name()).collect::<Vec<_>>();
@@ -109,10 +117,10 @@ fn ascending<T: PartialOrd>(text: &str, first: T, last: T) -> Result<(T, T), Fau
 }
 
 /// `a..b`, `a..`, `..b` or `a`, the last included.
-fn steps(text: &str) -> Result<(u64, u64), Fault<'_>> {
+fn range<'a>(text: &'a str, of: &str) -> Result<(u64, u64), Fault<'a>> {
     let (first, last) = match text.split_once("..") {
         None => (number(text)?, number(text)?),
-        Some(("", "")) => return Err(Fault::new(text, "'..' names no step", "give a side of it, such as 100..")),
+        Some(("", "")) => return Err(Fault::new(text, format!("'..' names no {of}"), "give a side of it, such as 100..")),
         Some((first, "")) => (number(first)?, u64::MAX),
         Some(("", last)) => (0, number(last)?),
         Some((first, last)) => (number(first)?, number(last)?),

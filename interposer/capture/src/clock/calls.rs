@@ -27,7 +27,7 @@ pub struct Calls {
 impl Calls {
     /// The tap fires: its place in the pass, or `None` for a replay whose identity is not needed or not known.
     pub(super) fn place(&mut self, passes: &mut Passes, steps: &mut Steps, fired: Fired<'_>) -> Option<Call> {
-        let Fired { tap, paired, wants_gradients, firing } = fired;
+        let Fired { tap, paired, wants_gradients, optimizers, firing } = fired;
         let thread = StackPosition::here(&paired).thread;
         if paired
             && !firing.pre
@@ -39,7 +39,7 @@ impl Calls {
             }
             return call;
         }
-        let call = if firing.replay { self.replayed(firing) } else { Some(self.fresh(passes, steps, tap, firing)) };
+        let call = if firing.replay { self.replayed(firing) } else { Some(self.fresh(passes, steps, (tap, optimizers), firing)) };
         if paired && firing.pre {
             if self.open.len() >= MAX_OPEN {
                 self.open.remove(0);
@@ -51,7 +51,13 @@ impl Calls {
         call
     }
 
-    fn fresh(&mut self, passes: &mut Passes, steps: &mut Steps, tap: u32, firing: &Firing) -> Call {
+    fn fresh(
+        &mut self,
+        passes: &mut Passes,
+        steps: &mut Steps,
+        (tap, optimizers): (u32, &[u32]),
+        firing: &Firing,
+    ) -> Call {
         if passes.scopes.is_empty() {
             // Called from outside: what is open is left of a forward that raised.
             self.open.clear();
@@ -68,6 +74,8 @@ impl Calls {
         Call {
             tap,
             step: passes.step,
+            turn: if passes.inference { passes.step } else { steps.turn(optimizers) },
+            inference: passes.inference,
             micro: passes.micro,
             call,
             pass: passes.number,

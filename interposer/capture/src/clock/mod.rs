@@ -1,6 +1,8 @@
 //! Counts steps, microbatches, passes, calls and replays: which forward pass a tap fires in.
 //!
-//! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between.
+//! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between; in a
+//!   process that has made no optimizer, after a backward pass. Until there was one or the other, each pass of a model is
+//!   a step of its own.
 //! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training passes and
 //!   others. One trains where gradients were enabled when the model was called and some module of it was in training
 //!   mode, and all that happens in it does, whatever mode a module of it is in. Where a script calls submodules directly, a pass ends when one of them is called again.
@@ -14,6 +16,7 @@
 
 mod calls;
 mod passes;
+mod steps;
 
 #[cfg(test)]
 mod tests;
@@ -26,23 +29,7 @@ use passes::Passes;
 
 pub use calls::Calls;
 pub use passes::{Caller, Input, StackPosition};
-
-/// Optimizer steps.
-#[derive(Debug, Default)]
-struct Steps {
-    now: u64,
-    /// An optimizer has stepped since the last pass began.
-    stepped: bool,
-}
-
-impl Steps {
-    fn begin_pass(&mut self) -> u64 {
-        if std::mem::take(&mut self.stepped) {
-            self.now += 1;
-        }
-        self.now
-    }
-}
+pub use steps::{Rule, Steps};
 
 /// When a tap fires, and how it fires.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +40,8 @@ pub struct Fired<'a> {
     pub paired: bool,
     /// Some clause of it wants gradients.
     pub wants_gradients: bool,
+    /// The optimizers that hold the parameters of its module.
+    pub optimizers: &'a [u32],
     /// As the bridge sees it.
     pub firing: &'a Firing,
 }
@@ -65,15 +54,48 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// An optimizer stepped. A forward that raised before cannot be open any more.
-    pub fn stepped(&mut self) {
-        self.steps.stepped = true;
+    /// An optimizer stepped, or was skipped. A forward that raised before cannot be open any more.
+    pub fn stepped(&mut self, optimizer: u32) {
+        let last = self.last_pass();
+        self.steps.optimizer_stepped(optimizer, last);
         self.models.values_mut().for_each(Passes::none_open);
     }
 
-    /// The step under way.
-    pub fn step(&self) -> u64 {
-        self.steps.now
+    /// A backward pass ended.
+    pub fn backward_ended(&mut self) {
+        let last = self.last_pass();
+        self.steps.backward_ended(last);
+    }
+
+    fn last_pass(&self) -> u64 {
+        self.models.values().map(|passes| passes.step).max().unwrap_or_default()
+    }
+
+    /// The steps of the job.
+    pub fn steps(&mut self) -> &mut Steps {
+        &mut self.steps
+    }
+
+    /// The step that a model is in, as a call of no pass; `optimizers` hold the parameters that it is about.
+    pub fn now(&self, model: u64, optimizers: &[u32]) -> Call {
+        let (step, turn, inference) = match self.steps.rule() {
+            Rule::Inference => {
+                let step = self.models.get(&model).map_or(0, |passes| passes.step);
+                (step, step, true)
+            }
+            _ => (self.steps.now(), self.steps.turn(optimizers), false),
+        };
+        Call { step, turn, inference, ..Call::default() }
+    }
+
+    /// Whether the parameters of a step are those of the pass under way.
+    pub fn has_parameters(&self, model: u64) -> bool {
+        self.models.get(&model).is_some_and(|passes| passes.train || !passes.has_trained)
+    }
+
+    /// The last step that any model is in.
+    pub fn last_step(&self) -> u64 {
+        self.last_pass().max(self.steps.now())
     }
 
     /// The forward of a model or of a part of it begins. `position` must come from one place in the code.
@@ -86,6 +108,11 @@ impl Clock {
         if let Some(passes) = self.models.get_mut(&model) {
             passes.exit(caller, position, firing);
         }
+    }
+
+    /// A pipeline cuts a batch of the model into as many passes.
+    pub fn microbatches(&mut self, model: u64, count: u32) {
+        self.models.entry(model).or_default().microbatches = count;
     }
 
     /// A tap of a model fires: its place in the pass, or `None` for a replay whose identity is not needed or not known.

@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 
 use wire::tap_abi::Firing;
 
-use super::Steps;
+use super::{Rule, Steps};
 
 /// Passes whose inputs are remembered, for gradients that come late.
 const REMEMBERED: usize = 64;
@@ -64,9 +64,17 @@ impl Default for Input {
 #[derive(Debug, Default)]
 pub struct Passes {
     pub(super) step: u64,
+    /// It is one of inference: a pass of its own, numbered apart from those of training.
+    pub(super) inference: bool,
+    /// How many of these there were.
+    inferences: u64,
     counted: [u32; 2],
+    /// Passes that make a step of inference: more than one where a pipeline cuts the batch.
+    pub(super) microbatches: u32,
     pub(super) micro: u32,
     pub(super) train: bool,
+    /// Some pass has trained.
+    pub(super) has_trained: bool,
     pub(super) number: u64,
     /// Forwards under way, as far as is known.
     pub(super) scopes: Vec<Scope>,
@@ -113,17 +121,25 @@ impl Passes {
     }
 
     pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, firing: &Firing) {
-        let step = steps.begin_pass();
-        let new_step = self.number == 0 || step != self.step;
-        if new_step {
-            self.step = step;
-            self.counted = [0, 0];
-        }
+        let inference = steps.rule() == Rule::Inference;
+        let step = if inference { self.step } else { steps.begin_pass() };
+        let new_step = self.number == 0 || inference != self.inference || step != self.step;
         // The model's own forward is a pass, whatever parts of it did before.
         if new_step || caller == Caller::Model || self.called.contains(&caller) {
+            let is_whole = self.counted.iter().sum::<u32>() >= self.microbatches.max(1);
+            if inference && (new_step || is_whole) {
+                self.step = self.inferences;
+                self.inferences += 1;
+                self.counted = [0, 0];
+            } else if new_step {
+                self.step = step;
+                self.counted = [0, 0];
+            }
+            self.inference = inference;
             self.called.clear();
             // A sampler or a rollout has a model in training mode too.
             self.train = firing.train && firing.grad_enabled;
+            self.has_trained |= self.train;
             let [eval, train] = &mut self.counted;
             let counter = if self.train { train } else { eval };
             self.micro = *counter;

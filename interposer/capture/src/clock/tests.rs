@@ -20,8 +20,11 @@ struct World {
 }
 
 impl World {
+    /// In a process that made an optimizer.
     fn new() -> Self {
-        Self::default()
+        let mut w = Self::default();
+        w.clock.steps().optimizer_made();
+        w
     }
 
     fn passes(&self) -> &Passes {
@@ -29,7 +32,7 @@ impl World {
     }
 
     fn call(&mut self, tap: usize, firing: Firing) -> Option<Call> {
-        let fired = Fired { tap: tap as u32, paired: false, wants_gradients: true, firing: &firing };
+        let fired = Fired { tap: tap as u32, paired: false, wants_gradients: true, optimizers: &[], firing: &firing };
         self.clock.place(MODEL, &mut self.taps[tap], fired)
     }
 
@@ -59,11 +62,73 @@ fn evaluation() -> Firing {
 }
 
 #[test]
-fn inference_counts_every_pass_in_one_step() {
-    let mut w = World::new();
-    for micro in 0..3 {
-        assert_eq!(w.pass(evaluation()), [(0, micro, 0), (0, micro, 0)]);
+fn in_inference_each_pass_is_a_step_and_training_has_numbers_of_its_own() {
+    let mut w = World::default();
+    for step in 0..3 {
+        assert_eq!(w.pass(evaluation()), [(step, 0, 0), (step, 0, 0)]);
     }
+    assert_eq!((w.clock.steps().rule(), w.clock.last_step()), (Rule::Inference, 2));
+    w.clock.steps().optimizer_made();
+    let call = |w: &mut World, firing| {
+        w.clock.enter(MODEL, Caller::Model, at(0), &firing);
+        w.call(0, firing).map(|call| (call.step, call.micro, call.train, call.inference)).unwrap()
+    };
+    assert_eq!(call(&mut w, evaluation()), (0, 0, false, false), "what a job that trains evaluates is in its step");
+    assert_eq!(call(&mut w, train()), (0, 0, true, false));
+    w.clock.stepped(0);
+    assert_eq!(call(&mut w, evaluation()), (1, 0, false, false));
+}
+
+#[test]
+fn the_microbatches_of_a_pipeline_are_one_step_of_inference() {
+    let mut w = World::default();
+    w.clock.microbatches(MODEL, 2);
+    let seen: Vec<_> = (0..4).map(|_| w.pass(evaluation())[0]).collect();
+    assert_eq!(seen, [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]);
+}
+
+#[test]
+fn parts_that_are_called_one_after_the_other_are_one_step_of_inference() {
+    let mut w = World::default();
+    for step in 0..3 {
+        for part in 0..2 {
+            w.enter(Caller::Part(part), 0);
+            assert_eq!(w.fire(part as usize, evaluation()), Some((step, 0, 0)));
+            w.exit(Caller::Part(part), 0);
+        }
+    }
+}
+
+#[test]
+fn updates_by_hand_end_a_step_with_the_pass_after_a_backward_pass() {
+    let mut w = World::default();
+    assert_eq!(w.pass(evaluation())[0], (0, 0, 0));
+    for step in 1..4 {
+        assert_eq!(w.pass(train())[0], (step, 0, 0));
+        w.clock.backward_ended();
+    }
+    assert_eq!(w.pass(evaluation())[0], (4, 0, 0));
+    assert_eq!(w.clock.steps().rule(), Rule::Backward);
+    // With an optimizer, backward passes add up.
+    w.clock.steps().optimizer_made();
+    for micro in 0..2 {
+        assert_eq!(w.pass(train())[0], (4, micro, 0));
+        w.clock.backward_ended();
+    }
+}
+
+#[test]
+fn every_counts_the_steps_of_the_optimizers_that_hold_a_module() {
+    let mut w = World::new();
+    let sets: [&[u32]; 4] = [&[0], &[1], &[0, 1], &[]];
+    sets.iter().for_each(|set| w.clock.steps().count_turns(set));
+    let mut seen = Vec::new();
+    for optimizer in [0, 1, 0, 1, 0] {
+        w.pass(train());
+        seen.push(sets.map(|set| w.clock.steps().turn(set)));
+        w.clock.stepped(optimizer);
+    }
+    assert_eq!(seen, [[0, 0, 0, 0], [1, 0, 1, 1], [1, 1, 2, 2], [2, 1, 3, 3], [2, 2, 4, 4]]);
 }
 
 #[test]
@@ -71,9 +136,9 @@ fn training_counts_a_step_with_the_first_pass_after_an_optimizer_stepped() {
     let mut w = World::new();
     for step in 0..3 {
         assert_eq!(w.pass(train()), [(step, 0, 0), (step, 0, 0)]);
-        assert_eq!(w.clock.step(), step);
-        w.clock.stepped();
-        assert_eq!(w.clock.step(), step, "it begins with the next pass");
+        assert_eq!(w.clock.steps().now(), step);
+        w.clock.stepped(0);
+        assert_eq!(w.clock.steps().now(), step, "it begins with the next pass");
     }
 }
 
@@ -82,10 +147,10 @@ fn training_counts_a_step_with_the_first_pass_after_an_optimizer_stepped() {
 fn a_skipped_step_is_none_and_the_next_pass_is_another_microbatch() {
     let mut w = World::new();
     w.pass(train());
-    w.clock.stepped();
+    w.clock.stepped(0);
     assert_eq!(w.pass(train())[0], (1, 0, 0));
     assert_eq!(w.pass(train())[0], (1, 1, 0), "the step in between was skipped");
-    w.clock.stepped();
+    w.clock.stepped(0);
     assert_eq!(w.pass(train())[0], (2, 0, 0));
 }
 
@@ -93,12 +158,12 @@ fn a_skipped_step_is_none_and_the_next_pass_is_another_microbatch() {
 fn models_share_steps_and_count_their_own_microbatches() {
     let (mut w, mut teacher) = (World::new(), Calls::default());
     let mut teach = |w: &mut World| {
-        let fired = Fired { tap: 9, paired: false, wants_gradients: false, firing: &evaluation() };
+        let fired = Fired { tap: 9, paired: false, wants_gradients: false, optimizers: &[], firing: &evaluation() };
         w.clock.place(8, &mut teacher, fired).map(|c| (c.step, c.micro))
     };
     assert_eq!((teach(&mut w), w.pass(train())[0]), (Some((0, 0)), (0, 0, 0)));
     assert_eq!(teach(&mut w), Some((0, 1)));
-    w.clock.stepped();
+    w.clock.stepped(0);
     assert_eq!((teach(&mut w), w.pass(train())[0]), (Some((1, 0)), (1, 0, 0)), "one step, not two");
 }
 
@@ -118,8 +183,8 @@ fn the_input_of_a_pass_is_known_for_gradients_that_come_late() {
 fn several_optimizers_before_a_forward_are_one_step() {
     let mut w = World::new();
     assert_eq!(w.pass(train()), [(0, 0, 0), (0, 0, 0)]);
-    w.clock.stepped();
-    w.clock.stepped();
+    w.clock.stepped(0);
+    w.clock.stepped(0);
     assert_eq!(w.pass(train()), [(1, 0, 0), (1, 0, 0)]);
 }
 
@@ -128,7 +193,7 @@ fn accumulation_counts_microbatches_and_evaluation_counts_apart() {
     let mut w = World::new();
     w.pass(train());
     assert_eq!(w.pass(train())[0], (0, 1, 0));
-    w.clock.stepped();
+    w.clock.stepped(0);
     let eval = evaluation();
     assert_eq!(w.pass(eval)[0], (1, 0, 0));
     assert_eq!(w.pass(eval)[0], (1, 1, 0));
@@ -212,7 +277,7 @@ fn a_sampler_in_training_mode_shifts_no_training_pass() {
             assert_eq!(w.pass(Firing { grad_enabled: false, ..train() })[0], (step, micro as u32, 0));
         }
         assert_eq!(w.pass(train())[0], (step, 0, 0));
-        w.clock.stepped();
+        w.clock.stepped(0);
     }
 }
 
@@ -223,7 +288,7 @@ fn calls_on_several_threads_keep_their_own() {
     let World { clock, taps: [tap, _] } = &mut w;
     let mut fire = |pre| {
         let firing = Firing { pre, ..train() };
-        let fired = Fired { tap: 0, paired: true, wants_gradients: false, firing: &firing };
+        let fired = Fired { tap: 0, paired: true, wants_gradients: false, optimizers: &[], firing: &firing };
         clock.place(MODEL, tap, fired).unwrap().call
     };
     assert_eq!(fire(true), 0);
@@ -257,8 +322,9 @@ fn submodules_called_directly_share_a_pass_until_one_repeats() {
 #[test]
 fn a_direct_call_after_one_that_raised_is_a_pass_of_its_own() {
     let (mut clock, mut calls) = (Clock::default(), Calls::default());
+    clock.steps().optimizer_made();
     let before = Firing { pre: true, ..train() };
-    let fired = Fired { tap: 0, paired: true, wants_gradients: true, firing: &before };
+    let fired = Fired { tap: 0, paired: true, wants_gradients: true, optimizers: &[], firing: &before };
     for micro in 0..3 {
         let call = clock.place(MODEL, &mut calls, fired).unwrap();
         assert_eq!((call.micro, call.call), (micro, 0));

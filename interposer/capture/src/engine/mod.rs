@@ -77,23 +77,27 @@ impl Engine {
         self.plans.get()
     }
 
-    /// The step under way.
-    pub fn step(&self) -> u64 {
-        self.clock.step()
+    /// The last step that any model is in.
+    pub fn last_step(&self) -> u64 {
+        self.clock.last_step()
     }
 
     /// Whether this kind of a parameter is wanted in this step and was not captured in it.
     pub fn parameter_due(&mut self, tap: u32, kind: Kind) -> bool {
-        let step = self.clock.step();
-        self.taps.in_force(tap).is_some_and(|(tap, _)| tap.is_due(step, kind))
+        let Self { taps, clock, .. } = self;
+        taps.in_force(tap).is_some_and(|(tap, _)| tap.is_due(&clock.now(tap.model, &tap.optimizers), kind))
     }
 
     /// What a parameter is captured under, if it is due; then it is not due in this step any more.
     pub fn begin_parameter(&mut self, number: u32, kind: Kind) -> Option<Call> {
-        let step = self.clock.step();
-        let (tap, _) = self.taps.in_force(number).filter(|(tap, _)| tap.is_due(step, kind))?;
-        tap.captured_in.insert(kind, step);
-        Some(Call { tap: number, step, train: true, capture: kind.bit(), ..Call::default() })
+        let Self { taps, clock, .. } = self;
+        let (tap, _) = taps.in_force(number)?;
+        let now = clock.now(tap.model, &tap.optimizers);
+        if !tap.is_due(&now, kind) {
+            return None;
+        }
+        tap.captured_in.insert(kind, (now.inference, now.step));
+        Some(Call { tap: number, train: true, capture: kind.bit(), ..now })
     }
 
     /// From now on gradients of activations are `scale` times those of the loss that the script computes.
@@ -105,14 +109,17 @@ impl Engine {
     pub fn microbatches(&mut self, serial: u64, count: u32, microbatch: [i64; 2]) {
         if let Some(model) = self.taps.model(serial) {
             model.microbatches = count.max(1);
+            self.clock.microbatches(serial, count);
             model.microbatch = microbatch;
         }
     }
 
     /// The forward of a model, or of a part of it that holds tapped modules, begins or ends. Part 0 is the model itself.
-    pub fn pass(&mut self, serial: u64, part: u64, enter: bool, firing: &Firing) {
+    /// Whether the parameters of the step are those of this pass: in a model that trains, not those of an evaluation,
+    /// which may have others for a while.
+    pub fn pass(&mut self, serial: u64, part: u64, enter: bool, firing: &Firing) -> bool {
         if self.taps.model(serial).is_none() {
-            return;
+            return false;
         }
         let caller = match part {
             0 => Caller::Model,
@@ -124,11 +131,31 @@ impl Engine {
         } else {
             self.clock.exit(serial, caller, position, firing);
         }
+        enter && self.clock.has_parameters(serial)
     }
 
-    /// An optimizer stepped.
-    pub fn stepped(&mut self) {
-        self.clock.stepped();
+    /// The process made an optimizer: these end steps from now on.
+    pub fn optimizer_made(&mut self) {
+        self.clock.steps().optimizer_made();
+    }
+
+    /// These optimizers, ascending, hold the parameters of a tap's module.
+    pub fn held_by(&mut self, tap: u32, optimizers: &[u32]) {
+        let Self { taps, clock, .. } = self;
+        if let Some((tap, _)) = taps.in_force(tap) {
+            clock.steps().count_turns(optimizers);
+            tap.optimizers = optimizers.to_vec();
+        }
+    }
+
+    /// An optimizer stepped, or was skipped.
+    pub fn stepped(&mut self, optimizer: u32) {
+        self.clock.stepped(optimizer);
+    }
+
+    /// A backward pass ended.
+    pub fn backward_ended(&mut self) {
+        self.clock.backward_ended();
     }
 
     /// A model was destroyed.
@@ -145,13 +172,16 @@ impl Engine {
             tap: number,
             paired: tap.kinds & Kind::BEFORE != 0,
             wants_gradients: tap.kinds & Kind::GRADIENTS != 0,
+            optimizers: &tap.optimizers,
             firing,
         };
         let placed = self.clock.place(tap.model, &mut tap.calls, fired);
-        // A replay nobody waits for repeats the edits of its forward, which ran in this step.
-        let step = placed.map_or(self.clock.step(), |call| call.step);
+        let call = placed.unwrap_or_else(|| {
+            // A replay nobody waits for repeats the edits of its forward, which ran in this step.
+            Call { tap: number, ..self.clock.now(tap.model, &tap.optimizers) }
+        });
         let (mut capture, mut edit) = (0, 0);
-        for clause in tap.active(step) {
+        for clause in tap.active(&call) {
             capture |= clause.kind_mask();
             edit |= if clause.edit.is_some() { clause.kind_mask() } else { 0 };
         }
@@ -162,7 +192,6 @@ impl Engine {
             capture &= if placed.is_some() { Kind::GRADIENTS } else { 0 };
             edit &= if placed.is_some() { !0 } else { !Kind::GRADIENTS };
         }
-        let call = placed.unwrap_or(Call { tap: number, step, ..Call::default() });
         let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Assumed));
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
     }
@@ -171,7 +200,7 @@ impl Engine {
     pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
         let mut out = LeafEdit { op: EditOp::Keep, factor: 1.0 };
         let Some((tap, _)) = self.taps.get(call.tap) else { return out };
-        for clause in tap.for_leaf(call.step, kind, path) {
+        for clause in tap.for_leaf(call, kind, path) {
             match &clause.edit {
                 Some(Edit::Zero) => out.op = EditOp::Zero,
                 Some(Edit::Scale(x)) => {

@@ -25,7 +25,7 @@ impl Engine {
         let (tap, model) = self.taps.get(call.tap)?;
         // SAFETY: the string lives through the call (caller).
         let path = unsafe { tensor.path.get() };
-        let clause = tap.captures(call.step, kind, path)?;
+        let clause = tap.captures(call, kind, path)?;
         // SAFETY: the caller vouches for sizes and ndim.
         let sizes = unsafe { tap_abi::array(tensor.sizes, tensor.ndim) };
         let shape: Vec<u64> = sizes.iter().map(|&n| n.max(0) as u64).collect();
@@ -73,6 +73,7 @@ impl Engine {
             call: call.call,
             repeat: tensor.repeat,
             train: call.train,
+            inference: call.inference,
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,

@@ -15,10 +15,13 @@ struct World {
     reports: Arc<StandInTransport>,
 }
 
+/// In a job that trains.
 fn engine(hooks: &str) -> World {
     let plans = Arc::new(PlanInForce::new(HookPlan::parse(0, hooks).unwrap()));
     let reports = Arc::new(StandInTransport::default());
-    World { engine: Engine::new(plans, StandInProcess::on(), reports.clone()), reports }
+    let mut engine = Engine::new(plans, StandInProcess::on(), reports.clone());
+    engine.optimizer_made();
+    World { engine, reports }
 }
 
 impl World {
@@ -59,7 +62,7 @@ fn clauses_choose_their_steps() {
     let mut seen = Vec::new();
     for _ in 0..4 {
         seen.push(w.pass(1, &taps, &training()));
-        w.engine.stepped();
+        w.engine.stepped(0);
     }
     assert_eq!(seen, [[FORWARD, 0], [0, FORWARD], [FORWARD, FORWARD], [0, 0]]);
 }
@@ -117,6 +120,28 @@ fn gradients_are_captured_where_gradients_are_recorded() {
 }
 
 #[test]
+fn a_clause_may_mean_some_passes_of_a_step() {
+    let mut w = engine("a@mode=train; b@mode=eval; c@micro=1..2");
+    let model = Model::of(1, &["", "a", "b", "c"]);
+    let taps = w.taps(&model);
+    let sampler = Firing { grad_enabled: false, ..training() };
+    assert_eq!(w.pass(1, &taps, &sampler), [0, FORWARD, 0]);
+    for third in [0, FORWARD, FORWARD, 0] {
+        assert_eq!(w.pass(1, &taps, &training()), [FORWARD, 0, third]);
+    }
+}
+
+#[test]
+fn parameters_are_those_of_the_pass_that_trains() {
+    let mut w = engine("a:param");
+    w.taps(&Model { parameters: vec!["a.weight"], ..Model::of(1, &["", "a"]) });
+    let sampler = Firing { grad_enabled: false, ..training() };
+    let mut has = |firing: &Firing| w.engine.pass(1, 0, true, firing);
+    // Of a model that never trains, any are.
+    assert_eq!([&sampler, &training(), &sampler, &training()].map(&mut has), [true, true, false, true]);
+}
+
+#[test]
 fn a_parameter_is_due_once_in_a_step_that_its_clause_wants() {
     let mut w = engine("a.weight:grad@every=2");
     let model = Model { parameters: vec!["a.weight"], ..Model::of(1, &["", "a"]) };
@@ -129,7 +154,7 @@ fn a_parameter_is_due_once_in_a_step_that_its_clause_wants() {
         let begun = [(); 2].map(|()| w.engine.begin_parameter(0, Kind::Grad).map(|call| call.step));
         seen.push((due, begun));
         w.engine.pass(1, 0, false, &training());
-        w.engine.stepped();
+        w.engine.stepped(0);
     }
     let nothing = ([false, false], [None, None]);
     assert_eq!(seen, [([true, false], [Some(0), None]), nothing, ([true, false], [Some(2), None])]);
@@ -142,7 +167,7 @@ fn edits_multiply_and_zero_wins() {
     let first: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
     assert_eq!(w.engine.edit(&first[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 6.0 });
     assert_eq!(w.engine.edit(&first[1], Kind::Forward, "out").op, EditOp::Zero);
-    w.engine.stepped();
+    w.engine.stepped(0);
     let second: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
     assert_eq!(w.engine.edit(&second[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 2.0 });
     assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre, "in[0]").op, EditOp::Keep);
@@ -168,7 +193,7 @@ fn a_record_says_where_it_is_of() {
     let taps: Vec<_> = model.select_in(&mut w.engine, 1, 2).iter().map(|s| (s.index, s.tap)).collect();
     assert_eq!(*w.reports.described.lock().unwrap(), [(1, 2, "DDP".into())]);
     w.pass(1, &taps, &training());
-    w.engine.stepped();
+    w.engine.stepped(0);
     w.pass(1, &taps, &training());
     let call = w.calls(1, &taps, &training())[0].unwrap();
     let forward = w.record(&call, Kind::Forward, "out").unwrap();

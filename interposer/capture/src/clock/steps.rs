@@ -1,0 +1,103 @@
+//! The steps of a job, and by which rule they end.
+
+use std::collections::{HashMap, HashSet};
+
+/// By which rule steps are counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Rule {
+    /// Each forward pass of a model is a step of its own: nothing trains yet.
+    #[default]
+    Inference,
+    /// A step ends at the first forward pass after an optimizer stepped, or was skipped.
+    Optimizer,
+    /// A step ends at the first forward pass after a backward pass: the process has made no optimizer.
+    Backward,
+}
+
+impl Rule {
+    /// As the user reads it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Inference => "inference",
+            Self::Optimizer => "optimizer",
+            Self::Backward => "backward",
+        }
+    }
+}
+
+/// The steps of a job that trains. While it does not, its models count their passes themselves.
+#[derive(Debug, Default)]
+pub struct Steps {
+    now: u64,
+    rule: Rule,
+    /// The step ends with the next pass.
+    ended: bool,
+    /// Optimizers that have stepped in this one.
+    stepped: HashSet<u32>,
+    /// In how many steps any of some optimizers has stepped, by their numbers.
+    turns: HashMap<Vec<u32>, u64>,
+}
+
+impl Steps {
+    /// The step under way.
+    pub fn now(&self) -> u64 {
+        self.now
+    }
+
+    /// By what rule it will end.
+    pub fn rule(&self) -> Rule {
+        self.rule
+    }
+
+    /// The process made an optimizer: from now on these end steps.
+    pub fn optimizer_made(&mut self) {
+        self.rule = Rule::Optimizer;
+    }
+
+    /// An optimizer stepped or was skipped. One that nobody saw being made shows that the job trains: step `last` did.
+    pub fn optimizer_stepped(&mut self, optimizer: u32, last: u64) {
+        if self.rule == Rule::Inference {
+            self.now = last;
+        }
+        self.rule = Rule::Optimizer;
+        self.ended = true;
+        self.stepped.insert(optimizer);
+    }
+
+    /// A backward pass ended. The first one shows that the job trains: its pass was step `last` of its model.
+    pub fn backward_ended(&mut self, last: u64) {
+        match self.rule {
+            Rule::Inference => {
+                self.rule = Rule::Backward;
+                self.now = last;
+                self.ended = true;
+            }
+            Rule::Backward => self.ended = true,
+            Rule::Optimizer => {}
+        }
+    }
+
+    /// A pass begins in a job that trains: its step.
+    pub fn begin_pass(&mut self) -> u64 {
+        if std::mem::take(&mut self.ended) {
+            self.now += 1;
+            for (optimizers, turn) in &mut self.turns {
+                *turn += u64::from(optimizers.iter().any(|optimizer| self.stepped.contains(optimizer)));
+            }
+            self.stepped.clear();
+        }
+        self.now
+    }
+
+    /// From now on it is counted in how many steps any of these optimizers steps.
+    pub fn count_turns(&mut self, optimizers: &[u32]) {
+        if !optimizers.is_empty() {
+            self.turns.entry(optimizers.to_vec()).or_insert(self.now);
+        }
+    }
+
+    /// In how many steps any of these optimizers has stepped: where several step in turn, fewer than there were.
+    pub fn turn(&self, optimizers: &[u32]) -> u64 {
+        self.turns.get(optimizers).copied().unwrap_or(self.now)
+    }
+}
