@@ -234,8 +234,11 @@ pub struct Identity {
     pub call: u32,
     /// Backward pass over the same forward.
     pub repeat: u32,
-    /// Training mode.
+    /// The pass trains.
     pub train: bool,
+    /// The step is one of inference, which has numbers of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub inference: bool,
 }
 
 /// What a part is: an identity, and this rank's piece of it.
@@ -318,6 +321,7 @@ impl What {
                 call: m.call,
                 repeat: m.repeat,
                 train: m.train,
+                inference: m.inference,
             },
             class: m.class,
             group: m.group,
@@ -348,6 +352,9 @@ impl std::fmt::Display for Identity {
         )?;
         if self.repeat > 0 {
             write!(f, ".repeat{}", self.repeat)?;
+        }
+        if self.inference {
+            write!(f, ".inference")?;
         }
         if !self.train {
             write!(f, ".eval")?;

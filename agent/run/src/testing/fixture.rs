@@ -37,6 +37,7 @@ pub fn id(module: &str, step: u64) -> Identity {
         call: 0,
         repeat: 0,
         train: true,
+        inference: false,
     }
 }
 

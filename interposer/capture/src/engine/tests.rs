@@ -136,7 +136,11 @@ fn parameters_are_those_of_the_pass_that_trains() {
     let mut w = engine("a:param");
     w.taps(&Model { parameters: vec!["a.weight"], ..Model::of(1, &["", "a"]) });
     let sampler = Firing { grad_enabled: false, ..training() };
-    let mut has = |firing: &Firing| w.engine.pass(1, 0, true, firing);
+    let mut has = |firing: &Firing| {
+        let has = w.engine.pass(1, 0, true, firing);
+        w.engine.pass(1, 0, false, firing);
+        has
+    };
     // Of a model that never trains, any are.
     assert_eq!([&sampler, &training(), &sampler, &training()].map(&mut has), [true, true, false, true]);
 }
