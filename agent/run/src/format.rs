@@ -27,8 +27,8 @@ use wire::{
 };
 
 /// Version of everything in this module. In 1, parts had a `recompute`, always false, and shards of a dimension an
-/// `offset`, always null: neither is read.
-pub const FORMAT: u32 = 2;
+/// `offset`, always null: neither is read. Until 2, the `input_digest` of an axis was `given`, and is read as that.
+pub const FORMAT: u32 = 3;
 /// `run.json`.
 pub const RUN_FILE: &str = "run.json";
 /// `manifest.jsonl`.

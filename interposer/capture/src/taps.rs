@@ -61,17 +61,17 @@ impl Tap {
         self.plan.some(&self.clauses).filter(move |clause| clause.wants_step(step))
     }
 
-    /// Its clauses that mean this leaf in a step.
-    pub fn for_leaf(&self, step: u64, kind: Kind, path: &str) -> impl Iterator<Item = &Hook> {
+    /// Its clauses that mean this leaf in a step, by any of these kinds.
+    pub fn for_leaf(&self, step: u64, kinds: u32, path: &str) -> impl Iterator<Item = &Hook> {
         let means = move |clause: &&Hook| {
-            clause.kinds.contains(&kind) && clause.options.path.as_deref().is_none_or(|only| only == path)
+            clause.kind_mask() & kinds != 0 && clause.options.path.as_deref().is_none_or(|only| only == path)
         };
         self.active(step).filter(means)
     }
 
     /// The clause that captures a leaf: the first one that keeps its bytes, or else the first.
     pub fn captures(&self, step: u64, kind: Kind, path: &str) -> Option<&Hook> {
-        self.for_leaf(step, kind, path).min_by_key(|clause| clause.options.reduce == Reduce::Stats)
+        self.for_leaf(step, kind.bit(), path).min_by_key(|clause| clause.options.reduce == Reduce::Stats)
     }
 
     /// Whether this kind of a parameter is wanted in this step and was not captured in it.

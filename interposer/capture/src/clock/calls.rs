@@ -52,7 +52,7 @@ impl Calls {
     }
 
     fn fresh(&mut self, passes: &mut Passes, steps: &mut Steps, tap: u32, firing: &Firing) -> Call {
-        if passes.scopes.is_empty() {
+        if passes.forwards.is_empty() {
             // Called from outside: what is open is left of a forward that raised.
             self.open.clear();
             passes.begin(steps, Caller::Tap(tap), firing);
@@ -72,7 +72,6 @@ impl Calls {
             call,
             pass: passes.number,
             train: firing.train,
-            recompute: false,
             capture: 0,
             edit: 0,
             first: firing.first,
@@ -97,6 +96,6 @@ impl Calls {
         }
         let oldest = self.awaiting.front()?.pass;
         let last = self.awaiting.iter().rposition(|c| c.pass == oldest)?;
-        self.awaiting.remove(last).map(|call| Call { recompute: true, ..call })
+        self.awaiting.remove(last)
     }
 }

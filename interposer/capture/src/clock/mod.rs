@@ -3,9 +3,9 @@
 //! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between.
 //! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training and
 //!   evaluation. Where a script calls submodules directly, a pass ends when one of them is called again.
-//! - *Outermost* is known from scopes: the model says when its forward begins and ends; where its parts are called
-//!   directly, so does every module that holds a tapped one. An end may be missing (the forward raised). A call that is
-//!   under way stands further up its thread's stack than one that begins inside of it, so what does not is over.
+//! - *Outermost* is known from forwards under way: the model says when its forward begins and ends; where its parts are
+//!   called directly, so does every module that holds a tapped one. An end may be missing (the forward raised). A call that
+//!   is under way stands further up its thread's stack than one that begins inside of it, so what does not is over.
 //! - A *call* counts a module's calls within a microbatch.
 //! - A *replay* is a forward inside a backward pass: activation checkpointing. It is no pass of its own. Where the
 //!   first forward ran without gradients (reentrant checkpointing), the replay carries the gradients, and takes the

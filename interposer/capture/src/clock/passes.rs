@@ -8,8 +8,8 @@ use super::Steps;
 
 /// Passes whose inputs are remembered, for gradients that come late.
 const REMEMBERED: usize = 64;
-/// Most scopes under way: more than Python lets modules nest.
-const MAX_SCOPES: usize = 1024;
+/// Most forwards under way: more than Python lets modules nest.
+const MAX_FORWARDS: usize = 1024;
 
 /// Who was called from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,7 +40,7 @@ impl StackPosition {
 }
 
 #[derive(Debug)]
-pub(super) struct Scope {
+pub(super) struct Forward {
     caller: Caller,
     position: StackPosition,
 }
@@ -69,7 +69,7 @@ pub struct Passes {
     train: bool,
     pub(super) number: u64,
     /// Forwards under way, as far as is known.
-    pub(super) scopes: Vec<Scope>,
+    pub(super) forwards: Vec<Forward>,
     pub(super) grad_enabled: bool,
     called: HashSet<Caller>,
     /// What the last passes were called with.
@@ -82,14 +82,14 @@ impl Passes {
         if firing.replay {
             return;
         }
-        self.scopes.retain(|s| s.position.thread != position.thread || s.position.address > position.address);
-        if self.scopes.is_empty() {
+        self.forwards.retain(|s| s.position.thread != position.thread || s.position.address > position.address);
+        if self.forwards.is_empty() {
             self.begin(steps, caller, firing);
         }
-        if self.scopes.len() >= MAX_SCOPES {
-            self.scopes.remove(0);
+        if self.forwards.len() >= MAX_FORWARDS {
+            self.forwards.remove(0);
         }
-        self.scopes.push(Scope { caller, position });
+        self.forwards.push(Forward { caller, position });
     }
 
     /// It ends, and with it whatever began inside of it.
@@ -97,10 +97,10 @@ impl Passes {
         if firing.replay {
             return;
         }
-        let here = |s: &Scope| s.position.thread == position.thread;
-        if let Some(at) = self.scopes.iter().rposition(|s| here(s) && s.caller == caller) {
+        let here = |s: &Forward| s.position.thread == position.thread;
+        if let Some(at) = self.forwards.iter().rposition(|s| here(s) && s.caller == caller) {
             let mut index = 0;
-            self.scopes.retain(|s| {
+            self.forwards.retain(|s| {
                 index += 1;
                 index <= at || !here(s)
             });
@@ -109,7 +109,7 @@ impl Passes {
 
     /// No forward is under way.
     pub fn none_open(&mut self) {
-        self.scopes.clear();
+        self.forwards.clear();
     }
 
     pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, firing: &Firing) {

@@ -33,7 +33,7 @@ impl World {
         self.clock.place(MODEL, &mut self.taps[tap], fired).map(|c| (c.step, c.micro, c.call))
     }
 
-    /// A scope begins `depth` calls deep.
+    /// A forward begins `depth` calls deep.
     fn enter(&mut self, caller: Caller, depth: usize) {
         self.clock.enter(MODEL, caller, at(depth), &train());
     }
@@ -171,7 +171,7 @@ fn a_forward_that_raised_holds_no_other_inside_of_it() {
     w.enter(Caller::Part(0), 1);
     assert_eq!(w.fire(0, train()), Some((0, 2, 1)));
     w.exit(Caller::Part(0), 1);
-    assert!(w.passes().scopes.is_empty());
+    assert!(w.passes().forwards.is_empty());
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn a_model_that_calls_itself_is_in_one_pass() {
     w.exit(Caller::Model, 1);
     assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
     w.exit(Caller::Model, 0);
-    assert!(w.passes().scopes.is_empty());
+    assert!(w.passes().forwards.is_empty());
 }
 
 #[test]

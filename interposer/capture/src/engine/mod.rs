@@ -9,7 +9,7 @@ mod tests;
 use std::sync::Arc;
 
 use wire::{
-    codes::{EditOp, Role},
+    codes::{Role, Subject},
     control::ToAgent,
     hooks::{Edit, Kind},
     tap_abi::{Call, Firing, LeafEdit, Rank},
@@ -167,21 +167,13 @@ impl Engine {
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
     }
 
-    /// How a leaf is edited: all edits on it multiply.
-    pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
-        let mut out = LeafEdit { op: EditOp::Keep, factor: 1.0 };
-        let Some((tap, _)) = self.taps.get(call.tap) else { return out };
-        for clause in tap.for_leaf(call.step, kind, path) {
-            match &clause.edit {
-                Some(Edit::Zero) => out.op = EditOp::Zero,
-                Some(Edit::Scale(x)) => {
-                    out.factor *= x;
-                    out.op = out.op.max(EditOp::Scale);
-                }
-                _ => {}
-            }
-        }
-        out
+    /// How a leaf is edited by what edits any of these kinds: all edits on it are one.
+    pub fn edit(&self, call: &Call, kinds: u32, path: &str) -> LeafEdit {
+        let Some((tap, _)) = self.taps.get(call.tap) else { return LeafEdit::NONE };
+        tap.for_leaf(call.step, kinds, path).fold(LeafEdit::NONE, |edit, clause| match &clause.edit {
+            Some(Edit::BuiltIn(next)) => edit.then(*next),
+            Some(Edit::Python { .. }) | None => edit,
+        })
     }
 }
 
@@ -189,6 +181,6 @@ impl Engine {
 fn possible(firing: &Firing) -> u32 {
     let phase = if firing.pre { Kind::BEFORE } else { !Kind::BEFORE };
     // What was begun elsewhere is said to be missing.
-    let phase = if firing.split { phase | Kind::Backward.bit() } else { phase };
+    let phase = if firing.split { phase | Kind::of(Subject::InputGradients) } else { phase };
     if firing.grad_enabled { phase } else { phase & !Kind::GRADIENTS }
 }
