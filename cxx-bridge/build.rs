@@ -9,7 +9,7 @@ use std::{env, error::Error, fs, path::Path};
 /// What C++ shares with the engine, in the sources of `wire` that define it.
 const SHARED: [&str; 2] = ["codes.rs", "tap_abi.rs"];
 /// What of it C++ uses, and with it what these are made of.
-const ITEMS: [&str; 5] = ["HostTable", "Kind", "Placement", "Refusal", "Flag"];
+const ITEMS: [&str; 4] = ["HostTable", "Placement", "Refusal", "Flag"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=src/ffi.rs");
@@ -53,6 +53,7 @@ fn shared() -> cbindgen::Builder {
         header: Some("// Generated from wire/src by cxx-bridge/build.rs.".into()),
         no_includes: true,
         sys_includes: vec!["cstddef".into(), "cstdint".into()],
+        trailer: Some(trailer()),
         documentation_style: cbindgen::DocumentationStyle::Cxx,
         line_length: 120,
         ..cbindgen::Config::default()
@@ -62,4 +63,19 @@ fn shared() -> cbindgen::Builder {
         builder = builder.with_src(Path::new("../wire/src").join(source));
     }
     ITEMS.iter().fold(builder, |builder, name| builder.include_item(name))
+}
+
+/// Masks, which cbindgen cannot compute, and what holds if the compiler lays structs out as Rust does.
+fn trailer() -> String {
+    let mut out = String::from("namespace flexmodel {\n\n");
+    for (name, mask) in wire::codes::masks() {
+        out += &format!("inline constexpr uint32_t {name} = {mask};\n");
+    }
+    for wire::tap_abi::Layout { name, size, align, fields } in wire::tap_abi::layouts() {
+        out += &format!("\nstatic_assert(sizeof({name}) == {size} && alignof({name}) == {align});\n");
+        for (field, offset) in fields {
+            out += &format!("static_assert(offsetof({name}, {field}) == {offset});\n");
+        }
+    }
+    out + "\n}  // namespace flexmodel\n"
 }

@@ -24,6 +24,8 @@ class Bridge(types.ModuleType):
     def __getattr__(self, name: str) -> int:
         if not name.isupper():
             raise AttributeError(name)
+        if name == "PLACEMENTS_OF_PIECES":
+            return 1 << self.PLACEMENT_SHARD | 1 << self.PLACEMENT_HEAD_TAIL
         return self.__dict__.setdefault(name, len(self.__dict__))
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from flexmodel_inside import patches
+from flexmodel_inside._bridge import PLACEMENT_SHARD as SHARD
 from flexmodel_inside.faults import Faults
 from flexmodel_inside.frameworks import Frameworks, Job
 from flexmodel_inside.frameworks.context_parallel import Cut
-from flexmodel_inside.layouts import SHARD, Layouts
+from flexmodel_inside.layouts import Layouts
 from flexmodel_inside.mesh import ASSUMED, CONTEXT, DATA, OTHER, TENSOR, Axis, Meshes
 from flexmodel_inside.naming import all_in
 from torch import nn

@@ -57,4 +57,4 @@ def test_the_second_engine_is_known_as_one(run_once):
     records = [r for r in run.records if r.kind == "forward"]
     assert {r.model for r in records} == set(range(2 * len(VARIANTS)))
     assert all(r.shape == (2 * engines.ROWS, 4) for r in records)
-    assert all(axis.given is None for r in records for axis in r.layout)
+    assert all(axis.input_digest is None for r in records for axis in r.layout)

@@ -67,6 +67,8 @@ def test_each_module_is_shown_once_to_each_adapter_that_is_present(asked):
     assert list(map(id, present.seen)) == list(map(id, model.modules()))
     assert absent.seen == [] and facts.wrapper == "Present"
     assert said == ["what Raising knows of a ReLU: LookupError: of this one nothing is known"]
+    assert not facts.is_known, "there may be an axis that it would have stated"
+    assert found.look_at([nn.Linear(2, 2)], with_parameters=False).is_known
 
 
 def test_only_who_has_an_answer_is_asked(asked):

@@ -158,7 +158,7 @@ impl Rank {
         };
         let axes = match self.args.world() {
             1 => Vec::new(),
-            size => vec![Axis { name: "dp".into(), index: self.rank, size, place, given: None }],
+            size => vec![Axis { name: "dp".into(), index: self.rank, size, place, input_digest: None }],
         };
         let meta = RecordMeta {
             class: class.into(),

@@ -72,7 +72,7 @@ struct Leaves {
   std::vector<at::Tensor> tensors;
 
   Site site(size_t i) const { return Site(call, kinds, edits, static_cast<int64_t>(i)); }
-  bool watches(size_t i, Kind kind) const { return ((kinds | edits) & bit(kind)) != 0 && tensors[i].requires_grad(); }
+  bool watches(size_t i, uint32_t wanted) const { return ((kinds | edits) & wanted) != 0 && tensors[i].requires_grad(); }
 };
 
 bool read(PyObject* sequence, std::vector<std::string>& texts) {
@@ -101,16 +101,25 @@ bool read(PyObject* args, Leaves& out) {
 // Whether a tensor is made of others, as a DTensor is, that graphs of the compiler have instead.
 bool is_made_of_others(PyObject* tensor) { return PyObject_HasAttrString(tensor, "__tensor_flatten__") != 0; }
 
+// What the graph can have of a leaf.
+Part part_at(const Leaves& leaves, size_t i) {
+  const auto name = [&] { return leaves.paths[i] + " of a compiled module"; };
+  return part_or_refusal(at::empty({0}), [&] { return part_in_graph(leaves.tensors[i]); }, name);
+}
+
 void watch_inputs(Leaves& leaves) {
   guarded_operation([&] {
     InputGradients watched;
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
-      if (!leaves.watches(i, Kind::Backward)) continue;
+      if (!leaves.watches(i, KINDS_OF_INPUT_GRADIENTS)) continue;
       const auto is_it = [&](const at::Tensor& earlier) { return earlier.is_same(leaves.tensors[i]); };
-      if (std::any_of(leaves.tensors.begin(), leaves.tensors.begin() + static_cast<std::ptrdiff_t>(i), is_it)) {
-        capture(leaves.site(i), Kind::Backward, leaves.paths[i], 0, part_in_graph(leaves.tensors[i]), Refusal::SharedInput);
+      const Part part = part_at(leaves, i);
+      const auto here = leaves.tensors.begin() + static_cast<std::ptrdiff_t>(i);
+      const bool again = std::any_of(leaves.tensors.begin(), here, is_it);
+      if (again || part.refusal == Refusal::Raised) {
+        capture(leaves.site(i), KINDS_OF_INPUT_GRADIENTS, leaves.paths[i], 0, part, Refusal::SharedInput);
       } else {
-        watched.add(leaves.site(i), leaves.paths[i], leaves.tensors[i], part_in_graph(leaves.tensors[i]).axes);
+        watched.add(leaves.site(i), leaves.paths[i], leaves.tensors[i], part.axes);
       }
     }
     if (open.size() >= kMaxOpen) open.erase(open.begin());
@@ -131,19 +140,19 @@ PyObject* py_watch_inputs(PyObject*, PyObject* args) {
 void watch_outputs(Leaves& leaves) {
   guarded_operation([&] {
     InputGradients watched;
-    if ((leaves.kinds & bit(Kind::Backward)) != 0) watched = close();
+    if ((leaves.kinds & KINDS_OF_INPUT_GRADIENTS) != 0) watched = close();
     for (size_t i = 0; i < leaves.tensors.size(); ++i) {
       at::Tensor& tensor = leaves.tensors[i];
-      const Axes axes = part_in_graph(tensor).axes;
+      const Part part = part_at(leaves, i);
       at::Tensor now = watched.returned(tensor);
       const Site site = leaves.site(i);
-      if (leaves.watches(i, Kind::BackwardPre)) {
-        if ((leaves.edits & bit(Kind::BackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
+      if (leaves.watches(i, KINDS_OF_OUTPUT_GRADIENTS)) {
+        if ((leaves.edits & KINDS_OF_OUTPUT_GRADIENTS) != 0) now = identity(now.defined() ? now : tensor);
         const at::Tensor& out = now.defined() ? now : tensor;
-        if (out.is_leaf()) {
-          capture(site, Kind::BackwardPre, leaves.paths[i], 0, part_in_graph(out), Refusal::Returned);
+        if (out.is_leaf() || part.refusal == Refusal::Raised) {
+          capture(site, KINDS_OF_OUTPUT_GRADIENTS, leaves.paths[i], 0, part, Refusal::Returned);
         } else {
-          watch_gradient(site, Kind::BackwardPre, leaves.paths[i], out, axes);
+          watch_gradient(site, KINDS_OF_OUTPUT_GRADIENTS, leaves.paths[i], out, part.axes);
         }
       }
       if (now.defined()) tensor = std::move(now);
@@ -223,15 +232,14 @@ Part part_in_graph(const at::Tensor& tensor, PyObject* like) {
   return part;
 }
 
-void capture_in_graph(const Site& site, Kind kind, const std::string& path, const Part& part, Refusal because) {
+void capture_in_graph(const Site& site, uint32_t kinds, const std::string& path, const Part& part, Refusal because) {
   static const auto handle = operation("flexmodel::gradient").typed<Gradient>();
-  handle.call(part.local, site.traced, site.slot, code(kind), path, text_of(part.axes), static_cast<int64_t>(because));
+  handle.call(part.local, site.traced, site.slot, kinds, path, text_of(part.axes), static_cast<int64_t>(because));
 }
 
-at::Tensor edited_in_graph(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor) {
-  if ((site.edit & bit(kind)) == 0) return {};
+at::Tensor edited_in_graph(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor) {
   static const auto handle = operation("flexmodel::factors").typed<Factors>();
-  const at::Tensor by = handle.call(site.traced, code(kind), path);
+  const at::Tensor by = handle.call(site.traced, kinds, path);
   const Gil gil;
   if (editor == nullptr) return {};
   const Ref original(THPVariable_Wrap(tensor)), factors(THPVariable_Wrap(by));

@@ -36,11 +36,14 @@ bool scales(const at::Tensor& tensor) { return tensor.is_floating_point() || ten
 at::Tensor zeroed(const at::Tensor& tensor) {
   const auto options = tensor.options().dtype(at::kBool).requires_grad(false);
   if (!tensor.unsafeGetTensorImpl()->is_python_dispatch()) return at::masked_fill(tensor, at::ones({}, options), 0);
-  const Part part = part_of(tensor, false);
+  const Part part =
+      part_or_refusal(tensor, [&] { return part_of(tensor, false); }, [] { return std::string("a tensor for 'zero'"); });
   const auto is_partial = [](const Axis& axis) { return axis.lies.placement == code(Placement::Partial); };
   if (part.refusal != Refusal::None || std::any_of(part.axes.begin(), part.axes.end(), is_partial)) {
     static std::atomic<bool> said = false;
-    if (!said.exchange(true)) notice("'zero' was left out where the ranks hold addends: it would have made them communicate");
+    if (part.refusal != Refusal::Raised && !said.exchange(true)) {
+      notice("'zero' was left out where the ranks hold addends: it would have made them communicate");
+    }
     return {};
   }
   return at::masked_fill(tensor, at::ones_like(tensor, options), 0);
@@ -50,7 +53,7 @@ at::Tensor zeroed(const at::Tensor& tensor) {
 // and is changed in place later, autograd sends it past that node, as part of the gradient of the view's base.
 struct Wanted {
   Site site;
-  Kind kind;
+  uint32_t kinds;
   std::string path;
   Axes axes;
   bool alone;
@@ -67,11 +70,11 @@ struct Wanted {
 
   // Records `gradient` and returns what takes its place; undefined: the same.
   at::Tensor take(const at::Tensor& gradient, bool is_whole) {
-    if ((site.capture & bit(kind)) != 0) {
+    if ((site.capture & kinds) != 0) {
       const Part part = gradient_at(site, gradient, axes);
-      capture(site, kind, path, repeat++, part, is_whole ? Refusal::None : Refusal::SharedInput);
+      capture(site, kinds, path, repeat++, part, is_whole ? Refusal::None : Refusal::SharedInput);
     }
-    return edited(site, kind, path, gradient);
+    return edited(site, kinds, path, gradient);
   }
 };
 
@@ -196,26 +199,21 @@ bool is_piece(const at::Tensor& tensor, const at::TensorBase& base) {
 }  // namespace
 
 Part gradient_at(const Site& site, const at::Tensor& gradient, const Axes& axes) {
-  Part part;
   const auto look = [&] {
-    if (!site.traced.defined()) {
-      part = part_of_gradient(gradient, axes);
-    } else {
-      part = part_in_graph(gradient);
-      lies_as(part, axes);
-    }
+    if (!site.traced.defined()) return part_of_gradient(gradient, axes);
+    Part part = part_in_graph(gradient);
+    lies_as(part, axes);
+    return part;
   };
-  if (!attempt(look, [] { return std::string("a gradient"); })) {
-    part = Part();
-    part.local = site.traced.defined() ? at::empty({0}) : gradient;
-    part.refusal = Refusal::Raised;
-  }
-  return part;
+  const at::Tensor local = site.traced.defined() ? at::empty({0}) : gradient;
+  return part_or_refusal(local, look, [] { return std::string("a gradient"); });
 }
 
-void capture(const Site& site, Kind kind, const std::string& path, uint32_t repeat, const Part& part, Refusal because) {
+void capture(const Site& site, uint32_t kinds, const std::string& path, uint32_t repeat, const Part& part,
+             Refusal because) {
+  if ((site.capture & kinds) == 0) return;
   if (site.traced.defined()) {
-    return capture_in_graph(site, kind, path, part, part.refusal == Refusal::None ? because : part.refusal);
+    return capture_in_graph(site, kinds, path, part, part.refusal == Refusal::None ? because : part.refusal);
   }
   const at::Tensor& tensor = part.local;
   const bool readable = part.refusal == Refusal::None || part.refusal == because;
@@ -223,7 +221,7 @@ void capture(const Site& site, Kind kind, const std::string& path, uint32_t repe
   std::vector<LeafAxis> axes;
   for (const Axis& axis : part.axes) axes.push_back(axis.borrowed());
   Leaf leaf{};
-  leaf.kind = code(kind);
+  leaf.kinds = site.capture & kinds;
   leaf.dtype = code_of(tensor.scalar_type());
   leaf.refusal = code(part.refusal == Refusal::None ? because : part.refusal);
   // What is refused may be asked nothing.
@@ -238,22 +236,22 @@ void capture(const Site& site, Kind kind, const std::string& path, uint32_t repe
   host().capture(&site.call, &leaf);
 }
 
-at::Tensor edited(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor) {
-  if (site.traced.defined()) return edited_in_graph(site, kind, path, tensor);
-  if ((site.edit & bit(kind)) == 0) return {};
-  const LeafEdit edit = host().edit(&site.call, code(kind), str(path));
-  if (edit.op == EditOp::Scale && scales(tensor)) return at::mul(tensor, edit.factor);
-  return edit.op == EditOp::Zero ? zeroed(tensor) : at::Tensor();
+at::Tensor edited(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor) {
+  if ((site.edit & kinds) == 0) return {};
+  if (site.traced.defined()) return edited_in_graph(site, kinds, path, tensor);
+  const LeafEdit edit = host().edit(&site.call, site.edit & kinds, str(path));
+  if (edit.zero) return zeroed(tensor);
+  return edit.factor != 1 && scales(tensor) ? at::mul(tensor, edit.factor) : at::Tensor();
 }
 
 at::Tensor identity(const at::Tensor& tensor) { return at::alias(tensor); }
 
-void watch_gradient(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
-                    bool alone) {
+void watch_gradient(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor,
+                    const Axes& axes, bool alone) {
   const auto& node = tensor.grad_fn();
   const bool has_base = tensor.is_view() && is_piece(tensor, tensor._base());
   const auto& version = torch::autograd::impl::version_counter(tensor);
-  const std::shared_ptr<Wanted> wanted(new Wanted{site, kind, path, axes, alone, version, version.current_version(),
+  const std::shared_ptr<Wanted> wanted(new Wanted{site, kinds, path, axes, alone, version, version.current_version(),
                                                   tensor.sym_sizes().vec(), tensor.sym_strides().vec(), 0, node.get()});
   add_hooks<OnTensor>(*node, wanted, tensor.output_nr(), has_base);
   if (!has_base) return;

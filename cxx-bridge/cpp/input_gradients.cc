@@ -97,8 +97,8 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
       if (traced || !gradient.unsafeGetTensorImpl()->is_python_dispatch()) gradient = as_received(std::move(gradient));
       part = gradient_at(site_, gradient, axes_);
     }
-    if ((site_.capture & bit(Kind::Backward)) != 0) collect(part);
-    return gradient.defined() ? edited(site_, Kind::Backward, path_, gradient) : at::Tensor();
+    if ((site_.capture & KINDS_OF_INPUT_GRADIENTS) != 0) collect(part);
+    return gradient.defined() ? edited(site_, KINDS_OF_INPUT_GRADIENTS, path_, gradient) : at::Tensor();
   }
 
  private:
@@ -170,7 +170,7 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
   }
 
   void deliver(const Part& part, Refusal because) {
-    if (part.local.defined()) capture(site_, Kind::Backward, path_, repeat_++, part, because);
+    if (part.local.defined()) capture(site_, KINDS_OF_INPUT_GRADIENTS, path_, repeat_++, part, because);
   }
 
   // Whether the call made no other node that uses the input: for something it keeps, say, and does not return.
@@ -237,7 +237,7 @@ void InputGradients::add(const Site& site, const std::string& path, const at::Te
   const auto device = input.device().type();
   if (node.get() == nullptr && at::autocast::is_autocast_enabled(device) && at::autocast::is_autocast_cache_enabled()) {
     // Its cast belongs to the call that needs it first, and others use it too.
-    if ((site.capture & bit(Kind::Backward)) != 0) capture(site, Kind::Backward, path, 0, gradient_at(site, input, {}), Refusal::SharedInput);
+    capture(site, KINDS_OF_INPUT_GRADIENTS, path, 0, gradient_at(site, input, {}), Refusal::SharedInput);
     return;
   }
   if (inputs_.empty()) first_ = at::sequence_number::peek();
@@ -252,13 +252,13 @@ at::Tensor InputGradients::returned(const at::Tensor& output) {
   };
   const auto input = std::find_if(inputs_.begin(), inputs_.end(), is_it);
   if (input == inputs_.end() || !output.requires_grad()) return {};
-  if ((input->site.edit & bit(Kind::Backward)) != 0) return identity(output);
+  if ((input->site.edit & KINDS_OF_INPUT_GRADIENTS) != 0) return identity(output);
   if (input->done) return {};
   input->done = true;
   if (output.is_leaf()) {
-    capture(input->site, Kind::Backward, input->path, 0, gradient_at(input->site, output, {}), Refusal::Returned);
+    capture(input->site, KINDS_OF_INPUT_GRADIENTS, input->path, 0, gradient_at(input->site, output, {}), Refusal::Returned);
   } else {
-    watch_gradient(input->site, Kind::Backward, input->path, output, input->axes, /*alone=*/true);
+    watch_gradient(input->site, KINDS_OF_INPUT_GRADIENTS, input->path, output, input->axes, /*alone=*/true);
   }
   return {};
 }
@@ -311,9 +311,7 @@ void InputGradients::hook(const std::vector<at::Tensor>& outputs) const {
     if (input.done) continue;
     const at::Tensor tensor(input.tensor.lock());
     if (tensor.defined() && tensor.is_view() && tensor._version() != input.version) {
-      if ((input.site.capture & bit(Kind::Backward)) != 0) {
-        capture(input.site, Kind::Backward, input.path, 0, gradient_at(input.site, tensor, {}), Refusal::SharedInput);
-      }
+      capture(input.site, KINDS_OF_INPUT_GRADIENTS, input.path, 0, gradient_at(input.site, tensor, {}), Refusal::SharedInput);
       continue;
     }
     uint32_t edges = 0;

@@ -132,21 +132,23 @@ PyObject* py_wants(PyObject*, PyObject* kinds) {
   return PyBool_FromLong(host().wants(static_cast<uint32_t>(mask)) ? 1 : 0);
 }
 
-// due(tap, kind) -> bool
-PyObject* py_due(PyObject*, PyObject* args) {
+// parameter_due(tap, kind) -> bool
+PyObject* py_parameter_due(PyObject*, PyObject* args) {
   unsigned int tap = 0;
   unsigned char kind = 0;
   if (PyArg_ParseTuple(args, "Ib", &tap, &kind) == 0) return nullptr;
   return PyBool_FromLong(host().parameter_due(tap, kind) ? 1 : 0);
 }
 
-void capture_parameter(uint32_t tap, Kind kind, const Part& part) {
+void capture_parameter(uint32_t tap, uint8_t kind, const Part& part) {
   Call call{};
-  if (host().begin_parameter(tap, code(kind), &call)) capture(call, kind, kind == Kind::Grad ? "grad" : "param", 0, part);
+  if (!host().begin_parameter(tap, kind, &call)) return;
+  capture(call, KINDS_OF_PARAMETER_VALUES, "param", 0, part);
+  capture(call, KINDS_OF_PARAMETER_GRADIENTS, "grad", 0, part);
 }
 
-// parameter(tap, kind, tensor, axes)
-PyObject* py_parameter(PyObject*, PyObject* args) {
+// capture_parameter(tap, kind, tensor, axes)
+PyObject* py_capture_parameter(PyObject*, PyObject* args) {
   unsigned int tap = 0;
   unsigned char kind = 0;
   PyObject *tensor = nullptr, *axes = nullptr;
@@ -157,13 +159,13 @@ PyObject* py_parameter(PyObject*, PyObject* args) {
   return into_python([&] {
     part.local = THPVariable_Unpack(tensor);
     part.refusal = refusal_of(part.local, Py_TYPE(tensor)->tp_name);
-    capture_parameter(tap, static_cast<Kind>(kind), part);
+    capture_parameter(tap, kind, part);
     Py_RETURN_NONE;
   });
 }
 
-// refuse(tap, kind)
-PyObject* py_refuse(PyObject*, PyObject* args) {
+// refuse_parameter(tap, kind)
+PyObject* py_refuse_parameter(PyObject*, PyObject* args) {
   unsigned int tap = 0;
   unsigned char kind = 0;
   if (PyArg_ParseTuple(args, "Ib", &tap, &kind) == 0) return nullptr;
@@ -171,7 +173,7 @@ PyObject* py_refuse(PyObject*, PyObject* args) {
     Part part;
     part.local = at::empty({0});
     part.refusal = Refusal::Raised;
-    capture_parameter(tap, static_cast<Kind>(kind), part);
+    capture_parameter(tap, kind, part);
     Py_RETURN_NONE;
   });
 }
@@ -189,8 +191,13 @@ PyObject* py_describe_with(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
-PyObject* py_take_with(PyObject*, PyObject* function) {
-  take_with(function);
+PyObject* py_capture_parameters_with(PyObject*, PyObject* function) {
+  capture_parameters_with(function);
+  Py_RETURN_NONE;
+}
+
+PyObject* py_undo_with(PyObject*, PyObject* function) {
+  undo_with(function);
   Py_RETURN_NONE;
 }
 
@@ -215,10 +222,10 @@ PyObject* py_plan(PyObject*, PyObject*) {
   return PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
 }
 
-PyObject* py_scope(PyObject*, PyObject* args) {
+PyObject* py_pass_hooks(PyObject*, PyObject* args) {
   unsigned long long serial = 0, part = 0;
   if (PyArg_ParseTuple(args, "KK", &serial, &part) == 0) return nullptr;
-  return into_python([&] { return make_scope(serial, part); });
+  return into_python([&] { return make_pass_hooks(serial, part); });
 }
 
 PyObject* py_forget(PyObject*, PyObject* serial) {
@@ -265,13 +272,14 @@ PyMethodDef functions[] = {
     {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
     {"digest_inputs", py_digest_inputs, METH_NOARGS, "From now on a pass of a model is reported with a digest of its input."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
-    {"due", py_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
-    {"parameter", py_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},
-    {"refuse", py_refuse, METH_VARARGS, "Counts a parameter, or its gradient, that cannot be read."},
+    {"parameter_due", py_parameter_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
+    {"capture_parameter", py_capture_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},
+    {"refuse_parameter", py_refuse_parameter, METH_VARARGS, "Counts a parameter, or its gradient, that cannot be read."},
     {"faults_with", py_faults_with, METH_VARARGS, "Keeps the functions that say why something raised, and that report it."},
     {"describe_with", py_describe_with, METH_O, "Keeps the function that describes how a tensor lies over the ranks."},
-    {"take_with", py_take_with, METH_O, "Keeps the function that captures what is due of a model's parameters."},
-    {"scope", py_scope, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
+    {"capture_parameters_with", py_capture_parameters_with, METH_O, "Keeps the function that captures what is due of a model's parameters."},
+    {"undo_with", py_undo_with, METH_O, "Keeps the function that takes out of torch what is ours, once taps are off."},
+    {"pass_hooks", py_pass_hooks, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
     {"forget", py_forget, METH_O, "A model was destroyed."},
     {"resolved", event<&HostTable::resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
     {"stepped", event<&HostTable::stepped>, METH_NOARGS, "An optimizer stepped."},

@@ -73,55 +73,51 @@ at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std
     for (const std::string& path : split) {
       Part lost;
       lost.local = number;
-      if ((call.capture & bit(Kind::Backward)) != 0) capture(Site(call), Kind::Backward, path, 0, lost, Refusal::Split);
+      capture(Site(call), KINDS_OF_INPUT_GRADIENTS, path, 0, lost, Refusal::Split);
     }
-    const Kind kind = has(flags, Flag::Before) ? Kind::ForwardPre : Kind::Forward;
-    if ((call.capture & bit(kind)) == 0) return;
+    const uint32_t kinds = has(flags, Flag::Before) ? KINDS_OF_INPUTS : KINDS_OF_OUTPUTS;
+    if ((call.capture & kinds) == 0) return;
     for (size_t i = 0; i < leaves.size(); ++i) {
-      const auto take = [&] {
-        Part part = part_of(leaves[i], false);
-        part.axes = axes_of(layouts.get(i));
-        capture(Site(call), kind, paths.get(i), 0, part, static_cast<Refusal>(refusals[i]));
-      };
-      attempt(take, [&] { return paths.get(i) + " of a compiled module"; });
+      const auto name = [&] { return paths.get(i) + " of a compiled module"; };
+      Part part = part_or_refusal(leaves[i], [&] { return part_of(leaves[i], false); }, name);
+      part.axes = axes_of(layouts.get(i));
+      attempt([&] { capture(Site(call), kinds, paths.get(i), 0, part, static_cast<Refusal>(refusals[i])); }, name);
     }
   });
   return packed(call, leaves.size());
 }
 
-void gradient_op(const at::Tensor& gradient, const at::Tensor& words, int64_t slot, int64_t kind, c10::string_view path,
+void gradient_op(const at::Tensor& gradient, const at::Tensor& words, int64_t slot, int64_t kinds, c10::string_view path,
                  c10::string_view layout, int64_t refusal) {
   guarded_operation([&] {
     const Call call = unpacked(words);
-    if ((call.capture & bit(static_cast<Kind>(kind))) == 0) return;
+    if ((call.capture & kinds) == 0) return;
     // Nobody else looks at what is behind the words.
     int64_t& came = words.mutable_data_ptr<int64_t>()[kWords + slot];
-    Part part = part_of(gradient, false);
+    const auto name = [&] { return std::string(path) + " of a compiled module, its gradient"; };
+    Part part = part_or_refusal(gradient, [&] { return part_of(gradient, false); }, name);
     part.axes = axes_of(std::string(layout));
-    capture(Site(call), static_cast<Kind>(kind), std::string(path), static_cast<uint32_t>(came++), part,
+    capture(Site(call), static_cast<uint32_t>(kinds), std::string(path), static_cast<uint32_t>(came++), part,
             static_cast<Refusal>(refusal));
   });
 }
 
 // What to multiply a leaf with, and then whether to zero it.
-at::Tensor factors_op(const at::Tensor& words, int64_t kind, c10::string_view path) {
-  double factor = 1.0;
-  bool zero = false;
+at::Tensor factors_op(const at::Tensor& words, int64_t kinds, c10::string_view path) {
+  LeafEdit edit{1, false};
   guarded_operation([&] {
     const Call call = unpacked(words);
-    if ((call.edit & bit(static_cast<Kind>(kind))) == 0) return;
-    const LeafEdit edit = host().edit(&call, static_cast<uint8_t>(kind), str({path.data(), path.size()}));
-    if (edit.op == EditOp::Scale) factor = edit.factor;
-    zero = edit.op == EditOp::Zero;
+    const uint32_t edited = call.edit & static_cast<uint32_t>(kinds);
+    if (edited != 0) edit = host().edit(&call, edited, str({path.data(), path.size()}));
   });
   const Unseen unseen;
   at::Tensor out = at::empty({2}, at::TensorOptions().dtype(at::kDouble));
-  out.mutable_data_ptr<double>()[0] = factor;
-  out.mutable_data_ptr<double>()[1] = zero ? 1.0 : 0.0;
+  out.mutable_data_ptr<double>()[0] = edit.factor;
+  out.mutable_data_ptr<double>()[1] = edit.zero ? 1.0 : 0.0;
   return out;
 }
 
-void scope_op(const at::Tensor& number, const std::optional<at::Tensor>& first, int64_t flags) {
+void forward_pass_op(const at::Tensor& number, const std::optional<at::Tensor>& first, int64_t flags) {
   guarded_operation([&] {
     // The model, the part, and the digest of its first input on a device; nobody else reads this tensor.
     int64_t* numbers = number.mutable_data_ptr<int64_t>();
@@ -134,7 +130,7 @@ void scope_op(const at::Tensor& number, const std::optional<at::Tensor>& first, 
       numbers[2] = first_digest;
     }
     host().pass(static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), pre, &now);
-    if (pre) take_parameters(static_cast<uint64_t>(numbers[0]));
+    if (pre) capture_parameters(static_cast<uint64_t>(numbers[0]));
   });
 }
 
@@ -143,20 +139,20 @@ TORCH_LIBRARY(flexmodel, library) {
   const std::vector<at::Tag> tags = {at::Tag::cudagraph_unsafe};
   library.def("tap(Tensor number, Tensor[] leaves, str[] paths, str[] layouts, int[] refusals, Tensor? first, int flags, "
               "str[] split) -> Tensor", tags);
-  library.def("gradient(Tensor gradient, Tensor call, int slot, int kind, str path, str layout, int refusal) -> ()", tags);
-  library.def("factors(Tensor call, int kind, str path) -> Tensor", tags);
-  library.def("scope(Tensor number, Tensor? first, int flags) -> ()", tags);
+  library.def("gradient(Tensor gradient, Tensor call, int slot, int kinds, str path, str layout, int refusal) -> ()", tags);
+  library.def("factors(Tensor call, int kinds, str path) -> Tensor", tags);
+  library.def("forward_pass(Tensor number, Tensor? first, int flags) -> ()", tags);
 }
 
 TORCH_LIBRARY_IMPL(flexmodel, CompositeExplicitAutograd, library) {
   library.impl("tap", tap_op);
   library.impl("gradient", gradient_op);
   library.impl("factors", factors_op);
-  library.impl("scope", scope_op);
+  library.impl("forward_pass", forward_pass_op);
 }
 
 TORCH_LIBRARY_IMPL(flexmodel, Autograd, library) {
-  for (const char* name : {"tap", "gradient", "factors", "scope"}) {
+  for (const char* name : {"tap", "gradient", "factors", "forward_pass"}) {
     library.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

@@ -17,13 +17,9 @@ PyObject* describer = nullptr;
 // What the shim says of `tensor`, or nothing.
 Ref described(const at::Tensor& tensor, Where where) {
   const auto or_none = [](PyObject* object) { return object == nullptr ? Py_None : object; };
-  Ref object(THPVariable_Wrap(tensor));
-  if (!object) {
-    PyErr_Clear();
-    return Ref();
-  }
-  Ref answer(PyObject_CallFunctionObjArgs(describer, object.get(), or_none(where.module), or_none(where.like), nullptr));
-  if (!answer) throw PyError{};
+  const Ref object = checked(THPVariable_Wrap(tensor));
+  Ref answer = checked(
+      PyObject_CallFunctionObjArgs(describer, object.get(), or_none(where.module), or_none(where.like), nullptr));
   return answer.get() == Py_None ? Ref() : std::move(answer);
 }
 
@@ -35,11 +31,15 @@ bool read(PyObject* sizes, std::vector<uint64_t>& shape) {
   return PyErr_Occurred() == nullptr;
 }
 
-bool read(PyObject* answer, Part& part) {
+void read(PyObject* answer, Part& part) {
   PyObject *local = nullptr, *axes = nullptr;
-  if (PyArg_ParseTuple(answer, "OO!", &local, &PyList_Type, &axes) == 0 || !is_tensor(local)) return false;
+  if (PyArg_ParseTuple(answer, "OO!", &local, &PyList_Type, &axes) == 0) throw PyError{};
+  if (!is_tensor(local)) {
+    PyErr_SetString(PyExc_TypeError, "the part of a tensor is no tensor");
+    throw PyError{};
+  }
   part.local = THPVariable_Unpack(local);
-  return read_axes(axes, part.axes);
+  if (!read_axes(axes, part.axes)) throw PyError{};
 }
 
 }  // namespace
@@ -83,11 +83,7 @@ Part part_of(const at::Tensor& tensor, bool ask, const char* python_type, Where 
   const Gil gil;
   const Ref answer = described(tensor, where);
   if (!answer) return part;
-  if (!read(answer.get(), part)) {
-    PyErr_Clear();
-    part.axes.clear();
-    return part;
-  }
+  read(answer.get(), part);
   part.refusal = refusal_of(part.local, nullptr);
   return part;
 }
@@ -104,7 +100,7 @@ void lies_as(Part& part, const Axes& forward) {
   for (const Axis& axis : forward) {
     Axis own = axis;
     uint8_t& placement = own.lies.placement;
-    if (placement != code(Placement::Shard) && placement != code(Placement::HeadTail)) placement = code(Placement::Unknown);
+    if (placement > 31 || (PLACEMENTS_OF_PIECES >> placement & 1) == 0) placement = code(Placement::Unknown);
     part.axes.push_back(std::move(own));
   }
 }

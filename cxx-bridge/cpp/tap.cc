@@ -97,7 +97,9 @@ Firing firing(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
   PyObject* first = args == nullptr ? nullptr : first_tensor(args);
   if (first == nullptr && kwargs != nullptr) first = first_tensor(kwargs);
   if (first != nullptr) {
-    const Part part = part_of(THPVariable_Unpack(first), false, Py_TYPE(first)->tp_name);
+    const auto look = [&] { return part_of(THPVariable_Unpack(first), false, Py_TYPE(first)->tp_name); };
+    const auto name = [&] { return std::string("the first input of a ") + Py_TYPE(module)->tp_name; };
+    const Part part = part_or_refusal(THPVariable_Unpack(first), look, name);
     if (part.refusal == Refusal::None) {
       for (int64_t dim = 0; dim < std::min<int64_t>(part.local.dim(), 3); ++dim) f.first[dim] = part.local.size(dim);
     }
@@ -130,7 +132,9 @@ bool throws() {
 
 // Written with the GIL.
 std::atomic<bool> paused = false, takes_digests = false;
-PyObject* taker = nullptr;
+PyObject* capturer = nullptr;
+// The shim's, until it has undone all.
+std::atomic<PyObject*> undoer = nullptr;
 
 // Whether a hook is called as it was registered: with `count` arguments, the first of which is its module, or a copy that
 // nn.DataParallel runs. Torch moves hooks to other modules where it fuses and converts them.
@@ -157,8 +161,12 @@ bool is_called_as_registered(PyObject* self, PyObject* const* args, size_t nargs
 template <typename Body>
 PyObject* guarded(Body body) {
   // A traced graph must be the module's alone.
-  if (paused || !active() || at::tracer::impl::is_dispatch_enabled()) return none();
+  if (paused || at::tracer::impl::is_dispatch_enabled()) return none();
   try {
+    if (!active()) {
+      undo();
+      return none();
+    }
     if (throws()) throw std::runtime_error("injected by FLEXMODEL_TEST_FAULT=throw-in-tap");
     Ref result = body();
     return result ? result.release() : none();
@@ -172,21 +180,15 @@ PyObject* guarded(Body body) {
 
 // The part of a leaf that is at `path` of a module. Where looking at it raises, that is why it cannot be read.
 Part part_at(const Shared& shared, const std::string& path, PyObject* leaf, bool ask, Where where) {
-  Part part;
-  const auto look = [&] { part = part_of(THPVariable_Unpack(leaf), ask, Py_TYPE(leaf)->tp_name, where); };
-  if (!attempt(look, [&] { return shared.name + " " + path; })) {
-    part = Part();
-    part.local = THPVariable_Unpack(leaf);
-    part.refusal = Refusal::Raised;
-  }
-  return part;
+  const auto look = [&] { return part_of(THPVariable_Unpack(leaf), ask, Py_TYPE(leaf)->tp_name, where); };
+  return part_or_refusal(THPVariable_Unpack(leaf), look, [&] { return shared.name + " " + path; });
 }
 
 // Whether the gradient of a leaf is wanted and can be had. One that cannot be read is counted.
-bool watches(const Call& call, Kind kind, const std::string& path, const at::Tensor& tensor, const Part& part) {
-  if (((call.capture | call.edit) & bit(kind)) == 0 || !tensor.requires_grad()) return false;
+bool watches(const Call& call, uint32_t kinds, const std::string& path, const at::Tensor& tensor, const Part& part) {
+  if (((call.capture | call.edit) & kinds) == 0 || !tensor.requires_grad()) return false;
   if (part.refusal == Refusal::None) return true;
-  if ((call.capture & bit(kind)) != 0) capture(call, kind, path, 0, part);
+  capture(call, kinds, path, 0, part);
   return false;
 }
 
@@ -232,9 +234,11 @@ class Inputs {
     }
     const at::Tensor& tensor = THPVariable_Unpack(leaf);
     const Part part = part_at(shared_, path, leaf, call_.ask, {module_, nullptr});
-    if ((call_.capture & bit(Kind::ForwardPre)) != 0) capture(call_, Kind::ForwardPre, path, 0, part);
-    at::Tensor now = edited(call_, Kind::ForwardPre, path, tensor);
-    if (watches(call_, Kind::Backward, path, tensor, part)) watched_.add(call_, path, now.defined() ? now : tensor, part.axes);
+    capture(call_, KINDS_OF_INPUTS, path, 0, part);
+    at::Tensor now = edited(call_, KINDS_OF_INPUTS, path, tensor);
+    if (watches(call_, KINDS_OF_INPUT_GRADIENTS, path, tensor, part)) {
+      watched_.add(call_, path, now.defined() ? now : tensor, part.axes);
+    }
     Ref replacement = now.defined() ? standing_for(leaf, std::move(now)) : Ref();
     seen_.push_back({leaf, Ref::borrow(replacement.get())});
     return replacement;
@@ -250,10 +254,8 @@ class Inputs {
   Ref again(const Seen& seen, const std::string& path) {
     const at::Tensor& tensor = THPVariable_Unpack(seen.original);
     const Part part = part_at(shared_, path, seen.original, call_.ask, {module_, nullptr});
-    if ((call_.capture & bit(Kind::ForwardPre)) != 0) capture(call_, Kind::ForwardPre, path, 0, part);
-    if ((call_.capture & bit(Kind::Backward)) != 0 && tensor.requires_grad()) {
-      capture(call_, Kind::Backward, path, 0, part, Refusal::SharedInput);
-    }
+    capture(call_, KINDS_OF_INPUTS, path, 0, part);
+    if (tensor.requires_grad()) capture(call_, KINDS_OF_INPUT_GRADIENTS, path, 0, part, Refusal::SharedInput);
     return Ref::borrow(seen.replacement.get());
   }
 
@@ -313,17 +315,17 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
       const size_t number = outputs.size();
       outputs.push_back(tensor);
       const Part part = part_at(shared, path, leaf, call.ask, where);
-      if ((call.capture & bit(Kind::Forward)) != 0) capture(call, Kind::Forward, path, 0, part);
-      at::Tensor now = edited(call, Kind::Forward, path, tensor);
+      capture(call, KINDS_OF_OUTPUTS, path, 0, part);
+      at::Tensor now = edited(call, KINDS_OF_OUTPUTS, path, tensor);
       if (!now.defined()) now = watched.returned(tensor);
-      if (watches(call, Kind::BackwardPre, path, now.defined() ? now : tensor, part)) {
+      if (watches(call, KINDS_OF_OUTPUT_GRADIENTS, path, now.defined() ? now : tensor, part)) {
         // A gradient edit must come after those of modules inside that return the same tensor.
-        if ((call.edit & bit(Kind::BackwardPre)) != 0) now = identity(now.defined() ? now : tensor);
+        if ((call.edit & KINDS_OF_OUTPUT_GRADIENTS) != 0) now = identity(now.defined() ? now : tensor);
         const at::Tensor& out = now.defined() ? now : tensor;
         if (out.is_leaf()) {
-          capture(call, Kind::BackwardPre, path, 0, part, Refusal::Returned);
+          capture(call, KINDS_OF_OUTPUT_GRADIENTS, path, 0, part, Refusal::Returned);
         } else {
-          watch_gradient(call, Kind::BackwardPre, path, out, part.axes);
+          watch_gradient(call, KINDS_OF_OUTPUT_GRADIENTS, path, out, part.axes);
         }
       }
       if (!now.defined()) return Ref();
@@ -349,7 +351,7 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
     if (first == nullptr) first = first_tensor(args[2]);
     if (first != nullptr) now.input_digest = input_digest(THPVariable_Unpack(first), Py_TYPE(first)->tp_name, now, hook.digest);
     host().pass(hook.serial, hook.part, true, &now);
-    take_parameters(hook.serial);
+    capture_parameters(hook.serial);
     return Ref();
   });
 }
@@ -455,17 +457,30 @@ uint32_t input_digest(const at::Tensor& first, const char* python_type, const Fi
 
 bool are_taps_paused() { return paused; }
 
-void take_with(PyObject* take) {
-  Py_XINCREF(take);
-  Py_XDECREF(std::exchange(taker, take));
+void capture_parameters_with(PyObject* function) {
+  Py_XINCREF(function);
+  Py_XDECREF(std::exchange(capturer, function));
 }
 
-void take_parameters(uint64_t serial) {
-  if (!host().wants(bit(Kind::Param))) return;
+void capture_parameters(uint64_t serial) {
+  if (!host().wants(KINDS_OF_PARAMETER_VALUES)) return;
   const Gil gil;
-  if (taker == nullptr) return;
-  const Ref answer(PyObject_CallFunction(taker, "K", static_cast<unsigned long long>(serial)));
-  if (!answer) throw PyError{};
+  if (capturer == nullptr) return;
+  checked(PyObject_CallFunction(capturer, "K", static_cast<unsigned long long>(serial)));
+}
+
+void undo_with(PyObject* function) {
+  Py_XINCREF(function);
+  Py_XDECREF(undoer.exchange(function));
+}
+
+void undo() {
+  if (undoer == nullptr) return;
+  const Gil gil;
+  const Ref function = Ref::borrow(undoer);
+  if (!function) return;
+  const Ref done = checked(PyObject_CallNoArgs(function.get()));
+  if (done.get() == Py_True) undo_with(nullptr);
 }
 
 PyObject* make_tap(const Selected& selected, std::string name) {
@@ -480,7 +495,7 @@ PyObject* make_tap(const Selected& selected, std::string name) {
   return PyTuple_Pack(2, first.get(), second.get());
 }
 
-PyObject* make_scope(uint64_t serial, uint64_t part) {
+PyObject* make_pass_hooks(uint64_t serial, uint64_t part) {
   Ref first = make(enter, nullptr, serial, part);
   Ref second = make(leave, nullptr, serial, part);
   return PyTuple_Pack(2, first.get(), second.get());

@@ -77,7 +77,7 @@ impl Devices {
         self.device
     }
 
-    /// Carries out transfers, together, unless they are `cut`. After an error there are no more.
+    /// Carries out transfers, together, unless they are `cut`. After an error none is carried out any more.
     pub fn transfer(&mut self, transfers: &[Transfer<'_>], cut: &AtomicBool) -> Result<(), Error> {
         let aside = |e: cxx::Exception| Error::Device(e.what().to_owned());
         let stream = bridge::go_aside(self.device).map_err(aside)? as *mut c_void;

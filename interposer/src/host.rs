@@ -6,7 +6,7 @@ use std::{
 };
 
 use wire::{
-    codes::{Code, EditOp},
+    codes::Code,
     env,
     hooks::Kind,
     tap_abi::{self, Call, Firing, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI},
@@ -163,13 +163,9 @@ unsafe extern "C" fn capture(call: *const Call, leaf: *const Leaf<'_>) {
     boundary(|capture| unsafe { capture.capture(&*call, &*leaf) });
 }
 
-unsafe extern "C" fn edit(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdit {
-    engine(|e| {
-        let kind = Kind::from_code(kind)?;
-        // SAFETY: as in capture.
-        Some(e.edit(unsafe { &*call }, kind, unsafe { path.get() }))
-    })
-    .unwrap_or(LeafEdit { op: EditOp::Keep, factor: 1.0 })
+unsafe extern "C" fn edit(call: *const Call, kinds: u32, path: Str<'_>) -> LeafEdit {
+    // SAFETY: as in capture.
+    engine(|e| Some(e.edit(unsafe { &*call }, kinds, unsafe { path.get() }))).unwrap_or(LeafEdit::NONE)
 }
 
 unsafe extern "C" fn notice(text: Str<'_>) {

@@ -130,8 +130,10 @@ def make(reader: _native.Record) -> Record:
     return record
 
 
-def _axis(name: str, index: int, size: int, place: str, dim: int, shape: list[int] | None, given: int | None) -> Axis:
-    return Axis(name, index, size, place, dim, None if shape is None else tuple(shape), given)
+def _axis(
+    name: str, index: int, size: int, place: str, dim: int, shape: list[int] | None, input_digest: int | None
+) -> Axis:
+    return Axis(name, index, size, place, dim, None if shape is None else tuple(shape), input_digest)
 
 
 def _part(tensor: tuple[Any, ...], origin: tuple[Any, ...], values: tuple[Any, ...]) -> Part:

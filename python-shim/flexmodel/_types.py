@@ -32,7 +32,7 @@ class Axis:
     `place` is `replicate`, `shard`, `replicate_or_shard`, `head_tail` (a piece of `dim` from the head and one as long
     from the tail), `flat`, `partial` or `unknown`; `dim` is -1 for those of no dimension. `shape` is, for `flat`, that
     of the tensor of whose elements the part is a run; else None.
-    `given` is a digest of what this rank's model was given, where nothing says that ranks have rows of the batch of
+    `input_digest` is of what this rank's model was given, where nothing says that ranks have rows of the batch of
     their own: where two were given the same they have not, and `place` counts as `unknown`.
     """
 
@@ -42,7 +42,7 @@ class Axis:
     place: str
     dim: int
     shape: tuple[int, ...] | None = None
-    given: int | None = None
+    input_digest: int | None = None
 
 
 class Location(NamedTuple):

@@ -28,7 +28,7 @@ from . import hooks, imports
 from .naming import own
 from .patches import follow, wrap
 
-_OPERATIONS = ("tap", "gradient", "factors", "scope")
+_OPERATIONS = ("tap", "gradient", "factors", "forward_pass")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 

@@ -25,18 +25,18 @@ from . import hooks
 from ._bridge import FLAG_BEFORE as _PRE
 from ._bridge import FLAG_GRADIENTS as _GRADIENTS
 from ._bridge import FLAG_TRAINING as _TRAINING
-from ._bridge import KIND_BACKWARD, KIND_BACKWARD_PRE, KIND_FORWARD, KIND_FORWARD_PRE
+from ._bridge import KINDS_OF_GRADIENTS as _OF_GRADIENTS
+from ._bridge import KINDS_OF_INPUT_GRADIENTS as _OF_INPUT_GRADIENTS
+from ._bridge import KINDS_OF_INPUTS as _OF_INPUTS
+from ._bridge import KINDS_OF_OUTPUTS as _OF_OUTPUTS
 from ._bridge import REFUSAL_NONE as _READABLE
 from ._bridge import REFUSAL_RAISED as _RAISED
 from .naming import stored
 from .patches import undone
 
-# Keys of our hooks in a module, which its own hooks never have. A module may be the scope of several models.
-TAP_KEY, SCOPE_KEY = -1, -1000
+# Keys of our hooks in a module, which its own hooks never have. A module may mark the passes of several models.
+TAP_KEY, PASS_KEY = -1, -1000
 
-# In masks of kinds.
-_FORWARD, _FORWARD_PRE = 1 << KIND_FORWARD, 1 << KIND_FORWARD_PRE
-_BACKWARD, _BACKWARD_PRE = 1 << KIND_BACKWARD, 1 << KIND_BACKWARD_PRE
 # For `_tap` alone, which passes it to no operation: outputs lie as inputs of the same shape do.
 _KEEPS = 1 << 30
 
@@ -52,7 +52,7 @@ def ready(bridge: Any, guard: Callable[..., Any]) -> list[Callable]:
     global _bridge, _part_if_any
     _bridge, _part_if_any = bridge, guard(bridge.part)
     bridge.edit_with(_edited)
-    return [_tap, _scope, _edit, _watch_inputs, _watch_outputs]
+    return [_tap, _forward_pass, _edit, _watch_inputs, _watch_outputs]
 
 
 class Traced:
@@ -109,12 +109,12 @@ class _Before(Traced):
         found.walk(kwargs, "in", 0)
         flags = _PRE | _flags(module)
         call = _tap(self.number, found.leaves, found.paths, found.first(), flags, [])
-        if self.edits & _FORWARD_PRE:
-            found.edit(call, 1)
+        if self.edits & _OF_INPUTS:
+            found.edit(call, _OF_INPUTS)
             args, kwargs = found.rebuilt(args, "in", 0), found.rebuilt(kwargs, "in", 0)
-        if self.kinds & _BACKWARD and flags & _GRADIENTS:
+        if self.kinds & _OF_INPUT_GRADIENTS and flags & _GRADIENTS:
             _watch_inputs(call, self.kinds, self.edits, found.paths, found.leaves)
-        return (args, kwargs) if self.edits & _FORWARD_PRE else None
+        return (args, kwargs) if self.edits & _OF_INPUTS else None
 
 
 class _After(Traced):
@@ -127,15 +127,15 @@ class _After(Traced):
         found = _Found()
         found.walk(output, "out", 0)
         flags = _flags(module)
-        watched = given.differentiable() if self.kinds & _BACKWARD and flags & _GRADIENTS else []
+        watched = given.differentiable() if self.kinds & _OF_INPUT_GRADIENTS and flags & _GRADIENTS else []
         call = _tap(self.number, found.leaves, found.paths, given.first(), flags | self.flags, watched)
         changed = False
-        if self.edits & _FORWARD:
-            found.edit(call, 0)
+        if self.edits & _OF_OUTPUTS:
+            found.edit(call, _OF_OUTPUTS)
             changed = True
-        if self.kinds & (_BACKWARD | _BACKWARD_PRE) and flags & _GRADIENTS:
+        if self.kinds & _OF_GRADIENTS and flags & _GRADIENTS:
             now = _watch_outputs(call, self.kinds, self.edits, found.paths, found.leaves)
-            if self.edits & (_BACKWARD | _BACKWARD_PRE):
+            if self.edits & _OF_GRADIENTS:
                 found.leaves = list(now)
                 changed = True
         return found.rebuilt(output, "out", 0) if changed else None
@@ -149,7 +149,7 @@ class _Enter(Traced):
         flags = _PRE | _flags(module)
         if flags & _GRADIENTS and not flags & _TRAINING and any(each.training for each in module.modules()):
             flags |= _TRAINING
-        _scope(self.number, found.first(), flags)
+        _forward_pass(self.number, found.first(), flags)
         return None
 
 
@@ -157,7 +157,7 @@ class _Leave(Traced):
     takes = 4
 
     def trace(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        _scope(self.number, None, _flags(module))
+        _forward_pass(self.number, None, _flags(module))
         return None
 
 
@@ -200,10 +200,10 @@ def _tap(
         return torch.zeros(_bridge.call_words + len(leaves), dtype=torch.int64)
 
 
-def _scope(number: torch.Tensor, first: torch.Tensor | None, flags: int) -> None:
+def _forward_pass(number: torch.Tensor, first: torch.Tensor | None, flags: int) -> None:
     try:
         with _once():
-            torch.ops.flexmodel.scope(number, _batch(first), flags)
+            torch.ops.flexmodel.forward_pass(number, _batch(first), flags)
     except Exception as e:
         _bridge.fault(f"a forward pass could not be put into a graph: {type(e).__name__}: {e}")
 
@@ -229,10 +229,10 @@ def _once() -> Iterator[None]:
         meta.update(kept)
 
 
-def _edit(call: torch.Tensor, kind: int, path: str, leaf: torch.Tensor) -> torch.Tensor:
+def _edit(call: torch.Tensor, kinds: int, path: str, leaf: torch.Tensor) -> torch.Tensor:
     try:
-        edited = _Edited.apply(leaf, torch.ops.flexmodel.factors(call, kind, path))
-        _bridge.part(edited, leaf)  # it lies as the leaf does
+        edited = _Edited.apply(leaf, torch.ops.flexmodel.factors(call, kinds, path))
+        _part_if_any(edited, leaf)  # it lies as the leaf does
         return edited
     except Exception as e:
         _bridge.fault(f"an edit could not be put into a graph: {type(e).__name__}: {e}")
@@ -278,7 +278,7 @@ def _watch_outputs(call: torch.Tensor, kinds: int, edits: int, paths: list[str],
         now = _bridge.watch_outputs(call, kinds, edits, paths, leaves)
     except Exception as e:
         _bridge.fault(f"gradients could not be watched in a graph: {type(e).__name__}: {e}")
-    return tuple(now) if edits & (_BACKWARD | _BACKWARD_PRE) else None
+    return tuple(now) if edits & _OF_GRADIENTS else None
 
 
 class _Found:
@@ -308,9 +308,9 @@ class _Found:
         """Paths of what a gradient is computed of."""
         return [path for path, leaf in zip(self.paths, self.leaves, strict=True) if leaf.requires_grad]
 
-    def edit(self, call: torch.Tensor, kind: int) -> None:
+    def edit(self, call: torch.Tensor, kinds: int) -> None:
         """Replaces what was found by what the edits of a call make of it."""
-        self.leaves = [_edit(call, kind, path, leaf) for path, leaf in zip(self.paths, self.leaves, strict=True)]
+        self.leaves = [_edit(call, kinds, path, leaf) for path, leaf in zip(self.paths, self.leaves, strict=True)]
 
     def rebuilt(self, value: Any, path: str, depth: int) -> Any:
         """`value` with the tensors of `leaves` in it, in the order in which they were found."""

@@ -28,7 +28,7 @@ def ready(bridge: Any, guard: Callable[..., Any]) -> None:
     def tap(number, leaves, paths, layouts, refusals, first, flags, split):
         return torch.empty(bridge.call_words + len(leaves), dtype=torch.int64, device="cpu")
 
-    fakes = {"tap": tap, "gradient": _nothing, "factors": _factors, "scope": _nothing}
+    fakes = {"tap": tap, "gradient": _nothing, "factors": _factors, "forward_pass": _nothing}
     for name, fake in fakes.items():
         torch.library.register_fake(f"flexmodel::{name}", fake)
         if name != "factors":
@@ -43,7 +43,7 @@ def ready(bridge: Any, guard: Callable[..., Any]) -> None:
     _mend_compiled_autograd(guard)
 
 
-def _factors(call, kind, path):
+def _factors(call, kinds, path):
     return torch.empty(2, dtype=torch.float64, device="cpu")
 
 

@@ -21,7 +21,7 @@ from .communicators import Communicators
 from .faults import Faults
 from .frameworks import Frameworks, Job, ModelFacts, Stage
 from .layouts import Layouts
-from .mesh import ASSUMED, PIPELINE, Axis, Meshes, assumed
+from .mesh import ASSUMED, PIPELINE, Axis, Meshes, unknown
 from .module_registry import ModuleRegistry
 from .naming import all_in, authored, authored_class, is_module, is_scripted, stored, walk
 from .orders import UNSTATED, orders
@@ -76,8 +76,9 @@ class Discovery:
         hooks.stay_last(guard)
         patches.also_undo(lambda: hooks.drop_all(self._registry.modules()))
         atexit.register(guarded(bridge, self._finish))
-        bridge.take_with(guarded(bridge, lambda serial: self._parameter_taps.take(serial, KIND_PARAM)))
-        bridge.describe_with(guard(self._layouts.describe, "how a tensor lies"))
+        bridge.capture_parameters_with(guarded(bridge, lambda serial: self._parameter_taps.capture(serial, KIND_PARAM)))
+        bridge.describe_with(self._layouts.describe)
+        bridge.undo_with(guarded(bridge, self._taps.undo_if_off))
         self._frameworks.watch(imports.when_imported, functools.partial(guarded, bridge))
         self._arm()
 
@@ -184,8 +185,8 @@ class Discovery:
         entries = [(*words, each) for words, each in zip(classes, order, strict=True)]
         model = authored(root)
         known, stage = self._registry.member(model), self._stage_of(model)
-        unknown = assumed(rank, world)
-        facts.mesh = of("the mesh of a model", self._mesh, root, facts, stage, rank, world, otherwise=unknown)
+        nothing = unknown(rank, world)
+        facts.mesh = of("the mesh of a model", self._mesh, root, facts, stage, rank, world, otherwise=nothing)
         parameters = {}
         if facts.with_parameters:
             found = of("the parameters of a model", self._parameters.of_model, modules, facts, otherwise={})
@@ -215,11 +216,14 @@ class Discovery:
         return None
 
     def _mesh(self, root: nn.Module, facts: ModelFacts, stage: Stage | None, rank: int, world: int) -> list[Axis]:
-        axes, over = facts.axes, stage.submod if stage is not None else root
+        over = stage.submod if stage is not None else root
+        if stage is not None and over is not None and over is not root:
+            facts = self._frameworks.look_at(all_in(over), with_parameters=False)
+        if not facts.is_known:
+            return unknown(rank, world)
+        axes = facts.axes
         if stage is not None and over is not None:
             group = stage.group or torch.distributed.group.WORLD
-            if over is not root:
-                axes = self._frameworks.look_at(all_in(over), with_parameters=False).axes
             axes = [self._meshes.axis_of_group(group, "pp", PIPELINE), *axes]
         return self._meshes.of_model(axes, rank, world)
 

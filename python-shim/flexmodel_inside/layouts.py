@@ -8,19 +8,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._bridge import PLACEMENT_FLAT as FLAT  # noqa: F401
-from ._bridge import PLACEMENT_HEAD_TAIL as HEAD_TAIL
-from ._bridge import PLACEMENT_PARTIAL as PARTIAL  # noqa: F401
-from ._bridge import PLACEMENT_REPLICATE as REPLICATE  # noqa: F401
-from ._bridge import PLACEMENT_SHARD as SHARD
 from ._bridge import PLACEMENT_UNKNOWN as UNKNOWN
+from ._bridge import PLACEMENTS_OF_PIECES as _PIECES
 from .naming import is_instance
 
 if TYPE_CHECKING:
     from .frameworks import Frameworks
-
-# Places of a piece of one dimension.
-_PIECES = (SHARD, HEAD_TAIL)
 
 # An axis's name, this process's index and the size of the axis; the place and, of a shard, the dimension.
 AxisPlacement = tuple[str, int, int, int, int]
@@ -91,7 +84,7 @@ class Layouts:
     def _pieces_like(self, tensor: torch.Tensor, like: torch.Tensor) -> list[AxisPlacement] | None:
         described = self.describe(like)
         axes = described[1] if described is not None else []
-        if described is None or not axes or any(axis[3] not in (*_PIECES, UNKNOWN) for axis in axes):
+        if described is None or not axes or any(axis[3] != UNKNOWN and not _is_piece(axis[3]) for axis in axes):
             return None
         return axes if described[0].shape == tensor.shape else None
 
@@ -103,6 +96,11 @@ def waited_for(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _is_piece(place: int) -> bool:
+    """Whether a placement is that of a piece of one dimension."""
+    return bool(_PIECES >> place & 1)
+
+
 def _in_view(view: torch.Tensor, base: torch.Tensor, axes: list[AxisPlacement]) -> list[AxisPlacement] | None:
     """How a view of all of `base` lies, if `base` lies so: the dimension that is cut is the outermost of those into
     which a dimension of the base went, as its stride tells."""
@@ -112,7 +110,7 @@ def _in_view(view: torch.Tensor, base: torch.Tensor, axes: list[AxisPlacement]) 
         return None
     out = []
     for name, index, size, place, dim in axes:
-        if place in _PIECES:
+        if _is_piece(place):
             extent = base.stride(dim) * base.size(dim)
             # More than one where a dimension of size 1 stands for heads, say, of which a rank has one.
             inside = [d for d in range(view.dim()) if view.stride(d) * view.size(d) == extent]

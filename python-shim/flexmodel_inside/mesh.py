@@ -130,6 +130,11 @@ def assumed(rank: int, world: int) -> list[Axis]:
     return [Axis("dp", rank, world, ASSUMED, tuple(range(world)))] if world > 1 else []
 
 
+def unknown(rank: int, world: int) -> list[Axis]:
+    """The axes of a model of which something says how the job distributes it that could not be read."""
+    return [Axis("rank", rank, world, OTHER, tuple(range(world)))] if world > 1 else []
+
+
 def group_ranks(group: Any) -> tuple[int, ...]:
     """The global ranks of a process group, in its order."""
     return tuple(sys.modules["torch.distributed"].get_process_group_ranks(group))

@@ -20,7 +20,7 @@ from .patches import follow, given, undone
 class Member:
     """What is known of a module, for as long as that lives."""
 
-    __slots__ = ("hooks", "model", "module", "scoped", "serial", "tapped")
+    __slots__ = ("hooks", "marks", "model", "module", "serial", "tapped")
 
     def __init__(self, module: weakref.ref[nn.Module], serial: int) -> None:
         self.module = module
@@ -28,8 +28,8 @@ class Member:
         self.serial = serial
         # Whether it is a model with taps.
         self.model = False
-        # The serials of models in which it is a scope, and the model and the name that its tap is for.
-        self.scoped: set[int] = set()
+        # The serials of models whose passes it marks, and the model and the name that its tap is for.
+        self.marks: set[int] = set()
         self.tapped: tuple[int, str] | None = None
         # Hooks of ours: the attribute of the module, and the key.
         self.hooks: list[tuple[str, int]] = []

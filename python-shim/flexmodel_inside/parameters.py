@@ -19,8 +19,11 @@ from torch.nn.parameter import is_lazy
 
 from . import steps
 from ._bridge import KIND_GRAD, KIND_PARAM, KINDS_OF_PARAMETERS
+from ._bridge import PLACEMENT_FLAT as FLAT
+from ._bridge import PLACEMENT_REPLICATE as REPLICATE
+from ._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from .faults import Faults
-from .layouts import FLAT, REPLICATE, UNKNOWN, Layouts
+from .layouts import Layouts
 from .mesh import DATA, Axis
 from .naming import stored
 
@@ -124,24 +127,24 @@ class ParameterTaps:
         """A model has none any more."""
         self._taps.pop(serial, None)
 
-    def take(
+    def capture(
         self, serial: int, kind: int, held: Set[int] | None = None, scale: torch.Tensor | None = None
     ) -> None:
         """Captures what is due of a model's parameters; if given, of those alone with these ids. `scale` is by what the
         optimizer will divide."""
         with torch._C.DisableTorchFunction():  # what the job's classes of tensors do is no matter here
             for tap, (name, parameter) in self._taps.get(serial, {}).items():
-                due = self._bridge.due(tap, kind)
-                if due and not self._faults.of(name, self._take_one, tap, kind, parameter, held, scale):
-                    self._bridge.refuse(tap, kind)
+                due = self._bridge.parameter_due(tap, kind)
+                if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, held, scale):
+                    self._bridge.refuse_parameter(tap, kind)
 
-    def _take_one(
+    def _capture_one(
         self, tap: int, kind: int, parameter: Parameter, held: Set[int] | None, scale: torch.Tensor | None
     ) -> bool:
         piece = parameter.read(kind) if held is None or parameter.is_in(held) else None
         if piece is not None:
             local, axes = piece
-            self._bridge.parameter(tap, kind, local if scale is None else local / scale.to(local.device), axes)
+            self._bridge.capture_parameter(tap, kind, local if scale is None else local / scale.to(local.device), axes)
         return True
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -151,18 +154,18 @@ class ParameterTaps:
         if not self.are_wanted() or steps.has_stand_in(args, kwargs):
             return None
         # The model may be called in the closure for the first time.
-        take = functools.partial(self._faults.of, "the gradients of an optimizer", self._take_of, optimizer)
-        given = steps.with_stand_in(type(optimizer).step, args, kwargs, take)
+        capture = functools.partial(self._faults.of, "the gradients of an optimizer", self._capture_of, optimizer)
+        given = steps.with_stand_in(type(optimizer).step, args, kwargs, capture)
         if given is None:
-            take()
+            capture()
         return given
 
-    def _take_of(self, optimizer: torch.optim.Optimizer) -> None:
+    def _capture_of(self, optimizer: torch.optim.Optimizer) -> None:
         if not any(self._taps.values()):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         # What a GradScaler leaves to an optimizer that unscales gradients while it uses them.
         scale = getattr(optimizer, "grad_scale", None)
         for serial in self._taps:
-            self.take(serial, KIND_PARAM, held)
-            self.take(serial, KIND_GRAD, held, scale if isinstance(scale, torch.Tensor) else None)
+            self.capture(serial, KIND_PARAM, held)
+            self.capture(serial, KIND_GRAD, held, scale if isinstance(scale, torch.Tensor) else None)

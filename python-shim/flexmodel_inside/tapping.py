@@ -43,15 +43,15 @@ class Tapping:
         """Taps the `selected` of a model's modules, given by index. `called` is what the job calls now, if that is
         known; `models` are the serials of all models."""
         inside = [module for _, module in modules]
-        scopes = [model]
+        marking = [model]
         if is_called_in_parts(inside, model if called is None else called):
-            scopes += holders(inside, [inside[index] for index, _ in selected])
-        for module in scopes:
+            marking += holders(inside, [inside[index] for index, _ in selected])
+        for module in marking:
             known = self._registry.member(module)
-            if serial not in known.scoped:
-                known.scoped.add(serial)
-                begin, end = self._bridge.scope(serial, 0 if module is model else known.serial + 1)
-                key = compiled.SCOPE_KEY - len(known.scoped)
+            if serial not in known.marks:
+                known.marks.add(serial)
+                begin, end = self._bridge.pass_hooks(serial, 0 if module is model else known.serial + 1)
+                key = compiled.PASS_KEY - len(known.marks)
                 self._hook(module, "_forward_pre_hooks", key, begin)
                 self._hook(module, "_forward_hooks", key, end, always_call=self._traceable is None)
         for index, (before, after) in selected:
@@ -90,10 +90,12 @@ class Tapping:
                 hooks.drop(module, kind, key)
         known.hooks = [hook for hook in known.hooks if hook[1] != compiled.TAP_KEY]
 
-    def undo_if_off(self) -> None:
-        """The engine switches taps off by itself too, and nothing of ours is called then."""
-        if not self._bridge.active():
+    def undo_if_off(self) -> bool:
+        """The engine switches taps off by itself too. Whether what we replaced is undone."""
+        # Not while torch.compile makes a graph: what it does wrong with our operations is mended until that is made.
+        if not self._bridge.active() and self._registry.ignored_thread is None:
             patches.undo()
+        return patches.undone()
 
     def compiler_is_here(self, settle: Callable[[], object]) -> None:
         """torch.compile is in use: every hook has to be something that it can trace. `settle` looks at all models that
@@ -132,7 +134,6 @@ class Tapping:
 
         def end(*_: Any) -> None:
             self._registry.ignored_thread = None
-            # Not before: what torch.compile does wrong with our operations is mended while it makes a graph.
             self.undo_if_off()
 
         handler = torch._dynamo.callback.callback_handler

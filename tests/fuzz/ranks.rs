@@ -327,7 +327,7 @@ impl Other {
                     3 => Place::HeadTail { dim: 0 },
                     _ => Place::Partial,
                 };
-                meta.axes = vec![Axis { name: "dp".into(), index, size, place, given: None }];
+                meta.axes = vec![Axis { name: "dp".into(), index, size, place, input_digest: None }];
             }
             Lie::Scale(scale) => meta.loss_scale = wire::loss_scale::LossScale(scale),
             Lie::Name(n) => meta.module = "n".repeat(n.into()),

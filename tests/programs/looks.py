@@ -32,7 +32,8 @@ def watch(home: str) -> None:
     def nothing(*_about) -> None:
         pass
 
-    names = ("forget", "resolved", "stepped", "finish", "faults_with", "describe_with", "take_with", "wants", "plan")
+    names = ("forget", "resolved", "stepped", "finish", "faults_with", "wants", "plan")
+    names += ("describe_with", "capture_parameters_with", "undo_with")
     told = {"fault": print, "notice": print}
     bridge = types.SimpleNamespace(select=select, active=lambda: True, **told, **dict.fromkeys(names, nothing))
     Discovery(bridge).watch()

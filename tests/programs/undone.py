@@ -1,7 +1,8 @@
-"""Trains while FlexModel fails in this process, and goes on: `undone.py REPORT [fail]`.
+"""Trains while FlexModel fails in this process, and goes on: `undone.py REPORT [fail] [infer]`.
 
-With `fail`, something in FlexModel raises after some steps. What it did to torch is written to REPORT, at the end, and
-what runs of it afterwards. Without FlexModel it does and prints the same, and there is no report.
+With `fail`, something in FlexModel raises after some steps. With `infer`, models are only called. What it did to torch
+is written to REPORT, at the end, and what runs of it afterwards. Without FlexModel it does and prints the same, and
+there is no report.
 """
 
 import copy
@@ -86,6 +87,16 @@ def train(compiled: bool) -> int:
     return graphs.taps
 
 
+def infer(compiled: bool) -> int:
+    """Calls of a new model, in whose life there is no optimizer and no graph."""
+    torch.manual_seed(1)
+    model = Block()
+    with torch.no_grad():
+        for step in range(STEPS):
+            print("step", step, "output", float(model(torch.full((2, WIDTH), float(step + 1))).sum()).hex())
+    return 0
+
+
 def fail() -> None:
     """The next look at models raises."""
     discovery = inside("discovery")
@@ -117,12 +128,13 @@ def main(report: str, *how: str) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     wrap_like_a_job()
-    taps = [train(compiled=False), train(compiled=True)]
+    use = infer if "infer" in how else train
+    taps = [use(compiled=False), use(compiled=True)]
     if "fail" in how:
         fail()
     Block()(torch.ones(1, WIDTH))
     followers = count_followers()
-    taps += [train(compiled=False), train(compiled=True)]
+    taps += [use(compiled=False), use(compiled=True)]
     mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
     print(torch.distributed.tensor.distribute_tensor(torch.ones(3), mesh).to_local().sum())
     patches = inside("patches")

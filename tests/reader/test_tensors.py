@@ -175,7 +175,7 @@ def test_pieces_from_head_and_tail_come_out_in_the_order_of_the_whole(run_dir: W
 def test_ranks_that_were_given_the_same_are_no_pieces_of_a_batch(run_dir: Writer):
     for rank in range(3):
         for name, given, value in (("other", rank, rank), ("same", rank // 2, rank), ("equal", 9, 5)):
-            axes = [{**axis(rank, 3, shard(0)), "given": given}]
+            axes = [{**axis(rank, 3, shard(0)), "input_digest": given}]
             run_dir.part(name, np.full((1,), value, np.float32), rank=rank, axes=axes)
     run = flexmodel.open(run_dir.root)
     assert run.get("other").tolist() == [0, 1, 2] and run.get("equal").tolist() == [5]

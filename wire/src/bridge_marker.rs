@@ -1,5 +1,5 @@
-//! How a bridge is told from others: what it says of itself in its bytes, its key, and where it lies. Nothing here does
-//! I/O: bytes and names go in.
+//! What distinguishes a bridge from others: what it says of itself in its bytes, its key, and where it lies. Nothing here
+//! does I/O: bytes and names go in.
 
 use std::{ffi::OsString, fmt, path::PathBuf};
 

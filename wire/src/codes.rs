@@ -23,6 +23,9 @@ pub trait Code: CheckedBitPattern<Bits = u8> + Debug {
 }
 
 /// What of a module a hook taps. [`Kind::bit`] is the one in masks of kinds.
+///
+/// Whoever treats kinds differently asks for a property of theirs or for a mask ([`Kind::masks`]), and names no kind: a
+/// new one is a variant here, and a line in [`Kind::about`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, CheckedBitPattern)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
@@ -39,6 +42,23 @@ pub enum Kind {
     Param = 4,
     /// The gradient that the optimizer is about to use.
     Grad = 5,
+}
+
+/// Whose tensors a kind means, and so where a tap finds them; in the order in which a step has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Subject {
+    /// What a module is given, before its forward.
+    Inputs,
+    /// What it returns, after its forward.
+    Outputs,
+    /// Gradients of what it returned.
+    OutputGradients,
+    /// Gradients of what it was given. They are prepared before its forward.
+    InputGradients,
+    /// Parameters, at the first forward of a step.
+    Parameters,
+    /// Their gradients, just before an optimizer's step.
+    ParameterGradients,
 }
 
 /// How a tensor lies along one mesh axis, without what some ways need besides. See [`crate::record::Place`].
@@ -124,7 +144,7 @@ pub enum Refusal {
     Raised = 13,
 }
 
-/// A bit of the flags that a compiled graph passes to the operations `tap` and `scope`.
+/// A bit of the flags that a compiled graph passes to the operations `tap` and `forward_pass`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, CheckedBitPattern)]
 #[repr(u8)]
 pub enum Flag {
@@ -134,19 +154,6 @@ pub enum Flag {
     Gradients = 2,
     /// `module.training`.
     Training = 4,
-}
-
-/// What an edit does to a leaf.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, CheckedBitPattern)]
-#[repr(u8)]
-pub enum EditOp {
-    /// Nothing.
-    #[default]
-    Keep = 0,
-    /// Multiplies it by a factor.
-    Scale = 1,
-    /// Puts zeros in its place.
-    Zero = 2,
 }
 
 /// How far a copy of a tensor has come.
@@ -167,7 +174,6 @@ impl Code for Role {}
 impl Code for Order {}
 impl Code for Refusal {}
 impl Code for Flag {}
-impl Code for EditOp {}
 impl Code for CopyState {}
 
 impl Kind {
@@ -175,22 +181,44 @@ impl Kind {
     pub const ALL: [Kind; 6] =
         [Kind::Forward, Kind::ForwardPre, Kind::Backward, Kind::BackwardPre, Kind::Param, Kind::Grad];
     /// Kinds for which a tap needs the hook before the forward, as a mask.
-    pub const BEFORE: u32 = Kind::ForwardPre.bit() | Kind::Backward.bit();
+    pub const BEFORE: u32 = Kind::of(Subject::Inputs) | Kind::of(Subject::InputGradients);
     /// Kinds of parameters, as a mask; the others are of modules.
-    pub const OF_PARAMETERS: u32 = Kind::Param.bit() | Kind::Grad.bit();
+    pub const OF_PARAMETERS: u32 = Kind::of(Subject::Parameters) | Kind::of(Subject::ParameterGradients);
     /// Gradients of activations, as a mask.
-    pub const GRADIENTS: u32 = Kind::Backward.bit() | Kind::BackwardPre.bit();
+    pub const GRADIENTS: u32 = Kind::of(Subject::InputGradients) | Kind::of(Subject::OutputGradients);
+
+    /// What each kind is: whose tensors, its word in a clause and in a record, and what that means.
+    const fn about(self) -> (Subject, &'static str, &'static str) {
+        match self {
+            Kind::Forward => (Subject::Outputs, "forward", "outputs of the forward pass"),
+            Kind::ForwardPre => (Subject::Inputs, "forward_pre", "inputs of the forward pass"),
+            Kind::Backward => (Subject::InputGradients, "backward", "gradients of the inputs"),
+            Kind::BackwardPre => (Subject::OutputGradients, "backward_pre", "gradients of the outputs"),
+            Kind::Param => (Subject::Parameters, "param", "the parameter that the step's forward used"),
+            Kind::Grad => (Subject::ParameterGradients, "grad", "the gradient that the optimizer uses"),
+        }
+    }
+
+    /// Whose tensors it means.
+    pub const fn subject(self) -> Subject {
+        self.about().0
+    }
 
     /// The word in a clause and in a record.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Forward => "forward",
-            Kind::ForwardPre => "forward_pre",
-            Kind::Backward => "backward",
-            Kind::BackwardPre => "backward_pre",
-            Kind::Param => "param",
-            Kind::Grad => "grad",
-        }
+    pub const fn name(self) -> &'static str {
+        self.about().1
+    }
+
+    /// What it is, in a few words for people.
+    pub const fn meaning(self) -> &'static str {
+        self.about().2
+    }
+
+    /// Every kind, in the order in which a step has them.
+    pub fn in_order() -> Vec<Self> {
+        let mut all = Self::ALL.to_vec();
+        all.sort_by_key(|kind| kind.subject());
+        all
     }
 
     /// The kind with this word.
@@ -201,6 +229,60 @@ impl Kind {
     /// This kind's bit in a mask of kinds.
     pub const fn bit(self) -> u32 {
         1 << (self as u32)
+    }
+
+    /// Whether it is one of a mask.
+    pub const fn is_in(self, mask: u32) -> bool {
+        self.bit() & mask != 0
+    }
+
+    /// Those of a mask.
+    pub fn in_mask(mask: u32) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |kind| kind.is_in(mask))
+    }
+
+    /// All kinds of a subject, as a mask.
+    pub const fn of(subject: Subject) -> u32 {
+        let (mut mask, mut i) = (0, 0);
+        while i < Self::ALL.len() {
+            if Self::ALL[i].subject() as u32 == subject as u32 {
+                mask |= Self::ALL[i].bit();
+            }
+            i += 1;
+        }
+        mask
+    }
+
+    /// The masks that C++ and Python have, by name: `KINDS_OF_OUTPUTS`, ...
+    pub fn masks() -> [(&'static str, u32); 8] {
+        [
+            ("KINDS_OF_OUTPUTS", Kind::of(Subject::Outputs)),
+            ("KINDS_OF_INPUTS", Kind::of(Subject::Inputs)),
+            ("KINDS_OF_INPUT_GRADIENTS", Kind::of(Subject::InputGradients)),
+            ("KINDS_OF_OUTPUT_GRADIENTS", Kind::of(Subject::OutputGradients)),
+            ("KINDS_OF_PARAMETER_VALUES", Kind::of(Subject::Parameters)),
+            ("KINDS_OF_PARAMETER_GRADIENTS", Kind::of(Subject::ParameterGradients)),
+            ("KINDS_OF_PARAMETERS", Kind::OF_PARAMETERS),
+            ("KINDS_OF_GRADIENTS", Kind::GRADIENTS),
+        ]
+    }
+}
+
+impl Placement {
+    /// Whether what one member holds is certainly not all of it.
+    pub fn holds_part(self) -> bool {
+        self == Self::Partial || self.is_piece()
+    }
+
+    /// Whether it certainly is a piece of one dimension. Then so is its gradient.
+    pub fn is_piece(self) -> bool {
+        matches!(self, Self::Shard | Self::HeadTail)
+    }
+
+    /// The mask that C++ and Python have: a bit for each code of a piece of a dimension.
+    pub fn pieces() -> (&'static str, u32) {
+        let pieces = Self::all().filter(|placement| placement.is_piece());
+        ("PLACEMENTS_OF_PIECES", pieces.fold(0, |mask, placement| mask | 1 << placement as u32))
     }
 }
 
@@ -213,12 +295,12 @@ impl Refusal {
             Self::Meta => "a meta or fake tensor (no data)",
             Self::Quantized => "a quantized tensor",
             Self::Functorch => "a tensor inside vmap or another functorch transform",
-            Self::DTensor => "a DTensor whose part on this rank could not be told",
+            Self::DTensor => "a DTensor whose part on this rank is not known",
             Self::Subclass => "a tensor subclass without storage of its own",
             Self::Nested => "a nested tensor",
             Self::Dtype => "an element type FlexModel does not know",
             Self::Device => "a device that is neither CPU nor CUDA",
-            Self::SharedInput => "an input whose gradient through this module alone cannot be told",
+            Self::SharedInput => "an input whose gradient through this module alone is not known",
             Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
             Self::Raised => "a tensor that raised when it was looked at; a notice says what",
             Self::Split => {
@@ -229,10 +311,13 @@ impl Refusal {
     }
 }
 
-/// The codes that Python has, by name: `KIND_FORWARD_PRE`, `PLACEMENT_SHARD`, ...; and masks of kinds, `KINDS_...`.
+/// The masks that C++ and Python have, by name.
+pub fn masks() -> Vec<(&'static str, u32)> {
+    [&Kind::masks()[..], &[Placement::pieces()]].concat()
+}
+
+/// The codes that Python has, by name: `KIND_FORWARD_PRE`, `PLACEMENT_SHARD`, ...; and [`masks`].
 pub fn constants() -> Vec<(String, u32)> {
-    let masks = [("OF_PARAMETERS", Kind::OF_PARAMETERS), ("GRADIENTS", Kind::GRADIENTS)];
-    let masks = masks.map(|(name, mask)| (format!("KINDS_{name}"), mask)).into();
     let codes = [
         named::<Kind>("KIND"),
         named::<Placement>("PLACEMENT"),
@@ -240,7 +325,7 @@ pub fn constants() -> Vec<(String, u32)> {
         named::<Order>("ORDER"),
         named::<Refusal>("REFUSAL"),
         named::<Flag>("FLAG"),
-        masks,
+        masks().into_iter().map(|(name, mask)| (name.to_owned(), mask)).collect(),
     ];
     codes.concat()
 }
@@ -277,10 +362,33 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_has_one_subject() {
+        let subjects = [
+            Subject::Outputs,
+            Subject::Inputs,
+            Subject::InputGradients,
+            Subject::OutputGradients,
+            Subject::Parameters,
+            Subject::ParameterGradients,
+        ];
+        let bits: u32 = subjects.map(|subject| Kind::of(subject).count_ones()).iter().sum();
+        assert_eq!((bits as usize, Kind::in_mask(!0).count()), (Kind::ALL.len(), Kind::ALL.len()));
+        let order = Kind::in_order().into_iter().map(Kind::name).collect::<Vec<_>>();
+        assert_eq!(order, ["forward_pre", "forward", "backward_pre", "backward", "param", "grad"]);
+        assert_eq!((Kind::BEFORE, Kind::GRADIENTS, Kind::OF_PARAMETERS), (0b110, 0b1100, 0b11_0000));
+    }
+
+    #[test]
+    fn a_gradient_lies_as_its_tensor_where_that_is_a_piece() {
+        let pieces: Vec<_> = Placement::all().filter(|placement| placement.is_piece()).collect();
+        assert_eq!(pieces, [Placement::Shard, Placement::HeadTail]);
+    }
+
+    #[test]
     fn python_has_a_constant_for_every_code_and_no_name_twice() {
         let mut constants = constants();
         for expected in
-            [("KIND_BACKWARD_PRE", 3), ("PLACEMENT_HEAD_TAIL", 6), ("FLAG_TRAINING", 4), ("KINDS_GRADIENTS", 12)]
+            [("KIND_BACKWARD_PRE", 3), ("PLACEMENT_HEAD_TAIL", 6), ("FLAG_TRAINING", 4), ("PLACEMENTS_OF_PIECES", 66)]
         {
             assert!(constants.contains(&(expected.0.to_owned(), expected.1)), "{expected:?}");
         }

@@ -92,7 +92,7 @@ impl Counts {
         Ok(counts)
     }
 
-    /// What a job is told in [`crate::env::COUNTS`] that is to count its captures for the agent at `agent`, which is what
+    /// What [`crate::env::COUNTS`] is in a job that is to count its captures for the agent at `agent`, which is what
     /// [`crate::env::AGENT`] says. It holds as long as this process has the counts.
     pub fn name(&self, agent: &str) -> String {
         let number = self.fd.as_ref().map_or(-1, AsRawFd::as_raw_fd);
@@ -113,7 +113,7 @@ impl Counts {
             return None;
         }
         let counts = Self::map(&file).ok()?;
-        // SAFETY: LEN bytes are mapped and sealed; both fields were written before anybody was told of them.
+        // SAFETY: LEN bytes are mapped and sealed; both fields were written before anybody had the descriptor.
         let (magic, version) = unsafe { ((*counts.memory.as_ptr()).magic, (*counts.memory.as_ptr()).version) };
         (magic == MAGIC && version == COUNTS_VERSION).then_some(counts)
     }

@@ -12,7 +12,7 @@
 //! | [`counts`] | what ranks have captured, for who started them | interposer, launcher |
 //! | [`codes`] | numbers that mean the same to engine, bridge and shim | interposer, bridge |
 //! | [`control`] | messages on the unix socket | interposer, agent |
-//! | [`bridge_marker`] | how a bridge is told from others | launcher, interposer |
+//! | [`bridge_marker`] | what distinguishes a bridge from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
 //! | [`preload`] | what the preloaded object and the engine tell each other, inside one process | interposer |
 //! | [`trust`] | what may be run as code | launcher, interposer |

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 6;
+pub const RECORD_VERSION: u16 = 5;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -77,6 +77,14 @@ impl Place {
         }
     }
 
+    /// The dimension of which members hold pieces, or may hold some.
+    pub fn dim(&self) -> Option<u32> {
+        match self {
+            Self::Shard { dim } | Self::ReplicateOrShard { dim } | Self::HeadTail { dim } => Some(*dim),
+            Self::Replicate | Self::Flat { .. } | Self::Partial | Self::Unknown => None,
+        }
+    }
+
     /// Its code.
     pub fn placement(&self) -> Placement {
         match self {
@@ -105,8 +113,8 @@ pub struct Axis {
     /// Where nothing but the number of ranks says that members have rows of the batch of their own: a digest of what this
     /// member's model was given in the same pass. If two members were given the same, they have not, and `place` counts
     /// as [`Place::Unknown`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub given: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none", alias = "given")]
+    pub input_digest: Option<u32>,
 }
 
 /// What one rank's captured tensor is. Its bytes (row-major, `shape`, `dtype`) follow in the slab.
@@ -134,9 +142,6 @@ pub struct RecordMeta {
     pub repeat: u32,
     /// The pass trains: gradients were enabled when the model was called, and some module of it was in training mode.
     pub train: bool,
-    /// The step is a forward pass of the model, before the process made an optimizer or a backward pass: steps of training
-    /// have numbers of their own.
-    pub inference: bool,
     /// Keep statistics only.
     pub stats_only: bool,
     /// Element type of the bytes that follow.
@@ -181,7 +186,6 @@ impl RecordMeta {
             call: 0,
             repeat: 0,
             train: true,
-            inference: false,
             stats_only: false,
             dtype,
             shape,
@@ -207,9 +211,8 @@ impl RecordMeta {
     /// Appends the encoding to `out`. Names longer than [`MAX_NAME`] are cut at a character boundary.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&RECORD_VERSION.to_le_bytes());
-        let [train, stats_only, same, inference] =
-            [self.train, self.stats_only, self.same.is_some(), self.inference].map(u8::from);
-        let flags = train | stats_only << 1 | same << 2 | inference << 3;
+        let [train, stats_only, same] = [self.train, self.stats_only, self.same.is_some()].map(u8::from);
+        let flags = train | stats_only << 1 | same << 2;
         out.extend_from_slice(&[self.kind as u8, self.dtype as u8, flags]);
         for n in [self.model, self.micro, self.call, self.repeat, self.rank, self.dp_size] {
             out.extend_from_slice(&n.to_le_bytes());
@@ -228,13 +231,12 @@ impl RecordMeta {
             out.extend_from_slice(&axis.index.to_le_bytes());
             out.extend_from_slice(&axis.size.to_le_bytes());
             let dim = match &axis.place {
-                Place::Shard { dim } | Place::ReplicateOrShard { dim } | Place::HeadTail { dim } => *dim,
                 Place::Flat { shape } => shape.len().min(MAX_DIMS) as u32,
-                Place::Replicate | Place::Partial | Place::Unknown => 0,
+                place => place.dim().unwrap_or(0),
             };
             out.push(axis.place.placement() as u8);
             out.extend_from_slice(&dim.to_le_bytes());
-            out.extend_from_slice(&axis.given.map_or(u64::MAX, u64::from).to_le_bytes());
+            out.extend_from_slice(&axis.input_digest.map_or(u64::MAX, u64::from).to_le_bytes());
             if let Place::Flat { shape } = &axis.place {
                 shape.iter().take(MAX_DIMS).for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
             }
@@ -253,7 +255,7 @@ impl RecordMeta {
         let kind = Kind::from_code(r.u8()?).ok_or(RecordError("unknown kind"))?;
         let dtype = DType::from_code(r.u8()?).ok_or(RecordError("unknown dtype"))?;
         let flags = r.u8()?;
-        if flags > 15 {
+        if flags > 7 {
             return Err(RecordError("unknown flags"));
         }
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
@@ -278,13 +280,13 @@ impl RecordMeta {
                 return Err(RecordError("mesh coordinate outside its axis"));
             }
             let (code, dim) = (r.u8()?, r.u32()?);
-            let given = match r.u64()? {
+            let input_digest = match r.u64()? {
                 u64::MAX => None,
                 digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
             };
             let placement = Placement::from_code(code).ok_or(RecordError("unknown placement"))?;
             let shape: Vec<u64> = match placement {
-                Placement::Shard | Placement::HeadTail if dim as usize >= ndim => {
+                _ if placement.is_piece() && dim as usize >= ndim => {
                     return Err(RecordError("pieces of a dimension the tensor does not have"));
                 }
                 Placement::Flat if dim as usize > MAX_DIMS => return Err(RecordError("too many dimensions")),
@@ -292,7 +294,7 @@ impl RecordMeta {
                 _ => Vec::new(),
             };
             let place = Place::of(placement, dim, &shape);
-            axes.push(Axis { name, index, size, place, given });
+            axes.push(Axis { name, index, size, place, input_digest });
         }
         let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];
         if !r.0.is_empty() {
@@ -310,7 +312,6 @@ impl RecordMeta {
             call,
             repeat,
             train: flags & 1 != 0,
-            inference: flags & 8 != 0,
             stats_only: flags & 2 != 0,
             dtype,
             shape,
@@ -381,8 +382,14 @@ mod tests {
             call: 3,
             rank: 1,
             axes: vec![
-                Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0 }, given: Some(7) },
-                Axis { name: "tp".into(), index: 0, size: 2, place: Place::Flat { shape: vec![3, 4] }, given: None },
+                Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0 }, input_digest: Some(7) },
+                Axis {
+                    name: "tp".into(),
+                    index: 0,
+                    size: 2,
+                    place: Place::Flat { shape: vec![3, 4] },
+                    input_digest: None,
+                },
             ],
             dp_size: 2,
             loss_scale: LossScale(1024.0),

@@ -16,10 +16,10 @@
 
 use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 
-use crate::codes::{CopyState, EditOp};
+use crate::codes::CopyState;
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 9;
+pub const TAP_ABI: u32 = 10;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -85,8 +85,8 @@ pub unsafe fn array<'a, T>(first: *const T, len: usize) -> &'a [T] {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Leaf<'a> {
-    /// Code of [`crate::codes::Kind`].
-    pub kind: u8,
+    /// Mask of the kinds under which it is to be captured.
+    pub kinds: u32,
     /// Code of [`crate::dtype::DType`]; 0: not a type we know.
     pub dtype: u8,
     /// Code of [`crate::codes::Refusal`]: why it cannot be read.
@@ -161,10 +161,6 @@ pub struct Call {
     pub pass: u64,
     /// The pass trains.
     pub train: bool,
-    /// The step is one of inference.
-    pub inference: bool,
-    /// A replay of activation checkpointing.
-    pub recompute: bool,
     /// Kinds to capture: at once (forward kinds), or by gradient hooks (backward kinds).
     pub capture: u32,
     /// Kinds with an edit that is active now.
@@ -198,14 +194,25 @@ pub struct Firing {
     pub input_digest: u32,
 }
 
-/// How a leaf is edited.
+/// What is done to a leaf. Several edits of one leaf are one, see [`LeafEdit::then`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub struct LeafEdit {
-    /// What is done to it.
-    pub op: EditOp,
-    /// For [`EditOp::Scale`].
+    /// Floating and complex leaves are multiplied with it; 1: they stay as they are.
     pub factor: f64,
+    /// Zeros take its place.
+    pub zero: bool,
+}
+
+impl LeafEdit {
+    /// Nothing is done to it.
+    pub const NONE: Self = Self { factor: 1.0, zero: false };
+
+    /// This, and then another.
+    #[must_use]
+    pub fn then(self, next: Self) -> Self {
+        Self { factor: self.factor * next.factor, zero: self.zero || next.zero }
+    }
 }
 
 /// One module or parameter that a selector matched.
@@ -304,14 +311,14 @@ pub struct HostTable {
     pub backward_ended: unsafe extern "C" fn(),
     /// A tap fires; fills `Call` and returns whether there is anything to do.
     pub triggered: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
-    /// Whether this kind (a code, as in all that follows) of a parameter is wanted in this step, and was not captured in it yet.
+    /// Whether this kind of a parameter (a code) is wanted in this step, and was not captured in it yet.
     pub parameter_due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
     /// The call to capture it under; from now on it is not due in this step.
     pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, out: *mut Call) -> bool,
-    /// Captures a leaf.
+    /// Captures a leaf, once for each of its kinds.
     pub capture: unsafe extern "C" fn(call: *const Call, leaf: *const Leaf<'_>),
-    /// How a leaf is edited.
-    pub edit: unsafe extern "C" fn(call: *const Call, kind: u8, path: Str<'_>) -> LeafEdit,
+    /// How a leaf is edited by what edits any of these kinds, a mask.
+    pub edit: unsafe extern "C" fn(call: *const Call, kinds: u32, path: Str<'_>) -> LeafEdit,
     /// One line for the user, on stderr and in the run.
     pub notice: unsafe extern "C" fn(text: Str<'_>),
     /// An inner error: taps go off in this process for good, with this line.
@@ -407,6 +414,52 @@ pub struct BridgeTable {
     pub leave: unsafe extern "C" fn(comm: *mut c_void),
     /// Pins the slab for fast copies from a device, where there is one. Whether it did.
     pub pin: unsafe extern "C" fn(base: *mut u8, len: usize) -> bool,
+}
+
+/// A struct that crosses, as Rust lays it out. The generated header asserts that C++ does so too.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes of it.
+    pub size: usize,
+    /// What its address is a multiple of.
+    pub align: usize,
+    /// Its fields, with their offsets.
+    pub fields: Vec<(&'static str, usize)>,
+}
+
+/// [`layouts`] for structs that name all of their fields; a list that lacks one does not compile.
+macro_rules! layouts {
+    ($($name:ident { $($field:ident),* $(; $rest:tt)? })*) => {
+        /// Every struct that crosses.
+        pub fn layouts() -> Vec<Layout> {
+            vec![$(Layout {
+                name: stringify!($name),
+                size: size_of::<$name>(),
+                align: align_of::<$name>(),
+                fields: vec![$((stringify!($field), std::mem::offset_of!($name, $field))),*],
+            }),*]
+        }
+
+        $(const _: fn($name) = |$name { $($field: _,)* $($rest)? }| ();)*
+    };
+}
+
+layouts! {
+    Str { ptr, len; .. }
+    Leaf { kinds, dtype, refusal, on_device, repeat, path, handle, sizes, ndim, axes, axis_count }
+    MeshAxis { name, index, size, role }
+    LeafAxis { name, index, size, placement, dim, sizes, ndim }
+    Call { tap, step, turn, micro, call, pass, train, capture, edit, first, ask }
+    Firing { pre, replay, grad_enabled, train, recomputes, split, first, input_digest }
+    LeafEdit { factor, zero }
+    Selected { index, tap, kinds, edits, before }
+    ModuleDesc { name, class_name, qualified, order }
+    ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count }
+    Rank { rank, world }
+    HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, held_by,
+        stepped, backward_ended, triggered, parameter_due, begin_parameter, capture, edit, notice, fault, plan, joined, per_rank, finish, active }
 }
 
 // SAFETY: plain function pointers.

@@ -27,8 +27,8 @@ use wire::{
 };
 
 /// Version of everything in this module. In 1, parts had a `recompute`, always false, and shards of a dimension an
-/// `offset`, always null: neither is read.
-pub const FORMAT: u32 = 2;
+/// `offset`, always null: neither is read. Until 2, the `input_digest` of an axis was `given`, and is read as that.
+pub const FORMAT: u32 = 3;
 /// `run.json`.
 pub const RUN_FILE: &str = "run.json";
 /// `manifest.jsonl`.
@@ -236,9 +236,6 @@ pub struct Identity {
     pub repeat: u32,
     /// The pass trains.
     pub train: bool,
-    /// The step is one of inference, which has numbers of its own.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub inference: bool,
 }
 
 /// What a part is: an identity, and this rank's piece of it.
@@ -321,7 +318,6 @@ impl What {
                 call: m.call,
                 repeat: m.repeat,
                 train: m.train,
-                inference: m.inference,
             },
             class: m.class,
             group: m.group,
@@ -352,9 +348,6 @@ impl std::fmt::Display for Identity {
         )?;
         if self.repeat > 0 {
             write!(f, ".repeat{}", self.repeat)?;
-        }
-        if self.inference {
-            write!(f, ".inference")?;
         }
         if !self.train {
             write!(f, ".eval")?;

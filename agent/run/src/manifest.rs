@@ -213,12 +213,15 @@ mod tests {
         let shard = wire::record::Place::Shard { dim: 0 };
         let mut part = crate::testing::part("layers.0.mlp", 1, 2);
         part.what.axes = crate::testing::on_rank(crate::testing::meta("", 0, 2), 0, 2, shard).axes;
+        part.what.axes[0].input_digest = Some(7);
         let line = Line::Part(part);
         let new = serde_json::to_string(&line).unwrap();
         let older = new
             .replace("\"train\":true", "\"train\":true,\"recompute\":false")
-            .replace("{\"dim\":0}", "{\"dim\":0,\"offset\":null}");
-        assert!(older.len() == new.len() + ",\"recompute\":false".len() + ",\"offset\":null".len());
+            .replace("{\"dim\":0}", "{\"dim\":0,\"offset\":null}")
+            .replace("input_digest", "given");
+        let added = ",\"recompute\":false,\"offset\":null".len() + "given".len() - "input_digest".len();
+        assert_eq!(older.len(), new.len() + added);
         let framed = format!("{{\"crc\":\"{:08x}\",\"rec\":{older}}}\n", crc32c::crc32c(older.as_bytes()));
         assert_eq!(decode_line(framed.as_bytes()).unwrap(), line);
     }

@@ -230,7 +230,7 @@ impl Scattered {
                 }
                 let axis = &mut part.what.axes[at];
                 axis.index = members.range(..axis.index).count() as u32;
-                (axis.size, axis.place, axis.given) = (members.len() as u32, Place::Unknown, None);
+                (axis.size, axis.place, axis.input_digest) = (members.len() as u32, Place::Unknown, None);
             }
         }
     }

@@ -274,7 +274,7 @@ impl<'a> Certifier<'a> {
 /// Whether gradients like this one are divided before they are compared.
 fn is_divided(record: &Record) -> bool {
     let (kind, dtype) = (record.id.kind, record.what().dtype);
-    matches!(kind, Kind::Backward | Kind::BackwardPre) && (dtype.is_float() || dtype.is_complex())
+    kind.is_in(Kind::GRADIENTS) && (dtype.is_float() || dtype.is_complex())
 }
 
 /// Why two gradients cannot be brought to one loss, if they cannot.

@@ -23,8 +23,8 @@ pub struct Args {
     pub run: PathBuf,
     /// The module's name as `flexmodel ls` shows it; `(root)` is the model itself.
     pub module: String,
-    /// forward, forward_pre, backward, backward_pre, param or grad.
-    #[arg(long, value_parser = parse_kind)]
+    /// What of the module, see `flexmodel ls`.
+    #[arg(long, value_parser = parse_kind, help = format!("What of the module: {}", kinds()))]
     pub kind: Option<Kind>,
     /// Leaf, such as `out[0]`.
     #[arg(long)]
@@ -58,10 +58,14 @@ pub struct Args {
 /// A kind's word; the error offers the nearest.
 pub fn parse_kind(word: &str) -> Result<Kind, String> {
     Kind::from_name(word).ok_or_else(|| {
-        let names: Vec<&str> = Kind::ALL.iter().map(|k| k.name()).collect();
-        let best = nearest(word, &names, 1).join("");
-        format!("there is no kind {word}; did you mean {best}? ({})", names.join(", "))
+        let best = nearest(word, &Kind::ALL.map(Kind::name), 1).join("");
+        format!("there is no kind {word}; did you mean {best}? ({})", kinds())
     })
+}
+
+/// The words of all kinds.
+fn kinds() -> String {
+    Kind::ALL.map(Kind::name).join(", ")
 }
 
 #[derive(Serialize)]

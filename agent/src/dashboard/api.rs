@@ -79,7 +79,9 @@ pub async fn series(
     wanted: Result<Query<Wanted>, QueryRejection>,
 ) -> Answer<serde_json::Value> {
     let (clock, series) = shared.live.series(&parse(wanted)?.query());
-    Ok(Json(json!({ "clock": clock, "series": series })))
+    // Every kind that there is, in the order in which a step has them: its word and its meaning.
+    let kinds: Vec<_> = Kind::in_order().into_iter().map(|kind| (kind.name(), kind.meaning())).collect();
+    Ok(Json(json!({ "clock": clock, "series": series, "kinds": kinds })))
 }
 
 pub async fn records(

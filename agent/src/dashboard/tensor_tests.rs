@@ -46,7 +46,7 @@ fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
                 index: *index,
                 size: *size,
                 place: place.clone(),
-                given: None,
+                input_digest: None,
             })
             .collect();
         let real = component(dtype);
@@ -228,7 +228,7 @@ fn every_element_is_read_through_few_and_short_windows() {
         for rank in 0..ranks {
             let mut what = What::from_meta(testing::meta("m", 0, 1));
             (what.rank, what.shape) = (rank, vec![rows, cols]);
-            what.axes = vec![Axis { name: "tp".into(), index: rank, size: ranks, place: shard(1), given: None }];
+            what.axes = vec![Axis { name: "tp".into(), index: rank, size: ranks, place: shard(1), input_digest: None }];
             let values = (0..rows * cols).map(|n| value(rank, n));
             sum += values.clone().map(f64::from).sum::<f64>();
             let stem = format!("shard-{rank:05}");

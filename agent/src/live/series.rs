@@ -110,7 +110,7 @@ impl Role {
 }
 
 fn may_repeat(axis: &Axis) -> bool {
-    matches!(axis.place, Place::ReplicateOrShard { .. }) || axis.given.is_some()
+    matches!(axis.place, Place::ReplicateOrShard { .. }) || axis.input_digest.is_some()
 }
 
 impl Moments {

@@ -252,7 +252,8 @@ impl Rank {
         record.dp_size = self.world;
         if self.world > 1 {
             let place = Place::Shard { dim: 0 };
-            record.axes = vec![Axis { name: "dp".into(), index: self.rank, size: self.world, place, given: None }];
+            record.axes =
+                vec![Axis { name: "dp".into(), index: self.rank, size: self.world, place, input_digest: None }];
         }
         self.ship_record(&record, &bytes_of(&record));
     }

@@ -226,7 +226,7 @@ impl Drop for Comm {
     fn drop(&mut self) {
         if self.shared.sound().is_ok() {
             let until = Instant::now() + ENDING;
-            // What failed has been aborted, and no one is left to be told.
+            // What failed has been aborted, and nobody is left who could hear of it.
             let _ = self.ask(Order::Finish(until), "ncclCommFinalize", until);
         }
     }

@@ -66,7 +66,7 @@ impl Worker {
         outcome.map_err(|error| self.break_off(error))
     }
 
-    /// Does what it is told until it is over.
+    /// Carries out jobs until there are no more.
     pub(crate) fn serve(mut self, inbox: &Receiver<Request>) {
         for Request { order, reply } in inbox {
             let outcome = self.obey(order).map_err(|error| self.break_off(error));

@@ -106,10 +106,12 @@ impl Capture {
     pub unsafe fn capture(&self, call: &Call, leaf: &Leaf<'_>) {
         // SAFETY: the caller vouches for it.
         let captured = unsafe { self.engine().describe(call, leaf) };
-        match captured {
-            Some(captured) if captured.collective => self.gather.take(captured),
-            Some(captured) => self.transport.send(captured),
-            None => {}
+        for captured in captured {
+            if captured.collective {
+                self.gather.take(captured);
+            } else {
+                self.transport.send(captured);
+            }
         }
     }
 

@@ -54,7 +54,7 @@ pub struct Tap {
     pub optimizers: Vec<u32>,
     /// Its calls.
     pub calls: Calls,
-    /// Kinds of a parameter, with the last step in which each was captured, and whether that was one of inference.
+    /// Kinds of a parameter, with the last step in which each was captured, and whether that was one of training.
     pub captured_in: HashMap<Kind, (bool, u64)>,
 }
 
@@ -71,22 +71,22 @@ impl Tap {
         self.in_step(call.step, call.turn).filter(move |clause| of_parameter || clause.wants_pass(micro, train))
     }
 
-    /// Its clauses that mean this leaf of a call.
-    pub fn for_leaf(&self, call: &Call, kind: Kind, path: &str) -> impl Iterator<Item = &Hook> {
+    /// Its clauses that mean this leaf of a call, by any of these kinds.
+    pub fn for_leaf(&self, call: &Call, kinds: u32, path: &str) -> impl Iterator<Item = &Hook> {
         let means = move |clause: &&Hook| {
-            clause.kinds.contains(&kind) && clause.options.path.as_deref().is_none_or(|only| only == path)
+            clause.kind_mask() & kinds != 0 && clause.options.path.as_deref().is_none_or(|only| only == path)
         };
         self.active(call).filter(means)
     }
 
     /// The clause that captures a leaf: the first one that keeps its bytes, or else the first.
     pub fn captures(&self, call: &Call, kind: Kind, path: &str) -> Option<&Hook> {
-        self.for_leaf(call, kind, path).min_by_key(|clause| clause.options.reduce == Reduce::Stats)
+        self.for_leaf(call, kind.bit(), path).min_by_key(|clause| clause.options.reduce == Reduce::Stats)
     }
 
     /// Whether this kind of a parameter is wanted in this step and was not captured in it.
     pub fn is_due(&self, now: &Call, kind: Kind) -> bool {
-        self.captured_in.get(&kind) != Some(&(now.inference, now.step))
+        self.captured_in.get(&kind) != Some(&(now.train, now.step))
             && self.in_step(now.step, now.turn).any(|clause| clause.kinds.contains(&kind))
     }
 }

@@ -1,71 +1,55 @@
-"""The frameworks that FlexModel knows: one file each. To add one, write its adapter and put it on the list.
+"""The frameworks that FlexModel knows: one file each, with its adapter. To add one, write it and put it on the list.
 
-| file | knows |
-|---|---|
-| `adapter.py` | what an adapter may answer |
-| `torch_wrappers.py` | torch's wrappers that distribute nothing |
-| `ddp.py`, `fsdp1.py`, `fsdp2.py` | torch's wrappers that distribute a model |
-| `deepspeed.py` | DeepSpeed's engine and ZeRO |
-| `dtensor.py` | DTensors, and local tensors made from them |
-| `device_mesh.py` | the meshes that the job makes |
-| `megatron.py` | megatron-core's parallel layers, process groups and schedules |
-| `marks.py` | the marks of megatron's on parameters, which others make too |
-| `context_parallel.py` | how torch cuts sequences |
-| `pipelining.py` | torch's stages of pipelines |
-| `amp.py` | torch's loss scaling |
-| `optimizers.py` | the clock: what ends a step |
-| `distributed.py` | when this process becomes a rank |
-| `compiler.py` | when torch.compile comes into use |
-| `vllm.py` | the keys of vLLM's compiled graphs |
+`adapter.py` says what an adapter may answer.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from .. import naming
-from . import (
-    amp,
-    compiler,
-    context_parallel,
-    ddp,
-    deepspeed,
-    device_mesh,
-    distributed,
-    dtensor,
-    fsdp1,
-    fsdp2,
-    marks,
-    megatron,
-    optimizers,
-    pipelining,
-    torch_wrappers,
-    vllm,
-)
 from .adapter import Adapter, Job, ModelFacts, Stage
 
 # In the order in which they are asked. Who says the outer axes comes first.
-ADAPTERS: list[type[Adapter]] = [
-    torch_wrappers.TorchWrappers,
-    deepspeed.DeepSpeed,
-    fsdp1.Fsdp1,
-    fsdp2.Fsdp2,
-    ddp.Ddp,
-    dtensor.DTensors,
-    device_mesh.DeviceMeshes,
-    megatron.Megatron,
-    marks.Marks,
-    context_parallel.ContextParallel,
-    pipelining.Pipelining,
-    amp.Amp,
-    optimizers.Optimizers,
-    distributed.Distributed,
-    compiler.Compiler,
-    vllm.Vllm,
-]
+_FILES = (
+    "torch_wrappers",  # torch's wrappers that distribute nothing
+    "deepspeed",  # DeepSpeed's engine and ZeRO
+    "fsdp1",  # FullyShardedDataParallel
+    "fsdp2",  # fully_shard
+    "ddp",  # DistributedDataParallel
+    "dtensor",  # DTensors, and local tensors made from them
+    "device_mesh",  # the meshes that the job makes
+    "megatron",  # megatron-core's parallel layers, process groups and schedules
+    "marks",  # the marks of megatron's on parameters, which others make too
+    "context_parallel",  # how torch cuts sequences
+    "pipelining",  # torch's stages of pipelines
+    "amp",  # torch's loss scaling
+    "optimizers",  # the clock: what ends a step
+    "distributed",  # when this process becomes a rank
+    "compiler",  # when torch.compile comes into use
+    "vllm",  # the keys of vLLM's compiled graphs
+)
+
+
+def _adapter_in(file: ModuleType) -> type[Adapter]:
+    """The adapter that a file defines."""
+    (found,) = (
+        each
+        for each in vars(file).values()
+        if isinstance(each, type) and issubclass(each, Adapter) and each.__module__ == file.__name__
+    )
+    return found
+
+
+ADAPTERS = [_adapter_in(importlib.import_module(f"{__name__}.{name}")) for name in _FILES]
+
+# What stands for the answer of one that raised.
+_RAISED = object()
 
 for _adapter in ADAPTERS:
     naming.know(_adapter)
@@ -111,13 +95,18 @@ class Frameworks:
     def look_at(self, modules: list[nn.Module], with_parameters: bool) -> ModelFacts:
         """What adapters say of a model, each of whose modules is shown to them once."""
         model, of = ModelFacts(with_parameters), self._job.faults.of
+
+        def ask(method: Any, what: str, *about: Any) -> None:
+            raised = of(_about(method, what), method, *about, otherwise=_RAISED) is _RAISED
+            model.is_known = model.is_known and not raised
+
         for begin in self._who("begin"):
-            of(_about(begin, "models"), begin, model)
+            ask(begin, "models", model)
         for module in modules:
             for see in self._who("see"):
-                of(_about(see, f"a {type(module).__name__}"), see, module, model)
+                ask(see, f"a {type(module).__name__}", module, model)
         for conclude in self._who("conclude"):
-            of(_about(conclude, "a model"), conclude, model)
+            ask(conclude, "a model", model)
         return model
 
     def first(self, question: str, *about: Any) -> Any:

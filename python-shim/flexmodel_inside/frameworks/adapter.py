@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from .._bridge import KINDS_GRADIENTS
+from .._bridge import KINDS_OF_GRADIENTS
 
 if TYPE_CHECKING:
     from ..caches import Caches
@@ -60,7 +60,7 @@ class Job:
 
     def wants_gradients(self) -> bool:
         """Whether gradients of activations are to be captured at all."""
-        return bool(self.bridge.wants(KINDS_GRADIENTS))
+        return bool(self.bridge.wants(KINDS_OF_GRADIENTS))
 
     def loss_scale(self, scale: float) -> None:
         """From now on gradients are those of the job's loss times `scale`. `bridge.scaled` says it of one loss."""
@@ -84,6 +84,8 @@ class ModelFacts:
     def __init__(self, with_parameters: bool) -> None:
         # Whether parameters or their gradients are to be captured at all.
         self.with_parameters = with_parameters
+        # No adapter raised. Where one did, there may be axes over which the model lies that are missing here.
+        self.is_known = True
         # How the job wraps the model; '' if it does not.
         self.wrapper = ""
         # Whether the ranks of the batch have whole parameters, where nothing else is known.

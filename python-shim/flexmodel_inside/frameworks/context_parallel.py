@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..layouts import HEAD_TAIL, SHARD, UNKNOWN, AxisPlacement
+from .._bridge import PLACEMENT_HEAD_TAIL as HEAD_TAIL
+from .._bridge import PLACEMENT_SHARD as SHARD
+from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
+from ..layouts import AxisPlacement
 from ..mesh import CONTEXT, Axis
 from ..patches import follow, given
 from .adapter import Adapter, Job, ModelFacts

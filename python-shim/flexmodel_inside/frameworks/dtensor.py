@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import PARTIAL, REPLICATE, SHARD, UNKNOWN, AxisPlacement, waited_for
+from .._bridge import PLACEMENT_PARTIAL as PARTIAL
+from .._bridge import PLACEMENT_REPLICATE as REPLICATE
+from .._bridge import PLACEMENT_SHARD as SHARD
+from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
+from ..layouts import AxisPlacement, waited_for
 from ..mesh import TENSOR
 from ..naming import is_instance, stored
 from ..patches import follow, given
@@ -42,7 +46,9 @@ class DTensors(Adapter):
         for name, parameter in stored(module).items():
             if is_instance(parameter, _MODULE, _CLASS):
                 mesh = self.job.faults.of(f"the mesh of a parameter {name}", getattr, parameter, "device_mesh")
-                if mesh is not None and not any(mesh == other for other in meshes):
+                if mesh is None:
+                    model.is_known = False
+                elif not any(mesh == other for other in meshes):
                     meshes.append(mesh)
 
     def conclude(self, model: ModelFacts) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._bridge import KIND_PARAM
-from ..layouts import REPLICATE
+from .._bridge import PLACEMENT_REPLICATE as REPLICATE
 from ..mesh import DATA, Axis
 from ..naming import authored, is_instance, own
 from ..parameters import Parameter, Piece, flat_placement

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..layouts import SHARD, UNKNOWN, AxisPlacement
+from .._bridge import PLACEMENT_SHARD as SHARD
+from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
+from ..layouts import AxisPlacement
 from ..mesh import TENSOR
 from .adapter import Adapter, ModelFacts
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import SHARD, AxisPlacement
+from .._bridge import PLACEMENT_SHARD as SHARD
+from ..layouts import AxisPlacement
 from ..mesh import CONTEXT, DATA, PIPELINE, TENSOR
 from ..naming import is_instance, stored
 from ..orders import TURNED

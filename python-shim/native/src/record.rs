@@ -48,7 +48,7 @@ fn axes(all: &[Axis]) -> Vec<AxisFields> {
             Place::Partial => ("partial", -1, None),
             Place::Unknown => ("unknown", -1, None),
         };
-        (axis.name.clone(), axis.index, axis.size, place, dim, shape, axis.given)
+        (axis.name.clone(), axis.index, axis.size, place, dim, shape, axis.input_digest)
     };
     all.iter().map(one).collect()
 }

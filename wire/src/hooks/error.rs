@@ -93,8 +93,8 @@ impl<'a> Fault<'a> {
         let reason = format!("{} is not {singular}", quote(word));
         let list = words.join(", ");
         // A word with hardly a letter in common is no help; the list is.
-        let alike = |near: &&str| word_cost(word, near) <= word.len().max(near.len());
-        let help = match nearest_word(word, words.iter().copied()).filter(alike) {
+        let is_near = |near: &&str| word_cost(word, near) <= word.len().max(near.len());
+        let help = match nearest_word(word, words.iter().copied()).filter(is_near) {
             Some(near) => format!("did you mean '{near}'? ({plural}: {list})"),
             None => format!("{plural}: {list}"),
         };

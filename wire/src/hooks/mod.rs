@@ -6,6 +6,7 @@
 //!
 //! [`parse`] reads clauses or a TOML file's path; every error names the place, the reason and the way out.
 
+mod edit;
 mod error;
 mod parse;
 mod select;
@@ -14,8 +15,7 @@ mod value;
 
 use std::ops::Range;
 
-use serde::{Deserialize, Serialize};
-
+pub use edit::Edit;
 pub use error::{HookError, Place};
 pub use parse::{parse, parse_clauses};
 pub use select::nearest;
@@ -23,6 +23,7 @@ pub use toml_form::parse_toml;
 
 pub use crate::codes::Kind;
 use crate::dtype::DType;
+use edit::built_in_forms;
 
 /// How the model itself is written, whose name is empty.
 pub const ROOT: &str = "(root)";
@@ -37,22 +38,6 @@ pub enum Selector {
     Regex(regex::Regex),
     /// `class=NAME`: the class's own name, or its full dotted name.
     Class(String),
-}
-
-/// How an edit changes a tensor.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Edit {
-    /// `scale(x)`: multiply floating and complex leaves by x.
-    Scale(f64),
-    /// `zero`: replace with zeros.
-    Zero,
-    /// `FILE.py:NAME`: call a Python function on the whole tensor.
-    Python {
-        /// The file as written.
-        file: String,
-        /// The function's name.
-        function: String,
-    },
 }
 
 /// Where shards are laid into the whole.
@@ -159,17 +144,8 @@ impl Hook {
 
     /// What this version of FlexModel understands but cannot do yet, as a sentence with the way out; `None` if all is well.
     pub fn unsupported(&self) -> Option<String> {
-        if self.edit.is_some()
-            && let Some(kind) = self.kinds.iter().find(|k| matches!(k, Kind::Param | Kind::Grad))
-        {
-            return Some(format!(
-                "edits of kind {} are not available in this version; edit forward, forward_pre, backward or backward_pre",
-                kind.name()
-            ));
-        }
-        if matches!(self.edit, Some(Edit::Python { .. })) {
-            return Some("Python edits are not available in this version; use |scale(x) or |zero".into());
-        }
-        None
+        matches!(self.edit, Some(Edit::Python { .. })).then(|| {
+            format!("Python edits are not available in this version; those that are built in are: {}", built_in_forms())
+        })
     }
 }

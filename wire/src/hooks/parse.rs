@@ -1,9 +1,10 @@
-//! Clauses: their selectors, their kinds, and how their parts are told apart.
+//! Clauses: their selectors, their kinds, and how their parts are separated.
 
+use super::edit::edit;
 use super::error::{Fault, HookError, Place, offset_in, quote};
 use super::select::{glob_character, regex_end};
 use super::toml_form::parse_toml;
-use super::value::{OPTIONS, edit, example, option_name, set_option};
+use super::value::{OPTIONS, example, option_name, set_option};
 use super::{Hook, Kind, Options, ROOT, Selector};
 use crate::env;
 
@@ -210,6 +211,7 @@ mod tests {
     use super::*;
     use crate::dtype::DType;
     use crate::hooks::{Edit, ShardHint};
+    use crate::tap_abi::LeafEdit;
 
     fn one(text: &str) -> Hook {
         let mut hooks = parse_clauses(text).unwrap_or_else(|e| panic!("{e}"));
@@ -245,7 +247,10 @@ mod tests {
         let hook = one("layers.3.mlp.0.weight:param,grad@every=50");
         assert_eq!(hook.kinds, [Kind::Param, Kind::Grad]);
 
-        assert_eq!(one("layers.7.mlp:forward|scale(0.5)").edit, Some(Edit::Scale(0.5)));
+        assert_eq!(
+            one("layers.7.mlp:forward|scale(0.5)").edit,
+            Some(Edit::BuiltIn(LeafEdit { factor: 0.5, zero: false }))
+        );
         let python = Edit::Python { file: "edits.py".into(), function: "double".into() };
         assert_eq!(one("layers.7.mlp|edits.py:double").edit, Some(python));
     }
@@ -255,7 +260,7 @@ mod tests {
         let hook = one("a.b:backward@shard=-1@tp,path=in[0]|scale(-2)");
         assert_eq!(hook.options.shard, Some(ShardHint { dim: -1, axis: "tp".into() }));
         assert_eq!(hook.options.path.as_deref(), Some("in[0]"));
-        assert_eq!(hook.edit, Some(Edit::Scale(-2.0)));
+        assert_eq!(hook.edit, Some(Edit::BuiltIn(LeafEdit { factor: -2.0, zero: false })));
 
         let hooks = parse_clauses(r"/a[;:@|,]\/b/:grad; c").unwrap();
         assert_eq!(hooks.len(), 2);

@@ -13,9 +13,10 @@
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::edit::edit;
 use super::error::{Fault, HookError, Place};
 use super::parse::{kinds, selector};
-use super::value::{OPTIONS, edit, example, option_name, set_option};
+use super::value::{OPTIONS, example, option_name, set_option};
 use super::{Hook, Kind, Options};
 use crate::env;
 
@@ -196,6 +197,7 @@ mod tests {
     use super::*;
     use crate::dtype::DType;
     use crate::hooks::{Edit, parse, parse_clauses};
+    use crate::tap_abi::LeafEdit;
 
     fn refused(text: &str) -> String {
         parse_toml(text, "hooks.toml").expect_err(text).to_string()
@@ -233,7 +235,7 @@ mod tests {
         assert_eq!(hooks[0].options.steps, Some((100, 200)));
         assert_eq!(hooks[0].options.ranks, Some(vec![0, 2]));
         assert_eq!(hooks[0].options.dtype, Some(DType::Float32));
-        assert_eq!(hooks[0].edit, Some(Edit::Scale(0.5)));
+        assert_eq!(hooks[0].edit, Some(Edit::BuiltIn(LeafEdit { factor: 0.5, zero: false })));
         assert_eq!(hooks[1].options.steps, Some((5, u64::MAX)));
         assert_eq!(hooks[2].kinds, [Kind::Forward]);
         for hook in hooks {

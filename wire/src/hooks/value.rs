@@ -1,11 +1,11 @@
-//! Values in clauses: options and edits.
+//! Values of options.
 //!
 //! Each has one parser, from its text; the TOML form brings its values to the same parsers.
 
 use std::collections::BTreeSet;
 
 use super::error::{Fault, nearest_word, quote};
-use super::{Assemble, Edit, Kind, Mode, Options, Reduce, ShardHint};
+use super::{Assemble, Kind, Mode, Options, Reduce, ShardHint};
 use crate::dtype::DType;
 
 /// Options by name, each with an example for messages.
@@ -24,9 +24,6 @@ pub(super) const OPTIONS: [(&str, &str); 11] = [
 ];
 /// Mesh axes that `shard` may name.
 const AXES: [&str; 5] = ["dp", "tp", "cp", "pp", "ep"];
-/// Kinds whose tensors an edit can change on their way.
-const EDITABLE: [Kind; 4] = [Kind::Forward, Kind::ForwardPre, Kind::Backward, Kind::BackwardPre];
-const EDITS: &str = "edits: scale(x), zero, FILE.py:NAME";
 const PATHS: &str = "paths are out, out[0], out.logits, out[2].k, in[0], in.states";
 /// More ranks than any job has; a range is written out, so it must have an end.
 const MOST_RANKS: u64 = 1 << 20;
@@ -120,7 +117,9 @@ fn ascending<T: PartialOrd>(text: &str, first: T, last: T) -> Result<(T, T), Fau
 fn range<'a>(text: &'a str, of: &str) -> Result<(u64, u64), Fault<'a>> {
     let (first, last) = match text.split_once("..") {
         None => (number(text)?, number(text)?),
-        Some(("", "")) => return Err(Fault::new(text, format!("'..' names no {of}"), "give a side of it, such as 100..")),
+        Some(("", "")) => {
+            return Err(Fault::new(text, format!("'..' names no {of}"), "give a side of it, such as 100.."));
+        }
         Some((first, "")) => (number(first)?, u64::MAX),
         Some(("", last)) => (0, number(last)?),
         Some((first, last)) => (number(first)?, number(last)?),
@@ -183,63 +182,6 @@ fn path(text: &str) -> Result<&str, Fault<'_>> {
         rest = after;
     }
     Ok(text)
-}
-
-/// An edit for a hook on `kinds`.
-pub(super) fn edit<'a>(text: &'a str, kinds: &[Kind]) -> Result<Edit, Fault<'a>> {
-    if let Some(kind) = kinds.iter().find(|kind| !EDITABLE.contains(kind)) {
-        let help = format!(
-            "an edit applies to {}; give '{}' a clause of its own",
-            EDITABLE.map(Kind::name).join(", "),
-            kind.name()
-        );
-        return Err(Fault::new(text, format!("kind '{}' cannot be edited", kind.name()), help));
-    }
-    let (name, argument) = text.split_once('(').map_or((text, None), |(name, rest)| (name, Some(rest)));
-    match (name.trim(), argument) {
-        ("", _) => Err(Fault::new(text, "an edit is missing", EDITS)),
-        ("zero", None) => Ok(Edit::Zero),
-        ("scale", Some(argument)) if argument.ends_with(')') => {
-            let factor = argument[..argument.len() - 1].trim();
-            match factor.parse::<f64>() {
-                Ok(x) if x.is_finite() => Ok(Edit::Scale(x)),
-                _ => Err(Fault::new(
-                    factor,
-                    format!("{} is not a finite number", quote(factor)),
-                    "write it like scale(0.5)",
-                )),
-            }
-        }
-        ("scale", _) => Err(Fault::new(text, "scale has no factor in parentheses", "write it like scale(0.5)")),
-        _ if text.contains(".py") => python(text),
-        (name, _) => {
-            let near = nearest_word(name, ["scale(x)", "zero"].into_iter()).unwrap_or("zero");
-            Err(Fault::new(
-                text,
-                format!("{} is not an edit", quote(text)),
-                format!("did you mean '{near}'? ({EDITS})"),
-            ))
-        }
-    }
-}
-
-/// `FILE.py:NAME`.
-fn python(text: &str) -> Result<Edit, Fault<'_>> {
-    let help = "write it like edits.py:double";
-    let (file, function) = text.rsplit_once(':').unwrap_or((text, ""));
-    let identifier = |name: &str| {
-        name.starts_with(|c: char| c.is_alphabetic() || c == '_')
-            && name.chars().all(|c| c.is_alphanumeric() || c == '_')
-    };
-    if file.len() <= ".py".len() || !file.ends_with(".py") {
-        Err(Fault::new(text, format!("{} is not a Python file", quote(file)), help))
-    } else if function.is_empty() {
-        Err(Fault::new(text, format!("{} names no function", quote(text)), help))
-    } else if !identifier(function) {
-        Err(Fault::new(function, format!("{} is not a function's name", quote(function)), help))
-    } else {
-        Ok(Edit::Python { file: file.to_string(), function: function.to_string() })
-    }
 }
 
 #[cfg(test)]
@@ -327,36 +269,10 @@ mod tests {
         refused("path", "output[0]", "starts with neither 'out' nor 'in'; did you mean 'out'?");
     }
 
-    #[test]
-    fn edits_are_understood_or_refused_with_the_form() {
-        let forward = [Kind::Forward];
-        let read = |text| edit(text, &forward).map_err(|fault| fault.in_file("f", 1).to_string());
-        assert_eq!(read("scale( 1e-3 )"), Ok(Edit::Scale(0.001)));
-        assert_eq!(read("zero"), Ok(Edit::Zero));
-        let python = Edit::Python { file: "a/b:c/e.py".into(), function: "f_1".into() };
-        assert_eq!(read("a/b:c/e.py:f_1"), Ok(python));
-        for (text, reason) in [
-            ("scale", "scale has no factor"),
-            ("scale(0.5", "scale has no factor"),
-            ("scale()", "'' is not a finite number"),
-            ("scale(nan)", "'nan' is not a finite number"),
-            ("scale(1e999)", "is not a finite number"),
-            ("zeros", "did you mean 'zero'?"),
-            ("edits.py", "'edits.py' names no function"),
-            ("edits.py:1x", "'1x' is not a function's name"),
-            (".py:f", "'.py' is not a Python file"),
-        ] {
-            let message = read(text).expect_err(text);
-            assert!(message.contains(reason), "{message}");
-        }
-        assert!(edit("zero", &Kind::ALL).is_err());
-    }
-
     proptest! {
         #[test]
         fn hostile_values_never_panic(name in 0..OPTIONS.len(), value in any::<String>()) {
             let _ = set_option(&mut Options::default(), OPTIONS[name].0, &value);
-            let _ = edit(&value, &[Kind::Forward]);
         }
 
         #[test]
@@ -365,7 +281,6 @@ mod tests {
             value in r"([\[\].@+-ä]|\.\.|out|in|tp|scale\(|\)|\.py:|[0-9]{1,11}){0,6}"
         ) {
             let _ = set_option(&mut Options::default(), OPTIONS[name].0, &value);
-            let _ = edit(&value, &[Kind::Forward]);
         }
     }
 }

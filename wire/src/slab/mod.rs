@@ -28,7 +28,7 @@
 //! - **SLAB-6** A thread of the job that sleeps until there is room is woken by the next release, however many sleep.
 //! - **SLAB-7** The job says that a slab is complete when another one has followed it and no tensor is under way in it.
 //!   From then on it changes no byte of it. The agent asks for that before it looks whether the ring is empty.
-//! - **SLAB-8** The job unmaps a complete slab when the agent has settled it, and every agent that it attaches to is told
+//! - **SLAB-8** The job unmaps a complete slab when the agent has settled it, and tells every agent that it attaches to
 //!   of all others. The agent settles a complete slab when it is empty and all that was begun in it is in the manifest,
 //!   stored or lost. Each side unmaps for itself: neither can take memory away from the other.
 //! - **SLAB-9** Of the tensors of a slab `begun` counts all, `dropped` those that the job gave up. The agent gives a line

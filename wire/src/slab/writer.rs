@@ -165,7 +165,7 @@ impl SlabWriter {
     }
 
     /// Whether no tensor is under way in it: each holds the mapping. Nobody but the writer gives it out, so it stays so
-    /// unless the writer is used again. What those tensors have counted is seen by whoever is told so (SYNC POINT F).
+    /// unless the writer is used again. What those tensors have counted is seen by whoever hears so (SYNC POINT F).
     pub fn is_idle(&mut self) -> bool {
         std::sync::Arc::get_mut(&mut self.map).is_some()
     }

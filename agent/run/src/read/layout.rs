@@ -228,7 +228,7 @@ fn settled(parts: &[Part], axes: &[Axis]) -> Vec<Axis> {
 /// Whether two members along an axis were given the same, so that they have no rows of the batch of their own.
 fn are_given_the_same(parts: &[Part], depth: usize) -> bool {
     let axes = parts.iter().filter_map(|part| part.what.axes.get(depth));
-    let given: BTreeMap<u32, u32> = axes.filter_map(|axis| Some((axis.index, axis.given?))).collect();
+    let given: BTreeMap<u32, u32> = axes.filter_map(|axis| Some((axis.index, axis.input_digest?))).collect();
     given.len() > given.values().collect::<BTreeSet<_>>().len()
 }
 

@@ -22,7 +22,7 @@ fn only(run: &Run) -> Whole {
 }
 
 fn mesh(dp: (u32, u32, Place), tp: (u32, u32, Place)) -> Vec<Axis> {
-    let axis = |name: &str, (index, size, place)| Axis { name: name.into(), index, size, place, given: None };
+    let axis = |name: &str, (index, size, place)| Axis { name: name.into(), index, size, place, input_digest: None };
     vec![axis("dp", dp), axis("tp", tp)]
 }
 
@@ -171,7 +171,7 @@ fn equal_bytes_are_whole_also_where_each_rank_has_several_parts() {
     let mut f = Fixture::default();
     for rank in 0..2 {
         for index in 0..2u8 {
-            let micro = Axis { name: MICRO.into(), index: index.into(), size: 2, place: shard(0), given: None };
+            let micro = Axis { name: MICRO.into(), index: index.into(), size: 2, place: shard(0), input_digest: None };
             let axes = [dp(rank, 2, Place::Unknown), vec![micro]].concat();
             f.part(id("same", 0), DType::UInt8, &[1], rank, axes.clone(), &[index]);
             f.part(id("other", 0), DType::UInt8, &[1], rank, axes, &[index * rank as u8]);
@@ -187,7 +187,7 @@ fn equal_bytes_are_whole_also_where_each_rank_has_several_parts() {
 #[test]
 fn ranks_that_were_given_the_same_are_no_pieces_of_a_batch() {
     let mut f = Fixture::default();
-    let supposed = |rank, given| vec![Axis { given: Some(given), ..dp(rank, 3, shard(0)).remove(0) }];
+    let supposed = |rank, given| vec![Axis { input_digest: Some(given), ..dp(rank, 3, shard(0)).remove(0) }];
     for rank in 0..3u32 {
         f.part(id("other", 0), DType::UInt8, &[1], rank, supposed(rank, rank), &[rank as u8]);
         // Two of them were.

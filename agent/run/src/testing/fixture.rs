@@ -37,13 +37,12 @@ pub fn id(module: &str, step: u64) -> Identity {
         call: 0,
         repeat: 0,
         train: true,
-        inference: false,
     }
 }
 
 /// One axis named dp.
 pub fn dp(index: u32, size: u32, place: Place) -> Vec<Axis> {
-    vec![Axis { name: "dp".into(), index, size, place, given: None }]
+    vec![Axis { name: "dp".into(), index, size, place, input_digest: None }]
 }
 
 /// Pieces of a dimension, lengths telling the offsets.

@@ -18,7 +18,7 @@ pub fn meta(module: &str, step: u64, rows: u64) -> RecordMeta {
 pub fn on_rank(mut meta: RecordMeta, rank: u32, world: u32, place: Place) -> RecordMeta {
     meta.rank = rank;
     meta.dp_size = world;
-    meta.axes = vec![Axis { name: "dp".into(), index: rank, size: world, place, given: None }];
+    meta.axes = vec![Axis { name: "dp".into(), index: rank, size: world, place, input_digest: None }];
     meta
 }
 

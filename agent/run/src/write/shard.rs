@@ -154,7 +154,7 @@ impl Lie {
                     index: axis.index,
                     size: axis.size,
                     ambiguous: matches!(axis.place, Place::ReplicateOrShard { .. }),
-                    given: axis.given,
+                    given: axis.input_digest,
                 },
                 _ => Self::Apart,
             },

@@ -6,12 +6,6 @@ import { bytes, count } from "./format.js";
 import { Picture } from "./picture.js";
 import { shown } from "./tree.js";
 
-const KINDS = ["forward_pre", "forward", "backward_pre", "backward", "param", "grad"];
-const MEANING = {
-  forward: "outputs of the forward pass", forward_pre: "inputs of the forward pass",
-  backward: "gradients of the inputs", backward_pre: "gradients of the outputs",
-  param: "the parameter the step's forward used", grad: "the gradient the optimizer uses",
-};
 /** More than the agent keeps of a series. */
 const MOST_POINTS = 4096;
 
@@ -20,6 +14,8 @@ export class ModulePanel {
   constructor(model, module, wanted, isLive, onTab) {
     Object.assign(this, { model, module, wanted, isLive, onTab });
     this.series = new Map();
+    // Meanings of kinds, in order.
+    this.kinds = new Map();
     this.clock = 0;
     this.tab = null;
     this.records = [];
@@ -75,6 +71,7 @@ export class ModulePanel {
     }
     if (this.gone) return;
     this.clock = answer.clock;
+    this.kinds = new Map(answer.kinds);
     let grew = false;
     for (const one of answer.series) {
       const known = this.series.get(one.id) ?? { points: [] };
@@ -102,7 +99,8 @@ export class ModulePanel {
       group.count += one.count;
       group.bytes += one.bytes;
     }
-    const order = (g) => KINDS.indexOf(g.kind);
+    const known = [...this.kinds.keys()];
+    const order = (g) => known.indexOf(g.kind);
     return [...out.values()].sort((a, b) => order(a) - order(b) || (a.path < b.path ? -1 : 1));
   }
 
@@ -121,7 +119,7 @@ export class ModulePanel {
     const focused = this.tabs.contains(document.activeElement);
     this.tabs.replaceChildren(...groups.map((g) => h(
       "button", {
-        type: "button", role: "tab", class: "tab", "data-key": g.key, title: `${MEANING[g.kind]}: ${count(g.count)} records, ${bytes(g.bytes)}`,
+        type: "button", role: "tab", class: "tab", "data-key": g.key, title: `${this.kinds.get(g.kind)}: ${count(g.count)} records, ${bytes(g.bytes)}`,
         "aria-selected": String(g.key === this.tab), tabindex: g.key === this.tab ? 0 : -1, onclick: () => this.select(g.key),
       },
       h("span", {}, g.kind.replace("_", " ")), " ", h("code", {}, g.path), " ", h("small", {}, count(g.count)),

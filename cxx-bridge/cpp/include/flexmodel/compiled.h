@@ -2,7 +2,7 @@
 //
 // `tap` fires, captures its tensors, and returns the call as a tensor of words, so that gradients find their call
 // wherever the graph takes them: through a saved tensor, in whatever order backward passes come. `gradient` captures a
-// gradient of that call; `factors` says how a leaf of it is edited; `scope` marks the forward of a model. All but
+// gradient of that call; `factors` says how a leaf of it is edited; `forward_pass` marks that of a model. All but
 // `factors` are effects in torch's sense, which keep their order and are neither dropped nor done twice.
 #pragma once
 
@@ -34,18 +34,22 @@ inline constexpr size_t kCallWords = (sizeof(Call) + sizeof(int64_t) - 1) / size
 Part part_in_graph(const at::Tensor& tensor, PyObject* like = nullptr);
 
 // Puts the capture of a gradient into the graph that is being traced.
-void capture_in_graph(const Site& site, Kind kind, const std::string& path, const Part& part, Refusal because);
+void capture_in_graph(const Site& site, uint32_t kinds, const std::string& path, const Part& part, Refusal because);
 
 // `tensor` with what the graph will know of its edit applied.
-at::Tensor edited_in_graph(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor);
+at::Tensor edited_in_graph(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor);
 
 // Runs what an operation, or a step of tracing, does, so that nothing of ours ever reaches the job; exceptions of the job's
 // own do.
 template <typename Body>
 void guarded_operation(Body body) {
-  if (!active() || are_taps_paused()) return;
+  if (are_taps_paused()) return;
   try {
-    body();
+    if (active()) {
+      body();
+    } else {
+      undo();
+    }
   } catch (...) {
     fault("a tap in a compiled graph failed: " + why_in_torch());
   }

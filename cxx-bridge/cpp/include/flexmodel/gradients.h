@@ -15,18 +15,18 @@
 
 namespace flexmodel {
 
-// In masks of kinds.
-inline constexpr uint32_t bit(Kind kind) { return 1u << code(kind); }
+// Kinds are masks here (`KINDS_OF_...` in wire.h): of all that tap the same tensors.
 
-// Hands a leaf to the interposer, or into the graph that is traced; refused if it cannot be read, or for the reason given.
-void capture(const Site& site, Kind kind, const std::string& path, uint32_t repeat, const Part& part,
+// Hands a leaf to the engine, or into the graph that is traced, under those of `kinds` that are wanted; refused if it
+// cannot be read, or for the reason given.
+void capture(const Site& site, uint32_t kinds, const std::string& path, uint32_t repeat, const Part& part,
              Refusal because = Refusal::None);
 
 // The part of a gradient that came to `site`, whose tensor lay as `axes` say. One that raises cannot be read.
 Part gradient_at(const Site& site, const at::Tensor& gradient, const Axes& axes);
 
 // `tensor` with its edit applied, differentiably; undefined if there is none.
-at::Tensor edited(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor);
+at::Tensor edited(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor);
 
 // A node of its own in the graph, with the same storage. It changes the order in which the job sums gradients, so only
 // edits may ask for it.
@@ -34,8 +34,8 @@ at::Tensor identity(const at::Tensor& tensor);
 
 // Captures, then edits, the gradient of `tensor`, which is no leaf and lies as `axes` say, whenever a backward pass
 // computes it. `alone`: only if the tensor has one use in all of the graph.
-void watch_gradient(const Site& site, Kind kind, const std::string& path, const at::Tensor& tensor, const Axes& axes,
-                    bool alone = false);
+void watch_gradient(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor,
+                    const Axes& axes, bool alone = false);
 
 // Gradients of backward passes through `loss` are those of the job's own loss times `scale`.
 void scaled(const at::Tensor& loss, double scale);

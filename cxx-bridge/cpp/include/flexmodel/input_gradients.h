@@ -25,7 +25,7 @@ class InputGradients {
   // Before the module's forward. `input` requires gradients, and lies as `axes` say.
   void add(const Site& site, const std::string& path, const at::Tensor& input, const Axes& axes);
   bool empty() const { return inputs_.empty(); }
-  // The module returned `output`. If that is an input as it was given, its uses cannot be told from the input's others;
+  // The module returned `output`. If that is an input as it was given, its uses cannot be separated from the input's own;
   // then its gradient is taken if it has one use in all, or counted as refused. Returns what the module has to return
   // instead: an edit needs a tensor of its own.
   at::Tensor returned(const at::Tensor& output);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "flexmodel/faults.h"
 #include "flexmodel/host.h"
 #include "flexmodel/tensor.h"
 
@@ -36,6 +37,18 @@ struct Part {
   Refusal refusal = Refusal::None;
 };
 
+// The part that `look` gives. Where that raises, the tensor is reported by `name()` and cannot be read: what is not known
+// of how it lies must not pass for nothing to know. `local` stands for it then.
+template <typename Look, typename Name>
+Part part_or_refusal(const at::Tensor& local, Look look, Name name) {
+  Part part;
+  if (attempt([&] { part = look(); }, name)) return part;
+  Part refused;
+  refused.local = local;
+  refused.refusal = Refusal::Raised;
+  return refused;
+}
+
 // Reads a list of (axis, index, size, placement, dimension[, shape, for runs]); false with a Python error set.
 bool read_axes(PyObject* list, Axes& axes);
 
@@ -46,7 +59,7 @@ struct Where {
   PyObject* like = nullptr;
 };
 
-// Keeps the shim's `describe(tensor, module, like) -> None | (local tensor, axes)`.
+// Keeps the shim's `describe(tensor, module, like) -> None | (local tensor, axes)`, which may raise.
 void set_describer(PyObject* describe);
 
 // The part of `tensor`. The shim is asked about a DTensor, and with `ask` about any tensor. `python_type` is the name of

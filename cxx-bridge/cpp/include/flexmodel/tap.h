@@ -12,8 +12,14 @@
 
 namespace flexmodel {
 
-// Readies the Tap and Scope types; false with a Python error set.
+// Readies the type of hooks; false with a Python error set.
 bool ready_types();
+
+// Keeps the shim's `undo() -> bool`, which takes out of torch what is ours once taps are off, and says whether it has.
+void undo_with(PyObject* function);
+
+// Has it do so: taps are off, and one of them would have fired. Throws PyError.
+void undo();
 
 // While paused, hooks do nothing.
 void pause_taps(bool paused);
@@ -26,17 +32,17 @@ void digest_inputs();
 // another one would make the job wait.
 uint32_t input_digest(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& first_digest);
 
-// Keeps the shim's `take(serial)`, which captures what is due of a model's parameters and raises nothing of ours.
-void take_with(PyObject* take);
+// Keeps the shim's `capture(serial)`, which captures what is due of a model's parameters and raises nothing of ours.
+void capture_parameters_with(PyObject* function);
 
 // Has it do so, if any hook taps parameters: a forward pass of the model begins. Throws PyError.
-void take_parameters(uint64_t serial);
+void capture_parameters(uint64_t serial);
 
 // (before, after) hooks of the tap that the engine selected on the module `name`; `before` is None where it needs only the
 // module's output. New reference.
 PyObject* make_tap(const Selected& selected, std::string name);
 
 // (before, after) hooks that mark the forward of a model (part 0), or of a part of it. New reference.
-PyObject* make_scope(uint64_t serial, uint64_t part);
+PyObject* make_pass_hooks(uint64_t serial, uint64_t part);
 
 }  // namespace flexmodel

@@ -39,7 +39,11 @@ impl Calls {
             }
             return call;
         }
-        let call = if firing.replay { self.replayed(firing) } else { Some(self.fresh(passes, steps, (tap, optimizers), firing)) };
+        let call = if firing.replay {
+            self.replayed(firing)
+        } else {
+            Some(self.fresh(passes, steps, (tap, optimizers), firing))
+        };
         if paired && firing.pre {
             if self.open.len() >= MAX_OPEN {
                 self.open.remove(0);
@@ -58,7 +62,7 @@ impl Calls {
         (tap, optimizers): (u32, &[u32]),
         firing: &Firing,
     ) -> Call {
-        if passes.scopes.is_empty() {
+        if passes.forwards.is_empty() {
             // Called from outside: what is open is left of a forward that raised.
             self.open.clear();
             passes.begin(steps, Caller::Tap(tap), firing);
@@ -75,12 +79,10 @@ impl Calls {
             tap,
             step: passes.step,
             turn: if passes.inference { passes.step } else { steps.turn(optimizers) },
-            inference: passes.inference,
             micro: passes.micro,
             call,
             pass: passes.number,
             train: passes.train,
-            recompute: false,
             capture: 0,
             edit: 0,
             first: firing.first,
@@ -105,6 +107,6 @@ impl Calls {
         }
         let oldest = self.awaiting.front()?.pass;
         let last = self.awaiting.iter().rposition(|c| c.pass == oldest)?;
-        self.awaiting.remove(last).map(|call| Call { recompute: true, ..call })
+        self.awaiting.remove(last)
     }
 }

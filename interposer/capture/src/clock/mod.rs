@@ -5,10 +5,11 @@
 //!   a step of its own.
 //! - A *microbatch* is an outermost forward pass of the model within the step, counted apart for training passes and
 //!   others. One trains where gradients were enabled when the model was called and some module of it was in training
-//!   mode, and all that happens in it does, whatever mode a module of it is in. Where a script calls submodules directly, a pass ends when one of them is called again.
-//! - *Outermost* is known from scopes: the model says when its forward begins and ends; where its parts are called
-//!   directly, so does every module that holds a tapped one. An end may be missing (the forward raised). A call that is
-//!   under way stands further up its thread's stack than one that begins inside of it, so what does not is over.
+//!   mode, and all that happens in it does, whatever mode a module of it is in. Where a script calls submodules directly,
+//!   a pass ends when one of them is called again.
+//! - *Outermost* is known from forwards under way: the model says when its forward begins and ends; where its parts are
+//!   called directly, so does every module that holds a tapped one. An end may be missing (the forward raised). A call that
+//!   is under way stands further up its thread's stack than one that begins inside of it, so what does not is over.
 //! - A *call* counts a module's calls within a microbatch.
 //! - A *replay* is a forward inside a backward pass: activation checkpointing. It is no pass of its own. Where the
 //!   first forward ran without gradients (reentrant checkpointing), the replay carries the gradients, and takes the
@@ -76,16 +77,17 @@ impl Clock {
         &mut self.steps
     }
 
-    /// The step that a model is in, as a call of no pass; `optimizers` hold the parameters that it is about.
+    /// The step that a model is in, as a call of no pass, which trains if the job does; `optimizers` hold the parameters
+    /// that it is about.
     pub fn now(&self, model: u64, optimizers: &[u32]) -> Call {
-        let (step, turn, inference) = match self.steps.rule() {
-            Rule::Inference => {
-                let step = self.models.get(&model).map_or(0, |passes| passes.step);
-                (step, step, true)
-            }
-            _ => (self.steps.now(), self.steps.turn(optimizers), false),
+        let train = self.steps.rule() != Rule::Inference;
+        let (step, turn) = if train {
+            (self.steps.now(), self.steps.turn(optimizers))
+        } else {
+            let step = self.models.get(&model).map_or(0, |passes| passes.step);
+            (step, step)
         };
-        Call { step, turn, inference, ..Call::default() }
+        Call { step, turn, train, ..Call::default() }
     }
 
     /// Whether the parameters of a step are those of the pass under way.

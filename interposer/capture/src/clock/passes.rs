@@ -8,8 +8,8 @@ use super::{Rule, Steps};
 
 /// Passes whose inputs are remembered, for gradients that come late.
 const REMEMBERED: usize = 64;
-/// Most scopes under way: more than Python lets modules nest.
-const MAX_SCOPES: usize = 1024;
+/// Most forwards under way: more than Python lets modules nest.
+const MAX_FORWARDS: usize = 1024;
 
 /// Who was called from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,7 +40,7 @@ impl StackPosition {
 }
 
 #[derive(Debug)]
-pub(super) struct Scope {
+pub(super) struct Forward {
     caller: Caller,
     position: StackPosition,
 }
@@ -66,8 +66,9 @@ pub struct Passes {
     pub(super) step: u64,
     /// It is one of inference: a pass of its own, numbered apart from those of training.
     pub(super) inference: bool,
-    /// How many of these there were.
+    /// How many of these there were, and whether gradients were enabled in any.
     inferences: u64,
+    dry_runs: bool,
     counted: [u32; 2],
     /// Passes that make a step of inference: more than one where a pipeline cuts the batch.
     pub(super) microbatches: u32,
@@ -77,7 +78,7 @@ pub struct Passes {
     pub(super) has_trained: bool,
     pub(super) number: u64,
     /// Forwards under way, as far as is known.
-    pub(super) scopes: Vec<Scope>,
+    pub(super) forwards: Vec<Forward>,
     pub(super) grad_enabled: bool,
     called: HashSet<Caller>,
     /// What the last passes were called with.
@@ -90,14 +91,14 @@ impl Passes {
         if firing.replay {
             return;
         }
-        self.scopes.retain(|s| s.position.thread != position.thread || s.position.address > position.address);
-        if self.scopes.is_empty() {
+        self.forwards.retain(|s| s.position.thread != position.thread || s.position.address > position.address);
+        if self.forwards.is_empty() {
             self.begin(steps, caller, firing);
         }
-        if self.scopes.len() >= MAX_SCOPES {
-            self.scopes.remove(0);
+        if self.forwards.len() >= MAX_FORWARDS {
+            self.forwards.remove(0);
         }
-        self.scopes.push(Scope { caller, position });
+        self.forwards.push(Forward { caller, position });
     }
 
     /// It ends, and with it whatever began inside of it.
@@ -105,10 +106,10 @@ impl Passes {
         if firing.replay {
             return;
         }
-        let here = |s: &Scope| s.position.thread == position.thread;
-        if let Some(at) = self.scopes.iter().rposition(|s| here(s) && s.caller == caller) {
+        let here = |s: &Forward| s.position.thread == position.thread;
+        if let Some(at) = self.forwards.iter().rposition(|s| here(s) && s.caller == caller) {
             let mut index = 0;
-            self.scopes.retain(|s| {
+            self.forwards.retain(|s| {
                 index += 1;
                 index <= at || !here(s)
             });
@@ -117,7 +118,7 @@ impl Passes {
 
     /// No forward is under way.
     pub fn none_open(&mut self) {
-        self.scopes.clear();
+        self.forwards.clear();
     }
 
     pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, firing: &Firing) {
@@ -133,13 +134,14 @@ impl Passes {
                 self.counted = [0, 0];
             } else if new_step {
                 self.step = step;
-                self.counted = [0, 0];
+                self.counted = self.taken(step);
             }
             self.inference = inference;
             self.called.clear();
             // A sampler or a rollout has a model in training mode too.
             self.train = firing.train && firing.grad_enabled;
             self.has_trained |= self.train;
+            self.dry_runs |= self.train && inference;
             let [eval, train] = &mut self.counted;
             let counter = if self.train { train } else { eval };
             self.micro = *counter;
@@ -153,6 +155,12 @@ impl Passes {
         }
         self.called.insert(caller);
         self.grad_enabled |= firing.grad_enabled;
+    }
+
+    /// How many passes of each kind had the number of this step in inference. Those of training are other ones.
+    fn taken(&self, step: u64) -> [u32; 2] {
+        let some = if step < self.inferences { self.microbatches.max(1) } else { 0 };
+        [some, if self.dry_runs { some } else { 0 }]
     }
 
     /// What the pass was called with.

@@ -40,7 +40,7 @@ impl World {
         self.call(tap, firing).map(|c| (c.step, c.micro, c.call))
     }
 
-    /// A scope begins `depth` calls deep.
+    /// A forward begins `depth` calls deep.
     fn enter(&mut self, caller: Caller, depth: usize) {
         self.clock.enter(MODEL, caller, at(depth), &train());
     }
@@ -71,12 +71,14 @@ fn in_inference_each_pass_is_a_step_and_training_has_numbers_of_its_own() {
     w.clock.steps().optimizer_made();
     let call = |w: &mut World, firing| {
         w.clock.enter(MODEL, Caller::Model, at(0), &firing);
-        w.call(0, firing).map(|call| (call.step, call.micro, call.train, call.inference)).unwrap()
+        w.call(0, firing).map(|call| (call.step, call.micro, call.train)).unwrap()
     };
-    assert_eq!(call(&mut w, evaluation()), (0, 0, false, false), "what a job that trains evaluates is in its step");
-    assert_eq!(call(&mut w, train()), (0, 0, true, false));
-    w.clock.stepped(0);
-    assert_eq!(call(&mut w, evaluation()), (1, 0, false, false));
+    assert_eq!(call(&mut w, evaluation()), (0, 1, false), "it is in the step that the job trains, and another one");
+    assert_eq!(call(&mut w, train()), (0, 0, true));
+    for step in 1..4 {
+        w.clock.stepped(0);
+        assert_eq!(call(&mut w, evaluation()), (step, u32::from(step < 3), false));
+    }
 }
 
 #[test]
@@ -240,7 +242,7 @@ fn a_forward_that_raised_holds_no_other_inside_of_it() {
     w.enter(Caller::Part(0), 1);
     assert_eq!(w.fire(0, train()), Some((0, 2, 1)));
     w.exit(Caller::Part(0), 1);
-    assert!(w.passes().scopes.is_empty());
+    assert!(w.passes().forwards.is_empty());
 }
 
 #[test]
@@ -307,7 +309,7 @@ fn a_model_that_calls_itself_is_in_one_pass() {
     w.exit(Caller::Model, 1);
     assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
     w.exit(Caller::Model, 0);
-    assert!(w.passes().scopes.is_empty());
+    assert!(w.passes().forwards.is_empty());
 }
 
 #[test]

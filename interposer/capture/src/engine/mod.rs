@@ -9,7 +9,7 @@ mod tests;
 use std::sync::Arc;
 
 use wire::{
-    codes::{EditOp, Role},
+    codes::{Role, Subject},
     control::ToAgent,
     hooks::{Edit, Kind},
     tap_abi::{Call, Firing, LeafEdit, Rank},
@@ -96,8 +96,8 @@ impl Engine {
         if !tap.is_due(&now, kind) {
             return None;
         }
-        tap.captured_in.insert(kind, (now.inference, now.step));
-        Some(Call { tap: number, train: true, capture: kind.bit(), ..now })
+        tap.captured_in.insert(kind, (now.train, now.step));
+        Some(Call { tap: number, capture: kind.bit(), ..now })
     }
 
     /// From now on gradients of activations are `scale` times those of the loss that the script computes.
@@ -196,21 +196,13 @@ impl Engine {
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
     }
 
-    /// How a leaf is edited: all edits on it multiply.
-    pub fn edit(&self, call: &Call, kind: Kind, path: &str) -> LeafEdit {
-        let mut out = LeafEdit { op: EditOp::Keep, factor: 1.0 };
-        let Some((tap, _)) = self.taps.get(call.tap) else { return out };
-        for clause in tap.for_leaf(call, kind, path) {
-            match &clause.edit {
-                Some(Edit::Zero) => out.op = EditOp::Zero,
-                Some(Edit::Scale(x)) => {
-                    out.factor *= x;
-                    out.op = out.op.max(EditOp::Scale);
-                }
-                _ => {}
-            }
-        }
-        out
+    /// How a leaf is edited by what edits any of these kinds: all edits on it are one.
+    pub fn edit(&self, call: &Call, kinds: u32, path: &str) -> LeafEdit {
+        let Some((tap, _)) = self.taps.get(call.tap) else { return LeafEdit::NONE };
+        tap.for_leaf(call, kinds, path).fold(LeafEdit::NONE, |edit, clause| match &clause.edit {
+            Some(Edit::BuiltIn(next)) => edit.then(*next),
+            Some(Edit::Python { .. }) | None => edit,
+        })
     }
 }
 
@@ -218,6 +210,6 @@ impl Engine {
 fn possible(firing: &Firing) -> u32 {
     let phase = if firing.pre { Kind::BEFORE } else { !Kind::BEFORE };
     // What was begun elsewhere is said to be missing.
-    let phase = if firing.split { phase | Kind::Backward.bit() } else { phase };
+    let phase = if firing.split { phase | Kind::of(Subject::InputGradients) } else { phase };
     if firing.grad_enabled { phase } else { phase & !Kind::GRADIENTS }
 }

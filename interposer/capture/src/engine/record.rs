@@ -16,12 +16,18 @@ use crate::{
 };
 
 impl Engine {
-    /// Describes a leaf for its way to the agent; `None` if nobody asked for it.
+    /// Describes a leaf for its way to the agent, once for each of its kinds for which somebody asked.
     ///
     /// # Safety
     /// The arrays of `tensor` are as long as it says, and live through the call, as its path does.
-    pub unsafe fn describe(&self, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Option<Captured> {
-        let kind = Kind::from_code(tensor.kind)?;
+    pub unsafe fn describe(&self, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Vec<Captured> {
+        // SAFETY: the caller vouches for it.
+        Kind::in_mask(tensor.kinds).filter_map(|kind| unsafe { self.describe_as(kind, call, tensor) }).collect()
+    }
+
+    /// # Safety
+    /// As for [`Engine::describe`].
+    unsafe fn describe_as(&self, kind: Kind, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Option<Captured> {
         let (tap, model) = self.taps.get(call.tap)?;
         // SAFETY: the string lives through the call (caller).
         let path = unsafe { tensor.path.get() };
@@ -53,7 +59,7 @@ impl Engine {
         let leaf = Leaf { shape: &shape, module: &tap.name, path };
         let axes = match &clause.options.ranks {
             // Torch says all of a parameter; nothing about it is inferred from a batch.
-            _ if kind.bit() & Kind::OF_PARAMETERS != 0 => from_torch,
+            _ if kind.is_in(Kind::OF_PARAMETERS) => from_torch,
             None => layout::infer(leaf, known, clause.options.shard.as_ref(), &model.mesh, from_torch),
             Some(ranks) => {
                 layout::of_some(leaf, known, clause.options.shard.as_ref(), (&model.mesh, from_torch), self.rank, ranks)
@@ -73,14 +79,13 @@ impl Engine {
             call: call.call,
             repeat: tensor.repeat,
             train: call.train,
-            inference: call.inference,
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,
             rank: self.rank.rank,
             axes,
             dp_size: layout::data_size(&model.mesh),
-            loss_scale: LossScale(if kind.bit() & Kind::GRADIENTS != 0 { self.loss_scale } else { 1.0 }),
+            loss_scale: LossScale(if kind.is_in(Kind::GRADIENTS) { self.loss_scale } else { 1.0 }),
             same: None,
             time_ns: self.process.now_ns(),
             refused: refusal.reason().to_owned(),

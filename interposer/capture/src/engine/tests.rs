@@ -47,7 +47,7 @@ impl World {
         let tensor = Tensor::of(32);
         let described = tensor.described(kind, path, &[4, 8], Refusal::None);
         // SAFETY: sizes and path live through the call.
-        unsafe { self.engine.describe(call, &described) }.map(|captured| captured.meta)
+        unsafe { self.engine.describe(call, &described) }.pop().map(|captured| captured.meta)
     }
 }
 
@@ -169,12 +169,12 @@ fn edits_multiply_and_zero_wins() {
     let mut w = engine("a|scale(2); a@steps=0..0|scale(3); b|scale(5); b|zero");
     let taps = w.taps(&Model::of(1, &["", "a", "b"]));
     let first: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&first[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 6.0 });
-    assert_eq!(w.engine.edit(&first[1], Kind::Forward, "out").op, EditOp::Zero);
+    assert_eq!(w.engine.edit(&first[0], Kind::Forward.bit(), "out"), LeafEdit { factor: 6.0, zero: false });
+    assert!(w.engine.edit(&first[1], Kind::Forward.bit(), "out").zero);
     w.engine.stepped(0);
     let second: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&second[0], Kind::Forward, "out"), LeafEdit { op: EditOp::Scale, factor: 2.0 });
-    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre, "in[0]").op, EditOp::Keep);
+    assert_eq!(w.engine.edit(&second[0], Kind::Forward.bit(), "out"), LeafEdit { factor: 2.0, zero: false });
+    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre.bit(), "in[0]"), LeafEdit::NONE);
 }
 
 #[test]
@@ -202,7 +202,7 @@ fn a_record_says_where_it_is_of() {
     let call = w.calls(1, &taps, &training())[0].unwrap();
     let forward = w.record(&call, Kind::Forward, "out").unwrap();
     let place = Place::Shard { dim: 0 };
-    let axis = Axis { name: "dp".into(), index: 1, size: 2, place, given: None };
+    let axis = Axis { name: "dp".into(), index: 1, size: 2, place, input_digest: None };
     assert_eq!((forward.module.as_str(), forward.class.as_str(), forward.path.as_str()), ("a", "Linear", "out"));
     assert_eq!((forward.step, forward.micro, forward.call, forward.rank), (1, 1, 0, 1));
     assert_eq!((forward.axes, forward.dp_size, forward.shape), (vec![axis], 2, vec![4, 8]));
@@ -248,7 +248,7 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     let begun = w.calls(1, &old, &Firing { pre: true, ..training() })[0].unwrap();
     w.engine.replace_plan(HookPlan::parse(1, "b@every=2,group=new").unwrap());
     assert_eq!(w.pass(1, &old, &training()), [0, 0], "old taps begin nothing");
-    assert_eq!(w.engine.edit(&begun, Kind::Backward, "in[0]").op, EditOp::Keep);
+    assert_eq!(w.engine.edit(&begun, Kind::Backward.bit(), "in[0]"), LeafEdit::NONE);
     let gradient = w.record(&begun, Kind::Backward, "in[0]").unwrap();
     assert_eq!((gradient.module.as_str(), gradient.group.as_str()), ("a", ""), "as its own plan says");
     let new = w.taps(&model);

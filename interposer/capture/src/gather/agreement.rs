@@ -262,7 +262,7 @@ mod tests {
     use super::*;
 
     fn part(module: &str, step: u64, index: u32, size: u32) -> Offer {
-        let axes = vec![Axis { name: "dp".into(), index, size, place: Place::Shard { dim: 0 }, given: None }];
+        let axes = vec![Axis { name: "dp".into(), index, size, place: Place::Shard { dim: 0 }, input_digest: None }];
         let meta = RecordMeta { step, axes, rank: index, ..RecordMeta::output(module, DType::Float32, vec![2]) };
         Offer { meta, held: Held::Host }
     }

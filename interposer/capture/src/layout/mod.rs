@@ -90,7 +90,7 @@ pub unsafe fn from_torch(tensor: &tap_abi::Leaf<'_>) -> Vec<Axis> {
         // SAFETY: `ndim` sizes, which live as long as the description.
         let sizes = unsafe { tap_abi::array(axis.sizes, axis.ndim) };
         let place = Place::of(Placement::from_code(axis.placement).unwrap_or_default(), axis.dim, sizes);
-        Axis { name: name.to_owned(), index: axis.index, size: axis.size, place, given: None }
+        Axis { name: name.to_owned(), index: axis.index, size: axis.size, place, input_digest: None }
     };
     (0..tensor.axis_count).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
 }
@@ -123,8 +123,9 @@ pub fn infer(
             _ => {
                 let name = if has_batch(axis) { DATA.to_owned() } else { axis.name.clone() };
                 let place = place_along(axis, leaf, known);
-                let given = (axis.role == Role::Assumed && place != Place::Unknown).then_some(known.input_digest);
-                axes.push(Axis { name, index: axis.index, size: axis.size, place, given });
+                let input_digest =
+                    (axis.role == Role::Assumed && place != Place::Unknown).then_some(known.input_digest);
+                axes.push(Axis { name, index: axis.index, size: axis.size, place, input_digest });
             }
         }
     }
@@ -133,7 +134,7 @@ pub fn infer(
         let place = place(leaf.shape, leaf.path, known);
         // What has no batch, as far as is known, stays a record of each microbatch.
         if place != Place::Unknown {
-            axes.push(Axis { name: MICRO.to_owned(), index, size, place, given: None });
+            axes.push(Axis { name: MICRO.to_owned(), index, size, place, input_digest: None });
         }
     }
     axes.extend(from_torch);
@@ -153,8 +154,7 @@ pub fn of_some(
     me: Rank,
     ranks: &[u32],
 ) -> Vec<Axis> {
-    if from_torch.iter().any(|axis| matches!(axis.place, Place::Shard { .. } | Place::HeadTail { .. } | Place::Partial))
-    {
+    if from_torch.iter().any(|axis| axis.place.placement().holds_part()) {
         return infer(leaf, known, hint, mesh, from_torch);
     }
     let there = || ranks.iter().filter(|&&r| r < me.world);
@@ -175,7 +175,7 @@ fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
     let Some(axis) = named.or(axes.len().checked_sub(1)).and_then(|i| axes.get_mut(i)) else { return };
     axis.name.clone_from(&hint.axis);
     axis.place = hinted(ndim, hint.dim);
-    axis.given = None;
+    axis.input_digest = None;
 }
 
 fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
@@ -232,13 +232,11 @@ fn place(shape: &[u64], path: &str, known: Known) -> Place {
         // A module that was given no tensor knows nothing of the batch: it has a table.
         _ if known.own[0] < 0 => Place::Unknown,
         // Each rank has its own share of the gradient of a table. A batch of one is likelier than a table with one row.
-        Place::ReplicateOrShard { .. } if is_gradient(known.kind) && shape.first() != Some(&1) => Place::Unknown,
+        Place::ReplicateOrShard { .. } if known.kind.is_in(Kind::GRADIENTS) && shape.first() != Some(&1) => {
+            Place::Unknown
+        }
         place => place,
     }
-}
-
-fn is_gradient(kind: Kind) -> bool {
-    matches!(kind, Kind::Backward | Kind::BackwardPre)
 }
 
 fn by_order(shape: &[u64], path: &str, known: Known) -> Place {

@@ -27,7 +27,7 @@ fn a_leaf_without_batch_is_not_guessed() {
     assert_eq!(place(&[], "out", DP), Place::Unknown);
     assert_eq!(place(&[16, 8], "out", DP), Place::Unknown);
     assert_eq!(place(&[1, 16, 8], "out", DP), Place::Unknown);
-    // So many experts, with room for as many tokens as there are rows.
+    // As many experts, with room for as many tokens as there are rows.
     assert_eq!(place(&[3, 4, 8], "out", DP), Place::Unknown);
 }
 
@@ -135,7 +135,7 @@ const OUT: Leaf<'_> = Leaf { shape: &[4, 16, 8], module: "m", path: "out" };
 fn what_the_user_says_goes() {
     let hint = ShardHint { dim: -1, axis: "tp".into() };
     let axes = infer(OUT, DP, Some(&hint), &mesh(&[Role::Data]), Vec::new());
-    assert_eq!(axes, [Axis { name: "tp".into(), index: 1, size: 2, place: shard(2), given: None }]);
+    assert_eq!(axes, [Axis { name: "tp".into(), index: 1, size: 2, place: shard(2), input_digest: None }]);
     let axes = infer(OUT, DP, Some(&hint), &mesh(&[Role::Data, Role::Other]), Vec::new());
     assert_eq!(axes.iter().map(|a| (&*a.name, &a.place)).collect::<Vec<_>>(), [("dp", &shard(0)), ("tp", &shard(2))]);
 }
@@ -143,8 +143,8 @@ fn what_the_user_says_goes() {
 #[test]
 fn the_batch_lies_over_all_data_axes_as_one() {
     let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor, Role::Data]), Vec::new());
-    let dp = Axis { name: "dp".into(), index: 3, size: 4, place: shard(0), given: None };
-    assert_eq!(axes, [dp, Axis { name: "axis1".into(), index: 1, size: 2, place: Place::Unknown, given: None }]);
+    let dp = Axis { name: "dp".into(), index: 3, size: 4, place: shard(0), input_digest: None };
+    assert_eq!(axes, [dp, Axis { name: "axis1".into(), index: 1, size: 2, place: Place::Unknown, input_digest: None }]);
     assert_eq!(data_size(&mesh(&[Role::Data, Role::Tensor, Role::Data])), 4);
 }
 
@@ -152,7 +152,7 @@ fn the_batch_lies_over_all_data_axes_as_one() {
 fn what_is_only_supposed_says_what_the_model_was_given() {
     let place = |known: Known, hint: Option<&ShardHint>| {
         let axis = infer(OUT, known, hint, &mesh(&[Role::Assumed]), Vec::new()).remove(0);
-        (axis.name, axis.place, axis.given)
+        (axis.name, axis.place, axis.input_digest)
     };
     assert_eq!(place(DP, None), ("dp".into(), shard(0), Some(7)));
     assert_eq!(place(Known { input_digest: 0, ..DP }, None), ("dp".into(), Place::Unknown, None));
@@ -173,7 +173,7 @@ fn a_pipeline_cuts_the_batch_inside_of_the_other_axes() {
 
 #[test]
 fn what_torch_says_goes_before_what_is_inferred() {
-    let from_torch = vec![Axis { name: "axis1".into(), index: 0, size: 2, place: shard(2), given: None }];
+    let from_torch = vec![Axis { name: "axis1".into(), index: 0, size: 2, place: shard(2), input_digest: None }];
     let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor]), from_torch);
     assert_eq!(axes.iter().map(|a| &a.place).collect::<Vec<_>>(), [&shard(0), &shard(2)]);
 }
@@ -203,11 +203,11 @@ fn a_context_axis_cuts_sequences_in_an_order_that_is_not_known() {
 fn some_ranks_are_an_axis_of_their_own() {
     let me = Rank { rank: 2, world: 4 };
     let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data]), Vec::new()), me, &[0, 2, 9]);
-    assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0), given: None }]);
+    assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0), input_digest: None }]);
     let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[0, 2]);
-    assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Place::Unknown, given: None }]);
+    assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Place::Unknown, input_digest: None }]);
     assert!(of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[2]).is_empty());
-    let from_torch = || vec![Axis { name: "tp".into(), index: 0, size: 2, place: shard(2), given: None }];
+    let from_torch = || vec![Axis { name: "tp".into(), index: 0, size: 2, place: shard(2), input_digest: None }];
     assert_eq!(of_some(OUT, DP, None, (&[], from_torch()), me, &[2]), from_torch());
 }
 

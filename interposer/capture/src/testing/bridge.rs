@@ -24,7 +24,7 @@ impl Tensor {
     /// As a tap describes it. It lies in one dimension, of `sizes`.
     pub fn described<'a>(&self, kind: Kind, path: &'a str, sizes: &'a [i64], refusal: Refusal) -> Leaf<'a> {
         Leaf {
-            kind: kind as u8,
+            kinds: kind.bit(),
             path: Str::new(path),
             repeat: 0,
             handle: std::ptr::from_ref(self).cast(),

@@ -136,7 +136,7 @@ impl Link {
     }
 
     /// Whether an agent is there that cannot be given the slab that tensors begin in, since the job has closed its
-    /// descriptor. Told once a try.
+    /// descriptor. Said once a try.
     pub fn takes_wish_for_slab(&mut self) -> bool {
         std::mem::take(&mut self.wants_slab)
     }

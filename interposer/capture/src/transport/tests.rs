@@ -78,7 +78,7 @@ fn hellos(messages: &[ToAgent]) -> Vec<(u32, u32)> {
 #[test]
 fn an_agent_whose_queue_is_full_is_absent() {
     let mut pair = pair();
-    // SAFETY: a listening socket may be told another length of its queue.
+    // SAFETY: a listening socket may be given another length of its queue.
     assert_eq!(unsafe { libc::listen(pair.listener.as_raw_fd(), 0) }, 0);
     let mut queued = Vec::new();
     while let Ok(stream) = socket::connect(&pair.folder.path("s")) {
@@ -281,7 +281,7 @@ fn a_full_slab_that_an_agent_reads_is_followed_by_one_that_it_is_told_of() {
     assert!(reader.is_complete());
     let (mut agent, _) = listener.accept().unwrap();
     assert_eq!(slabs_told(&heard(&mut agent)), [second.header().id]);
-    // An agent that comes later is told of both, the first with its hello.
+    // An agent that comes later hears of both, the first with its hello.
     drop(agent);
     assert!(!state.link.alive(&state.slabs), "not before the pause is over");
     state.link.tried = None;
