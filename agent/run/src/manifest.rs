@@ -111,9 +111,21 @@ impl Source for BufReader<File> {
     }
 }
 
+/// Bytes that are read at a time.
+pub const BUFFER: usize = 1 << 18;
+
 /// Opens a manifest; special files are refused.
 pub fn open(path: &Path) -> io::Result<Reader<BufReader<File>>> {
-    Ok(Reader::new(BufReader::with_capacity(1 << 18, open_to_read(path)?)))
+    Ok(Reader::new(BufReader::with_capacity(BUFFER, open_to_read(path)?)))
+}
+
+/// A place between two lines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Lines before it.
+    pub number: u64,
+    /// Bytes before it.
+    pub offset: u64,
 }
 
 /// Goes through a manifest line by line, holding one line at a time. It takes as long as what is on the disk, and no
@@ -121,26 +133,35 @@ pub fn open(path: &Path) -> io::Result<Reader<BufReader<File>>> {
 #[derive(Debug)]
 pub struct Reader<R> {
     from: R,
-    number: u64,
-    offset: u64,
+    at: Position,
     buffer: Vec<u8>,
 }
 
 impl<R: Source> Reader<R> {
     /// From the start of a manifest.
     pub fn new(from: R) -> Self {
-        Self { from, number: 0, offset: 0, buffer: Vec::new() }
+        Self::at(from, Position::default())
     }
 
-    /// Byte offset behind the last line given.
-    pub fn offset(&self) -> u64 {
-        self.offset
+    /// From a place within a manifest, where `from` is.
+    pub fn at(from: R, at: Position) -> Self {
+        Self { from, at, buffer: Vec::new() }
+    }
+
+    /// Behind the last line given.
+    pub fn reached(&self) -> Position {
+        self.at
+    }
+
+    /// What lines were read from.
+    pub fn into_inner(self) -> R {
+        self.from
     }
 
     /// The next line; `None` at the end.
     pub fn next_line(&mut self) -> io::Result<Option<Entry>> {
         self.buffer.clear();
-        let start = self.offset;
+        let start = self.at.offset;
         let mut overlong = false;
         let ended = loop {
             let available = self.from.fill_buf()?;
@@ -155,24 +176,24 @@ impl<R: Source> Reader<R> {
                 overlong = true;
             }
             self.from.consume(used);
-            self.offset += used as u64;
+            self.at.offset += used as u64;
             if newline.is_some() {
                 break true;
             }
             if overlong {
-                self.offset += self.from.skip_hole()?;
+                self.at.offset += self.from.skip_hole()?;
             }
         };
-        if self.offset == start {
+        if self.at.offset == start {
             return Ok(None);
         }
-        self.number += 1;
+        self.at.number += 1;
         let line = match (ended, overlong) {
             (false, _) => Err(LineError::Torn),
             (true, true) => Err(LineError::Malformed(format!("longer than {LINE} bytes").into())),
             (true, false) => decode_line(&self.buffer),
         };
-        Ok(Some(Entry { number: self.number, offset: start, line }))
+        Ok(Some(Entry { number: self.at.number, offset: start, line }))
     }
 }
 

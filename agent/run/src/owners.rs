@@ -10,7 +10,7 @@ use std::{
 use wire::record::{Axis, MICRO, Place};
 
 use super::{
-    format::{ModelInfo, Module, Owners, Part},
+    format::{Identity, ModelInfo, Module, Owners, Part},
     limits::{DEPTH, OWNED},
 };
 use crate::read::natural;
@@ -167,6 +167,11 @@ impl Scattered {
     /// Whether nothing is known.
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty()
+    }
+
+    /// Whether it is known that some ranks lack the module of a record.
+    pub fn knows(&self, id: &Identity) -> bool {
+        !self.is_empty() && self.owners(id.model, &id.module).is_some()
     }
 
     /// The ranks that have a module, or the one that a parameter is in; `None`: all.

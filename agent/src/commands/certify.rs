@@ -96,7 +96,7 @@ enum Has<'a> {
 
 impl<'a> Half<'a> {
     fn new(run: &'a Run, selection: &Selection) -> Self {
-        let records = run.records.iter().filter(|r| selection.wants(r.what())).map(|r| (&r.id, r)).collect();
+        let records = run.records.iter().filter(|r| selection.wants(r.what())).map(|r| (&r.id, &**r)).collect();
         let refused = run.lost.refused.iter().filter(|(what, _)| selection.wants(what));
         Self { run, records, refused: refused.map(|(what, reason)| (&what.id, reason.as_str())).collect() }
     }

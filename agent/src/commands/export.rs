@@ -80,7 +80,8 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         bail!("--to {word} is not in this version; npy and torch are");
     }
     let run = Run::open(&args.run)?;
-    let mut records: Vec<&Record> = run.records.iter().filter(|r| args.selection.wants(r.what())).collect();
+    let mut records: Vec<&Record> =
+        run.records.iter().map(|r| &**r).filter(|r| args.selection.wants(r.what())).collect();
     if records.is_empty() {
         bail!("{}: no record fits; `flexmodel ls` shows what is there", args.run.display());
     }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
 use flexmodel_run::{
     Record, Run,
-    read::{LayoutError, display_module, natural},
+    read::{LayoutError, Note, display_module, natural},
 };
 use serde::Serialize;
 use wire::{dtype::DType, hooks::Kind};
@@ -56,7 +56,7 @@ struct Listing<'a> {
     dropped: u64,
     divergences: usize,
     problems: Vec<String>,
-    notes: &'a [String],
+    notes: &'a [Note],
 }
 
 /// Runs the command.

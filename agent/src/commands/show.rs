@@ -141,7 +141,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
 
 fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&'a Record>> {
     let mut filter = Filter { module: Some(module.to_owned()), ..Filter::default() };
-    let of_module: Vec<&Record> = run.records.iter().filter(|r| filter.wants(r)).collect();
+    let of_module: Vec<&Record> = run.records.iter().map(|r| &**r).filter(|r| filter.wants(r)).collect();
     if of_module.is_empty() {
         let names = run.modules();
         let near = nearest(module, &names, 3).into_iter().map(|name| text::safe(&text::clip(display_module(name))));

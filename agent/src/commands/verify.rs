@@ -67,7 +67,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
 fn verify(run: &Run) -> Report {
     let mut report = Report {
         problems: run.problems.clone(),
-        notes: run.notes.clone(),
+        notes: run.notes.iter().map(ToString::to_string).collect(),
         records: run.records.len() as u64,
         ..Report::default()
     };

@@ -64,7 +64,7 @@ impl<'a> Windows<'a> {
         let at = match self.open.iter().position(|(open, _)| open == stem) {
             Some(at) => at,
             None => {
-                let (_, file) = self.shards.file(stem).map_err(|e| e.about(&self.shards.name(stem)).to_string())?;
+                let (_, file) = self.shards.file(stem).map_err(|e| format!("{}: {e}", self.shards.name(stem)))?;
                 if self.open.len() >= MAX_OPEN {
                     self.open.remove(0);
                 }

@@ -5,8 +5,11 @@ use std::{fs, os::unix::ffi::OsStrExt, path::Path};
 use flexmodel_run::{
     OpenError, Run,
     format::{MANIFEST_FILE, RUN_FILE},
-    read::nodes::{inside, is_run},
-    text::clip,
+    read::{
+        Found, Said,
+        nodes::{inside, is_run},
+    },
+    text::{clip, safe},
 };
 use pyo3::PyErr;
 
@@ -59,26 +62,29 @@ pub fn problems(run: &Run) -> Result<Vec<String>, PyErr> {
     let root = run.path.display();
     let mut all = Vec::new();
     for problem in &run.problems {
-        let (place, what) = (&problem.place, clip(&problem.what));
-        if place == RUN_FILE || place.ends_with(&format!("/{RUN_FILE}")) {
-            let why = match what.strip_prefix("damaged ").map(str::to_owned) {
-                Some(why) => format!("{root}/{place} cannot be read {why}"),
-                None => format!("{root}/{place} is missing"),
-            };
-            if run.records.is_empty() {
-                let nothing = "there is no readable record: this is no run, or nothing of it is left";
-                return Err(RunError::new_err(format!("{why}, and {nothing}")));
+        let file = problem.file();
+        let info = match &problem.found {
+            Found::Info(why) => format!("{root}/{file} cannot be read ({why})"),
+            Found::NoInfo => format!("{root}/{file} is missing"),
+            Found::Line { number, why } => {
+                all.push(format!("{root}/{file}: line {number} is skipped: {}", clip(why)));
+                continue;
             }
-            all.push(format!("{why}; the records are served without it"));
-        } else if let Some((file, line)) = place.rsplit_once(" line ") {
-            all.push(format!("{root}/{file}: line {line} is skipped: {what}"));
-        } else {
-            all.push(format!("{root}/{place}: {what}"));
+            Found::NoManifest | Found::MoreLines(_) | Found::Other { .. } => {
+                all.push(format!("{root}/{file}: {}", clip(&problem.what())));
+                continue;
+            }
+        };
+        if run.records.is_empty() {
+            let nothing = "there is no readable record: this is no run, or nothing of it is left";
+            return Err(RunError::new_err(format!("{info}, and {nothing}")));
         }
+        all.push(format!("{info}; the records are served without it"));
     }
     if run.finished() {
-        all.extend(run.notes.iter().filter(|note| note.contains("half a line")).map(|note| format!("{root}: {note}")));
+        let torn = run.notes.iter().filter(|note| note.said == Said::HalfALine);
+        all.extend(torn.map(|note| format!("{root}: {note}")));
     }
     all.extend(run.shard_problems().into_iter().map(|what| format!("{root}: {what}")));
-    Ok(all.iter().map(|text| flexmodel_run::text::safe(text)).collect())
+    Ok(all.iter().map(|text| safe(text)).collect())
 }

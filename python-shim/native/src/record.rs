@@ -1,12 +1,12 @@
 //! A record: what it says, and its bytes.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::sync::Arc;
 
 use flexmodel_run::{
-    ReadError, Record as Read,
+    ReadError, Record as Read, Run,
     format::{Identity, Part, Stats},
     read::{
-        AssemblyPlan, LayoutError, PlanError, fill,
+        AssemblyPlan, LayoutError, PlanError, Source, fill,
         layout::{self, byte_len},
     },
     text::{clip, few, total},
@@ -14,13 +14,14 @@ use flexmodel_run::{
 use pyo3::{exceptions::PyTypeError, prelude::*, types::PyDict};
 use wire::record::{Axis, Place};
 
-use crate::{NotCapturedError, RunError, bounded, memory::Memory, run::State};
+use crate::{NotCapturedError, RunError, bounded, memory::Memory};
 
-/// One record of a run as it was then.
+/// One record of a run as it was then. It keeps what it says, and with the run's other records what reads its bytes; neither
+/// the other records nor what the run said of itself.
 #[pyclass(frozen, module = "flexmodel._native")]
 pub struct Record {
-    state: Arc<State>,
-    at: usize,
+    record: Arc<Read>,
+    source: Arc<Source>,
 }
 
 type AxisFields = (String, u32, u32, &'static str, i64, Option<Vec<u64>>, Option<u32>);
@@ -69,38 +70,30 @@ fn stats(s: &Stats) -> StatsFields {
 }
 
 impl Record {
-    pub fn new(state: Arc<State>, at: usize) -> Self {
-        Self { state, at }
-    }
-
-    fn read(&self) -> &Read {
-        // Made with an index of the run's records, which do not change.
-        &self.state.run.records[self.at]
-    }
-
-    fn ranks(&self) -> BTreeSet<u32> {
-        self.read().parts.iter().map(|part| part.what.rank).collect()
+    /// One of the records of `run`.
+    pub fn new(run: &Run, at: usize) -> Self {
+        Self { record: run.records[at].clone(), source: run.source().clone() }
     }
 
     /// Why there is no whole.
     fn no_whole(&self, name: &str, error: LayoutError) -> PyErr {
-        let ranks = few(self.ranks());
+        let ranks = few(self.record.ranks());
         let why = match error {
             LayoutError::Missing(missing) => return self.incomplete(name, &missing),
             LayoutError::Unknown { axis, .. } => format!("how they lie along {axis} is not known"),
             LayoutError::Apart(why) => why,
-            LayoutError::Conflict(why) => why.trim_end_matches("; read them one by one").to_owned(),
+            LayoutError::Replicas(one, other) => format!("ranks {one} and {other} hold replicas that differ"),
+            LayoutError::Conflict(why) => why,
         };
         NotCapturedError::new_err(format!("{name}: {why}; each rank's part is kept: ask for rank= one of {ranks}"))
     }
 
     fn incomplete(&self, name: &str, missing: &[layout::Coordinates]) -> PyErr {
-        let run = &self.state.run;
         let (mut names, mut ranks) = (Vec::new(), Vec::new());
         for place in missing {
             let one = |(axis, index, size): &(String, u32, u32)| format!("{axis} {index} of {size}");
             let text = clip(&place.iter().map(one).collect::<Vec<_>>().join(", "));
-            match run.rank_at(place) {
+            match self.source.rank_at(place) {
                 Some(rank) => {
                     ranks.push(rank);
                     names.push(format!("rank {rank} ({text})"));
@@ -108,8 +101,7 @@ impl Record {
                 None => names.push(text),
             }
         }
-        let lost = run.lost.dropped.iter().filter(|(rank, ..)| ranks.contains(rank));
-        let reasons: Vec<&str> = lost.map(|(_, _, why)| why.as_str()).collect::<BTreeSet<_>>().into_iter().collect();
+        let reasons: Vec<&str> = self.source.why_dropped(&ranks).into_iter().collect();
         let why = match reasons.as_slice() {
             [] => String::new(),
             all => format!("; parts were dropped there: {}", clip(&all.join(", "))),
@@ -118,7 +110,7 @@ impl Record {
             "{name} is incomplete: no part of {}{why}. Parts of rank {} are there: ask with rank=; while the job runs, \
              run.refresh() reads what has come since",
             names.join("; "),
-            few(self.ranks())
+            few(self.record.ranks())
         ))
     }
 }
@@ -127,9 +119,10 @@ impl Record {
 impl Record {
     /// What it says, by the names of Python's fields.
     fn fields<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let record = self.read();
+        let record = &self.record;
         let (id, what) = (&record.id, record.what());
-        let shape = record.shape().ok();
+        // A record may have thousands of parts.
+        let (shape, ranks, data_size) = py.detach(|| (record.shape().ok(), record.ranks(), record.data_size()));
         let stored = || total(record.parts.iter().filter_map(|part| Some(part.at.as_ref()?.len)));
         let nbytes = shape.as_deref().and_then(|shape| byte_len(what.dtype, shape)).unwrap_or_else(stored);
         let complete = shape.is_some() && record.parts.iter().all(|part| part.at.is_some());
@@ -148,11 +141,11 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "class_name"), &what.class)?;
         fields.set_item(pyo3::intern!(py, "group"), &what.group)?;
         fields.set_item(pyo3::intern!(py, "layout"), axes(&what.axes))?;
-        fields.set_item(pyo3::intern!(py, "dp_size"), record.data_size())?;
+        fields.set_item(pyo3::intern!(py, "dp_size"), data_size)?;
         fields.set_item(pyo3::intern!(py, "loss_scale"), what.loss_scale.0)?;
         let first = record.parts.iter().map(|part| part.what.time_ns).min();
         fields.set_item(pyo3::intern!(py, "time_ns"), first)?;
-        fields.set_item(pyo3::intern!(py, "ranks"), pyo3::types::PyTuple::new(py, self.ranks())?)?;
+        fields.set_item(pyo3::intern!(py, "ranks"), pyo3::types::PyTuple::new(py, ranks)?)?;
         fields.set_item(pyo3::intern!(py, "nbytes"), nbytes)?;
         fields.set_item(pyo3::intern!(py, "complete"), complete)?;
         Ok(fields)
@@ -164,7 +157,7 @@ impl Record {
     }
 
     /// What each rank captured.
-    fn parts(&self) -> Vec<PartFields> {
+    fn parts(&self, py: Python<'_>) -> Vec<PartFields> {
         let one = |part: &Part| {
             let what = &part.what;
             let at = part.at.as_ref().map(|at| (at.shard.clone(), at.offset, at.len, at.crc));
@@ -174,19 +167,19 @@ impl Record {
                 (part.stats.as_ref().map(stats), part.same),
             )
         };
-        self.read().parts.iter().map(one).collect()
+        py.detach(|| self.record.parts.iter().map(one).collect())
     }
 
     /// Statistics of the whole.
-    fn stats(&self) -> Option<StatsFields> {
-        self.read().stats().as_ref().map(stats)
+    fn stats(&self, py: Python<'_>) -> Option<StatsFields> {
+        py.detach(|| self.record.stats().as_ref().map(stats))
     }
 
     /// The bytes of the whole, or of one rank's part of it, their shape and type; `name` is the record's, for errors.
     fn bytes(&self, py: Python<'_>, name: &str, rank: Option<i64>) -> PyResult<(Memory, Vec<u64>, &'static str)> {
         py.detach(|| {
             bounded(|| {
-                let record = self.read();
+                let record = &self.record;
                 let own: Vec<Part>;
                 let parts = match rank {
                     None => &record.parts,
@@ -197,12 +190,12 @@ impl Record {
                     }
                 };
                 if parts.is_empty() {
-                    let (rank, stored) = (rank.unwrap_or_default(), few(self.ranks()));
+                    let (rank, stored) = (rank.unwrap_or_default(), few(self.record.ranks()));
                     return Err(NotCapturedError::new_err(format!(
                         "{name} has no part of rank {rank}, only of {stored}"
                     )));
                 }
-                let shards = self.state.run.shards();
+                let shards = self.source.shards();
                 let plan = AssemblyPlan::new(parts).map_err(|e| match e {
                     PlanError::Layout(e) => self.no_whole(name, e),
                     e => unread(name, shards.refusal(&e)),

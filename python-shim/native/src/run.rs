@@ -8,7 +8,7 @@ use std::{
 
 use flexmodel_run::{
     Run as Opened,
-    format::{Identity, What},
+    format::Identity,
     read::{Growing, Wanted, natural},
 };
 use pyo3::{exceptions::PyIndexError, prelude::*};
@@ -20,8 +20,8 @@ use crate::{
 };
 
 /// A run as it was when it was last looked at, and what is made of it once it is asked for.
-pub struct State {
-    pub run: Arc<Opened>,
+struct State {
+    run: Arc<Opened>,
     problems: Vec<String>,
     by_module: OnceLock<HashMap<String, Vec<usize>>>,
     modules: OnceLock<Vec<String>>,
@@ -98,12 +98,7 @@ impl Run {
     }
 }
 
-type Lost = (Identity9, u32, String);
 type Identity9 = (String, &'static str, String, u32, u64, u32, u32, u32, bool);
-
-fn lost(what: &What) -> (Identity9, u32) {
-    (identity(&what.id), what.rank)
-}
 
 #[pymethods]
 impl Run {
@@ -154,16 +149,18 @@ impl Run {
         py.detach(|| state.modules().to_vec())
     }
 
-    fn has(&self, module: &str) -> bool {
-        self.state().by_module().contains_key(module)
+    fn has(&self, py: Python<'_>, module: &str) -> bool {
+        let state = self.state();
+        py.detach(|| state.by_module().contains_key(module))
     }
 
     fn record_count(&self) -> usize {
         self.state().run.records.len()
     }
 
-    fn module_count(&self) -> usize {
-        self.state().by_module().len()
+    fn module_count(&self, py: Python<'_>) -> usize {
+        let state = self.state();
+        py.detach(|| state.by_module().len())
     }
 
     /// Every record, in order.
@@ -176,9 +173,11 @@ impl Run {
     /// The records of a module, in order.
     fn of_module(&self, py: Python<'_>, module: &str) -> PyResult<Vec<Record>> {
         let state = self.state();
-        let mut all = py.detach(|| state.of_module(module).map(<[usize]>::to_vec))?;
-        all.sort_by(|&a, &b| in_module(&state.run.records[a].id).cmp(&in_module(&state.run.records[b].id)));
-        Ok(all.into_iter().map(|at| Record::new(state.clone(), at)).collect())
+        py.detach(|| {
+            let mut all = state.of_module(module)?.to_vec();
+            all.sort_by_cached_key(|&at| in_module(&state.run.records[at].id));
+            Ok(all.into_iter().map(|at| Record::new(&state.run, at)).collect())
+        })
     }
 
     /// The one record that is meant.
@@ -205,22 +204,24 @@ impl Run {
                 state.run.one(module, all, &wanted).map_err(NotCapturedError::new_err)
             })
         })?;
-        Ok(Record::new(state, at))
+        Ok(Record::new(&state.run, at))
     }
 
-    fn refused(&self) -> Vec<Lost> {
+    fn refused(&self, py: Python<'_>) -> Vec<(Identity9, u32, String)> {
         let state = self.state();
-        state.run.lost.refused.iter().map(|(what, why)| (identity(&what.id), what.rank, why.clone())).collect()
+        let all = state.run.lost.refused.iter();
+        py.detach(|| all.map(|(what, why)| (identity(&what.id), what.rank, why.clone())).collect())
     }
 
-    fn divergences(&self) -> Vec<(Identity9, u32, u32)> {
+    fn divergences(&self, py: Python<'_>) -> Vec<(Identity9, u32, u32)> {
         let state = self.state();
         let all = state.run.lost.divergences.iter();
-        all.map(|(what, against)| (lost(what).0, what.rank, *against)).collect()
+        py.detach(|| all.map(|(what, against)| (identity(&what.id), what.rank, *against)).collect())
     }
 
-    fn dropped(&self) -> Vec<(u32, u64, String)> {
-        self.state().run.lost.dropped.clone()
+    fn dropped(&self, py: Python<'_>) -> Vec<(u32, u64, String)> {
+        let state = self.state();
+        py.detach(|| state.run.lost.dropped.clone())
     }
 
     fn problems(&self) -> Vec<String> {
@@ -242,6 +243,6 @@ impl Records {
 
     fn at(&self, index: usize) -> PyResult<Record> {
         let at = self.state.order().get(index).ok_or_else(|| PyIndexError::new_err("record index out of range"))?;
-        Ok(Record::new(self.state.clone(), *at))
+        Ok(Record::new(&self.state.run, *at))
     }
 }

@@ -126,6 +126,9 @@ pub enum LayoutError {
         /// Each part.
         parts: String,
     },
+    /// Two ranks should have the same, and have not.
+    #[error("ranks {0} and {1} hold replicas that differ; read them one by one")]
+    Replicas(u32, u32),
     /// Parts that are sound, each by itself, and do not go together: not damage.
     #[error("{0}; read them one by one")]
     Apart(String),
@@ -251,7 +254,7 @@ fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
         if !alike(a, b) {
             let ranks = format!("ranks {} and {}", a.what.rank, b.what.rank);
             if b.what.axes.iter().any(|axis| axis.place == Place::Replicate) {
-                return Err(LayoutError::Conflict(format!("{ranks} hold replicas that differ; read them one by one")));
+                return Err(LayoutError::Replicas(a.what.rank, b.what.rank));
             }
             // Stages of a pipeline may have modules of one name: each has its own root.
             return Err(LayoutError::Apart(format!("{ranks} differ, and the layout does not tell them apart")));
@@ -260,10 +263,18 @@ fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
     Ok(kept.into_values().collect())
 }
 
+fn borrows_bytes(part: &Part) -> bool {
+    part.at.is_none() && part.same.is_some()
+}
+
+/// Whether another rank sent the bytes of one of these parts.
+pub fn borrows(parts: &[Part]) -> bool {
+    parts.iter().any(borrows_bytes)
+}
+
 /// Gives parts of which another rank sent the bytes, and this one their checksum, the location of these bytes.
 pub fn lend(parts: &mut [Part]) {
-    let borrows = |part: &Part| part.at.is_none() && part.same.is_some();
-    if !parts.iter().any(borrows) {
+    if !borrows(parts) {
         return;
     }
     let key = |part: &Part, crc: u32| (part.what.dtype, part.what.shape.clone(), crc);
@@ -273,7 +284,7 @@ pub fn lend(parts: &mut [Part]) {
             lenders.entry(key(part, at.crc)).or_insert_with(|| (at.clone(), part.stats));
         }
     }
-    for part in parts.iter_mut().filter(|part| borrows(part)) {
+    for part in parts.iter_mut().filter(|part| borrows_bytes(part)) {
         if let Some((at, stats)) = part.same.and_then(|crc| lenders.get(&key(part, crc))) {
             (part.at, part.stats) = (Some(at.clone()), *stats);
         }

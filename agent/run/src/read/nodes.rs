@@ -5,14 +5,14 @@
 //! whichever node they came from. A shard is then named with its node's folder (`node-a/shard-00000`).
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::HashSet,
     fs,
     path::{Path, PathBuf},
 };
 
-use super::{Lost, OpenError, Problem, Record, Run, Shards, layout, read_info};
+use super::{OpenError, Run, folder::Folder};
 use crate::{
-    format::{Identity, MANIFEST_FILE, ModelInfo, RUN_FILE, RunInfo, Totals},
+    format::{MANIFEST_FILE, ModelInfo, RUN_FILE, RunInfo, Totals},
     limits::NODES,
     text,
 };
@@ -31,57 +31,35 @@ pub fn inside(path: &Path) -> Vec<String> {
     names
 }
 
-/// Opens the runs `names` (at least two) in `path` as one. Refuses those that are not of one job.
-pub fn open(path: &Path, names: Vec<String>) -> Result<Run, OpenError> {
-    let refuse = |why: String| OpenError::NotARun {
+/// Why the runs in `path` are not opened as one.
+pub(super) fn refusal(path: &Path, why: &str) -> OpenError {
+    OpenError::NotARun {
         path: path.display().to_string(),
         reason: format!(
             "not a FlexModel run, and the runs in it are not the nodes of one job: {why}; open one of them"
         ),
-    };
+    }
+}
+
+/// Refuses more nodes than a job has.
+pub(super) fn expect_few(path: &Path, names: &[String]) -> Result<(), OpenError> {
     if names.len() > NODES {
-        return Err(refuse(format!("it holds more than {NODES}")));
+        return Err(refusal(path, &format!("it holds more than {NODES}")));
     }
-    // What `run.json` says first: a folder of a hundred other runs is refused without reading them.
-    // Damage is reported when the run itself is opened.
-    let info = |name: &String| read_info(&path.join(name), &mut Vec::new()).unwrap_or_default();
-    let infos: Vec<(&str, RunInfo)> = names.iter().map(|name| (name.as_str(), info(name))).collect();
-    same_job(&infos).map_err(refuse)?;
-    let mut all = Run {
-        path: path.to_owned(),
-        nodes: names.clone(),
-        info: RunInfo::default(),
-        records: Vec::new(),
-        replaced: Vec::new(),
-        lost: Lost::default(),
-        sealed: Vec::new(),
-        problems: Vec::new(),
-        notes: Vec::new(),
-        shards: Shards::of_nodes(path, &names),
-        ranks: BTreeMap::new(),
-    };
-    let mut owners: BTreeMap<u32, String> = BTreeMap::new();
-    let mut by_id: HashMap<Identity, usize> = HashMap::new();
-    let mut infos = Vec::new();
-    for name in &names {
-        let mut run = Run::open_one(&path.join(name))?;
-        for rank in run.records.iter().flat_map(|r| &r.parts).map(|p| p.what.rank) {
-            let owner = owners.entry(rank).or_insert_with(|| name.clone());
-            if owner != name {
-                return Err(refuse(format!("{owner} and {name} both have rank {rank}")));
-            }
-        }
-        infos.push(std::mem::take(&mut run.info));
-        all.take_node(name, run, &mut by_id);
-    }
-    all.info = joined(infos, all.records.len() as u64);
-    all.settle();
-    all.compare_replicas();
-    Ok(all)
+    Ok(())
+}
+
+/// Refuses runs that are not of one job, by what `run.json` says of each: a folder of a hundred other runs is refused
+/// without reading them.
+pub(super) fn expect_one_job(path: &Path, folders: &[Folder]) -> Result<(), OpenError> {
+    let unknown = RunInfo::default();
+    let infos: Vec<(&str, &RunInfo)> =
+        folders.iter().map(|folder| (folder.name.as_str(), folder.info.as_ref().unwrap_or(&unknown))).collect();
+    same_job(&infos).map_err(|why| refusal(path, &why))
 }
 
 /// Why these are not the runs of one job's nodes. One that no rank has attached to (yet) says nothing.
-fn same_job(infos: &[(&str, RunInfo)]) -> Result<(), String> {
+fn same_job(infos: &[(&str, &RunInfo)]) -> Result<(), String> {
     let mut known = infos.iter().filter(|(_, info)| info.world > 0);
     let Some((first, a)) = known.next() else { return Err("no rank has attached to any of them".into()) };
     if a.world < 2 {
@@ -102,7 +80,7 @@ fn same_job(infos: &[(&str, RunInfo)]) -> Result<(), String> {
 }
 
 /// What is true of the job.
-fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
+pub(super) fn joined(infos: Vec<RunInfo>, records: u64) -> RunInfo {
     let mut all = RunInfo::default();
     let mut said = HashSet::new();
     let (mut nodes, mut finished): (Vec<String>, Vec<Option<u64>>) = (Vec::new(), Vec::new());
@@ -160,63 +138,12 @@ fn add_model(models: &mut Vec<ModelInfo>, model: ModelInfo) {
 }
 
 impl Run {
-    /// Adds what node `name` wrote.
-    fn take_node(&mut self, name: &str, run: Run, by_id: &mut HashMap<Identity, usize>) {
-        let here = |shard: &mut String| *shard = format!("{name}/{shard}");
-        for mut record in run.records {
-            record.parts.iter_mut().filter_map(|p| p.at.as_mut()).for_each(|at| here(&mut at.shard));
-            match by_id.get(&record.id) {
-                Some(&at) => self.records[at].parts.append(&mut record.parts),
-                None => {
-                    by_id.insert(record.id.clone(), self.records.len());
-                    self.records.push(record);
-                }
-            }
-        }
-        for mut part in run.replaced {
-            part.at.iter_mut().for_each(|at| here(&mut at.shard));
-            self.replaced.push(part);
-        }
-        self.sealed.extend(run.sealed.into_iter().map(|(stem, len)| (format!("{name}/{stem}"), len)));
-        self.lost.refused.extend(run.lost.refused);
-        self.lost.divergences.extend(run.lost.divergences);
-        self.lost.dropped.extend(run.lost.dropped);
-        self.problems.extend(run.problems.into_iter().map(|p| p.within(name)));
-        self.notes.extend(run.notes.into_iter().map(|note| format!("{name}: {note}")));
-        run.ranks.into_iter().for_each(|(place, rank)| _ = self.ranks.entry(place).or_insert(rank));
-    }
-
-    /// No agent saw replicas of two nodes side by side: it is noticed here where they differ.
-    fn compare_replicas(&mut self) {
-        let mut found = Vec::new();
-        let known: HashSet<_> = self.lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
-        for Record { parts, .. } in &mut self.records {
-            parts.sort_by_key(|p| p.what.rank);
-            for (first, other) in layout::differing_replicas(parts) {
-                let (what, against) = (&parts[other].what, parts[first].what.rank);
-                if !known.contains(&(&what.id, what.rank)) {
-                    found.push((what.clone(), against));
-                }
-            }
-        }
-        let all = &mut self.info.totals.divergences;
-        *all = all.saturating_add(found.len() as u64);
-        self.lost.divergences.extend(found);
-    }
-
     /// The folders that its files are in: its own, or one a node, each with its name.
     pub fn folders(&self) -> Vec<(String, PathBuf)> {
         match self.nodes.is_empty() {
             true => vec![(String::new(), self.path.clone())],
             false => self.nodes.iter().map(|name| (name.clone(), self.path.join(name))).collect(),
         }
-    }
-}
-
-impl Problem {
-    /// The same problem, of a node's run.
-    pub fn within(self, node: &str) -> Self {
-        Self { place: format!("{node}/{}", self.place), what: self.what }
     }
 }
 

@@ -58,8 +58,25 @@ impl From<String> for ReadError {
     }
 }
 
-const MISSING: &str = "the file is missing";
-const NO_NAME: &str = "is not the name of a shard";
+/// Why there is no file of a shard.
+#[derive(Debug, thiserror::Error)]
+pub enum NoFile {
+    /// A manifest may say anything.
+    #[error("'{}' is not the name of a shard", clip(.0))]
+    NoName(String),
+    /// It is not there.
+    #[error("the file is missing")]
+    Missing,
+    /// It is there.
+    #[error("the file does not open ({0})")]
+    NotOpened(io::Error),
+}
+
+impl From<NoFile> for ReadError {
+    fn from(why: NoFile) -> Self {
+        Self::Damage(why.to_string())
+    }
+}
 
 /// Bytes of the longest stem.
 const LONGEST_STEM: usize = 200;
@@ -84,15 +101,15 @@ impl Shards {
     }
 
     /// The file of a shard: sealed, or still open.
-    pub fn file(&self, stem: &str) -> Result<(PathBuf, File), ReadError> {
-        // A manifest may say anything; a shard is a file of this directory, or of a node's.
+    pub fn file(&self, stem: &str) -> Result<(PathBuf, File), NoFile> {
+        // A shard is a file of this directory, or of a node's.
         let (node, name) = match stem.split_once('/') {
             Some((node, name)) if self.nodes.iter().any(|known| known == node) => (node, name),
             _ => ("", stem),
         };
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if name.is_empty() || name.len() > LONGEST_STEM || !name.chars().all(plain) {
-            return Err(ReadError::Damage(format!("'{}' {NO_NAME}", clip(stem))));
+            return Err(NoFile::NoName(stem.to_owned()));
         }
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         // Sealed once more at the end: it may have been sealed between the first two looks.
@@ -104,8 +121,8 @@ impl Shards {
             }
         }
         Err(match last.kind() {
-            io::ErrorKind::NotFound => ReadError::Damage(MISSING.into()),
-            _ => ReadError::Damage(format!("the file does not open ({last})")),
+            io::ErrorKind::NotFound => NoFile::Missing,
+            _ => NoFile::NotOpened(last),
         })
     }
 
@@ -114,13 +131,11 @@ impl Shards {
         self.file(stem).map(|(_, file)| file).map_err(|e| {
             let stem = clip(stem);
             ReadError::Damage(match e {
-                ReadError::Damage(what) if what == MISSING => format!(
+                NoFile::Missing => format!(
                     "{stem}.safetensors is missing, and {stem}.open too; copy the run again from where it was written"
                 ),
-                ReadError::Damage(what) if what.ends_with(NO_NAME) => {
-                    format!("the manifest names the shard '{stem}', which is no name of a shard")
-                }
-                other => format!("{stem}: {other}"),
+                NoFile::NoName(_) => format!("the manifest names the shard '{stem}', which is no name of a shard"),
+                NoFile::NotOpened(_) => format!("{stem}: {e}"),
             })
         })
     }

@@ -1,3 +1,5 @@
+use std::fs;
+
 use proptest::prelude::*;
 use wire::{
     dtype::DType,
@@ -5,7 +7,11 @@ use wire::{
 };
 
 use super::*;
-use crate::testing::fixture::*;
+use crate::{
+    format::{Line, MANIFEST_FILE, RUN_FILE},
+    manifest::LineError,
+    testing::fixture::*,
+};
 
 fn open(dir: &tempfile::TempDir) -> Run {
     Run::open(dir.path()).unwrap()
@@ -241,7 +247,7 @@ fn a_coordinate_outside_of_its_axis_is_a_conflict() {
     let mut f = Fixture::default();
     f.part(id("m", 0), DType::UInt8, &[1], 0, dp(0, 2, shard(0)), &[1]);
     f.part(id("m", 0), DType::UInt8, &[1], 1, dp(1, 2, shard(0)), &[2]);
-    let mut parts = open(&f.finish()).records.remove(0).parts;
+    let mut parts = open(&f.finish()).records.remove(0).parts.clone();
     for outside in [2, u32::MAX] {
         parts[1].what.axes[0].index = outside;
         let conflict = LayoutError::Conflict(format!("rank 1 says dp {outside} of 2"));
@@ -293,7 +299,7 @@ fn a_damaged_line_costs_its_part_and_a_torn_one_is_a_note() {
     let run = open(&dir);
     assert_eq!(run.modules(), ["a", "c"]);
     assert_eq!(run.problems.len(), 1);
-    assert_eq!(run.problems[0].place, "manifest.jsonl line 2");
+    assert_eq!(run.problems[0].place(), "manifest.jsonl line 2");
     assert_eq!(run.notes.len(), 1);
     assert_eq!(&*run.whole(&run.records[1]).unwrap().bytes, [3]);
 }
@@ -312,6 +318,20 @@ fn a_damaged_shard_costs_its_bytes_alone() {
     assert_eq!(run.whole(&run.records[0]).unwrap().bytes.len(), 4);
     let e = run.whole(&run.records[1]).unwrap_err();
     assert!(matches!(&e, ReadError::Damage(text) if text.contains("shard-00000") && text.contains("checksum")), "{e}");
+}
+
+#[test]
+fn a_shard_that_is_short_or_gone_is_named_once() {
+    let mut f = Fixture::default();
+    f.part(id("mlp", 0), DType::UInt8, &[3], 0, Vec::new(), &[1, 2, 3]);
+    let dir = f.kill();
+    let run = open(&dir);
+    assert!(run.shard_problems().is_empty());
+    let shard = dir.path().join("shard-00000.open");
+    fs::File::options().write(true).open(&shard).unwrap().set_len((1 << 20) + 2).unwrap();
+    assert!(run.shard_problems()[0].contains("shard-00000 is cut short"));
+    fs::remove_file(shard).unwrap();
+    assert!(run.shard_problems()[0].contains("shard-00000.safetensors is missing"));
 }
 
 #[test]
@@ -363,7 +383,7 @@ fn a_run_whose_agent_was_killed_before_the_first_record_is_not_damaged() {
     fs::write(dir.path().join(MANIFEST_FILE), "").unwrap();
     let run = open(&dir);
     assert_eq!(run.problems, []);
-    assert!(run.notes[0].contains("nothing was captured"), "{:?}", run.notes);
+    assert_eq!(run.notes[0].said, Said::NothingCaptured);
     let mut f = Fixture::default();
     f.part(id("mlp", 0), DType::UInt8, &[1], 0, Vec::new(), &[1]);
     let dir = f.finish();

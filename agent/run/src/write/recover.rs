@@ -128,7 +128,7 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
             }
         }
     }
-    Ok(lines.offset())
+    Ok(lines.reached().offset)
 }
 
 /// Seals what the manifest knows of. A shard that is gone stays gone: verify names it.

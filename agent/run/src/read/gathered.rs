@@ -1,0 +1,287 @@
+//! The records of a run, as far as its manifests have been read: of one folder, or of several nodes'.
+//!
+//! A [`Run`] is a snapshot of it. What the two share are whole records; one that changes later is another then, so that
+//! what was taken of a snapshot stays as it was, and taking the next one costs no more than what has changed.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    Lost, OpenError, Record, Run, Shards, Source,
+    folder::{Change, Folder},
+    in_seats, layout, nodes,
+};
+use crate::{
+    format::{Identity, Owners, Part, What},
+    owners::Scattered,
+};
+
+/// The records of a run.
+pub struct Gathered {
+    path: PathBuf,
+    /// Names of the nodes; none for a run of one folder.
+    nodes: Vec<String>,
+    folders: Vec<Folder>,
+    /// In the order of their first part.
+    slots: Vec<Slot>,
+    by_id: HashMap<Identity, usize>,
+    /// Slots that have got parts and are not settled.
+    changed: Vec<usize>,
+    replaced: Vec<Part>,
+    parts: u64,
+    /// Of several nodes: the folder that has a rank's parts.
+    folder_of: BTreeMap<u32, usize>,
+    /// By which slots are settled.
+    owners: (Vec<Owners>, u32),
+    /// Of several nodes: replicas that differ and whose difference no agent saw.
+    differing: BTreeMap<usize, Vec<(What, u32)>>,
+    source: Arc<Source>,
+    /// Whether more is to be read later.
+    growing: bool,
+    /// Whether the records were let go.
+    over: bool,
+}
+
+struct Slot {
+    record: Arc<Record>,
+    /// As it was written, where that is another and is needed once more is read.
+    written: Option<Arc<Record>>,
+    /// Of several nodes: the folders with parts of it, and which of their parts the first one is.
+    folders: Vec<(usize, u64)>,
+    changed: bool,
+}
+
+impl Gathered {
+    /// Of the run in a folder, or of those of a job's nodes in it. Nothing is read.
+    pub fn of(path: &Path) -> Result<Self, OpenError> {
+        if path.is_dir() && !nodes::is_run(path) {
+            let names = nodes::inside(path);
+            if names.len() > 1 {
+                nodes::expect_few(path, &names)?;
+                let folders = names.iter().map(|name| Folder::new(path.join(name), name)).collect();
+                return Ok(Self::new(path, names, folders));
+            }
+        }
+        Self::of_one(path)
+    }
+
+    /// Of the run in a folder.
+    pub fn of_one(path: &Path) -> Result<Self, OpenError> {
+        if !path.is_dir() {
+            let reason = if path.exists() { "not a directory; give the run's folder" } else { "no such run directory" };
+            return Err(OpenError::NotARun { path: path.display().to_string(), reason: reason.into() });
+        }
+        Ok(Self::new(path, Vec::new(), vec![Folder::new(path.to_owned(), "")]))
+    }
+
+    fn new(path: &Path, nodes: Vec<String>, folders: Vec<Folder>) -> Self {
+        let source = Arc::new(Source::new(Shards::of_nodes(path, &nodes)));
+        Self {
+            path: path.to_owned(),
+            nodes,
+            folders,
+            slots: Vec::new(),
+            by_id: HashMap::new(),
+            changed: Vec::new(),
+            replaced: Vec::new(),
+            parts: 0,
+            folder_of: BTreeMap::new(),
+            owners: (Vec::new(), 0),
+            differing: BTreeMap::new(),
+            source,
+            growing: false,
+            over: false,
+        }
+    }
+
+    /// The same, to be read on later.
+    pub fn growing(self) -> Self {
+        Self { growing: true, ..self }
+    }
+
+    /// Names of the nodes; none for a run of one folder.
+    pub fn nodes(&self) -> &[String] {
+        &self.nodes
+    }
+
+    /// Parts that were written, also those that a later one took the place of.
+    pub fn parts(&self) -> u64 {
+        self.parts
+    }
+
+    /// Bytes of manifests that were read.
+    pub fn read(&self) -> u64 {
+        self.folders.iter().map(|folder| folder.read).sum()
+    }
+
+    /// Reads what is new. With [`Change::Other`], and after an error, nothing more is to be had here.
+    pub fn read_on(&mut self) -> Result<Change, OpenError> {
+        if self.over {
+            let same = self.folders.iter().all(Folder::is_as_it_was);
+            return Ok(if same { Change::None } else { Change::Other });
+        }
+        let mut change = Change::None;
+        for folder in &mut self.folders {
+            change = change.max(folder.look_at_info());
+        }
+        if !self.nodes.is_empty() && change != Change::None {
+            nodes::expect_one_job(&self.path, &self.folders)?;
+        }
+        let mut conflict = None;
+        for number in 0..self.folders.len() {
+            let Self { folders, slots, by_id, changed, folder_of, nodes, parts, .. } = self;
+            let of_several = !nodes.is_empty();
+            change = change.max(folders[number].read_on(&mut |part| {
+                *parts += 1;
+                if of_several {
+                    let owner = *folder_of.entry(part.what.rank).or_insert(number);
+                    if owner != number {
+                        conflict.get_or_insert((owner, number, part.what.rank));
+                    }
+                }
+                let at = match by_id.get(&part.what.id) {
+                    Some(&at) => at,
+                    None => {
+                        by_id.insert(part.what.id.clone(), slots.len());
+                        slots.push(Slot::new(part.what.id.clone()));
+                        slots.len() - 1
+                    }
+                };
+                let slot = &mut slots[at];
+                if of_several && slot.folders.iter().all(|(folder, _)| *folder != number) {
+                    slot.folders.push((number, *parts));
+                }
+                slot.change(at, changed);
+                Arc::make_mut(&mut slot.record).parts.push(part);
+            })?);
+            if change == Change::Other {
+                return Ok(change);
+            }
+        }
+        if let Some((one, other, rank)) = conflict {
+            let (one, other) = (&self.nodes[one], &self.nodes[other]);
+            return Err(nodes::refusal(&self.path, &format!("{one} and {other} both have rank {rank}")));
+        }
+        for &at in &self.changed {
+            in_seats(&mut Arc::make_mut(&mut self.slots[at].record).parts, &mut self.replaced);
+        }
+        Ok(change)
+    }
+
+    /// Gives parts their bytes that another rank sent, and makes those of modules that some ranks lack lie among those
+    /// that have them.
+    fn settle(&mut self, owners: &[Owners], world: u32) {
+        let scattered = Scattered::new(owners, world);
+        if self.owners.0 != owners || self.owners.1 != world {
+            let known = Scattered::new(&self.owners.0, self.owners.1);
+            self.owners = (owners.to_vec(), world);
+            if !(known.is_empty() && scattered.is_empty()) {
+                for (at, slot) in self.slots.iter_mut().enumerate() {
+                    slot.change(at, &mut self.changed);
+                }
+            }
+        }
+        for at in std::mem::take(&mut self.changed) {
+            let slot = &mut self.slots[at];
+            slot.changed = false;
+            if layout::borrows(&slot.record.parts) || scattered.knows(&slot.record.id) {
+                slot.written = self.growing.then(|| slot.record.clone());
+                let parts = &mut Arc::make_mut(&mut slot.record).parts;
+                layout::lend(parts);
+                scattered.settle(parts);
+            }
+            if !self.nodes.is_empty() {
+                let parts = &slot.record.parts;
+                let found = layout::differing_replicas(parts).into_iter();
+                let found: Vec<(What, u32)> =
+                    found.map(|(first, other)| (parts[other].what.clone(), parts[first].what.rank)).collect();
+                match found.is_empty() {
+                    true => _ = self.differing.remove(&at),
+                    false => _ = self.differing.insert(at, found),
+                }
+            }
+        }
+    }
+
+    /// The run as far as it was read.
+    pub fn run(&mut self) -> Result<Run, OpenError> {
+        let (mut infos, mut problems, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+        for (number, folder) in self.folders.iter().enumerate() {
+            let is_its = |part: &&Part| self.nodes.is_empty() || self.folder_of.get(&part.what.rank) == Some(&number);
+            let (info, its_problems, its_notes) = folder.opened(self.replaced.iter().filter(is_its).count() as u64)?;
+            infos.push(info);
+            problems.extend(its_problems);
+            notes.extend(its_notes);
+        }
+        let mut info = match self.nodes.is_empty() {
+            true => infos.pop().unwrap_or_default(),
+            false => nodes::joined(infos, self.slots.len() as u64),
+        };
+        self.settle(&info.owners, info.world);
+        let order = self.order();
+        let mut lost = Lost::default();
+        for folder in &self.folders {
+            lost.refused.extend_from_slice(&folder.lost.refused);
+            lost.divergences.extend_from_slice(&folder.lost.divergences);
+            lost.dropped.extend_from_slice(&folder.lost.dropped);
+        }
+        if !self.differing.is_empty() {
+            // No agent saw replicas of two nodes side by side: it is noticed here where they differ.
+            let known: HashSet<_> = lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
+            let found = order.iter().filter_map(|at| self.differing.get(at)).flatten();
+            let found: Vec<_> = found.filter(|(what, _)| !known.contains(&(&what.id, what.rank))).cloned().collect();
+            info.totals.divergences = info.totals.divergences.saturating_add(found.len() as u64);
+            lost.divergences.extend(found);
+        }
+        self.source = self.source.with(self.folders.iter().map(|folder| &folder.ranks), &lost.dropped);
+        let ends = self.folders.iter().flat_map(|folder| folder.ends.iter().map(|(stem, &end)| (stem.clone(), end)));
+        Ok(Run {
+            path: self.path.clone(),
+            nodes: self.nodes.clone(),
+            info,
+            records: order.into_iter().map(|at| self.slots[at].record.clone()).collect(),
+            replaced: self.replaced.clone(),
+            lost,
+            sealed: self.folders.iter().flat_map(|folder| folder.sealed.iter().cloned()).collect(),
+            problems,
+            notes,
+            ends: ends.collect(),
+            source: self.source.clone(),
+        })
+    }
+
+    /// Slots in the order of the run: that of their first part, node after node.
+    fn order(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.slots.len()).collect();
+        if !self.nodes.is_empty() {
+            order.sort_by_key(|&at| self.slots[at].folders.iter().min().copied());
+        }
+        order
+    }
+
+    /// Lets go of the records of a run that is over. Should its files change all the same, it is read anew.
+    pub fn let_go(&mut self) {
+        self.over = true;
+        (self.slots, self.by_id, self.replaced) = Default::default();
+    }
+}
+
+impl Slot {
+    fn new(id: Identity) -> Self {
+        let record = Arc::new(Record { id, parts: Vec::new() });
+        Self { record, written: None, folders: Vec::new(), changed: false }
+    }
+
+    /// As it was written, and to be settled again.
+    fn change(&mut self, at: usize, changed: &mut Vec<usize>) {
+        if !std::mem::replace(&mut self.changed, true) {
+            changed.push(at);
+        }
+        if let Some(written) = self.written.take() {
+            self.record = written;
+        }
+    }
+}
