@@ -226,6 +226,7 @@ void capture(const Site& site, uint32_t kinds, const std::string& path, uint32_t
   leaf.refusal = code(part.refusal == Refusal::None ? because : part.refusal);
   // What is refused may be asked nothing.
   leaf.on_device = leaf.refusal == code(Refusal::None) && !tensor.device().is_cpu();
+  leaf.skipped = part.skipped;
   leaf.repeat = repeat;
   leaf.path = str(path);
   leaf.handle = &tensor;

@@ -107,6 +107,28 @@ PyObject* py_loss_scale(PyObject*, PyObject* scale) {
   Py_RETURN_NONE;
 }
 
+// stepped(optimizer)
+PyObject* py_stepped(PyObject*, PyObject* optimizer) {
+  const unsigned long number = PyLong_AsUnsignedLong(optimizer);
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  host().stepped(static_cast<uint32_t>(number));
+  Py_RETURN_NONE;
+}
+
+// held_by(tap, [optimizer])
+PyObject* py_held_by(PyObject*, PyObject* args) {
+  unsigned int tap = 0;
+  PyObject* numbers = nullptr;
+  if (PyArg_ParseTuple(args, "IO!", &tap, &PyList_Type, &numbers) == 0) return nullptr;
+  std::vector<uint32_t> optimizers;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(numbers); ++i) {
+    optimizers.push_back(static_cast<uint32_t>(PyLong_AsUnsignedLong(PyList_GET_ITEM(numbers, i))));
+  }
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  host().held_by(tap, optimizers.data(), optimizers.size());
+  Py_RETURN_NONE;
+}
+
 // scaled(loss, scale)
 PyObject* py_scaled(PyObject*, PyObject* args) {
   PyObject* loss = nullptr;
@@ -152,13 +174,15 @@ PyObject* py_capture_parameter(PyObject*, PyObject* args) {
   unsigned int tap = 0;
   unsigned char kind = 0;
   PyObject *tensor = nullptr, *axes = nullptr;
+  int skipped = 0;
   Part part;
-  if (PyArg_ParseTuple(args, "IbOO!", &tap, &kind, &tensor, &PyList_Type, &axes) == 0) return nullptr;
+  if (PyArg_ParseTuple(args, "IbOO!p", &tap, &kind, &tensor, &PyList_Type, &axes, &skipped) == 0) return nullptr;
   if (!is_tensor(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
   if (!read_axes(axes, part.axes)) return nullptr;
   return into_python([&] {
     part.local = THPVariable_Unpack(tensor);
     part.refusal = refusal_of(part.local, Py_TYPE(tensor)->tp_name);
+    part.skipped = skipped != 0;
     capture_parameter(tap, kind, part);
     Py_RETURN_NONE;
   });
@@ -282,7 +306,10 @@ PyMethodDef functions[] = {
     {"pass_hooks", py_pass_hooks, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
     {"forget", py_forget, METH_O, "A model was destroyed."},
     {"resolved", event<&HostTable::resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
-    {"stepped", event<&HostTable::stepped>, METH_NOARGS, "An optimizer stepped."},
+    {"optimizer_made", event<&HostTable::optimizer_made>, METH_NOARGS, "The process made an optimizer."},
+    {"held_by", py_held_by, METH_VARARGS, "The optimizers, ascending, that hold the parameters of a tap's module."},
+    {"stepped", py_stepped, METH_O, "An optimizer stepped, or was skipped."},
+    {"backward_ended", event<&HostTable::backward_ended>, METH_NOARGS, "A backward pass ended."},
     {"plan", py_plan, METH_NOARGS, "What all ranks must agree on to gather tensors; empty if no hook wants that."},
     {"joined", py_joined, METH_VARARGS, "The ranks have a communicator of ours: a c10d backend, this member, how many, and its device."},
     {"per_rank", text<&HostTable::per_rank>, METH_O, "There is no communicator, or none any more: each rank sends its own parts, for this reason."},

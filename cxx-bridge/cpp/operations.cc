@@ -129,8 +129,8 @@ void forward_pass_op(const at::Tensor& number, const std::optional<at::Tensor>& 
       now.input_digest = input_digest(*first, nullptr, now, first_digest);
       numbers[2] = first_digest;
     }
-    host().pass(static_cast<uint64_t>(numbers[0]), static_cast<uint64_t>(numbers[1]), pre, &now);
-    if (pre) capture_parameters(static_cast<uint64_t>(numbers[0]));
+    const auto serial = static_cast<uint64_t>(numbers[0]);
+    if (host().pass(serial, static_cast<uint64_t>(numbers[1]), pre, &now)) capture_parameters(serial);
   });
 }
 

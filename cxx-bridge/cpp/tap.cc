@@ -350,8 +350,7 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
     PyObject* first = first_tensor(args[1]);
     if (first == nullptr) first = first_tensor(args[2]);
     if (first != nullptr) now.input_digest = input_digest(THPVariable_Unpack(first), Py_TYPE(first)->tp_name, now, hook.digest);
-    host().pass(hook.serial, hook.part, true, &now);
-    capture_parameters(hook.serial);
+    if (host().pass(hook.serial, hook.part, true, &now)) capture_parameters(hook.serial);
     return Ref();
   });
 }
@@ -411,7 +410,15 @@ PyMethodDef methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr},
 // The job may ask for it, as of any function that is a hook.
 PyObject* name_of(PyObject*, void*) { return PyUnicode_FromString("flexmodel"); }
 
-PyGetSetDef attributes[] = {{"__name__", name_of, nullptr, nullptr, nullptr}, {nullptr, nullptr, nullptr, nullptr, nullptr}};
+// Its tap's number, if it has one.
+PyObject* tap_of(PyObject* self, void*) {
+  const auto& hook = *reinterpret_cast<Hook*>(self);
+  return hook.shared == nullptr ? none() : PyLong_FromUnsignedLong((*hook.shared)->tap);
+}
+
+PyGetSetDef attributes[] = {{"__name__", name_of, nullptr, nullptr, nullptr},
+                            {"tap", tap_of, nullptr, nullptr, nullptr},
+                            {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 PyTypeObject hook_type = [] {
   PyTypeObject type{};

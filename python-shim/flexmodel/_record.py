@@ -30,7 +30,8 @@ class Record:
     part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
     over equal shards, or a pipeline's equal microbatches, `dp_size` times that of one process, and `loss_scale` times
     that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow
-    or fall too far is `inf` or 0, and one that it broke `nan`.
+    or fall too far is `inf` or 0, and one that it broke `nan`. Of a gradient that the optimizer did not use, since it
+    was not finite, `skipped` is True.
     """
 
     module: str
@@ -49,6 +50,7 @@ class Record:
     layout: tuple[Axis, ...]
     dp_size: int
     loss_scale: float
+    skipped: bool
     time_ns: int
     ranks: tuple[int, ...]
     nbytes: int

@@ -17,9 +17,11 @@ from torch import nn
 
 from . import guarded, hooks, imports, patches
 from ._bridge import KIND_PARAM
+from .clock import Clock
 from .communicators import Communicators
 from .faults import Faults
 from .frameworks import Frameworks, Job, ModelFacts, Stage
+from .holders import Holders
 from .layouts import Layouts
 from .mesh import ASSUMED, PIPELINE, Axis, Meshes, unknown
 from .module_registry import ModuleRegistry
@@ -42,6 +44,7 @@ class Discovery:
         self._layouts = Layouts()
         self._taps = Tapping(bridge, self._faults, self._registry)
         self._parameter_taps = ParameterTaps(bridge, self._faults)
+        self._holders = Holders(bridge)
         self._communicators = Communicators(bridge)
         job = Job(
             bridge=bridge,
@@ -53,8 +56,7 @@ class Discovery:
             ignoring=self._registry.ignoring,
             pause=self._pause,
             prepared=self._prepared,
-            before_step=self._parameter_taps.before_step,
-            after_step=self._after_step,
+            clock=Clock(bridge, self._holders, self._parameter_taps, self._taps.undo_if_off),
             compiler_is_here=self._compiler_is_here,
             caches=lambda: self._taps.caches,
         )
@@ -198,6 +200,7 @@ class Discovery:
             known.serial, entries, list(parameters), facts.wrapper, axes, rank, world
         )
         self._parameter_taps.drop(known.serial)
+        self._holders.drop(known.serial)
         if not selected and not of_parameters:
             return
         if stage is not None:
@@ -207,6 +210,7 @@ class Discovery:
         sign(world)
         known.model = True
         self._taps.put(known.serial, model, modules, selected, called, models)
+        self._holders.put(known.serial, model, [(after.tap, modules[index][1]) for index, (_, after) in selected])
 
     def _stage_of(self, model: nn.Module) -> Stage | None:
         """The stage that runs a model; None if there is none."""
@@ -229,11 +233,8 @@ class Discovery:
 
     def _forget(self, serial: int) -> None:
         self._parameter_taps.drop(serial)
+        self._holders.drop(serial)
         self._bridge.forget(serial)
-
-    def _after_step(self, *_: Any) -> None:
-        self._bridge.stepped()
-        self._taps.undo_if_off()
 
     def _compiler_is_here(self) -> None:
         # What we do when a module is called is not the job's to be compiled.

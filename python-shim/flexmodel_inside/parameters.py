@@ -8,6 +8,7 @@ keep elsewhere, their adapters in `frameworks` read.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Set
@@ -106,6 +107,18 @@ class Parameters:
         return local.detach(), [*(axis.placed(of_batch if axis.role == DATA else UNKNOWN) for axis in rest), *axes]
 
 
+@dataclasses.dataclass
+class _Use:
+    """What an optimizer makes of gradients."""
+
+    # Ids of its parameters.
+    held: Set[int]
+    # It divides gradients by this.
+    scale: torch.Tensor | None
+    # It does not use them.
+    is_skipped: Callable[[], bool]
+
+
 class ParameterTaps:
     """Captures parameters at the first forward of a step, and gradients just before the optimizer's."""
 
@@ -127,24 +140,22 @@ class ParameterTaps:
         """A model has none any more."""
         self._taps.pop(serial, None)
 
-    def capture(
-        self, serial: int, kind: int, held: Set[int] | None = None, scale: torch.Tensor | None = None
-    ) -> None:
-        """Captures what is due of a model's parameters; if given, of those alone with these ids. `scale` is by what the
-        optimizer will divide."""
+    def capture(self, serial: int, kind: int, use: _Use | None = None) -> None:
+        """Captures what is due of a model's parameters; if given, of those alone that an optimizer uses."""
         with torch._C.DisableTorchFunction():  # what the job's classes of tensors do is no matter here
             for tap, (name, parameter) in self._taps.get(serial, {}).items():
                 due = self._bridge.parameter_due(tap, kind)
-                if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, held, scale):
+                if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, use):
                     self._bridge.refuse_parameter(tap, kind)
 
-    def _capture_one(
-        self, tap: int, kind: int, parameter: Parameter, held: Set[int] | None, scale: torch.Tensor | None
-    ) -> bool:
-        piece = parameter.read(kind) if held is None or parameter.is_in(held) else None
+    def _capture_one(self, tap: int, kind: int, parameter: Parameter, use: _Use | None) -> bool:
+        piece = parameter.read(kind) if use is None or parameter.is_in(use.held) else None
         if piece is not None:
             local, axes = piece
-            self._bridge.capture_parameter(tap, kind, local if scale is None else local / scale.to(local.device), axes)
+            skipped = use is not None and kind == KIND_GRAD and use.is_skipped()
+            if use is not None and kind == KIND_GRAD and use.scale is not None:
+                local = local / use.scale.to(local.device)
+            self._bridge.capture_parameter(tap, kind, local, axes, skipped)
         return True
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -160,12 +171,21 @@ class ParameterTaps:
             capture()
         return given
 
-    def _capture_of(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_skipped(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer was not given the gradients that there are."""
+        self._faults.of("the gradients of a skipped optimizer", self._capture_of, optimizer, True)
+
+    def _capture_of(self, optimizer: torch.optim.Optimizer, skipped: bool = False) -> None:
         if not any(self._taps.values()):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        # What a GradScaler leaves to an optimizer that unscales gradients while it uses them.
-        scale = getattr(optimizer, "grad_scale", None)
+        # What a GradScaler leaves to an optimizer that unscales gradients while it uses them, or does not use them.
+        scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if isinstance(found_inf, torch.Tensor):
+            is_skipped = functools.cache(lambda: bool(found_inf.item()))  # which may be on a device
+        else:
+            is_skipped = lambda: skipped  # noqa: E731
+        use = _Use(held, scale if isinstance(scale, torch.Tensor) else None, is_skipped)
         for serial in self._taps:
-            self.capture(serial, KIND_PARAM, held)
-            self.capture(serial, KIND_GRAD, held, scale if isinstance(scale, torch.Tensor) else None)
+            self.capture(serial, KIND_PARAM, use)
+            self.capture(serial, KIND_GRAD, use)

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 5;
+pub const RECORD_VERSION: u16 = 6;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -142,6 +142,8 @@ pub struct RecordMeta {
     pub repeat: u32,
     /// The pass trains: gradients were enabled when the model was called, and some module of it was in training mode.
     pub train: bool,
+    /// The optimizer did not use this gradient, since it is not finite.
+    pub skipped: bool,
     /// Keep statistics only.
     pub stats_only: bool,
     /// Element type of the bytes that follow.
@@ -186,6 +188,7 @@ impl RecordMeta {
             call: 0,
             repeat: 0,
             train: true,
+            skipped: false,
             stats_only: false,
             dtype,
             shape,
@@ -211,8 +214,9 @@ impl RecordMeta {
     /// Appends the encoding to `out`. Names longer than [`MAX_NAME`] are cut at a character boundary.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&RECORD_VERSION.to_le_bytes());
-        let [train, stats_only, same] = [self.train, self.stats_only, self.same.is_some()].map(u8::from);
-        let flags = train | stats_only << 1 | same << 2;
+        let [train, stats_only, same, skipped] =
+            [self.train, self.stats_only, self.same.is_some(), self.skipped].map(u8::from);
+        let flags = train | stats_only << 1 | same << 2 | skipped << 3;
         out.extend_from_slice(&[self.kind as u8, self.dtype as u8, flags]);
         for n in [self.model, self.micro, self.call, self.repeat, self.rank, self.dp_size] {
             out.extend_from_slice(&n.to_le_bytes());
@@ -255,7 +259,7 @@ impl RecordMeta {
         let kind = Kind::from_code(r.u8()?).ok_or(RecordError("unknown kind"))?;
         let dtype = DType::from_code(r.u8()?).ok_or(RecordError("unknown dtype"))?;
         let flags = r.u8()?;
-        if flags > 7 {
+        if flags > 15 {
             return Err(RecordError("unknown flags"));
         }
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
@@ -313,6 +317,7 @@ impl RecordMeta {
             repeat,
             train: flags & 1 != 0,
             stats_only: flags & 2 != 0,
+            skipped: flags & 8 != 0,
             dtype,
             shape,
             rank,

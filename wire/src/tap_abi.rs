@@ -93,6 +93,8 @@ pub struct Leaf<'a> {
     pub refusal: u8,
     /// On a device, not the CPU.
     pub on_device: bool,
+    /// A gradient that the optimizer does not use.
+    pub skipped: bool,
     /// For gradients: how many of the same call came before it.
     pub repeat: u32,
     /// Where it is in what the module takes or returns: `out`, `in[0]`, ...
@@ -448,7 +450,7 @@ macro_rules! layouts {
 
 layouts! {
     Str { ptr, len; .. }
-    Leaf { kinds, dtype, refusal, on_device, repeat, path, handle, sizes, ndim, axes, axis_count }
+    Leaf { kinds, dtype, refusal, on_device, skipped, repeat, path, handle, sizes, ndim, axes, axis_count }
     MeshAxis { name, index, size, role }
     LeafAxis { name, index, size, placement, dim, sizes, ndim }
     Call { tap, step, turn, micro, call, pass, train, capture, edit, first, ask }

@@ -262,6 +262,9 @@ pub struct What {
     /// By how much the job scaled the loss, for gradients of activations; otherwise 1.
     #[serde(default)]
     pub loss_scale: LossScale,
+    /// The optimizer did not use this gradient, since it is not finite.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
     /// When the tap fired, nanoseconds since the Unix epoch.
     pub time_ns: u64,
     /// The slab that it came through. An agent that takes a run over tells by this what is in it already.
@@ -327,6 +330,7 @@ impl What {
             axes: m.axes,
             dp_size: m.dp_size,
             loss_scale: m.loss_scale,
+            skipped: m.skipped,
             time_ns: m.time_ns,
             from: None,
         }

@@ -32,6 +32,7 @@ struct Kept {
     axes: Arc<[Axis]>,
     dp_size: u32,
     loss_scale: LossScale,
+    skipped: bool,
     time_ns: u64,
     at: Option<(Arc<str>, u64, u64, u32)>,
     stats: Option<Stats>,
@@ -106,6 +107,7 @@ impl Ring {
             axes: self.axes(what.rank as usize % SHARED, &what.axes),
             dp_size: what.dp_size,
             loss_scale: what.loss_scale,
+            skipped: what.skipped,
             time_ns: what.time_ns,
             at: part.at.as_ref().map(|at| (self.shard(&at.shard), at.offset, at.len, at.crc)),
             stats: part.stats,
@@ -166,6 +168,7 @@ impl Recent {
                 axes: kept.axes.to_vec(),
                 dp_size: kept.dp_size,
                 loss_scale: kept.loss_scale,
+                skipped: kept.skipped,
                 time_ns: kept.time_ns,
             },
             at: kept.at.as_ref().map(|(shard, offset, len, crc)| Location {

@@ -28,7 +28,8 @@ _FILES = (
     "marks",  # the marks of megatron's on parameters, which others make too
     "context_parallel",  # how torch cuts sequences
     "pipelining",  # torch's stages of pipelines
-    "amp",  # torch's loss scaling
+    "amp",  # torch's loss scaling, and the steps that it skips
+    "checkpoint",  # steps that torch's checkpoints make
     "optimizers",  # the clock: what ends a step
     "distributed",  # when this process becomes a rank
     "compiler",  # when torch.compile comes into use

@@ -22,6 +22,7 @@ from .._bridge import KINDS_OF_GRADIENTS
 
 if TYPE_CHECKING:
     from ..caches import Caches
+    from ..clock import Clock
     from ..faults import Faults
     from ..layouts import AxisPlacement, Layouts
     from ..mesh import Axis, Meshes
@@ -46,9 +47,8 @@ class Job:
     pause: Callable[[bool], None]
     # A stage of a pipeline knows its microbatches.
     prepared: Callable[[Stage], None]
-    # The clock: an optimizer is about to step (it may be given other arguments then), and has stepped.
-    before_step: Callable[..., Any]
-    after_step: Callable[..., None]
+    # What ends a step.
+    clock: Clock
     # torch.compile is in use; from then on there is what keeps our graphs out of caches.
     compiler_is_here: Callable[[], None]
     caches: Callable[[], Caches | None]

@@ -1,4 +1,5 @@
-"""By how much torch's `GradScaler` scales the loss before it goes backward: gradients are multiplied by that too.
+"""By how much torch's `GradScaler` scales the loss before it goes backward: gradients are multiplied by that too. And
+the steps that it skips.
 
 A backward pass has the scale of the loss that it begins with: one whose loss was not scaled, as an attack's before the
 training pass, has none. A scale is never read from a device while the job computes: `update` waits for the device
@@ -32,15 +33,29 @@ class Amp(Adapter):
         return [((_MODULE,), self._follow)]
 
     def _follow(self) -> None:
+        scaler, guard, clock = sys.modules[_MODULE].GradScaler, self.job.guard, self.job.clock  # type: ignore[attr-defined]
+        # How often optimizers had stepped when scalers were to step them.
+        before: dict[int, int] = {}
+
+        def steps(*call: Any) -> None:
+            optimizer = given(*call, 1, "optimizer")
+            before[id(optimizer)] = clock.steps_of(optimizer)
+
+        def stepped(_: Any, *call: Any) -> None:
+            optimizer = given(*call, 1, "optimizer")
+            if clock.steps_of(optimizer) == before.pop(id(optimizer), None):
+                clock.skipped_step(optimizer)
+
+        follow(scaler, "step", guard, before=steps, after=stepped)
         if not self.job.wants_gradients():
             return
 
         def updated(_: Any, *call: Any) -> None:
-            scaler = given(*call, 0, "self")
-            if scaler.is_enabled():
-                _known[scaler] = scaler.get_scale()
+            of = given(*call, 0, "self")
+            if of.is_enabled():
+                _known[of] = of.get_scale()
 
-        follow(sys.modules[_MODULE].GradScaler, "update", self.job.guard, after=updated)  # type: ignore[attr-defined]
+        follow(scaler, "update", guard, after=updated)
         follow_scale(self.job, _MODULE, "GradScaler")
 
 

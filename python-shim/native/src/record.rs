@@ -143,6 +143,7 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "layout"), axes(&what.axes))?;
         fields.set_item(pyo3::intern!(py, "dp_size"), data_size)?;
         fields.set_item(pyo3::intern!(py, "loss_scale"), what.loss_scale.0)?;
+        fields.set_item(pyo3::intern!(py, "skipped"), what.skipped)?;
         let first = record.parts.iter().map(|part| part.what.time_ns).min();
         fields.set_item(pyo3::intern!(py, "time_ns"), first)?;
         fields.set_item(pyo3::intern!(py, "ranks"), pyo3::types::PyTuple::new(py, ranks)?)?;

@@ -98,6 +98,7 @@ impl Fixture {
             shape: shape.to_vec(),
             rank,
             loss_scale: self.loss_scale,
+            skipped: false,
             dp_size: axes.iter().filter(|axis| axis.name == "dp").map(|axis| axis.size).product(),
             axes,
             time_ns: 1,

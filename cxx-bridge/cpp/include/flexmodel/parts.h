@@ -35,6 +35,8 @@ struct Part {
   Axes axes;
   // Why `local` cannot be read.
   Refusal refusal = Refusal::None;
+  // A gradient that the optimizer does not use.
+  bool skipped = false;
 };
 
 // The part that `look` gives. Where that raises, the tensor is reported by `name()` and cannot be read: what is not known

@@ -79,6 +79,7 @@ impl Engine {
             call: call.call,
             repeat: tensor.repeat,
             train: call.train,
+            skipped: tensor.skipped,
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,

@@ -26,6 +26,7 @@ impl Tensor {
         Leaf {
             kinds: kind.bit(),
             path: Str::new(path),
+            skipped: false,
             repeat: 0,
             handle: std::ptr::from_ref(self).cast(),
             sizes: sizes.as_ptr(),

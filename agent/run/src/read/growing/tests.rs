@@ -184,7 +184,7 @@ fn assert_same(growing: &Growing, path: &Path) {
 fn line(node: u32) -> impl Strategy<Value = Vec<u8>> {
     let part = (0..3u8, 0..3u64, 0..2u32, 0..4u8).prop_map(move |(module, step, index, how)| {
         let rank = 2 * node + index;
-        let axis = |name: &str, index, place| Axis { name: name.into(), index, size: 2, place, given: None };
+        let axis = |name: &str, index, place| Axis { name: name.into(), index, size: 2, place, input_digest: None };
         let axes = match how {
             0 => vec![axis("dp", node, Place::Replicate), axis("tp", index, shard(0))],
             1 => vec![axis("dp", node, shard(0)), axis("tp", index, Place::Replicate)],
