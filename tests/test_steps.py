@@ -2,6 +2,7 @@
 
 import checkpointing
 import pytest
+import stepping
 import tiny
 import uneven
 
@@ -52,3 +53,87 @@ def test_every_and_steps_choose_steps(run_once):
     assert {key.step for key in found if key.module == "lm_head"} == {0, 3, 6}
     for kind in ("forward", "backward"):
         assert {key.step for key in found if key.module == "layers.0.mlp" and key.kind == kind} == {2, 3, 4}
+
+
+@pytest.fixture(scope="module")
+def trained(run_once, untapped_once):
+    argv = harness.python("stepping.py", "trained")
+    hooks = ";".join(f"{name}:forward,param,grad" for name in ("scaled", "fused", "stored", "inside"))
+    hooks += ";maker@every=2;judge@every=2;scaled_end@mode=train;act@mode=eval,micro=1..2"
+    outcome = run_once(argv, hooks).expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    return captures.expect_sound(outcome.run)
+
+
+def passes(run, module):
+    """(step, micro, trains) of a module's outputs, in their order; steps from the first on."""
+    records = sorted((r for r in run[module] if r.kind == "forward"), key=lambda record: record.time_ns)
+    return [(r.step, r.micro, r.train) for r in records]
+
+
+def from_first(found):
+    first = min(step for step, *_ in found)
+    return [(step - first, *rest) for step, *rest in found]
+
+
+def test_what_an_optimizer_skipped_is_a_step_too(trained):
+    found = passes(trained, "scaled")
+    # Steps of inference, with numbers of their own, and then those that the optimizer ends.
+    assert found[:2] == [(0, 0, False), (1, 0, False)]
+    evaluated, train = [found[2 + n :: 2] for n in range(2)]
+    assert train == [(step, 0, True) for step in range(stepping.ITERATIONS)]
+    assert [(step, train) for step, _, train in evaluated] == [(step, False) for step in range(stepping.ITERATIONS)]
+    assert len(set(found)) == len(found)
+    assert from_first(passes(trained, "fused")) == [(step, 0, True) for step in range(stepping.ITERATIONS)]
+
+
+@pytest.mark.parametrize("name", ["scaled", "fused"])
+def test_the_gradient_of_a_skipped_step_is_there_and_says_so(trained, name):
+    grads = [r for r in trained[f"{name}.weight"] if r.kind == "grad"]
+    grads.sort(key=lambda record: record.step)
+    assert [r.skipped for r in grads] == [step == stepping.BROKEN for step in range(stepping.ITERATIONS)]
+    assert [bool(r.stats.nan + r.stats.inf) for r in grads] == [r.skipped for r in grads]
+    params = [r for r in trained[f"{name}.weight"] if r.kind == "param" and r.train]
+    assert len(params) == stepping.ITERATIONS
+    assert not any(r.skipped for r in params)
+
+
+def test_every_counts_the_steps_of_the_optimizer_that_holds_a_module(trained):
+    first = min(step for step, *_ in passes(trained, "judge"))
+    # The judge's optimizer steps in even steps of the two, and the maker's in odd ones.
+    assert sorted({step - first for step, *_ in passes(trained, "judge")}) == [0, 3, 4, 7]
+    assert sorted({step - first for step, *_ in passes(trained, "maker")}) == [0, 1, 4, 5]
+
+
+def test_the_step_that_makes_a_checkpoint_is_none(trained):
+    assert from_first(passes(trained, "stored")) == [(s, 0, train) for s in range(2) for train in (False, True)]
+
+
+def test_optimizers_in_the_backward_pass_end_one_step(trained):
+    assert from_first(passes(trained, "inside")) == [(0, 0, True), (1, 0, True)]
+    for name in ("weight", "bias"):
+        assert len([r for r in trained[f"inside.{name}"] if r.kind == "grad"]) == 2
+
+
+def test_a_clause_may_mean_passes_of_one_kind(trained):
+    assert all(train for _, _, train in passes(trained, "scaled_end"))
+    assert len(passes(trained, "scaled_end")) == stepping.ITERATIONS
+    assert all(not train and micro for _, micro, train in passes(trained, "act"))
+    assert passes(trained, "act")
+
+
+def test_updates_by_hand_end_steps(run_once, untapped_once):
+    argv = harness.python("stepping.py", "by_hand")
+    outcome = run_once(argv, "by_hand").expect(0)
+    assert outcome.losses == untapped_once(argv).losses
+    expected = [(0, 0, False)]
+    for step in range(1, 1 + stepping.ITERATIONS):
+        expected += [(step, 0, True), (step + 1, 0, False)]
+    assert passes(captures.expect_sound(outcome.run), "by_hand") == expected
+
+
+def test_each_pass_is_a_step_of_inference(run_once):
+    outcome = run_once(harness.python("stepping.py", "inference"), "inference@every=5;act@steps=3..4").expect(0)
+    run = captures.expect_sound(outcome.run)
+    assert passes(run, "inference") == [(step, 0, False) for step in (0, 5, 10)]
+    assert passes(run, "act") == [(step, 0, False) for step in (3, 4)]

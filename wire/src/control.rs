@@ -32,7 +32,7 @@ pub const MAX_NOTICES: usize = 200;
 /// Longest notice in bytes, see [`clip`].
 pub const MAX_NOTICE: usize = 4096;
 /// Most models that a rank tells of and a run takes.
-pub const MAX_MODELS: usize = 64;
+pub const MAX_MODELS: usize = 1024;
 
 /// Who attaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +117,8 @@ pub enum FromRank<M, N> {
         /// How many.
         count: u64,
     },
+    /// Records are of steps that ended by this rule.
+    Steps(StepRule),
     /// What the agent asked.
     Answer {
         /// The number of the question.
@@ -124,6 +126,19 @@ pub enum FromRank<M, N> {
         /// The answer.
         answer: Answer<N>,
     },
+}
+
+/// By which rule steps are counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepRule {
+    /// Each forward pass of a model is a step of its own: nothing trains yet.
+    #[default]
+    Inference,
+    /// A step ends at the first forward pass after an optimizer stepped, or was skipped.
+    Optimizer,
+    /// A step ends at the first forward pass after a backward pass: the process has made no optimizer.
+    Backward,
 }
 
 /// How long a rank keeps a message for agents to come.
@@ -150,7 +165,7 @@ impl<M, N> FromRank<M, N> {
             Self::Model { model, .. } => Keeping { subject: Some(*model), most: MAX_MODELS, ..forever },
             Self::Others { .. } => Keeping { most: MAX_MODELS, ..forever },
             Self::Notice(_) | Self::OutOfReach { .. } => Keeping { most: MAX_NOTICES, ..forever },
-            Self::Lost { .. } => forever,
+            Self::Lost { .. } | Self::Steps(_) => forever,
         }
     }
 }

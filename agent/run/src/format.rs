@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use wire::{
+    control::StepRule,
     dtype::DType,
     hooks::Kind,
     loss_scale::LossScale,
@@ -70,6 +71,8 @@ pub struct RunInfo {
     pub python: String,
     /// How the job wraps its model.
     pub wrapper: String,
+    /// By which rules steps were counted, in the order in which they came into force.
+    pub steps: Vec<StepRule>,
     /// The module tree of every model, by model number, as far as it is within [`names`](super::names) and
     /// [`owners`](super::owners).
     #[serde(deserialize_with = "objects::list")]

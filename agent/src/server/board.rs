@@ -15,7 +15,7 @@ use flexmodel_run::{
     owners::{self, MAX_MODULES},
     write::Store,
 };
-use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, clip};
+use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, StepRule, clip};
 
 use super::listed::Listed;
 use crate::{live::Live, say, secrets};
@@ -107,6 +107,22 @@ impl Board {
             self.change();
         }
         new
+    }
+
+    /// A rank counts steps by this rule.
+    pub fn steps(&self, rule: StepRule) {
+        let mut known = self.known();
+        let rules = &mut known.info.steps;
+        if rules.contains(&rule) {
+            return;
+        }
+        rules.push(rule);
+        let mixed = rules.len() == 2;
+        drop(known);
+        self.change();
+        if mixed {
+            self.notice("this job changes the rule by which steps are counted: see \"steps\" in run.json");
+        }
     }
 
     /// What `flexmodel run` started.

@@ -24,13 +24,16 @@ mod tests;
 
 use std::collections::HashMap;
 
-use wire::tap_abi::{Call, Firing};
+use wire::{
+    control::StepRule as Rule,
+    tap_abi::{Call, Firing},
+};
 
 use passes::Passes;
 
 pub use calls::Calls;
 pub use passes::{Caller, Input, StackPosition};
-pub use steps::{Rule, Steps};
+pub use steps::Steps;
 
 /// When a tap fires, and how it fires.
 #[derive(Clone, Copy, Debug)]

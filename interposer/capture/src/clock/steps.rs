@@ -2,28 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-/// By which rule steps are counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Rule {
-    /// Each forward pass of a model is a step of its own: nothing trains yet.
-    #[default]
-    Inference,
-    /// A step ends at the first forward pass after an optimizer stepped, or was skipped.
-    Optimizer,
-    /// A step ends at the first forward pass after a backward pass: the process has made no optimizer.
-    Backward,
-}
-
-impl Rule {
-    /// As the user reads it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Inference => "inference",
-            Self::Optimizer => "optimizer",
-            Self::Backward => "backward",
-        }
-    }
-}
+use wire::control::StepRule as Rule;
 
 /// The steps of a job that trains. While it does not, its models count their passes themselves.
 #[derive(Debug, Default)]
@@ -92,7 +71,10 @@ impl Steps {
     /// From now on it is counted in how many steps any of these optimizers steps.
     pub fn count_turns(&mut self, optimizers: &[u32]) {
         if !optimizers.is_empty() {
-            self.turns.entry(optimizers.to_vec()).or_insert(self.now);
+            // From the step that the next pass is in.
+            let counted = optimizers.iter().any(|optimizer| self.stepped.contains(optimizer));
+            let next = self.now + u64::from(self.ended && !counted);
+            self.turns.entry(optimizers.to_vec()).or_insert(next);
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use wire::{
     codes::{Role, Subject},
-    control::ToAgent,
+    control::{StepRule, ToAgent},
     hooks::{Edit, Kind},
     tap_abi::{Call, Firing, LeafEdit, Rank},
 };
@@ -43,6 +43,8 @@ pub struct Engine {
     /// What was found of the plan in force.
     findings: Findings,
     rank: Rank,
+    /// Rules of steps that the agent knows.
+    rules: Vec<StepRule>,
     /// What gradients of activations are multiplied by in the job.
     loss_scale: f64,
     process: Arc<dyn Process>,
@@ -58,6 +60,7 @@ impl Engine {
             taps: TapRegistry::default(),
             clock: Clock::default(),
             rank: Rank { rank: 0, world: 1 },
+            rules: Vec::new(),
             loss_scale: 1.0,
             process,
             reports,
@@ -128,6 +131,7 @@ impl Engine {
         let position = StackPosition::here(&caller);
         if enter {
             self.clock.enter(serial, caller, position, firing);
+            self.say_rule();
         } else {
             self.clock.exit(serial, caller, position, firing);
         }
@@ -194,6 +198,15 @@ impl Engine {
         }
         let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Assumed));
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
+    }
+
+    /// Says once by which rule the step under way is counted.
+    fn say_rule(&mut self) {
+        let rule = self.clock.steps().rule();
+        if self.rank.rank == 0 && !self.rules.contains(&rule) {
+            self.rules.push(rule);
+            self.reports.say(ToAgent::Steps(rule));
+        }
     }
 
     /// How a leaf is edited by what edits any of these kinds: all edits on it are one.

@@ -257,7 +257,9 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     assert_eq!(w.record(&call, Kind::Forward, "out").unwrap().group, "new");
     assert_eq!((w.engine.plan().revision(), call.micro), (1, 2), "the clock goes on");
     let said = w.reports.said.lock().unwrap();
-    let [ToAgent::Model { model: 0, .. }, ToAgent::Model { model: 0, modules }] = &said[..] else { panic!("{said:?}") };
+    let [ToAgent::Model { model: 0, .. }, ToAgent::Steps(_), ToAgent::Model { model: 0, modules }] = &said[..] else {
+        panic!("{said:?}")
+    };
     assert_eq!(modules.iter().map(|m| m.kinds).collect::<Vec<_>>(), [0, 0, FORWARD]);
 }
 
