@@ -185,7 +185,7 @@ def test_a_rank_that_an_agent_without_descriptors_cannot_take_in_has_dropped_all
     job, stop = _run_until(tmp_path)
     with job:
         agent = _agent_of(job)
-        harness.wait_until(lambda: (tmp_path / "x" / "run.json").exists(), "the run", job=job)
+        harness.wait_until(lambda: "live at" in job.err, "the agent, ready", job=job)
         few = len(os.listdir(f"/proc/{agent}/fd"))
         resource.prlimit(agent, resource.RLIMIT_NOFILE, (few, few))
         job.wait_for_line("step 60 ")

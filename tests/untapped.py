@@ -25,8 +25,12 @@ class Server:
                 [harness.BIN / "python", SERVER], env=harness.environment(), bufsize=0,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
-        with _Forked(argv, self._process) as job:
-            return job.wait()
+        try:
+            with _Forked(argv, self._process) as job:
+                return job.wait()
+        except BaseException:
+            self.stop()  # it has an answer left to give
+            raise
 
     def stop(self) -> None:
         """Ends the server."""
@@ -34,6 +38,7 @@ class Server:
             self._process.stdin.close()
             self._process.kill()
             self._process.wait()
+            self._process = None
 
 
 class _Forked(harness.Running):
