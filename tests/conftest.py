@@ -15,6 +15,8 @@ import torch
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent / "programs")]
 
+import untapped as untapped_jobs
+
 import harness
 
 
@@ -37,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Says early that there is nothing to test."""
     if not harness.LIBRARY.is_file() or not pathlib.Path(harness.FLEXMODEL).is_file():
         raise pytest.UsageError(f"{harness.VENV} has no FlexModel in it: run scripts/setup --test")
+    if not hasattr(config, "workerinput"):
+        harness.remove_stale_locks()
     # What is ignored here (under nohup) the jobs would ignore too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -104,6 +108,19 @@ def run_once(shared: Shared):
 
 
 @pytest.fixture(scope="session")
-def untapped_once(shared: Shared):
-    """The same for jobs without FlexModel."""
-    return lambda argv: shared.once(["untapped", *argv], lambda _: harness.run(argv)).expect(0)
+def untapped() -> Iterator[untapped_jobs.Server]:
+    """Runs jobs without FlexModel."""
+    server = untapped_jobs.Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def untapped_once(shared: Shared, untapped: untapped_jobs.Server):
+    """The outcome of a job without FlexModel, run the first time that anybody asks for it, however it is launched."""
+
+    def once(argv: list[str]) -> harness.Outcome:
+        ranks, program = harness.program_of(argv)
+        return shared.once(["untapped", str(ranks), *program], lambda _: untapped.run(argv)).expect(0)
+
+    return once

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket as socket_module
@@ -20,7 +21,10 @@ PROGRAMS = ROOT / "tests" / "programs"
 VENV = pathlib.Path(os.environ.get("FLEXMODEL_TEST_VENV", ROOT / ".venv"))
 BIN = VENV / "bin"
 HOME = VENV / "lib" / "flexmodel"
+LAUNCHER = str(ROOT / "tests" / "launcher.py")
 LIBRARY = HOME / "libflexmodel.so"
+EXTENSIONS = VENV / "torch_extensions"
+"""What DeepSpeed compiles at its first use. Who is killed meanwhile leaves a lock there, which others wait for."""
 FLEXMODEL = str(BIN / "flexmodel")
 
 TIMEOUT = 150
@@ -29,9 +33,12 @@ TIMEOUT = 150
 LONGEST_TEST = 4 * TIMEOUT + 60
 """Seconds after which a test counts as hung, whatever it waits for. One waits for a compiler, four times as long."""
 
+JOBS = os.environ.get("FLEXMODEL_TEST_JOBS")
+"""A file that gets a line for each job: what it cost, for whoever makes the tests quicker."""
+
 _TAG = "FLEXMODEL_TEST_JOB"
 _numbers = itertools.count()
-_running: list["Job"] = []
+_running: list["Running"] = []
 
 
 @dataclass
@@ -69,10 +76,17 @@ def environment(**extra: str | None) -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",
         "DS_ACCELERATOR": "cpu",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
     }
     for name, value in extra.items():
         env.pop(name, None) if value is None else env.update({name: value})
     return env
+
+
+def remove_stale_locks() -> None:
+    """At the start, when no job runs that could hold one."""
+    for lock in EXTENSIONS.glob("*/lock"):
+        lock.unlink()
 
 
 def python(program: str, *args: str) -> list[str]:
@@ -80,9 +94,26 @@ def python(program: str, *args: str) -> list[str]:
     return ["python", str(PROGRAMS / program), *args]
 
 
+def on_ranks(program: str, *args: str, ranks: int = 2) -> list[str]:
+    """`ranks` processes on this machine, on a free port, without torchrun's own start; see tests/launcher.py."""
+    return ["python", LAUNCHER, str(ranks), str(PROGRAMS / program), *args]
+
+
 def torchrun(program: str, *args: str, ranks: int = 2) -> list[str]:
-    """`ranks` processes on this machine, on a free port."""
+    """The same by torchrun itself."""
     return ["torchrun", "--standalone", "--nproc-per-node", str(ranks), str(PROGRAMS / program), *args]
+
+
+def program_of(argv: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The number of ranks, None without any, and the program with its arguments, of what the three above return."""
+    match argv:
+        case ["torchrun", "--standalone", "--nproc-per-node", count, *rest]:
+            return int(count), rest
+        case ["python", launcher, count, *rest] if launcher == LAUNCHER:
+            return int(count), rest
+        case ["python", *rest]:
+            return None, rest
+    raise ValueError(f"no job of this file's: {argv}")
 
 
 def run(argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = TIMEOUT, **options) -> Outcome:
@@ -106,22 +137,14 @@ def preloaded(hooks: str, socket: pathlib.Path | str, **extra: str) -> dict[str,
     return environment(LD_PRELOAD=str(LIBRARY), FLEXMODEL_HOOKS=hooks, FLEXMODEL_AGENT=f"unix:{socket}", **extra)
 
 
-class Job:
-    """A running command in a session of its own. Leaving the `with` ends whatever is left of it."""
+class Running:
+    """A job while it runs. Leaving the `with` ends whatever is left of it."""
 
-    def __init__(self, argv: Sequence[str], env: dict[str, str] | None = None, cwd=None, preexec=None):
-        self.tag = f"{os.getpid()}-{next(_numbers)}-{uuid.uuid4().hex}"
+    def __init__(self, argv: Sequence[str]):
         self.argv = list(argv)
         self._files = pathlib.Path(tempfile.mkdtemp(prefix="flexmodel-job-"))
-        env = dict(environment() if env is None else env) | {_TAG: self.tag}
-        program = shutil.which(self.argv[0], path=env.get("PATH")) or self.argv[0]
-        with open(self._files / "out", "wb") as out, open(self._files / "err", "wb") as err:
-            self.process = subprocess.Popen(
-                [program, *self.argv[1:]], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                start_new_session=True, preexec_fn=preexec,
-            )  # fmt: skip
 
-    def __enter__(self) -> "Job":
+    def __enter__(self):
         _running.append(self)
         return self
 
@@ -129,8 +152,11 @@ class Job:
         _running.remove(self)
         for pid in self.pids():
             _signal(pid, signal.SIGKILL)
-        self.process.wait()
+        self._reap()
         shutil.rmtree(self._files, ignore_errors=True)
+
+    def _reap(self) -> None:
+        """Returns when the killed processes have ended."""
 
     @property
     def out(self) -> str:
@@ -143,15 +169,49 @@ class Job:
         return (self._files / "err").read_text(errors="replace")
 
     def pids(self) -> list[int]:
-        """Every live process that inherited this job's environment."""
-        wanted = f"{_TAG}={self.tag}".encode()
+        """Every live process of it."""
         found = []
         for entry in pathlib.Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
-                    if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    if self._is_mine(entry):
                         found.append(int(entry.name))
         return found
+
+    def _is_mine(self, process: pathlib.Path) -> bool:
+        raise NotImplementedError
+
+    def _log(self, cpu: float, wall: float) -> None:
+        """CPU is right where no other job of this process ended meanwhile."""
+        if JOBS:
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+            line = {"cpu": round(cpu, 2), "wall": round(wall, 2), "test": test, "argv": self.argv}
+            with open(JOBS, "a") as log:
+                log.write(json.dumps(line) + "\n")
+
+
+class Job(Running):
+    """A running command in a session of its own."""
+
+    def __init__(self, argv: Sequence[str], env: dict[str, str] | None = None, cwd=None, preexec=None):
+        super().__init__(argv)
+        self.tag = f"{os.getpid()}-{next(_numbers)}-{uuid.uuid4().hex}"
+        env = dict(environment() if env is None else env) | {_TAG: self.tag}
+        program = shutil.which(self.argv[0], path=env.get("PATH")) or self.argv[0]
+        self._began, self._used = time.monotonic(), _used()
+        with open(self._files / "out", "wb") as out, open(self._files / "err", "wb") as err:
+            self.process = subprocess.Popen(
+                [program, *self.argv[1:]], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                start_new_session=True, preexec_fn=preexec,
+            )  # fmt: skip
+
+    def _reap(self) -> None:
+        self.process.wait()
+        self._log(_used() - self._used, time.monotonic() - self._began)
+
+    def _is_mine(self, process: pathlib.Path) -> bool:
+        """Whether it inherited this job's environment."""
+        return f"{_TAG}={self.tag}".encode() in (process / "environ").read_bytes().split(b"\0")
 
     def wait(self, timeout: float = TIMEOUT) -> Outcome:
         """Its outcome, once it has ended."""
@@ -231,6 +291,12 @@ def free_port() -> int:
     with socket_module.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _used() -> float:
+    """Seconds of CPU of all processes that this one has waited for, and of those that they did."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _signal(pid: int, number: int) -> None:

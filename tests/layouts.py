@@ -36,8 +36,8 @@ WRAPPED = {
 STEPS = 3
 
 TENSOR_PARALLEL = harness.torchrun("tensor_parallel.py", "local", "dtensor", "sequence")
-REPLICAS = harness.torchrun("hsdp.py", "fsdp1", "fsdp2", ranks=4)
-CROSSED = harness.torchrun("fsdp2_tp.py", "sequence", ranks=4)
+REPLICAS = harness.on_ranks("hsdp.py", "fsdp1", "fsdp2", ranks=4)
+CROSSED = harness.on_ranks("fsdp2_tp.py", "sequence", ranks=4)
 
 
 def tensors(

@@ -5,13 +5,21 @@ to the distributed job's to the last bit. `whole=True` runs the global batch at 
 and the yardstick for what a *whole* tensor and its gradient are.
 """
 
+import itertools
+
 import tiny
 import torch
 
 import reference
 
 
-def data_parallel(model, wanted, *, steps: int, sizes=(4, 4), whole: bool = False):
+def language(model, step: int, sizes: list[int], rank: int):
+    """The loss of a rank's slice of a batch, as the programs with tiny.py's data have it."""
+    tokens, targets = tiny.batch(step, sizes, rank)
+    return tiny.loss_of(model(tokens), targets)
+
+
+def data_parallel(model, wanted, *, steps: int, sizes=(4, 4), whole: bool = False, loss_of=language):
     """Records of `parallel.train`, and its losses."""
     recorders = [reference.Recorder(model, wanted)]
     slices = [[sum(sizes)]] if whole else [list(sizes)]
@@ -24,8 +32,7 @@ def data_parallel(model, wanted, *, steps: int, sizes=(4, 4), whole: bool = Fals
         for rank in range(world):
             recorders[0].found = parts[rank]
             recorders[0].forward_pass(step)
-            tokens, targets = tiny.batch(step, slices[0], rank)
-            loss = tiny.loss_of(model(tokens), targets)
+            loss = loss_of(model, step, slices[0], rank)
             optimizer.zero_grad()
             loss.backward()
             mine = [p.grad / world for p in model.parameters()]
@@ -83,6 +90,13 @@ def _evaluate(model, recorder, rank: int, index: int, step: int, micro: int) -> 
     with torch.no_grad():
         model(tiny.batch(100 + index, accumulate.SIZES, rank)[0])
     model.train()
+
+
+def until(steps: int, width: int = tiny.WIDTH) -> list[str]:
+    """The losses of so many steps of `until.py`."""
+    import until
+
+    return [float(loss.detach()).hex() for loss in itertools.islice(until.losses(width), steps)]
 
 
 def single(model, wanted, batch, loss_of, *, steps: int):

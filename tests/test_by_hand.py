@@ -15,7 +15,7 @@ TAPPED = {"embed", "norm", "lm_head", "layers.1", "layers.1.attn", "layers.1.mlp
 KINDS = "forward,forward_pre,backward,backward_pre"
 HOOKS = ";".join(f"{name}:{KINDS}" for name in sorted(TAPPED)) + ";lm_head:param,grad"
 WAYS = ["tensor", "data"]
-ARGV = harness.torchrun("by_hand.py", *WAYS)
+ARGV = harness.on_ranks("by_hand.py", *WAYS)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ HOOKS = ";".join(
     for name in ("layers.*.norm1", "layers.*.attn", "layers.*.mlp", "lm_head")
 )
 STEPS = 3
-DDP = harness.torchrun("ddp.py", str(STEPS))
+DDP = harness.on_ranks("ddp.py", str(STEPS))
 ONE = harness.python("plain.py", str(STEPS), "8")
 
 
@@ -54,15 +54,15 @@ def test_a_run_with_an_edit_is_not_certified_and_the_worst_record_is_named(run_o
 LLAMA = "**:forward,backward,param,grad;(root):forward,backward"
 
 
-@pytest.mark.parametrize("how", ["fsdp2", "fsdp2_tp"])
-def test_a_llama_on_four_ranks_is_certified_in_every_module_and_parameter(how, run_once):
+@pytest.mark.parametrize(("how", "ranks"), [("fsdp2", 2), ("fsdp2_tp", 4)])
+def test_a_llama_on_ranks_is_certified_in_every_module_and_parameter(how, ranks, run_once):
     one = run_once(harness.python("llama.py", "one"), LLAMA).expect(0).run
-    ranks = run_once(harness.torchrun("llama.py", how, ranks=4), LLAMA).expect(0).run
-    counted = json.loads(certify(ranks, one, "--json").expect(0).out)
+    run = run_once(harness.on_ranks("llama.py", how, ranks=ranks), LLAMA).expect(0).run
+    counted = json.loads(certify(run, one, "--json").expect(0).out)
     assert counted["records"] == counted["equal"] + counted["close"] == len(flexmodel.open(one).records)
     assert not any(counted[what] for what in ("different", "unlike", "missing", "extra", "not_comparable"))
     model = llama.build()
-    records = flexmodel.open(ranks).records
+    records = flexmodel.open(run).records
     parameters = {name for name, _ in model.named_parameters()}
     for kind in ("param", "grad"):
         assert {r.module for r in records if r.kind == kind} == parameters
@@ -71,5 +71,4 @@ def test_a_llama_on_four_ranks_is_certified_in_every_module_and_parameter(how, r
     assert {r.module for r in records if r.kind == "forward"} == modules
     missing = modules - {r.module for r in records if r.kind == "backward"}
     assert missing == {"", "model", "model.embed_tokens", "model.rotary_emb"}
-    dp = 4 if how == "fsdp2" else 2
-    assert [(d["run_dp_size"], d["reference_dp_size"]) for d in counted["divided"]] == [(dp, 1)]
+    assert [(d["run_dp_size"], d["reference_dp_size"]) for d in counted["divided"]] == [(2, 1)]

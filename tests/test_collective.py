@@ -37,14 +37,13 @@ def assembled(outcome: harness.Outcome) -> dict[captures.Key, torch.Tensor]:
 
 
 def two_nodes(folder: pathlib.Path, program: Sequence[str]) -> list[harness.Outcome]:
-    """Rank 0 on node `left`, rank 1 on node `right`, each with an agent of its own."""
-    port = str(harness.free_port())
+    """Rank 0 on node `left`, rank 1 on node `right`, each with an agent of its own, as Slurm starts them."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port()), "WORLD_SIZE": "2"}
     started = []
     for number, node in enumerate(("left", "right")):
-        torchrun = ["torchrun", "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
-        torchrun += ["--master-addr", "127.0.0.1", "--master-port", port, *program]
-        command = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(folder / node), "--", *torchrun]
-        started.append(harness.Job(command, harness.environment(FLEXMODEL_NODE=node)))
+        command = [harness.FLEXMODEL, "run", "--hooks", HOOKS, "--out", str(folder / node), "--", "python", *program]
+        rank = {"FLEXMODEL_NODE": node, "RANK": str(number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        started.append(harness.Job(command, harness.environment(**meet, **rank)))
     with started[0] as left, started[1] as right:
         return [left.wait(), right.wait()]
 
@@ -52,7 +51,7 @@ def two_nodes(folder: pathlib.Path, program: Sequence[str]) -> list[harness.Outc
 @pytest.mark.parametrize("name", JOBS)
 def test_one_nodes_agent_gets_what_the_agents_of_all_would(name, run_once, tmp_path):
     one_node = run_once(JOBS[name], layouts.HOOKS).expect(0)
-    left, right = two_nodes(tmp_path, JOBS[name][JOBS[name].index("--nproc-per-node") + 2 :])
+    left, right = two_nodes(tmp_path, harness.program_of(JOBS[name])[1])
     assert left.expect(0).losses == one_node.losses
     right.expect(0)
     run = captures.expect_sound(tmp_path / "left")
@@ -72,10 +71,10 @@ DIVERGE = {
 
 @pytest.mark.parametrize("what", DIVERGE)
 def test_ranks_that_do_otherwise_are_named_and_nothing_is_lost(what, run_once, untapped_once):
-    argv = harness.torchrun("diverging.py", what)
+    argv = harness.on_ranks("diverging.py", what)
     outcome = run_once(argv, CLAUSES).expect(0)
     # Rank 1's hooks change nothing in the job.
-    untapped = harness.torchrun("diverging.py", what if what == "skip" else "nothing")
+    untapped = harness.on_ranks("diverging.py", what if what == "skip" else "nothing")
     assert outcome.losses == untapped_once(untapped).losses
     run = captures.expect_sound(outcome.run)
     assert f"assemble=collective: {DIVERGE[what]}" in run.info.notices
@@ -89,7 +88,7 @@ def test_ranks_that_do_otherwise_are_named_and_nothing_is_lost(what, run_once, u
 
 
 def test_a_group_that_the_job_destroys_is_held_by_nothing_of_ours_and_the_next_one_is_named(run_once, untapped_once):
-    argv = harness.torchrun("groups.py")
+    argv = harness.on_ranks("groups.py")
     outcome = run_once(argv, "**@assemble=collective").expect(0)
     assert "group 0 is gone\n" in outcome.out and outcome.out == untapped_once(argv).out
     run = captures.expect_sound(outcome.run)
@@ -112,7 +111,7 @@ def test_without_a_store_in_which_ranks_can_meet_the_agents_assemble(run_once, u
 def test_what_was_gathered_before_a_rank_gave_up_is_there_and_the_job_ends_as_it_would(what, tmp_path, untapped_once):
     out, go = tmp_path / "x", tmp_path / "go"
     argv = [harness.FLEXMODEL, "run", "--hooks", CLAUSES, "--out", str(out), "--"]
-    argv += harness.torchrun("diverging.py", what)
+    argv += (harness.torchrun if what == "kill" else harness.on_ranks)("diverging.py", what)
 
     def steps() -> set[int]:
         try:
@@ -130,7 +129,7 @@ def test_what_was_gathered_before_a_rank_gave_up_is_there_and_the_job_ends_as_it
                 os.kill(pid, signal.SIGCONT)
         outcome = job.wait()
     if what == "stop":
-        assert outcome.expect(0).losses == untapped_once(harness.torchrun("diverging.py", "nothing")).losses
+        assert outcome.expect(0).losses == untapped_once(harness.on_ranks("diverging.py", "nothing")).losses
         assert steps() == {0, 1, 2, 3}
         captures.expect_sound(out)
         return
@@ -156,9 +155,9 @@ def over_nccl(folder: pathlib.Path, faults: str, argv: Sequence[str]) -> tuple[h
     """A job whose tensors go over the stand-in for NCCL, and what that says, a line each."""
     log = folder / "nccl.log"
     standin = os.environ.get("FLEXMODEL_STANDIN", str(STANDIN))
-    at = argv.index("--nproc-per-node") + 2
+    ranks, (program, *args) = harness.program_of(argv)
     outcome = harness.tapped(
-        [*argv[:at], str(harness.PROGRAMS / "with_standin.py"), pathlib.Path(argv[at]).name, *argv[at + 1 :]],
+        harness.on_ranks("with_standin.py", pathlib.Path(program).name, *args, ranks=ranks),
         HOOKS, folder / "x",
         FLEXMODEL_TEST_NCCL=standin, FLEXMODEL_NCCL_STANDIN_LOG=str(log), FLEXMODEL_NCCL_STANDIN=faults,
     )  # fmt: skip

@@ -88,9 +88,9 @@ def test_the_compiler_and_the_job_do_what_they_do_untapped(compiled, untapped_on
 
 
 def test_compiled_models_on_two_ranks(run_once, untapped_once):
-    program = harness.torchrun("compiled_parallel.py", "compiled", *PARALLEL)
+    program = harness.on_ranks("compiled_parallel.py", "compiled", *PARALLEL)
     outcome, without = run_once(program, PARALLEL_HOOKS).expect(0), untapped_once(program)
-    plain = run_once(harness.torchrun("compiled_parallel.py", "plain", *PARALLEL), PARALLEL_HOOKS).expect(0)
+    plain = run_once(harness.on_ranks("compiled_parallel.py", "plain", *PARALLEL), PARALLEL_HOOKS).expect(0)
     assert len(compiler(without)) == len(PARALLEL) and compiler(outcome) == compiler(without)
     assert outcome.losses == plain.losses
     changed = [n for n, losses in enumerate(zip(outcome.losses, without.losses, strict=True)) if len(set(losses)) > 1]

@@ -24,7 +24,7 @@ HOOKS = {
 }
 ORDERS = ["zigzag", "plain", "sharded"]
 ARGV = {"torch": harness.torchrun("context_parallel.py", *ORDERS)}
-ARGV["contiguous"] = harness.torchrun("context_parallel.py", "contiguous")
+ARGV["contiguous"] = harness.on_ranks("context_parallel.py", "contiguous")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def run_of(who: str, run_once) -> harness.Outcome:
 
 
 def test_losses_are_bitwise_those_of_the_untapped_job(run_once, untapped_once, expected):
-    untapped = untapped_once(harness.torchrun("context_parallel.py", *ORDERS, "contiguous")).losses
+    untapped = untapped_once(harness.on_ranks("context_parallel.py", *ORDERS, "contiguous")).losses
     found = run_of("torch", run_once).losses + run_of("contiguous", run_once).losses
     assert found == untapped
     assert captures.close_losses(found, expected[0].losses * (len(ORDERS) + 1))

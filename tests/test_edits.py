@@ -1,5 +1,6 @@
 """Edits change the job as the same plain PyTorch hooks would; the record is what was there before the edit."""
 
+import edited
 import pytest
 import tiny
 import torch
@@ -9,11 +10,11 @@ import harness
 import layouts
 import reference
 
-STEPS = 3
+STEPS = edited.STEPS
 
 
 def _edited(attach) -> list[str]:
-    """Losses of plain.py with the hooks that `attach(model)` sets."""
+    """Losses of a model with the hooks that `attach(model)` sets."""
     model = tiny.build()
     attach(model)
     return _train(model)
@@ -59,10 +60,40 @@ def test_the_edits_of_this_file_change_losses():
         assert _edited(attach) != plain, clause
 
 
+def _only_in_the_second_step() -> list[str]:
+    at = {"step": 0}
+    model = tiny.build()
+    model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out * 0.5 if at["step"] == 1 else out)
+    return _train(model, lambda step: at.update(step=step))
+
+
+MODELS = [f"model{number}" for number in range(len(EDITS))]
+# A run counts steps over all of its models: these two are the last ones.
+AT = STEPS * len(MODELS) + 1
+OTHERS = {
+    "in-one-step": (f"layers.0.mlp@steps={AT}..{AT}|scale(0.5)", _only_in_the_second_step),
+    "of-integers": ("embed:forward_pre|scale(3)", lambda: _train(tiny.build())),
+}
+
+
+@pytest.fixture(scope="module")
+def losses(run_once) -> dict[str, list[str]]:
+    """Those of each edit's own model, by the edit."""
+    clauses = [*EDITS, *(clause for clause, _ in OTHERS.values())]
+    names = [*MODELS, *OTHERS]
+    hooks = ";".join(f"{name}.{clause}" for name, clause in zip(names, clauses, strict=True))
+    found = run_once(harness.python("edited.py", *names), hooks).expect(0).losses
+    return {clause: found[STEPS * number :][:STEPS] for number, clause in enumerate([*EDITS, *OTHERS])}
+
+
 @pytest.mark.parametrize("clause", EDITS)
-def test_an_edit_is_the_hook_one_would_write(clause, run_once):
-    outcome = run_once(harness.python("plain.py"), clause).expect(0)
-    assert outcome.losses == _edited(EDITS[clause])
+def test_an_edit_is_the_hook_one_would_write(clause, losses):
+    assert losses[clause] == _edited(EDITS[clause])
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_integers_and_other_steps_are_left_alone(what, losses):
+    assert losses[what] == OTHERS[what][1]()
 
 
 def test_edits_compose_and_record_what_was_there_before(run_once):
@@ -89,22 +120,8 @@ def test_edits_compose_and_record_what_was_there_before(run_once):
 
 def test_every_rank_of_a_sharded_job_edits_alike(run_once):
     hooks = "layers.0.mlp:forward|scale(0.5);layers.1.mlp:backward|zero"
-    ddp = run_once(harness.torchrun("ddp.py"), hooks).expect(0)
-    fsdp = run_once(harness.torchrun("fsdp2.py"), hooks).expect(0)
-    unedited = run_once(harness.torchrun("ddp.py"), layouts.HOOKS).expect(0)
+    ddp = run_once(layouts.WRAPPED["ddp"][0], hooks).expect(0)
+    fsdp = run_once(harness.on_ranks("fsdp2.py"), hooks).expect(0)
+    unedited = run_once(layouts.WRAPPED["ddp"][0], layouts.HOOKS).expect(0)
     assert ddp.losses == fsdp.losses
     assert ddp.losses[1:] != unedited.losses[1:]
-
-
-def test_integers_are_left_alone(run_once):
-    outcome = run_once(harness.python("plain.py"), "embed:forward_pre|scale(3)").expect(0)
-    assert outcome.losses == _train(tiny.build())
-
-
-def test_an_edit_respects_its_steps(run_once):
-    at = {"step": 0}
-    model = tiny.build()
-    model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out * 0.5 if at["step"] == 1 else out)
-    losses = _train(model, lambda step: at.update(step=step))
-    outcome = run_once(harness.python("plain.py"), "layers.0.mlp@steps=1..1|scale(0.5)").expect(0)
-    assert outcome.losses == losses

@@ -8,7 +8,7 @@ import captures
 import harness
 
 VARIANTS = ["1", "2-offload", "3", "3-offload"]
-ARGV = harness.torchrun("engines.py", *VARIANTS)
+ARGV = harness.on_ranks("engines.py", *VARIANTS)
 HOOKS = "**:param,grad;2:forward"
 
 

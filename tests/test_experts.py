@@ -95,7 +95,7 @@ def test_different_experts_of_one_name_are_kept_apart(run, expected):
 
 def test_an_expert_is_whole_where_nothing_else_is_captured(run_once, expected):
     """Its rank alone has tensors, and the other says only that it has no such module."""
-    outcome = run_once(harness.torchrun("moe.py", "global"), "layers.1.mlp.experts.2.act").expect(0)
+    outcome = run_once(harness.on_ranks("moe.py", "global"), "layers.1.mlp.experts.2.act").expect(0)
     found = {key: value for key, value in expected.records.items() if key.module == "layers.1.mlp.experts.2.act"}
     run = flexmodel.open(outcome.run)
     assert run.info.owners[0].ranks != run.info.owners[1].ranks

@@ -79,11 +79,10 @@ def test_in_place_activations_have_the_gradient_of_what_they_were_given(run_once
         assert captures.same_bytes(found[key], found[key._replace(module="first", kind="backward_pre", path="out")])
 
 
-def test_an_edit_reaches_what_computed_the_input(tmp_path):
+def test_an_edit_reaches_what_computed_the_input(run_once):
     argv = harness.python("inplace.py")
-    plain = captures.read(harness.tapped(argv, f"*:{KINDS}", tmp_path / "plain").expect(0).run)
-    hooks = f"third:backward|scale(4);*:{KINDS}"
-    edited = captures.read(harness.tapped(argv, hooks, tmp_path / "edited").expect(0).run)
+    plain = captures.read(run_once(argv, f"*:{KINDS}").expect(0).run)
+    edited = captures.read(run_once(argv, f"third:backward|scale(4);*:{KINDS}").expect(0).run)
     given = reference.Key("third", "backward", "in[0]", 0)
     made = given._replace(module="second", kind="backward", path="in[0]")
     assert captures.same_bytes(edited[given], plain[given]), "recorded before its own edit"

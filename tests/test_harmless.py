@@ -64,15 +64,25 @@ def variant(request, environments) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(environments):
-    """How plain.py ended in a variant."""
+    """How the program of a variant ended."""
     done: dict[str, harness.Outcome] = {}
 
     def once(name: str) -> harness.Outcome:
         if name not in done:
-            done[name] = harness.run(harness.python("plain.py"), environments[name]).expect(0)
+            done[name] = harness.run(program(name), environments[name]).expect(0)
         return done[name]
 
     return once
+
+
+WITH_WORKERS = ["no-hooks", "no-match", "panic-in-tap", "throw-in-tap"]
+"""States in which the workers of a loader say nothing: the same job asks about them."""
+LOADER = harness.python("loader.py", "fork", "spawn", "forkserver")
+
+
+def program(variant: str) -> list[str]:
+    """What a variant trains: with loader workers that are forked, spawned, and forked by a server, or without any."""
+    return LOADER if variant in WITH_WORKERS else harness.python("plain.py")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +121,8 @@ def test_plain_commands_behave_as_without(variant, programs):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_is_bitwise_the_same_and_says_at_most_one_line(name, trained, untapped_once):
     """OPEN-1."""
-    without, within = untapped_once(harness.python("plain.py")), trained(name)
-    assert within.out == without.out
+    without, within = untapped_once(program(name)), trained(name)
+    assert without.losses and within.out == without.out
     ours = [line for line in within.err.splitlines() if line not in without.err.splitlines()]
     assert len(ours) <= 1, ours
     assert all(line.startswith("flexmodel:") for line in ours)
@@ -131,13 +141,16 @@ def test_what_keeps_taps_from_working_is_said_once(name, trained):
         assert "from other sources" in said[0]
 
 
-WAYS = ["no-hooks", "no-match", "agent-absent", "no-bridge", "panic-in-load", "panic-in-tap", "throw-in-tap"]
-"""Every state that a rank can be in: nothing preloaded, no tap, taps, no engine, and switched off at each place."""
+@pytest.mark.parametrize("variant", ["no-bridge", "panic-in-load"], indirect=True)
+def test_a_job_whose_workers_speak_too_trains_bitwise_the_same(variant, untapped_once):
+    within = harness.run(LOADER, variant).expect(0)
+    assert within.out == untapped_once(LOADER).out
+    assert "Traceback" not in within.err, within.text
 
 
-@pytest.mark.parametrize("variant", WAYS, indirect=True)
+@pytest.mark.parametrize("variant", ["agent-absent"], indirect=True)
 def test_ranks_with_loader_workers_train_bitwise_the_same(variant, untapped_once):
-    """torchrun, two ranks, and workers that are forked, spawned, and forked by a server."""
+    """Two ranks with taps, and workers that are forked, spawned, and forked by a server."""
     argv = harness.torchrun("workers.py")
     without = untapped_once(argv)
     assert len(without.losses) == 4
@@ -146,20 +159,19 @@ def test_ranks_with_loader_workers_train_bitwise_the_same(variant, untapped_once
     assert "Traceback" not in within.err, within.text
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_loader_workers_stay_untouched(method, run_once, untapped_once):
-    outcome = run_once(harness.python("loader.py", method), "class=Linear;layers.*.mlp").expect(0)
-    assert outcome.out == untapped_once(harness.python("loader.py", "fork")).out, "workers give the same rows"
+def test_loader_workers_stay_untouched(run_once, untapped_once):
+    outcome = run_once(LOADER, "class=Linear;layers.*.mlp").expect(0)
+    assert outcome.out == untapped_once(LOADER).out, "workers give the same rows"
     run = captures.expect_sound(outcome.run)
     assert run.info.world == 1
-    assert len([r for r in run.records if r.class_name == "Mlp"]) == 2 * 4  # layers, steps
+    assert len([r for r in run.records if r.class_name == "Mlp"]) == 2 * 3 * 4  # layers, loaders, steps
     assert "" not in run.modules, "the workers' own module was tapped"
 
 
-def test_a_forked_child_is_off_and_the_parent_goes_on(run_once):
+def test_a_forked_child_is_off_and_the_parent_goes_on(run_once, untapped):
     """FORK-1."""
     argv = harness.python("forks.py")
-    without = harness.run(argv).expect(4)
+    without = untapped.run(argv).expect(4)
     outcome = run_once(argv, "layers.*.mlp").expect(4)
     assert outcome.out == without.out
     found = captures.read(outcome.run)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 
 import harness
+import reference_runs
 
 WELCOME = b"\x01\0\0\0\0"
 ESCAPES = "\x1b]0;mine\x07\x1b[2J\x1b[31m\r\n\n\x9b5A\x7f"
@@ -230,19 +231,10 @@ def test_the_job_ends_as_it_would_without_it(case, tmp_path):
         harness.wait_until(lambda: job.out.count("\n") > seen + 3, "another step", job=job)
         stop.touch()
         outcome = job.wait().expect(0)
-    assert outcome.losses == _untapped(tmp_path, len(outcome.losses))
+    assert outcome.losses == reference_runs.until(len(outcome.losses), 256)
     assert re.fullmatch(r"(step \d+ loss \S+\n)+", outcome.out), outcome.out[:300]
     assert ("refused this rank" in outcome.err) == (case == "refused"), outcome.err[:3000]
     lines = outcome.err.splitlines()
     assert len(lines) <= MOST_LINES and all(line.startswith("flexmodel: ") for line in lines), outcome.err[:3000]
     assert max(map(len, lines), default=0) <= LONGEST_LINE
     assert outcome.err.replace("\n", "").isprintable(), "raw control characters"
-
-
-def _untapped(folder: pathlib.Path, steps: int) -> list[str]:
-    """The losses of so many steps of the same job without us."""
-    stop = folder / "untapped.stop"
-    with harness.Job(harness.python("until.py", str(stop), "256")) as job:
-        job.wait_for_line(f"step {steps - 1} ")
-        stop.touch()
-        return job.wait().expect(0).losses[:steps]

@@ -19,8 +19,8 @@ HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in
 WITHOUT_BATCH = ("out[1]", "in.attention_mask")
 WAYS = ["1f1b", "interleaved"]
 JOBS = {
-    "two ranks": harness.torchrun("megatron_gpt.py", *WAYS, "ddp"),
-    "four ranks": harness.torchrun("megatron_gpt.py", "tp", ranks=4),
+    "two ranks": harness.on_ranks("megatron_gpt.py", *WAYS, "ddp"),
+    "four ranks": harness.on_ranks("megatron_gpt.py", "tp", ranks=4),
 }
 CASES = [("two ranks", 0), ("two ranks", 1), ("four ranks", 0)]
 NAMES = [*WAYS, "tp"]

@@ -64,7 +64,7 @@ def _expect_all(out: pathlib.Path, ranks: int) -> None:
 
 def test_large_tensors_of_several_threads_reach_larger_slabs_whole(tmp_path):
     stop = tmp_path / "stop"
-    program = harness.torchrun("threads.py", str(THREADS), str(CALLS), str(ROWS), str(stop))
+    program = harness.on_ranks("threads.py", str(THREADS), str(CALLS), str(ROWS), str(stop))
     with harness.agent(tmp_path / "x", tmp_path / "s") as agent:
         env = harness.preloaded("same*:forward", tmp_path / "s", FLEXMODEL_SLAB="12M")
         with harness.Job(program, env) as job:
@@ -83,7 +83,7 @@ def test_large_tensors_of_several_threads_reach_larger_slabs_whole(tmp_path):
 def test_an_agent_that_is_killed_and_started_again_loses_and_doubles_nothing(tmp_path):
     """Whatever was not given up by a rank while there was no agent is there once; the rest is counted."""
     out, socket, stop = tmp_path / "x", tmp_path / "s", tmp_path / "stop"
-    program = harness.torchrun("threads.py", str(THREADS), "0", "64", str(stop))
+    program = harness.on_ranks("threads.py", str(THREADS), "0", "64", str(stop))
     env = harness.preloaded("same*:forward", socket, FLEXMODEL_SLAB="6M")
     with harness.Job(program, env) as job:
         for _ in range(2):
@@ -185,7 +185,7 @@ def test_a_rank_that_an_agent_without_descriptors_cannot_take_in_has_dropped_all
     job, stop = _run_until(tmp_path)
     with job:
         agent = _agent_of(job)
-        harness.wait_until(lambda: (tmp_path / "x" / "run.json").exists(), "the run", job=job)
+        harness.wait_until(lambda: "live at" in job.err, "the agent, ready", job=job)
         few = len(os.listdir(f"/proc/{agent}/fd"))
         resource.prlimit(agent, resource.RLIMIT_NOFILE, (few, few))
         job.wait_for_line("step 60 ")

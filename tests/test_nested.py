@@ -11,7 +11,7 @@ HOOKS = "lm_head:forward"
 
 
 def test_what_a_rank_starts_is_no_rank_and_says_so(run_once, untapped_once):
-    argv = harness.torchrun("nested.py", "evaluate")
+    argv = harness.on_ranks("nested.py", "evaluate")
     outcome = run_once(argv, HOOKS).expect(0)
     assert outcome.out == untapped_once(argv).out
     assert outcome.out.count("evaluated") == 1

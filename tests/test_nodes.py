@@ -35,7 +35,7 @@ def job(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def one_node(run_once) -> pathlib.Path:
     """The same job with all four ranks on one node."""
-    return run_once(harness.torchrun(*ARGS, ranks=4), HOOKS).expect(0).run
+    return run_once(harness.on_ranks(*ARGS, ranks=4), HOOKS).expect(0).run
 
 
 def test_every_node_has_the_parts_of_its_ranks(job):

@@ -120,7 +120,7 @@ def test_what_is_odd_is_named_with_the_reason(name, run):
 
 
 def test_a_mark_of_megatrons_without_megatron_is_no_mesh(run_once, untapped_once):
-    argv = harness.torchrun("marks.py")
+    argv = harness.on_ranks("marks.py")
     outcome = run_once(argv, "**:forward,param,grad").expect(0)
     assert sorted(outcome.losses) == sorted(untapped_once(argv).losses)
     assert "taps are off" not in outcome.err

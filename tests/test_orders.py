@@ -14,21 +14,27 @@ MODULES = ("attn", "rnn", "turned", "encoder", "encoder.linear1", "table")
 HOOKS = ";".join(f"{name}:forward,forward_pre" for name in MODULES)
 
 
-@pytest.mark.parametrize("length", [5, 4])  # 4: as many positions as rows on a rank
-def test_wholes_are_put_together_along_the_batch(length, run_once):
+LENGTHS = [5, 4]  # 4: as many positions as rows on a rank
+
+
+@pytest.mark.parametrize("number", range(len(LENGTHS)), ids=map(str, LENGTHS))
+def test_wholes_are_put_together_along_the_batch(number, run_once):
+    length = LENGTHS[number]
     model = orders.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = reference.Recorder(model, MODULES.__contains__)
-    for step in range(2):
-        recorder.forward_pass(step)
+    for step in range(orders.STEPS):
+        recorder.forward_pass(number * orders.STEPS + step)
         loss = orders.loss_of(model(orders.batch(step, length, [8], 0)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    outcome = run_once(harness.torchrun("orders.py", str(length)), HOOKS).expect(0)
-    captures.expect_sound(outcome.run)
+    outcome = run_once(harness.on_ranks("orders.py", *map(str, LENGTHS)), HOOKS).expect(0)
+    records = [r for r in captures.expect_sound(outcome.run).records if r.model == number]
+    assert {r.step // orders.STEPS for r in records} == {number}
+    assert {r.module for r in records} == set(MODULES)
     unknown = {}
-    for record in flexmodel.open(outcome.run).records:
+    for record in records:
         key = captures.Key(record.module, record.kind, record.path, record.step)
         try:
             found = record.tensor()
@@ -53,7 +59,7 @@ def test_tables_weights_and_packed_sequences_are_not_joined_as_rows_of_the_batch
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    outcome = run_once(harness.torchrun("tables.py"), "**:forward,forward_pre,backward,backward_pre").expect(0)
+    outcome = run_once(harness.on_ranks("tables.py"), "**:forward,forward_pre,backward,backward_pre").expect(0)
     harness.run([harness.FLEXMODEL, "verify", str(outcome.run)]).expect(0)
     whole, unknown = set(), {}
     for record in flexmodel.open(outcome.run).records:

@@ -1,6 +1,7 @@
 """Whole parameters and gradients of every step, under every wrapper, from the pieces that ranks hold."""
 
 import closure
+import flexmodel
 import fsdp2_tp
 import hsdp
 import pytest
@@ -37,10 +38,11 @@ def test_the_bytes_are_those_of_one_process(name, run_once, expected):
 @pytest.mark.parametrize("argv", [("fsdp2.py",), ("zero.py", "3")], ids=["fsdp2", "zero3"])
 def test_without_a_tap_on_a_module_they_are_the_same(argv, run_once, untapped_once, expected):
     """Nothing but parameters and their gradients are asked for."""
-    program = harness.torchrun(*argv)
+    program = harness.on_ranks(*argv)
     outcome = run_once(program, "**:param,grad").expect(0)
     assert outcome.losses == untapped_once(program).losses
     captures.expect_equal(captures.read(outcome.run), expected)
+    assert flexmodel.open(outcome.run).info.wrapper == {"fsdp2.py": "FSDP2", "zero.py": "DeepSpeed ZeRO-3"}[argv[0]]
 
 
 @pytest.mark.parametrize("number", range(2), ids=layouts.REPLICAS[-2:])

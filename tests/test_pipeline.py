@@ -88,7 +88,7 @@ def test_stages_are_models_of_one_name_and_each_is_read_by_its_rank(schedule, ru
 
 
 SHARED = ["ddp", "fsdp2"]
-FOUR = harness.torchrun("pipeline_dp.py", *SHARED, ranks=4)
+FOUR = harness.on_ranks("pipeline_dp.py", *SHARED, ranks=4)
 
 
 @pytest.mark.parametrize("number", range(len(SHARED)), ids=SHARED)

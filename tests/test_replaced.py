@@ -9,16 +9,15 @@ import captures
 import harness
 
 
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_replaced_functions_are_called_in_every_way(seed, run_once, untapped_once):
+def test_replaced_functions_are_called_in_every_way(run_once, untapped_once):
     """Results, exceptions, and what they say of themselves."""
-    argv = harness.python("replaced.py", seed)
+    argv = harness.python("replaced.py", "1")
     outcome = run_once(argv, "**:forward,backward,param,grad").expect(0)
     ours, theirs = outcome.out.splitlines(), untapped_once(argv).out.splitlines()
     different = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
-    assert not different and len(ours) > 700
-    assert sum(" gave " in line for line in ours) > 100
-    assert sum(" raised " in line for line in ours) > 300
+    assert not different and len(ours) > 1400
+    assert sum(" gave " in line for line in ours) > 200
+    assert sum(" raised " in line for line in ours) > 600
     assert "taps are off" not in outcome.err
 
 

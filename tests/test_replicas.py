@@ -36,13 +36,13 @@ def test_replicas_are_sent_once_and_every_rank_has_them(argv, model, ranks, send
 
 
 def test_with_a_filter_on_ranks_every_rank_sends_its_own(run_once):
-    outcome = run_once(harness.torchrun("ddp.py"), f"{UP}:param@ranks=1").expect(0)
+    outcome = run_once(harness.on_ranks("ddp.py"), f"{UP}:param@ranks=1").expect(0)
     assert not any("same" in p for p in lines(outcome.run))
     assert captures.expect_sound(outcome.run).get(UP, kind="param", step=1).shape == (128, 32)
 
 
 def test_a_rank_that_drifts_apart_is_named_with_module_and_step(run_once):
-    outcome = run_once(harness.torchrun("drifting.py"), HOOKS).expect(0)
+    outcome = run_once(harness.on_ranks("drifting.py"), HOOKS).expect(0)
     run = flexmodel.open(outcome.run)
     (found,) = run.divergences
     assert (found.module, found.kind, found.step, found.rank, found.against) == (UP, "param", 1, 1, 0)

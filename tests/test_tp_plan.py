@@ -16,7 +16,7 @@ HOOKS = ";".join(f"{name}:forward,forward_pre,backward,backward_pre" for name in
 
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory):
-    return harness.torchrun("tp_llama.py", str(tmp_path_factory.mktemp("llama")))
+    return harness.on_ranks("tp_llama.py", str(tmp_path_factory.mktemp("llama")))
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
-"""Accelerate's own preparation for FSDP and DeepSpeed: `accelerate_sharded.py fsdp1|fsdp2|zero2|zero3`.
+"""Accelerate's own preparation for FSDP and DeepSpeed: `accelerate_sharded.py fsdp1|fsdp2|zero2|zero3...`.
 
 On a CPU Accelerate takes these for plain data parallelism, whatever it is told. So the script gives it its plugin after
 it has made up its mind.
 """
 
-import gc
 import sys
 
 import parallel
 import tiny
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 STEPS = 3
@@ -19,6 +18,7 @@ STEPS = 3
 
 def told(how: str) -> Accelerator:
     """An Accelerator that prepares as it would on GPUs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     state = accelerator.state
     for each in (state, PartialState()):  # an optimizer's wrapper asks the latter anew
@@ -48,7 +48,7 @@ def told(how: str) -> Accelerator:
     return accelerator
 
 
-def main(how: str) -> None:
+def train(how: str) -> None:
     accelerator = told(how)
     rank, world = accelerator.process_index, accelerator.num_processes
     model = tiny.build()
@@ -62,12 +62,12 @@ def main(how: str) -> None:
         parallel.report(step, loss, world)
     if how.startswith("zero"):
         model.destroy()
-    del model, optimizer
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def main(*ways: str) -> None:
+    for how in ways:
+        train(how)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
+    parallel.launch(main, *sys.argv[1:])

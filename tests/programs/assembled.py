@@ -1,4 +1,5 @@
-"""Models put together in ways that tell nobody: lone modules, blocks inserted into lists, parts made by torch.jit."""
+"""Models put together in ways that tell nobody: lone modules, blocks inserted into lists, parts made by torch.jit:
+`assembled.py HOW...`, one after another."""
 
 import copy
 import sys
@@ -108,17 +109,18 @@ def profiled():
     return late.parameters(), lambda x: late(early(x)).square().mean()
 
 
-def main(how: str) -> None:
-    torch.manual_seed(0)
-    parameters, loss_of = globals()[how]()
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    for step in range(2):
-        loss = loss_of(torch.randn(3, WIDTH))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        tiny.report(0, step, loss)
+def main(*ways: str) -> None:
+    for how in ways:
+        torch.manual_seed(0)
+        parameters, loss_of = globals()[how]()
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for step in range(2):
+            loss = loss_of(torch.randn(3, WIDTH))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            tiny.report(0, step, loss)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,4 +1,6 @@
-"""Activation checkpointing of every block, and one module that is called twice: `checkpointing.py reentrant|plain`."""
+"""Activation checkpointing of every block, and one module that is called twice: `checkpointing.py MODE...`,
+one after another; a mode is `reentrant` or `plain`.
+"""
 
 import sys
 
@@ -8,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+STEPS = 2
 
 
 class Checkpointed(tiny.Net):
@@ -32,11 +36,12 @@ def build(reentrant: bool) -> Checkpointed:
     return Checkpointed(reentrant)
 
 
-def main(mode: str) -> None:
-    # Reentrant replays and DDP's reducer agree on a static graph only.
-    model = DistributedDataParallel(build(mode == "reentrant"), static_graph=True)
-    parallel.train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
+def main(*modes: str) -> None:
+    for mode in modes:
+        # Reentrant replays and DDP's reducer agree on a static graph only.
+        model = DistributedDataParallel(build(mode == "reentrant"), static_graph=True)
+        parallel.train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=STEPS)
 
 
 if __name__ == "__main__":
-    parallel.launch(main, sys.argv[1])
+    parallel.launch(main, *sys.argv[1:])

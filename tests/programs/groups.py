@@ -31,8 +31,9 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # The launcher's.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    # torchrun's own, if it has one there.
+    is_mine = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_mine)
     for number in range(2):
         dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=world)
         train(model, optimizer, number)

@@ -1,4 +1,5 @@
-"""DistributedDataParallel over modules that differ in where the batch is in their tensors."""
+"""DistributedDataParallel over modules that differ in where the batch is in their tensors: `orders.py LENGTH...`, a
+model for each length of sequences."""
 
 import parallel
 import torch
@@ -42,11 +43,19 @@ def loss_of(output):
     return output[0].square().mean() + output[1].square().mean()
 
 
-def main(length: int) -> None:
+STEPS = 2
+
+
+def main(*lengths: int) -> None:
+    for length in lengths:
+        train(length)
+
+
+def train(length: int) -> None:
     model = DistributedDataParallel(build())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    for step in range(2):
+    for step in range(STEPS):
         loss = loss_of(model(batch(step, length, [4, 4], rank)))
         optimizer.zero_grad()
         loss.backward()

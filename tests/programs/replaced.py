@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-TRIALS = 25
+TRIALS = 50
 
 
 class Thing(nn.Module):
