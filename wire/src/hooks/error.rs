@@ -11,7 +11,7 @@ const COMPARED: usize = 24;
 
 /// Where in the user's text the fault lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Position {
     /// The text as a whole.
     Whole,
     /// A clause.
@@ -38,7 +38,7 @@ pub enum Place {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HookError {
     /// Where.
-    pub place: Place,
+    pub position: Position,
     /// What is wrong there.
     pub reason: String,
     /// The way out, with the nearest valid word where there is one.
@@ -51,16 +51,16 @@ impl std::error::Error for HookError {}
 
 impl fmt::Display for HookError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place = match &self.place {
-            Place::Whole => self.given_as.to_string(),
-            Place::Clause { number, column, text, .. } => {
+        let position = match &self.position {
+            Position::Whole => self.given_as.to_string(),
+            Position::Clause { number, column, text, .. } => {
                 format!("{} clause {number}, column {column} ({})", self.given_as, quote(text))
             }
-            Place::File { file, line: Some(line) } => format!("{file} line {line}"),
-            Place::File { file, line: None } => file.clone(),
+            Position::File { file, line: Some(line) } => format!("{file} line {line}"),
+            Position::File { file, line: None } => file.clone(),
         };
         // The user's text may hold line breaks or terminal escapes; a log line must not.
-        for c in format!("{place}: {}; {}", self.reason, self.help).chars() {
+        for c in format!("{position}: {}; {}", self.reason, self.help).chars() {
             match c {
                 '\u{2028}' | '\u{2029}' => write!(f, "{}", c.escape_unicode())?,
                 c if c.is_control() => write!(f, "{}", c.escape_default())?,
@@ -110,14 +110,14 @@ impl<'a> Fault<'a> {
     pub(super) fn in_clause(self, whole: &str, number: usize, clause: &str) -> HookError {
         let offset = offset_in(whole, self.part);
         let column = 1 + whole.char_indices().take_while(|(at, _)| *at < offset).count();
-        let place = Place::Clause { number, offset, column, text: clause.to_string() };
-        HookError { place, reason: self.reason, help: self.help, given_as: env::HOOKS }
+        let position = Position::Clause { number, offset, column, text: clause.to_string() };
+        HookError { position, reason: self.reason, help: self.help, given_as: env::HOOKS }
     }
 
     /// Places the fault on a line of a TOML file.
     pub(super) fn in_file(self, file: &str, line: usize) -> HookError {
-        let place = Place::File { file: file.to_string(), line: Some(line) };
-        HookError { place, reason: self.reason, help: self.help, given_as: env::HOOKS }
+        let position = Position::File { file: file.to_string(), line: Some(line) };
+        HookError { position, reason: self.reason, help: self.help, given_as: env::HOOKS }
     }
 }
 
@@ -180,7 +180,7 @@ mod tests {
             "FLEXMODEL_HOOKS clause 2, column 10 ('mlp:foward'): 'foward' is not a kind; \
              did you mean 'forward'? (kinds: forward, forward_pre)"
         );
-        assert!(matches!(error.place, Place::Clause { offset: 10, .. }));
+        assert!(matches!(error.position, Position::Clause { offset: 10, .. }));
         let error = HookError { given_as: "--hooks", ..error };
         assert!(error.to_string().starts_with("--hooks clause 2, column 10"), "{error}");
     }

@@ -16,7 +16,7 @@ mod value;
 use std::ops::Range;
 
 pub use edit::Edit;
-pub use error::{HookError, Place};
+pub use error::{HookError, Position};
 pub use parse::{parse, parse_clauses};
 pub use select::nearest;
 pub use toml_form::parse_toml;

@@ -1,7 +1,7 @@
 //! Clauses: their selectors, their kinds, and how their parts are separated.
 
 use super::edit::edit;
-use super::error::{Fault, HookError, Place, offset_in, quote};
+use super::error::{Fault, HookError, Position, offset_in, quote};
 use super::select::{glob_character, regex_end};
 use super::toml_form::parse_toml;
 use super::value::{OPTIONS, example, option_name, set_option};
@@ -15,7 +15,7 @@ pub fn parse(text: &str) -> Result<Vec<Hook>, HookError> {
         return parse_clauses(text);
     }
     let content = std::fs::read_to_string(file).map_err(|error| HookError {
-        place: Place::File { file: file.to_string(), line: None },
+        position: Position::File { file: file.to_string(), line: None },
         reason: format!("the hooks file cannot be read: {error}"),
         help: "name a readable TOML file, or write clauses such as layers.*.mlp:forward".into(),
         given_as: env::HOOKS,
@@ -41,7 +41,7 @@ pub fn parse_clauses(text: &str) -> Result<Vec<Hook>, HookError> {
     }
     if hooks.is_empty() {
         return Err(HookError {
-            place: Place::Whole,
+            position: Position::Whole,
             reason: "the text is empty".into(),
             help: "write a clause such as layers.*.mlp:forward, or name a TOML file".into(),
             given_as: env::HOOKS,
@@ -350,7 +350,7 @@ mod tests {
         fn text_near_the_grammar_never_panics_and_errors_point_into_it(
             text in r"([a*./:@|;,=\\\[\]()+-ä ]|class|every|steps|shard|0\.\.|forward|scale|\.py){0,12}"
         ) {
-            if let Err(HookError { place: Place::Clause { offset, column, .. }, .. }) = parse_clauses(&text) {
+            if let Err(HookError { position: Position::Clause { offset, column, .. }, .. }) = parse_clauses(&text) {
                 prop_assert_eq!(text[..offset].chars().count() + 1, column);
             }
         }

@@ -14,7 +14,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::edit::edit;
-use super::error::{Fault, HookError, Place};
+use super::error::{Fault, HookError, Position};
 use super::parse::{kinds, selector};
 use super::value::{OPTIONS, example, option_name, set_option};
 use super::{Hook, Kind, Options};
@@ -53,9 +53,9 @@ pub fn parse_toml(text: &str, file: &str) -> Result<Vec<Hook>, HookError> {
         }
     }
     if hooks.is_empty() {
-        let place = Place::File { file: file.to_string(), line: None };
+        let position = Position::File { file: file.to_string(), line: None };
         return Err(HookError {
-            place,
+            position,
             reason: "the file has no hooks".into(),
             help: TABLES.into(),
             given_as: env::HOOKS,
