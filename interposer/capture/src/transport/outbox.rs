@@ -228,7 +228,7 @@ mod tests {
             outbox.push(answer(id));
         }
         outbox.restart(Vec::new(), std::iter::empty());
-        for n in 0..1000 {
+        for n in 0..2000 {
             outbox.push(notice(&n.to_string()));
             outbox.push(model(n, "A"));
             outbox.push(model(0, &n.to_string()));
