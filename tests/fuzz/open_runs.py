@@ -1,10 +1,10 @@
 """Opens hostile run directories from Python: `open_runs.py OPEN_RUN CRASHES SECONDS INPUT...`
 
 OPEN_RUN is the fuzz target of that name. It makes the folders that its inputs describe (`tests/fuzz/tree.rs`): those of
-the files and folders INPUT, and for SECONDS seconds those of mutations of them; with 0 seconds, of INPUT alone. Beside
-each it writes what the commands find there (`tests/fuzz/answers.rs`). Each folder is opened in a process of its own that
-may have 1 GiB of memory and 20 s of CPU time. Whatever ends one of these processes but the reader's documented errors is
-a finding, and so is an answer that is not the commands': its input is kept in CRASHES, and the exit code is 1.
+the files and folders INPUT, and for SECONDS seconds those of mutations of them; with 0 seconds, of INPUT alone.
+Beside each it writes what the commands find there (`tests/fuzz/answers.rs`). Each folder is opened in a process of its
+own that may have 1 GiB of memory and 20 s of CPU time. Whatever ends one of these processes but the reader's documented
+errors is a finding, and so is an answer that is not the commands': its input is kept in CRASHES, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def read(folder: pathlib.Path) -> None:
     except DOCUMENTED as error:
         if "\n" in str(error):
             raise AssertionError("an error of more than a line") from error
-        assert said is None, f"the commands open it: {error}"
+        if said is not None:
+            raise AssertionError("the commands open it") from error
         return
     assert said is not None, "the commands refuse it"
     compare(run, said)
@@ -78,8 +79,8 @@ def compare(run: flexmodel.Run, said: dict[str, Any]) -> None:
     assert len(run.records) == len(said["records"]) == len(theirs)
     for record in run.records:
         identity = (
-            record.module, record.kind, record.path, record.model, record.step, record.micro, record.call, record.repeat,
-            record.train,
+            record.module, record.kind, record.path, record.model, record.step, record.micro, record.call,
+            record.repeat, record.train,
         )  # fmt: skip
         whole = theirs[identity].pop("whole")
         del theirs[identity]["id"]
