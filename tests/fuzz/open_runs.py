@@ -4,7 +4,8 @@ OPEN_RUN is the fuzz target of that name. It makes the folders that its inputs d
 the files and folders INPUT, and for SECONDS seconds those of mutations of them; with 0 seconds, of INPUT alone.
 Beside each it writes what the commands find there (`tests/fuzz/answers.rs`). Each folder is opened in a process of its
 own that may have 1 GiB of memory and 20 s of CPU time. Whatever ends one of these processes but the reader's documented
-errors is a finding, and so is an answer that is not the commands': its input is kept in CRASHES, and the exit code is 1.
+errors is a finding, and so is an answer that is not the commands': its input is kept in CRASHES, and the exit code
+is 1.
 """
 
 from __future__ import annotations
