@@ -51,8 +51,8 @@ pub const MAX_SERIES_TEXT: usize = 4 << 20;
 pub const MAX_RECORDS: usize = 4096;
 /// Most parts that those records hold between them.
 pub const MAX_PARTS: usize = 1 << 15;
-/// Most memory of these parts. One of usual shape and layout takes about 300 bytes.
-pub const MAX_PART_BYTES: usize = 16 << 20;
+/// Most memory of these parts. One of usual shape and layout takes about 540 bytes.
+pub const MAX_PART_BYTES: usize = 20 << 20;
 /// Notices, and divergences, kept.
 pub const MAX_NOTICES: usize = 100;
 /// Reasons of refusal kept, with their counts.
@@ -433,5 +433,4 @@ fn push_bounded<T>(queue: &mut VecDeque<T>, item: T, limit: usize) {
 }
 
 #[cfg(test)]
-#[path = "live/tests.rs"]
 mod tests;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from . import _native
 from ._dtypes import as_numpy, as_torch, numpy_dtype, torch_or_none
 from ._errors import RunError
 from ._native import clip, safe
-from ._types import Axis, Location, Part, Stats
+from ._types import Axis, Part, Stats, layout, part
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Record:
     over equal shards, or a pipeline's equal microbatches, `dp_size` times that of one process, and `loss_scale` times
     that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow
     or fall too far is `inf` or 0, and one that it broke `nan`. Of a gradient that the optimizer did not use, since it
-    was not finite, `skipped` is True.
+    was not finite, `skipped` is True. `train` tells passes that train from others: gradients were enabled when the model
+    was called, and some module of it was in training mode.
     """
 
     module: str
@@ -66,7 +68,7 @@ class Record:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """What each rank captured, in rank order."""
-        return tuple([_part(*raw) for raw in self._reader.parts()])
+        return tuple(map(part, json.loads(self._reader.parts())))
 
     def tensor(self) -> Any:
         """The whole tensor: a torch.Tensor of `shape` and `dtype` if torch is installed, else a numpy array.
@@ -126,20 +128,7 @@ def make(reader: _native.Record) -> Record:
     """The record that the reader has found."""
     record = object.__new__(Record)
     fields = reader.fields()
-    fields["layout"] = tuple([_axis(*raw) for raw in fields["layout"]])
+    fields["layout"] = layout(fields["layout"])
     # As the frozen class's own __init__ would, field by field.
     record.__dict__.update(fields, _native=reader)
     return record
-
-
-def _axis(
-    name: str, index: int, size: int, place: str, dim: int, shape: list[int] | None, input_digest: int | None
-) -> Axis:
-    return Axis(name, index, size, place, dim, None if shape is None else tuple(shape), input_digest)
-
-
-def _part(tensor: tuple[Any, ...], origin: tuple[Any, ...], values: tuple[Any, ...]) -> Part:
-    rank, dtype, shape, axes, at = tensor
-    location = None if at is None else Location(*at)
-    layout = tuple([_axis(*raw) for raw in axes])
-    return Part(rank, dtype, tuple(shape), layout, location, *origin, *values)

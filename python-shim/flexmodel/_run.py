@@ -87,7 +87,7 @@ class Run:
         return [_record.make(reader) for reader in self._reader.of_module(_name(module))]
 
     def __contains__(self, module: object) -> bool:
-        return isinstance(module, str) and self._reader.has(_name(module))
+        return self._reader.has(_name(module))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
@@ -173,5 +173,5 @@ class _Records(Sequence[Record]):
         return repr(list(self))
 
 
-def _name(module: str) -> str:
+def _name(module: Any) -> Any:
     return "" if module == "(root)" else module

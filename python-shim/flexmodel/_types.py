@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,8 +59,9 @@ class Location(NamedTuple):
 class Part(NamedTuple):
     """What one rank captured of one tensor: its own `shape`, `dtype` (torch's name) and place in the whole.
 
-    `at` is None where only statistics were kept, and where this rank sent nothing but `same`: the crc32c of bytes that
-    are those of a replica that another rank sent, if all is well.
+    `stats` are of this part alone; None for dtypes without. `at` is None where only statistics were kept, and where
+    this rank sent nothing but `same`: the crc32c of bytes that are those of a replica that another rank sent, if all is
+    well.
     """
 
     rank: int
@@ -71,7 +74,7 @@ class Part(NamedTuple):
     dp_size: int
     loss_scale: float
     time_ns: int
-    raw_stats: tuple[Any, ...] | None  # in the order of the fields of Stats
+    stats: Stats | None
     same: int | None = None
 
     @property
@@ -88,11 +91,6 @@ class Part(NamedTuple):
     def nbytes(self) -> int:
         """Bytes stored; 0 where only statistics were kept."""
         return self.at.nbytes if self.at else 0
-
-    @property
-    def stats(self) -> Stats | None:
-        """Statistics of this part alone; None for dtypes without."""
-        return None if self.raw_stats is None else Stats(*self.raw_stats)
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,9 @@ class RunInfo:
     """`run.json`: what was run, by what, and how it ended.
 
     `finished_ns` and `exit_code` are None while the run goes on, or if its agent died. `owners` is of those ranks that
-    have said which modules they have.
+    have said which modules they have. `steps` are the rules by which steps were counted, in the order in which they came
+    into force: `inference` (each forward pass of a model is one), `optimizer` (one ends where an optimizer stepped or was
+    skipped), `backward` (where a backward pass ended, in a process that has made no optimizer).
     """
 
     format: int = 1
@@ -221,10 +221,38 @@ class RunInfo:
     torch: str = ""
     python: str = ""
     wrapper: str = ""
+    steps: tuple[str, ...] = ()
     models: tuple[ModelInfo, ...] = ()
     owners: tuple[Owners, ...] = ()
     notices: tuple[str, ...] = ()
     totals: Totals = Totals()
+
+
+def part(raw: dict[str, Any]) -> Part:
+    """From what the reader took of a line of the manifest."""
+    at, stats = raw["at"], raw["stats"]
+    fields = raw | {
+        "class_name": raw["class"],
+        "shape": tuple(raw["shape"]),
+        "axes": tuple(map(_axis, raw["axes"])),
+        "loss_scale": float(raw["loss_scale"]),
+        "at": at and Location(at["shard"], at["offset"], at["len"], at["crc"]),
+        "stats": stats and Stats(**stats),
+    }
+    return Part(**{name: fields[name] for name in Part._fields if name in fields})
+
+
+@functools.lru_cache(4096)
+def layout(raw: str) -> tuple[Axis, ...]:
+    """From the JSON of a layout; many records have the same."""
+    return tuple(map(_axis, json.loads(raw)))
+
+
+def _axis(raw: dict[str, Any]) -> Axis:
+    place = raw["place"]
+    name, details = (place, {}) if isinstance(place, str) else next(iter(place.items()))
+    shape = tuple(details["shape"]) if "shape" in details else None
+    return Axis(raw["name"], raw["index"], raw["size"], name, details.get("dim", -1), shape, raw.get("input_digest"))
 
 
 def run_info(raw: dict[str, Any]) -> RunInfo:
@@ -233,7 +261,7 @@ def run_info(raw: dict[str, Any]) -> RunInfo:
     owners = tuple([Owners(own["model"], tuple(own["ranks"]), tuple(own["modules"])) for own in raw["owners"]])
     return RunInfo(**{
         **raw, "command": tuple(raw["command"]), "models": models, "owners": owners,
-        "notices": tuple(raw["notices"]), "totals": Totals(**raw["totals"]),
+        "steps": tuple(raw["steps"]), "notices": tuple(raw["notices"]), "totals": Totals(**raw["totals"]),
     })  # fmt: skip
 
 

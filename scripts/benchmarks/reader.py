@@ -1,14 +1,15 @@
 """Opening runs of 1,000 and 100,000 records and getting tensors of them, from Python and by the command.
 
 With FLEXMODEL_BEFORE set to a checkout of an earlier version (its `target/release/flexmodel` built, and what its
-`python-shim` needs), that one takes turns with this one, and each number is followed by the ratio.
+`python-shim` needs), that one takes turns with this one. Ratios are those of CPU time: all is read from memory, by one
+thread, and so the rest of the machine counts less.
 """
 
 import json
 import os
 import pathlib
 import random
-import statistics
+import resource
 import subprocess
 import sys
 import time
@@ -87,10 +88,18 @@ def write(root: pathlib.Path, records: int) -> None:
     grow(root, 0, records)
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def cpu() -> float:
+    """CPU seconds so far, of this process and of those that it has waited for."""
+    spent = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in spent)
+
+
+def timed(work: Callable[[], object], child: bool = False) -> tuple[float, float]:
+    """Milliseconds by the clock, and of CPU time."""
+    now = cpu if child else time.process_time
+    start, before = time.perf_counter(), now()
     work()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.perf_counter() - start), 1e3 * (now() - before)
 
 
 def answer(checkout: str, binary: str, address: str) -> None:
@@ -103,7 +112,7 @@ def answer(checkout: str, binary: str, address: str) -> None:
     assert (flexmodel.__file__ or "").startswith(checkout), flexmodel.__file__
     runs: dict[str, flexmodel.Run] = {}
 
-    def work(task: str, root: str) -> float:
+    def work(task: str, root: str) -> tuple[float, float]:
         if root not in runs:
             runs[root] = flexmodel.open(root)
             runs[root].get("layers.3.mlp", step=0)
@@ -121,7 +130,7 @@ def answer(checkout: str, binary: str, address: str) -> None:
         if task in ("same", "grown"):
             return timed(run.refresh)
         command = [binary, "ls", root] + (["--json"] if task == "json" else [])
-        return timed(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))
+        return timed(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True), child=True)
 
     with Client(address) as connection:
         while (asked := connection.recv()) is not None:
@@ -135,7 +144,7 @@ def worker(checkout: pathlib.Path, binary: pathlib.Path) -> Worker:
 
 
 def measure(root: pathlib.Path, records: int, now: Worker, before: Worker | None) -> None:
-    title(f"reader: a run of {records:,} records, milliseconds{', and times as long as before' if before else ''}")
+    title(f"reader: a run of {records:,} records, milliseconds{', and CPU time beside before' if before else ''}")
     first = records
     for task, name in TASKS.items():
         pairs = []
@@ -144,15 +153,19 @@ def measure(root: pathlib.Path, records: int, now: Worker, before: Worker | None
                 grow(root, first, MORE)
                 first += MORE
             if before is None:
-                pairs.append((now.round((task, str(root))), 1.0))
+                pairs.append((now.round((task, str(root))), None))
             elif n % 2 == 0:
                 pairs += take_turns(now, before, (task, str(root)), 1)
             else:
                 pairs += [pair[::-1] for pair in take_turns(before, now, (task, str(root)), 1)]
-        row(name, [one for one, _ in pairs], form="{:.3f}" if statistics.median(p[0] for p in pairs) < 10 else "{:.1f}")
+        ours = [one for one, _ in pairs]
+        row(name, [wall for wall, _ in ours])
+        row("    CPU time", [spent for _, spent in ours])
         if before:
-            row("    before", [other for _, other in pairs])
-            row("    ratio", [one / other for one, other in pairs], "<= 1")
+            theirs = [other for _, other in pairs]
+            row("    CPU time before", [spent for _, spent in theirs])
+            ratios = [mine / max(other, 1e-6) for (_, mine), (_, other) in zip(ours, theirs, strict=True)]
+            row("    ratio", ratios, "<= 1")
 
 
 def main() -> None:

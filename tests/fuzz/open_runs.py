@@ -1,14 +1,17 @@
-"""Opens hostile run directories with the Python reader: `open_runs.py OPEN_RUN CRASHES SECONDS INPUT...`
+"""Opens hostile run directories from Python: `open_runs.py OPEN_RUN CRASHES SECONDS INPUT...`
 
 OPEN_RUN is the fuzz target of that name. It makes the folders that its inputs describe (`tests/fuzz/tree.rs`): those of
-the files and folders INPUT, and for SECONDS seconds those of mutations of them; with 0 seconds, of INPUT alone. Each
-folder is opened in a process of its own that may have 1 GiB of memory and 20 s of CPU time. Whatever ends one of these
-processes but the reader's documented errors is a finding: its input is kept in CRASHES, and the exit code is 1.
+the files and folders INPUT, and for SECONDS seconds those of mutations of them; with 0 seconds, of INPUT alone.
+Beside each it writes what the commands find there (`tests/fuzz/answers.rs`). Each folder is opened in a process of its
+own that may have 1 GiB of memory and 20 s of CPU time. Whatever ends one of these processes but the reader's documented
+errors is a finding, and so is an answer that is not the commands': its input is kept in CRASHES, and the exit code
+is 1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import resource
@@ -19,11 +22,15 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "python-shim"))
 
 import flexmodel
+import numpy as np
+from flexmodel import _native
 
 MEMORY = 1 << 30
 CPU_SECONDS = 20
@@ -37,12 +44,17 @@ UNKNOWN_TO_NUMPY = (*DOCUMENTED, TypeError)
 
 def read(folder: pathlib.Path) -> None:
     """Everything that a run is asked for."""
+    said = json.loads(folder.with_suffix(".answers").read_text())
     try:
         run = flexmodel.open(folder)
     except DOCUMENTED as error:
         if "\n" in str(error):
             raise AssertionError("an error of more than a line") from error
+        if said is not None:
+            raise AssertionError("the commands open it") from error
         return
+    assert said is not None, "the commands refuse it"
+    compare(run, said)
     repr(run), run.modules, run.models, run.notices, run.refused, run.divergences, run.dropped, run.problems
     for record in run.records:
         repr(record), str(record), record.stats, record.parts, record.complete
@@ -54,6 +66,45 @@ def read(folder: pathlib.Path) -> None:
         with contextlib.suppress(*UNKNOWN_TO_NUMPY):
             run.get(module, step=0)
     run.refresh()
+
+
+def compare(run: flexmodel.Run, said: dict[str, Any]) -> None:
+    """That a run holds what the commands find in it."""
+    problems = run.problems
+    assert len(problems) == len(said["problems"]), (problems, said["problems"])
+    for problem, place in zip(problems, said["problems"], strict=True):
+        assert _native.safe(place) in problem, (problem, place)
+    assert run.modules == said["modules"]
+    assert [len(run.refused), len(run.divergences), len(run.dropped)] == said["lost"]
+    theirs = {tuple(one["id"]): one for one in said["records"]}
+    assert len(run.records) == len(said["records"]) == len(theirs)
+    for record in run.records:
+        identity = (
+            record.module, record.kind, record.path, record.model, record.step, record.micro, record.call,
+            record.repeat, record.train,
+        )  # fmt: skip
+        whole = theirs[identity].pop("whole")
+        del theirs[identity]["id"]
+        ours = {
+            "what": [record.dtype, record.class_name, record.group, record.parts[0].time_ns],
+            "shape": None if record.shape is None else list(record.shape),
+            "ranks": list(record.ranks),
+            "dp_size": record.dp_size,
+            "count": None if record.stats is None else record.stats.count,
+            "parts": [part.crc for part in record.parts],
+        }
+        assert ours == theirs[identity], (record, ours, theirs[identity])
+        if whole == "large":
+            continue
+        found: str | list[int]
+        try:
+            # Whatever type it is of: numpy lacks some, and torch takes a second to import.
+            memory, _, _ = record._reader.bytes(str(record), None)
+            data = np.asarray(memory).tobytes()
+            found = [len(data), zlib.adler32(data)]
+        except (*DOCUMENTED, TypeError) as error:
+            found = type(error).__name__
+        assert found == whole, f"{record}: {found}, and by the commands {whole}"
 
 
 def in_a_process_of_its_own(folder: pathlib.Path) -> str | None:

@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flexmodel_agent::server::{Server, attach, board::Board};
 use flexmodel_run::{Options, Run, Store};
 use libfuzzer_sys::arbitrary::{self, Arbitrary, Result, Unstructured};
 use tokio::runtime::{Builder, Runtime};
@@ -22,8 +23,6 @@ use wire::{
     record::{Axis, Place, RecordMeta},
     slab::SlabWriter,
 };
-
-use crate::server::{Server, attach, board::Board};
 
 /// A bound for hangs.
 const HANG: Duration = Duration::from_secs(30);

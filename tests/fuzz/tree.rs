@@ -13,7 +13,7 @@
 //! | a text | holds it |
 //! | an array | a manifest: a text is a line as it stands, anything else a record under its right checksum |
 //! | `json` | holds that value |
-//! | `header`, `data`, `claim` | a shard with that header (`null`: zeros) and that many bytes of [`FILL`]; `claim` is what it says of its header's length, by default the truth |
+//! | `header`, `data`, `claim` | a shard with that header (`null`: zeros) and that many bytes of [`byte_at`]; `claim` is what it says of its header's length, by default the truth |
 //! | `sparse` | so many zeros |
 //! | `link`, `fifo`, `folder` | a symbolic link, a named pipe, a folder |
 //!
@@ -31,9 +31,15 @@ use std::{
 use flexmodel_run::format::HEADER_SPACE;
 use serde_json::Value;
 
+/// The byte of a shard's data at an offset of its file: neighbours differ, so that it shows what lies where.
+pub fn byte_at(offset: u64) -> u8 {
+    (offset ^ offset >> 8) as u8
+}
 
-/// Every byte of a shard's data.
-pub const FILL: u8 = 1;
+fn bytes_at(offset: u64, len: usize) -> Vec<u8> {
+    (0..len.min(MAX_TEXT) as u64).map(|n| byte_at(offset.wrapping_add(n))).collect()
+}
+
 /// Most bytes that a text, or a shard's data, grows to.
 const MAX_TEXT: usize = 2 << 20;
 /// Most bytes of a file with a hole.
@@ -114,7 +120,7 @@ fn shard(said: &Value, path: &Path) -> io::Result<()> {
         file.set_len(HEADER_SPACE)?;
         io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
     }
-    file.write_all(&vec![FILL; (said["data"].as_u64().unwrap_or(0) as usize).min(MAX_TEXT)])
+    file.write_all(&bytes_at(HEADER_SPACE, said["data"].as_u64().unwrap_or(0) as usize))
 }
 
 fn manifest(lines: &[Value]) -> String {
@@ -141,8 +147,9 @@ fn with_checksum(line: &Value) -> Value {
     if let Some(at) = line.get_mut("at").and_then(Value::as_object_mut)
         && !at.contains_key("crc")
     {
-        let len = at.get("len").and_then(Value::as_u64).unwrap_or(0) as usize;
-        at.insert("crc".into(), crc32c::crc32c(&vec![FILL; len.min(MAX_TEXT)]).into());
+        let number = |name: &str| at.get(name).and_then(Value::as_u64).unwrap_or(0);
+        let crc = crc32c::crc32c(&bytes_at(number("offset"), number("len") as usize));
+        at.insert("crc".into(), crc.into());
     }
     line
 }

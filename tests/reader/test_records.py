@@ -110,3 +110,47 @@ def test_a_run_written_anew_in_the_same_place_is_read_anew(run_dir: Writer):
     run_dir.part("n", np.array([7]))
     assert run.refresh() == 1
     assert (run.modules, run.get("n").tolist()) == (["n"], [7])
+
+
+def test_values_that_are_equal_mean_the_same_record(run: flexmodel.Run):
+    wanted = run.get("layers.2", step=1, micro=0).tolist()
+    for fields in ({"step": 1.0}, {"step": np.int64(1)}, {"step": True}, {"train": 1}, {"train": np.bool_(True)}):
+        assert run.get("layers.2", **{"step": 1, "micro": 0, **fields}).tolist() == wanted
+    assert run.get("layers.2", step=1, micro=0, rank=0.0).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"step": 1.5}, KeyError, "no record has step=1.5"),
+        ({"step": float("nan")}, KeyError, "no record has step=nan"),
+        ({"step": 2**200}, KeyError, "no record has step=1606938044258990"),
+        ({"step": "1"}, TypeError, "step is a number, not str"),
+        ({"train": "yes"}, TypeError, "train is True or False, not str"),
+        ({"train": 0}, KeyError, "has no forward with train=False"),
+        ({"kind": 5}, TypeError, "kind is a str, not int"),
+        ({"path": "out\udcff"}, KeyError, "there is no path out.*: it has lone surrogates"),
+    ],
+)
+def test_a_value_that_no_record_can_have_is_an_error_that_says_so(run, fields, error, message):
+    with raises(message, error):
+        run.get("layers.2", **fields)
+
+
+def test_a_module_that_is_no_text_is_none_of_the_run(run: flexmodel.Run):
+    for module in ("layers\udcff.2", 5, None, ["layers.2"]):
+        assert module not in run
+    for look in (run.get, run.__getitem__):
+        with raises("there is no module layers.*: it has lone surrogates"):
+            look("layers\udcff.2")
+        with raises("module is a str, not int", TypeError):
+            look(5)
+
+
+def test_a_coordinate_outside_of_its_axis_costs_its_part_and_is_named(run_dir: Writer):
+    for rank in (0, 1):
+        run_dir.part("m", np.array([rank]), rank=rank, axes=[axis(2 * rank, 2, shard(0))])
+    run = flexmodel.open(run_dir.root)
+    assert len(run.problems) == 1 and run.problems[0].endswith("line 2 is skipped: it says dp 2 of 2")
+    with raises("m forward out step 0 micro 0 call 0 is incomplete: no part of dp 1 of 2"):
+        run.get("m")

@@ -174,5 +174,4 @@ fn measure(sample: &[f64]) -> Stats {
 }
 
 #[cfg(test)]
-#[path = "picture_tests.rs"]
 mod tests;

@@ -160,5 +160,4 @@ pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
 }
 
 #[cfg(test)]
-#[path = "tensor_tests.rs"]
 mod tests;

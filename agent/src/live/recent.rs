@@ -2,12 +2,8 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use flexmodel_run::format::{Identity, Location, Part, Stats, What};
-use wire::{
-    dtype::DType,
-    loss_scale::LossScale,
-    record::{Axis, Place},
-};
+use flexmodel_run::format::{Identity, Location, Part, What};
+use wire::record::{Axis, Place};
 
 use super::{
     MAX_PART_BYTES, MAX_PARTS, MAX_RECORDS,
@@ -24,19 +20,11 @@ pub(super) struct Recent {
     parts: Vec<Kept>,
 }
 
-/// A part without what its series knows already.
+/// A part. Names that its series has, and what many parts share, are not in it.
 struct Kept {
-    dtype: DType,
-    shape: Box<[u64]>,
-    rank: u32,
+    part: Part,
     axes: Arc<[Axis]>,
-    dp_size: u32,
-    loss_scale: LossScale,
-    skipped: bool,
-    time_ns: u64,
-    at: Option<(Arc<str>, u64, u64, u32)>,
-    stats: Option<Stats>,
-    same: Option<u32>,
+    shard: Option<Arc<str>>,
 }
 
 /// The ring. Records are numbered in the order they began.
@@ -100,18 +88,16 @@ impl Ring {
 
     fn keep(&mut self, part: &Part) -> Kept {
         let what = &part.what;
+        let none = String::new;
+        let id = Identity { module: none(), path: none(), ..what.id };
         Kept {
-            dtype: what.dtype,
-            shape: what.shape.as_slice().into(),
-            rank: what.rank,
             axes: self.axes(what.rank as usize % SHARED, &what.axes),
-            dp_size: what.dp_size,
-            loss_scale: what.loss_scale,
-            skipped: what.skipped,
-            time_ns: what.time_ns,
-            at: part.at.as_ref().map(|at| (self.shard(&at.shard), at.offset, at.len, at.crc)),
-            stats: part.stats,
-            same: part.same,
+            shard: part.at.as_ref().map(|at| self.shard(&at.shard)),
+            part: Part {
+                what: What { id, class: none(), group: none(), shape: what.shape.clone(), axes: Vec::new(), ..*what },
+                at: part.at.as_ref().map(|at| Location { shard: none(), ..*at }),
+                ..*part
+            },
         }
     }
 
@@ -141,7 +127,7 @@ impl Kept {
             let flat = if let Place::Flat { shape } = &axis.place { shape.len() } else { 0 };
             size_of::<Axis>() + axis.name.len() + flat * size_of::<u64>()
         };
-        size_of::<Self>() + self.shape.len() * size_of::<u64>() + self.axes.iter().map(axis).sum::<usize>()
+        size_of::<Self>() + self.part.what.shape.len() * size_of::<u64>() + self.axes.iter().map(axis).sum::<usize>()
     }
 }
 
@@ -156,29 +142,13 @@ impl Recent {
 
     /// Its parts, as they were journalled.
     pub fn parts(&self, series: &Series) -> Vec<Part> {
-        let part = |kept: &Kept| Part {
-            what: What {
-                from: None,
-                id: self.identity(series),
-                class: series.key.class.to_string(),
-                group: series.key.group.to_string(),
-                dtype: kept.dtype,
-                shape: kept.shape.to_vec(),
-                rank: kept.rank,
-                axes: kept.axes.to_vec(),
-                dp_size: kept.dp_size,
-                loss_scale: kept.loss_scale,
-                skipped: kept.skipped,
-                time_ns: kept.time_ns,
-            },
-            at: kept.at.as_ref().map(|(shard, offset, len, crc)| Location {
-                shard: shard.to_string(),
-                offset: *offset,
-                len: *len,
-                crc: *crc,
-            }),
-            stats: kept.stats,
-            same: kept.same,
+        let part = |kept: &Kept| {
+            let mut part = kept.part.clone();
+            part.what.id = self.identity(series);
+            (part.what.class, part.what.group) = (series.key.class.to_string(), series.key.group.to_string());
+            part.what.axes = kept.axes.to_vec();
+            part.at.iter_mut().zip(&kept.shard).for_each(|(at, shard)| at.shard = shard.to_string());
+            part
         };
         self.parts.iter().map(part).collect()
     }

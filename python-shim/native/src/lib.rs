@@ -1,6 +1,7 @@
 //! `flexmodel._native`: the reader of runs, for Python. It decides nothing: `flexmodel-run` does, and the package
 //! `flexmodel` has the types and the documentation that people see.
 
+mod asked;
 mod memory;
 mod open;
 mod record;

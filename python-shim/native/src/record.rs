@@ -12,9 +12,9 @@ use flexmodel_run::{
     text::{clip, few, total},
 };
 use pyo3::{exceptions::PyTypeError, prelude::*, types::PyDict};
-use wire::record::{Axis, Place};
+use serde::Serialize;
 
-use crate::{NotCapturedError, RunError, bounded, memory::Memory};
+use crate::{NotCapturedError, RunError, asked::number, bounded, memory::Memory};
 
 /// One record of a run as it was then. It keeps what it says, and with the run's other records what reads its bytes; neither
 /// the other records nor what the run said of itself.
@@ -24,34 +24,15 @@ pub struct Record {
     source: Arc<Source>,
 }
 
-type AxisFields = (String, u32, u32, &'static str, i64, Option<Vec<u64>>, Option<u32>);
-type LocationFields = (String, u64, u64, u32);
 type StatsFields = (u64, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, u64, u64, u64);
-type PartFields = (
-    (u32, &'static str, Vec<u64>, Vec<AxisFields>, Option<LocationFields>),
-    (String, String, u32, f64, u64),
-    (Option<StatsFields>, Option<u32>),
-);
-
 pub fn identity(id: &Identity) -> (String, &'static str, String, u32, u64, u32, u32, u32, bool) {
     let name = (id.module.clone(), id.kind.name(), id.path.clone());
     (name.0, name.1, name.2, id.model, id.step, id.micro, id.call, id.repeat, id.train)
 }
 
-fn axes(all: &[Axis]) -> Vec<AxisFields> {
-    let one = |axis: &Axis| {
-        let (place, dim, shape) = match &axis.place {
-            Place::Replicate => ("replicate", -1, None),
-            Place::Shard { dim } => ("shard", i64::from(*dim), None),
-            Place::ReplicateOrShard { dim } => ("replicate_or_shard", i64::from(*dim), None),
-            Place::HeadTail { dim } => ("head_tail", i64::from(*dim), None),
-            Place::Flat { shape } => ("flat", -1, Some(shape.clone())),
-            Place::Partial => ("partial", -1, None),
-            Place::Unknown => ("unknown", -1, None),
-        };
-        (axis.name.clone(), axis.index, axis.size, place, dim, shape, axis.input_digest)
-    };
-    all.iter().map(one).collect()
+/// As the format has it: Python's types take it apart, and whatever the format says more is passed on.
+fn json(value: &impl Serialize) -> PyResult<String> {
+    serde_json::to_string(value).map_err(|e| RunError::new_err(e.to_string()))
 }
 
 /// What Python is told where bytes do not read.
@@ -140,7 +121,7 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "repeat"), id.repeat)?;
         fields.set_item(pyo3::intern!(py, "class_name"), &what.class)?;
         fields.set_item(pyo3::intern!(py, "group"), &what.group)?;
-        fields.set_item(pyo3::intern!(py, "layout"), axes(&what.axes))?;
+        fields.set_item(pyo3::intern!(py, "layout"), json(&what.axes)?)?;
         fields.set_item(pyo3::intern!(py, "dp_size"), data_size)?;
         fields.set_item(pyo3::intern!(py, "loss_scale"), what.loss_scale.0)?;
         fields.set_item(pyo3::intern!(py, "skipped"), what.skipped)?;
@@ -157,18 +138,9 @@ impl Record {
         slf
     }
 
-    /// What each rank captured.
-    fn parts(&self, py: Python<'_>) -> Vec<PartFields> {
-        let one = |part: &Part| {
-            let what = &part.what;
-            let at = part.at.as_ref().map(|at| (at.shard.clone(), at.offset, at.len, at.crc));
-            (
-                (what.rank, what.dtype.name(), what.shape.clone(), axes(&what.axes), at),
-                (what.class.clone(), what.group.clone(), what.dp_size, what.loss_scale.0, what.time_ns),
-                (part.stats.as_ref().map(stats), part.same),
-            )
-        };
-        py.detach(|| self.record.parts.iter().map(one).collect())
+    /// What each rank captured, as JSON.
+    fn parts(&self, py: Python<'_>) -> PyResult<String> {
+        py.detach(|| json(&self.record.parts))
     }
 
     /// Statistics of the whole.
@@ -177,7 +149,13 @@ impl Record {
     }
 
     /// The bytes of the whole, or of one rank's part of it, their shape and type; `name` is the record's, for errors.
-    fn bytes(&self, py: Python<'_>, name: &str, rank: Option<i64>) -> PyResult<(Memory, Vec<u64>, &'static str)> {
+    fn bytes(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        rank: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<(Memory, Vec<u64>, &'static str)> {
+        let rank = number("rank", rank)?;
         py.detach(|| {
             bounded(|| {
                 let record = &self.record;
@@ -185,7 +163,7 @@ impl Record {
                 let parts = match rank {
                     None => &record.parts,
                     Some(rank) => {
-                        let of = |part: &&Part| i64::from(part.what.rank) == rank;
+                        let of = |part: &&Part| i128::from(part.what.rank) == rank;
                         own = layout::of_one_rank(record.parts.iter().filter(of).cloned().collect());
                         &own
                     }

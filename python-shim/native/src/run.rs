@@ -14,7 +14,9 @@ use flexmodel_run::{
 use pyo3::{exceptions::PyIndexError, prelude::*};
 
 use crate::{
-    NotCapturedError, bounded,
+    NotCapturedError,
+    asked::{flag, number, text},
+    bounded,
     open::{expect_run, problems, refused},
     record::{Record, identity},
 };
@@ -149,9 +151,11 @@ impl Run {
         py.detach(|| state.modules().to_vec())
     }
 
-    fn has(&self, py: Python<'_>, module: &str) -> bool {
+    fn has(&self, py: Python<'_>, module: &Bound<'_, PyAny>) -> bool {
         let state = self.state();
-        py.detach(|| state.by_module().contains_key(module))
+        // What is no name of a module is the name of none.
+        let Ok(Some(module)) = text("module", Some(module)) else { return false };
+        py.detach(|| state.by_module().contains_key(&module))
     }
 
     fn record_count(&self) -> usize {
@@ -171,10 +175,11 @@ impl Run {
     }
 
     /// The records of a module, in order.
-    fn of_module(&self, py: Python<'_>, module: &str) -> PyResult<Vec<Record>> {
+    fn of_module(&self, py: Python<'_>, module: &Bound<'_, PyAny>) -> PyResult<Vec<Record>> {
         let state = self.state();
+        let module = text("module", Some(module))?.unwrap_or_default();
         py.detach(|| {
-            let mut all = state.of_module(module)?.to_vec();
+            let mut all = state.of_module(&module)?.to_vec();
             all.sort_by_cached_key(|&at| in_module(&state.run.records[at].id));
             Ok(all.into_iter().map(|at| Record::new(&state.run, at)).collect())
         })
@@ -186,22 +191,32 @@ impl Run {
     fn one(
         &self,
         py: Python<'_>,
-        module: &str,
-        kind: Option<String>,
-        model: Option<i128>,
-        train: Option<bool>,
-        step: Option<i128>,
-        micro: Option<i128>,
-        call: Option<i128>,
-        path: Option<String>,
-        repeat: Option<i128>,
+        module: &Bound<'_, PyAny>,
+        kind: Option<&Bound<'_, PyAny>>,
+        model: Option<&Bound<'_, PyAny>>,
+        train: Option<&Bound<'_, PyAny>>,
+        step: Option<&Bound<'_, PyAny>>,
+        micro: Option<&Bound<'_, PyAny>>,
+        call: Option<&Bound<'_, PyAny>>,
+        path: Option<&Bound<'_, PyAny>>,
+        repeat: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Record> {
         let state = self.state();
-        let wanted = Wanted { kind, model, train, step, micro, call, path, repeat };
+        let module = text("module", Some(module))?.unwrap_or_default();
+        let wanted = Wanted {
+            kind: text("kind", kind)?,
+            model: number("model", model)?,
+            train: flag("train", train)?,
+            step: number("step", step)?,
+            micro: number("micro", micro)?,
+            call: number("call", call)?,
+            path: text("path", path)?,
+            repeat: number("repeat", repeat)?,
+        };
         let at = py.detach(|| {
             bounded(|| {
-                let all = state.of_module(module)?;
-                state.run.one(module, all, &wanted).map_err(NotCapturedError::new_err)
+                let all = state.of_module(&module)?;
+                state.run.one(&module, all, &wanted).map_err(NotCapturedError::new_err)
             })
         })?;
         Ok(Record::new(&state.run, at))

@@ -1,10 +1,12 @@
 //! A hostile folder, opened as a run: listed, put together and verified within bounds. Nothing is written to it.
 //!
-//! With `FLEXMODEL_FUZZ_KEEP` set to a folder, each input and its folder are kept in there for other readers instead.
+//! With `FLEXMODEL_FUZZ_KEEP` set to a folder, each input, its folder and what the commands find in that are kept in there
+//! for a comparison with other readers instead.
 #![no_main]
 use std::path::{Path, PathBuf};
 
 use flexmodel_fuzz::{
+    answers::answers,
     mutate::{cross, mutate},
     tree::lay_out,
 };
@@ -23,6 +25,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
             std::fs::create_dir_all(&path).unwrap();
             std::fs::write(path.with_extension("json"), input).unwrap();
             lay_out(&tree, &path).unwrap();
+            std::fs::write(path.with_extension("answers"), answers(&path).to_string()).unwrap();
         }
         None => {
             let folder = tempfile::tempdir_in("/dev/shm").unwrap();

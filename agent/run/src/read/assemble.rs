@@ -10,7 +10,7 @@ use wire::dtype::DType;
 use super::{
     layout::{Node, byte_len},
     number,
-    shards::Map,
+    shards::{Map, ReadError},
 };
 
 /// Bytes of a tensor: a range of a mapped shard where they lie there in one piece, else a copy.
@@ -69,43 +69,47 @@ pub struct Whole {
 }
 
 /// Makes the bytes of `node`, a plan's tree; `leaf` gives those of one part, as many as its shape says.
-pub fn assemble<E: From<String>>(
+pub fn assemble(
     node: &Node,
     dtype: DType,
-    leaf: &mut dyn FnMut(usize) -> Result<Bytes, E>,
-) -> Result<Bytes, E> {
+    leaf: &mut dyn FnMut(usize) -> Result<Bytes, ReadError>,
+) -> Result<Bytes, ReadError> {
     match node {
         Node::Leaf { part, .. } => leaf(*part),
         Node::Concat { dim, children, shape } => {
-            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
+            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, ReadError>>()?;
             // No prefix of the shape overflows once all of it does not.
             let total = total(dtype, shape)?;
             concat(&pieces, shape.iter().take(*dim).product::<u64>() as usize, total)
         }
         Node::HeadTail { dim, children, shape } => {
-            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
+            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, ReadError>>()?;
             let total = total(dtype, shape)?;
             head_tail(&pieces, shape.iter().take(*dim).product::<u64>() as usize, total)
         }
         Node::Flat { child, .. } => assemble(child, dtype, leaf),
         Node::Sum { children, shape } => {
-            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, E>>()?;
+            let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, ReadError>>()?;
             total(dtype, shape)?;
-            number::sum(dtype, &pieces.iter().map(|p| &**p).collect::<Vec<_>>()).map(Bytes::Owned).map_err(E::from)
+            number::sum(dtype, &pieces.iter().map(|p| &**p).collect::<Vec<_>>()).map(Bytes::Owned)
         }
     }
 }
 
-fn total<E: From<String>>(dtype: DType, shape: &[u64]) -> Result<usize, E> {
+fn total(dtype: DType, shape: &[u64]) -> Result<usize, ReadError> {
     byte_len(dtype, shape)
         .and_then(|n| usize::try_from(n).ok())
-        .ok_or_else(|| E::from(format!("a tensor of shape {shape:?} does not fit into memory")))
+        .ok_or_else(|| ReadError::Damage(format!("a tensor of shape {shape:?} does not fit into memory")))
+}
+
+fn no_memory(total: usize) -> ReadError {
+    ReadError::Damage(format!("there is no memory for {total} bytes"))
 }
 
 /// As [`concat`], with the first half of every piece's row in order, and then the second halves from last to first.
-fn head_tail<E: From<String>>(pieces: &[Bytes], rows: usize, total: usize) -> Result<Bytes, E> {
+fn head_tail(pieces: &[Bytes], rows: usize, total: usize) -> Result<Bytes, ReadError> {
     let mut out = Vec::new();
-    out.try_reserve_exact(total).map_err(|_| E::from(format!("no memory for a tensor of {total} bytes")))?;
+    out.try_reserve_exact(total).map_err(|_| no_memory(total))?;
     for row in 0..rows {
         // All are of one length, which rows and halves divide.
         let half = |piece: &Bytes, second: usize| {
@@ -119,7 +123,7 @@ fn head_tail<E: From<String>>(pieces: &[Bytes], rows: usize, total: usize) -> Re
 }
 
 /// Interleaves pieces: row `r` of the result is row `r` of every piece in order.
-fn concat<E: From<String>>(pieces: &[Bytes], rows: usize, total: usize) -> Result<Bytes, E> {
+fn concat(pieces: &[Bytes], rows: usize, total: usize) -> Result<Bytes, ReadError> {
     let filled: Vec<&Bytes> = pieces.iter().filter(|p| !p.is_empty()).collect();
     let Some((first, rest)) = filled.split_first() else { return Ok(Bytes::Owned(Vec::new())) };
     if rest.is_empty() {
@@ -131,7 +135,7 @@ fn concat<E: From<String>>(pieces: &[Bytes], rows: usize, total: usize) -> Resul
         return Ok(one);
     }
     let mut out = Vec::new();
-    out.try_reserve_exact(total).map_err(|_| E::from(format!("no memory for a tensor of {total} bytes")))?;
+    out.try_reserve_exact(total).map_err(|_| no_memory(total))?;
     for row in 0..rows {
         for piece in &filled {
             // Rows divide every piece: its length is its shape's product, which begins with the rows.

@@ -224,9 +224,6 @@ impl From<'_> {
                         other => Addend::Made(self.apart(other)?),
                     });
                 }
-                if !number::has_sum(self.plan.dtype) {
-                    return Err(ReadError::NoSum(self.plan.dtype));
-                }
                 let bytes: Vec<&[u8]> = addends.iter().map(Addend::bytes).collect();
                 let mut sum = room(self.bytes(node)?)?;
                 number::sum_into(self.plan.dtype, &bytes, &mut sum)?;

@@ -2,6 +2,7 @@
 
 use wire::dtype::DType;
 
+use super::shards::ReadError;
 use crate::stats;
 
 /// Elements that are summed at a time, so that a sum takes no memory but its own.
@@ -13,19 +14,19 @@ pub fn has_sum(dtype: DType) -> bool {
 }
 
 /// The sum of tensors of one type and length: real and complex in float64, integers wrapping, then back to the type.
-pub fn sum(dtype: DType, addends: &[&[u8]]) -> Result<Vec<u8>, String> {
+pub fn sum(dtype: DType, addends: &[&[u8]]) -> Result<Vec<u8>, ReadError> {
     let mut out = vec![0; addends.first().map_or(0, |first| first.len())];
     sum_into(dtype, addends, &mut out)?;
     Ok(out)
 }
 
 /// As [`sum`], into memory of the same length.
-pub fn sum_into(dtype: DType, addends: &[&[u8]], out: &mut [u8]) -> Result<(), String> {
+pub fn sum_into(dtype: DType, addends: &[&[u8]], out: &mut [u8]) -> Result<(), ReadError> {
     if addends.iter().any(|addend| addend.len() != out.len()) {
-        return Err("addends differ in length".into());
+        return Err(ReadError::Layout("addends differ in length".into()));
     }
     if !has_sum(dtype) {
-        return Err(format!("{} addends have no sum", dtype.name()));
+        return Err(ReadError::NoSum(dtype));
     }
     if !dtype.is_float() && !dtype.is_complex() {
         sum_integers(dtype.size(), addends, out);

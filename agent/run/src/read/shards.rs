@@ -52,12 +52,6 @@ impl ReadError {
     }
 }
 
-impl From<String> for ReadError {
-    fn from(text: String) -> Self {
-        Self::Layout(text)
-    }
-}
-
 /// Why there is no file of a shard.
 #[derive(Debug, thiserror::Error)]
 pub enum NoFile {

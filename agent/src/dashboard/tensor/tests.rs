@@ -1,6 +1,7 @@
 //! Tests of reading elements through a layout: the same numbers as putting the whole together.
 
 use flexmodel_run::{
+    ReadError,
     format::{HEADER_SPACE, Location, RunInfo, What},
     manifest::{Reader, decode_line, encode_line},
     read::{
@@ -62,7 +63,7 @@ fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
 fn check(case: Case) {
     let node = layout::plan(&case.parts).unwrap();
     let dtype = case.parts[0].what.dtype;
-    let leaf = |i: usize| Ok::<_, String>(Bytes::Owned(case.bytes[i].clone()));
+    let leaf = |i: usize| Ok::<_, ReadError>(Bytes::Owned(case.bytes[i].clone()));
     let whole = assemble::assemble(&node, dtype, &mut { leaf }).unwrap();
     let expected: Vec<f64> = whole.chunks_exact(dtype.size()).map(|x| to_f64(dtype, x)).collect();
     let source = Source::new(&node, dtype, case.bytes.as_slice());
