@@ -15,6 +15,8 @@
 | `tapping.py` | puts taps on modules |
 | `hooks.py` | our hooks on modules, and who must not see them |
 | `parameters.py` | the pieces of parameters and gradients that this process holds, and their taps |
+| `clock.py` | what ends a step of the job |
+| `holders.py` | which optimizers hold the parameters of which taps |
 | `steps.py` | what the step of an optimizer is given |
 | `compiled.py` | what our hooks are in graphs of torch.compile |
 | `compiler.py` | has torch.compile know our operations, and mends what it does wrong with them |
