@@ -68,6 +68,8 @@ struct Wanted {
 
   bool changed() const { return version.current_version() != before; }
 
+  bool is_edited() const { return (site.edit & kinds) != 0; }
+
   // Records `gradient` and returns what takes its place; undefined: the same.
   at::Tensor take(const at::Tensor& gradient, bool is_whole) {
     if ((site.capture & kinds) != 0) {
@@ -87,7 +89,8 @@ bool runs(const Node* node) {
 }
 
 // Sees a gradient before the node does. Not by `register_hook`: compiled autograd refuses its hooks. Where the node runs,
-// `late` ones see it, after the job's hooks on the tensor, whenever these were added. Else there is none but the other.
+// `late` ones see it, after the job's hooks on the tensor, whenever these were added; else there is none but the other. An
+// edit is an early one's, so that what the job keeps of the gradient is edited too.
 class Receiver : public torch::autograd::FunctionPreHook {
  public:
   Receiver(std::shared_ptr<Wanted> wanted, const Node* node, uint32_t number, bool late)
@@ -95,7 +98,7 @@ class Receiver : public torch::autograd::FunctionPreHook {
 
   variable_list operator()(const variable_list& gradients) override {
     variable_list out = gradients;
-    if (number_ < out.size() && out[number_].defined() && late_ == runs(node_)) {
+    if (number_ < out.size() && out[number_].defined() && late_ == (!wanted_->is_edited() && runs(node_))) {
       guarded_gradient([&] {
         at::Tensor now = received(out[number_]);
         if (now.defined()) out[number_] = std::move(now);
@@ -163,6 +166,9 @@ class OnBase final : public Receiver {
   }
 };
 
+// Whether a backward pass is under way whose loss the job scaled.
+std::atomic<bool> is_scaled = false;
+
 // On the node that computed a loss that the job scaled: until the end of a backward pass through it, gradients are scaled.
 class ScaledLoss final : public torch::autograd::FunctionPreHook {
  public:
@@ -170,10 +176,9 @@ class ScaledLoss final : public torch::autograd::FunctionPreHook {
 
   variable_list operator()(const variable_list& gradients) override {
     guarded_gradient([&] {
+      is_scaled = true;
       host().loss_scale(scale_);
-      torch::autograd::Engine::get_default_engine().queue_callback([] {
-        if (active()) host().loss_scale(1);
-      });
+      torch::autograd::Engine::get_default_engine().queue_callback(unscaled);
     });
     return gradients;
   }
@@ -263,6 +268,10 @@ void watch_gradient(const Site& site, uint32_t kinds, const std::string& path, c
 
 void scaled(const at::Tensor& loss, double scale) {
   if (const auto& node = loss.grad_fn()) node->add_pre_hook(std::make_unique<ScaledLoss>(scale));
+}
+
+void unscaled() {
+  if (is_scaled.exchange(false) && active()) host().loss_scale(1);
 }
 
 std::vector<Consumer> consumers(const Node* of) {

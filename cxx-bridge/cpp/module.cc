@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "flexmodel/communicator.h"
@@ -115,8 +116,17 @@ PyObject* py_stepped(PyObject*, PyObject* optimizer) {
   Py_RETURN_NONE;
 }
 
-// held_by(tap, [optimizer])
-PyObject* py_held_by(PyObject*, PyObject* args) {
+// backward_ended()
+PyObject* py_backward_ended(PyObject*, PyObject*) {
+  // Reentrant checkpointing has one inside of another.
+  if (torch::autograd::get_current_graph_task_id() != -1) Py_RETURN_NONE;
+  unscaled();
+  host().backward_ended();
+  Py_RETURN_NONE;
+}
+
+// optimizers_of(tap, [optimizer])
+PyObject* py_optimizers_of(PyObject*, PyObject* args) {
   unsigned int tap = 0;
   PyObject* numbers = nullptr;
   if (PyArg_ParseTuple(args, "IO!", &tap, &PyList_Type, &numbers) == 0) return nullptr;
@@ -125,7 +135,7 @@ PyObject* py_held_by(PyObject*, PyObject* args) {
     optimizers.push_back(static_cast<uint32_t>(PyLong_AsUnsignedLong(PyList_GET_ITEM(numbers, i))));
   }
   if (PyErr_Occurred() != nullptr) return nullptr;
-  host().held_by(tap, optimizers.data(), optimizers.size());
+  host().optimizers_of(tap, optimizers.data(), optimizers.size());
   Py_RETURN_NONE;
 }
 
@@ -307,9 +317,9 @@ PyMethodDef functions[] = {
     {"forget", py_forget, METH_O, "A model was destroyed."},
     {"resolved", event<&HostTable::resolved>, METH_NOARGS, "Every model was looked at: report selectors without a match."},
     {"optimizer_made", event<&HostTable::optimizer_made>, METH_NOARGS, "The process made an optimizer."},
-    {"held_by", py_held_by, METH_VARARGS, "The optimizers, ascending, that hold the parameters of a tap's module."},
+    {"optimizers_of", py_optimizers_of, METH_VARARGS, "The optimizers, ascending, that hold the parameters of a tap's module."},
     {"stepped", py_stepped, METH_O, "An optimizer stepped, or was skipped."},
-    {"backward_ended", event<&HostTable::backward_ended>, METH_NOARGS, "A backward pass ended."},
+    {"backward_ended", py_backward_ended, METH_NOARGS, "A backward pass ended, or raised."},
     {"plan", py_plan, METH_NOARGS, "What all ranks must agree on to gather tensors; empty if no hook wants that."},
     {"joined", py_joined, METH_VARARGS, "The ranks have a communicator of ours: a c10d backend, this member, how many, and its device."},
     {"per_rank", text<&HostTable::per_rank>, METH_O, "There is no communicator, or none any more: each rank sends its own parts, for this reason."},

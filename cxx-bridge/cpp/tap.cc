@@ -73,15 +73,14 @@ bool trains_inside(PyObject* module, int depth = 0) {
   static PyObject* const name = PyUnicode_InternFromString("_modules");
   constexpr int kMaxDepth = 100;
   const Ref children(PyObject_GenericGetAttr(module, name));
-  if (!children || !PyDict_Check(children.get())) {
+  const Ref list(children && PyDict_Check(children.get()) ? PyDict_Values(children.get()) : nullptr);
+  if (!list) {
     PyErr_Clear();
     return false;
   }
-  PyObject *key = nullptr, *child = nullptr;
-  for (Py_ssize_t at = 0; depth < kMaxDepth && PyDict_Next(children.get(), &at, &key, &child) != 0;) {
-    if (child == Py_None) continue;
-    const Ref held = Ref::borrow(child);
-    if (training(child) || trains_inside(child, depth + 1)) return true;
+  for (Py_ssize_t at = 0; depth < kMaxDepth && at < PyList_GET_SIZE(list.get()); ++at) {
+    PyObject* child = PyList_GET_ITEM(list.get(), at);
+    if (child != Py_None && (training(child) || trains_inside(child, depth + 1))) return true;
   }
   return false;
 }

@@ -28,7 +28,7 @@ pub static HOST: HostTable = HostTable {
     microbatches,
     loss_scale,
     optimizer_made,
-    held_by,
+    optimizers_of,
     stepped,
     backward_ended,
     triggered,
@@ -110,10 +110,10 @@ unsafe extern "C" fn optimizer_made() {
     engine(Engine::optimizer_made);
 }
 
-unsafe extern "C" fn held_by(tap: u32, optimizers: *const u32, count: usize) {
+unsafe extern "C" fn optimizers_of(tap: u32, optimizers: *const u32, count: usize) {
     // SAFETY: the bridge passes `count` numbers that live through the call.
     let optimizers = unsafe { tap_abi::array(optimizers, count) };
-    engine(|e| e.held_by(tap, optimizers));
+    engine(|e| e.optimizers_of(tap, optimizers));
 }
 
 unsafe extern "C" fn stepped(optimizer: u32) {

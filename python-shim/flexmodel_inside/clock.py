@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._guards
 
 from .holders import Holders
 from .parameters import ParameterTaps
 
 
 class Clock:
-    """Tells the engine, which counts, and has parameters and gradients captured in time."""
+    """Tells the engine, which counts steps, what ends one, and has parameters and gradients captured before that."""
 
     def __init__(
         self, bridge: Any, holders: Holders, parameter_taps: ParameterTaps, after_step: Callable[[], object]
@@ -23,12 +24,21 @@ class Clock:
         self._holders = holders
         self._parameter_taps = parameter_taps
         self._after_step = after_step
-        self._stepped: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
-        self._ignoring = False
+        # How often each optimizer has stepped, by number.
+        self._stepped: collections.Counter[int] = collections.Counter()
+        self._ignoring = 0
 
     def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
-        """The job made an optimizer, or gave it more parameters."""
-        self._holders.made(optimizer)
+        """The job made an optimizer."""
+        self._holders.number(optimizer)
+        self._bridge.optimizer_made()
+        self._holders.tell()
+
+    def parameters_added(self, optimizer: torch.optim.Optimizer) -> None:
+        """The job gave an optimizer more parameters, perhaps while it makes it."""
+        if self._holders.knows(optimizer):
+            self._holders.regrouped()
+            self._holders.tell()
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to step; other arguments for that, if it is to have any."""
@@ -37,12 +47,12 @@ class Clock:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """It has stepped."""
         if not self._ignoring:
-            self._stepped[optimizer] = self.steps_of(optimizer) + 1
+            self._stepped[self._holders.number(optimizer)] += 1
             self._end(optimizer)
 
     def steps_of(self, optimizer: torch.optim.Optimizer) -> int:
         """How often an optimizer has stepped."""
-        return self._stepped.get(optimizer, 0)
+        return self._stepped[self._holders.number(optimizer)]
 
     def skipped_step(self, optimizer: torch.optim.Optimizer) -> None:
         """It was to step with the gradients that there are, and did not."""
@@ -50,18 +60,20 @@ class Clock:
         self._end(optimizer)
 
     def backward_ended(self) -> None:
-        """A backward pass ended."""
-        self._bridge.backward_ended()
+        """A backward pass ended. One that the compiler makes to see what is in it is none."""
+        if torch._guards.TracingContext.try_get() is None:
+            self._bridge.backward_ended()
 
     @contextlib.contextmanager
     def no_steps(self) -> Iterator[None]:
         """While in it, steps of optimizers are none of the job's."""
-        self._ignoring = True
+        self._ignoring += 1
         try:
             yield
         finally:
-            self._ignoring = False
+            self._ignoring -= 1
 
     def _end(self, optimizer: torch.optim.Optimizer) -> None:
         self._bridge.stepped(self._holders.number(optimizer))
+        self._holders.tell()
         self._after_step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterable
@@ -13,58 +14,76 @@ from torch import nn
 from .naming import all_in, stored
 
 
+@dataclasses.dataclass
+class _Tap:
+    number: int
+    # Ids of the parameters of its module; of the model's where that has none, as an activation has not.
+    parameters: frozenset[int]
+    # The numbers of optimizers that the engine knows of it.
+    told: list[int] = dataclasses.field(default_factory=list)
+
+
 class Holders:
     """The optimizers of this process, by number, and the parameters behind taps."""
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
-        self._numbers: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        # By id: an optimizer need not be hashable.
+        self._optimizers: dict[int, tuple[weakref.ref[torch.optim.Optimizer], int]] = {}
         self._next = itertools.count()
-        # By the model's serial: taps with modules, and the model.
-        self._taps: dict[int, list[tuple[int, weakref.ref[nn.Module], weakref.ref[nn.Module]]]] = {}
+        # By the model's serial.
+        self._taps: dict[int, list[_Tap]] = {}
+        # Some optimizer has come or gone.
+        self._changed = False
 
     def number(self, optimizer: torch.optim.Optimizer) -> int:
         """The number of an optimizer, for as long as it lives."""
-        number = self._numbers.get(optimizer)
-        if number is None:
-            number = self._numbers[optimizer] = next(self._next)
-        return number
+        key = id(optimizer)
+        if key not in self._optimizers:
+            self._optimizers[key] = weakref.ref(optimizer, lambda _: self._gone(key)), next(self._next)
+            self._changed = True
+        return self._optimizers[key][1]
 
-    def made(self, optimizer: torch.optim.Optimizer) -> None:
-        """The job made an optimizer, or gave it more parameters."""
-        self.number(optimizer)
-        self._bridge.optimizer_made()
-        for serial in self._taps:
-            self._tell(serial)
+    def knows(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer has a number."""
+        return id(optimizer) in self._optimizers
+
+    def regrouped(self) -> None:
+        """An optimizer was given more parameters."""
+        self._changed = True
 
     def put(self, serial: int, model: nn.Module, taps: Iterable[tuple[int, nn.Module]]) -> None:
         """A model's taps from now on."""
-        root = weakref.ref(model)
-        self._taps[serial] = [(tap, weakref.ref(module), root) for tap, module in taps]
-        self._tell(serial)
+        of_model = _parameters(model)
+        self._taps[serial] = [_Tap(number, _parameters(module) or of_model) for number, module in taps]
+        self._changed = True
 
     def drop(self, serial: int) -> None:
         """A model has none any more."""
         self._taps.pop(serial, None)
 
-    def _tell(self, serial: int) -> None:
-        # One alone steps in every step.
-        if len(self._numbers) < 2:
+    def tell(self) -> None:
+        """Tells the engine what has changed."""
+        if not self._changed:
             return
-        by_parameter: dict[int, set[int]] = {}
-        for optimizer, number in self._numbers.items():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    by_parameter.setdefault(id(parameter), set()).add(number)
-        for tap, *references in self._taps[serial]:
-            # One without parameters of its own, such as an activation, is with the model.
-            for module in (reference() for reference in references):
-                held = set() if module is None else _of(module, by_parameter)
-                if held:
-                    self._bridge.held_by(tap, sorted(held))
-                    break
+        self._changed = False
+        held = []
+        for reference, number in list(self._optimizers.values()):
+            optimizer = reference()
+            groups = () if optimizer is None else optimizer.param_groups
+            held.append((number, {id(parameter) for group in groups for parameter in group["params"]}))
+        # One alone steps in every step.
+        several = sorted(held, key=lambda each: each[0]) if len(held) > 1 else []
+        for tap in itertools.chain.from_iterable(self._taps.values()):
+            numbers = [number for number, parameters in several if not parameters.isdisjoint(tap.parameters)]
+            if numbers != tap.told:
+                self._bridge.optimizers_of(tap.number, numbers)
+                tap.told = numbers
+
+    def _gone(self, key: int) -> None:
+        self._optimizers.pop(key, None)
+        self._changed = True
 
 
-def _of(module: nn.Module, by_parameter: dict[int, set[int]]) -> set[int]:
-    found = (by_parameter.get(id(p), ()) for each in all_in(module) for p in stored(each).values())
-    return set().union(*found)
+def _parameters(module: nn.Module) -> frozenset[int]:
+    return frozenset(id(parameter) for each in all_in(module) for parameter in stored(each).values())

@@ -83,7 +83,7 @@ def put(module: nn.Module, name: str, key: int, hook: Any, always_call: bool = F
 
 
 def _arrange(module: nn.Module, name: str) -> None:
-    """Has our hooks come after the job's, whose changes they have to see, and scopes around taps."""
+    """Has our hooks come after the job's, whose changes they have to see, and those that mark a pass around taps."""
     there = own(module, name, {})
     keys = [key for key in there if _is_our_key(key)]
     for key in sorted(keys, reverse=name == "_forward_hooks"):

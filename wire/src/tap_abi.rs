@@ -306,7 +306,7 @@ pub struct HostTable {
     /// The process made an optimizer.
     pub optimizer_made: unsafe extern "C" fn(),
     /// The optimizers with these numbers hold the parameters of a tap's module, or the tap's parameter.
-    pub held_by: unsafe extern "C" fn(tap: u32, optimizers: *const u32, count: usize),
+    pub optimizers_of: unsafe extern "C" fn(tap: u32, optimizers: *const u32, count: usize),
     /// The optimizer with this number stepped, or was skipped.
     pub stepped: unsafe extern "C" fn(optimizer: u32),
     /// A backward pass ended.
@@ -460,7 +460,7 @@ layouts! {
     ModuleDesc { name, class_name, qualified, order }
     ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count }
     Rank { rank, world }
-    HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, held_by,
+    HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, optimizers_of,
         stepped, backward_ended, triggered, parameter_due, begin_parameter, capture, edit, notice, fault, plan, joined, per_rank, finish, active }
 }
 

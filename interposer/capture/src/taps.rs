@@ -169,6 +169,11 @@ impl TapRegistry {
         Some((tap, model))
     }
 
+    /// Whether these optimizers hold the parameters of some tap.
+    pub fn are_held_by(&self, optimizers: &[u32]) -> bool {
+        self.taps.values().any(|tap| tap.optimizers == optimizers)
+    }
+
     /// A model that has taps.
     pub fn model(&mut self, serial: u64) -> Option<&mut TappedModel> {
         self.models.get_mut(&serial)

@@ -43,7 +43,9 @@ class Amp(Adapter):
 
         def stepped(_: Any, *call: Any) -> None:
             optimizer = given(*call, 1, "optimizer")
-            if clock.steps_of(optimizer) == before.pop(id(optimizer), None):
+            # Torch calls our hooks for those alone that have its step.
+            hooked = getattr(type(optimizer).step, "hooked", False)
+            if clock.steps_of(optimizer) == before.pop(id(optimizer), None) and hooked:
                 clock.skipped_step(optimizer)
 
         follow(scaler, "step", guard, before=steps, after=stepped)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..patches import follow, given
+from ..patches import follow, given, wrap
 from .adapter import Adapter
 
 _MODULE = "torch.optim.optimizer"
 
 
-# Of our hook among an optimizer's own, which never have it.
+# The key of our hook among an optimizer's own. Torch's keys are not negative.
 _KEY = -1
 
 
@@ -45,13 +45,25 @@ class Optimizers(Adapter):
             optimizer._optimizer_step_pre_hooks.pop(_KEY, None)
             self.job.clock.after_step(optimizer)
 
-        def made(_: Any, *call: Any) -> None:
-            self.job.clock.optimizer_made(given(*call, 0, "self"))
+        def of(function: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:
+            return lambda _, args, kwargs: function(given(args, kwargs, 0, "self"))
 
         cls = sys.modules[_MODULE].Optimizer  # type: ignore[attr-defined]
-        for name in ("__init__", "add_param_group"):
-            follow(cls, name, guard, after=made)
-        for name in ("backward", "grad"):
-            follow(torch.autograd, name, guard, after=lambda *_: self.job.clock.backward_ended())
+        follow(cls, "__init__", guard, after=of(self.job.clock.optimizer_made))
+        follow(cls, "add_param_group", guard, after=of(self.job.clock.parameters_added))
+        # Both `backward` and `grad` call it. These themselves are known to torch.jit by what they are.
+        if hasattr(torch.autograd, "_engine_run_backward"):
+            ended = guard(self.job.clock.backward_ended, "the end of a backward pass")
+            wrap(torch.autograd, "_engine_run_backward", lambda run: _followed(run, ended))
         register_optimizer_step_pre_hook(guard(begin, "what an optimizer steps with"))
         register_optimizer_step_post_hook(guard(end, "the step of an optimizer"))
+
+
+def _followed(run: Callable[..., Any], ended: Callable[[], object]) -> Callable[..., Any]:
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        finally:
+            ended()
+
+    return followed

@@ -40,6 +40,9 @@ void watch_gradient(const Site& site, uint32_t kinds, const std::string& path, c
 // Gradients of backward passes through `loss` are those of the job's own loss times `scale`.
 void scaled(const at::Tensor& loss, double scale);
 
+// No such backward pass is under way any more.
+void unscaled();
+
 // A node that has another as an edge.
 struct Consumer {
   const torch::autograd::Node* node;

@@ -68,7 +68,7 @@ pub struct Passes {
     pub(super) inference: bool,
     /// How many of these there were, and whether gradients were enabled in any.
     inferences: u64,
-    dry_runs: bool,
+    inference_trained: bool,
     counted: [u32; 2],
     /// Passes that make a step of inference: more than one where a pipeline cuts the batch.
     pub(super) microbatches: u32,
@@ -122,8 +122,12 @@ impl Passes {
     }
 
     pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, firing: &Firing) {
-        let inference = steps.rule() == Rule::Inference;
-        let step = if inference { self.step } else { steps.begin_pass() };
+        // A pipeline has backward passes within a batch.
+        let within_batch = steps.rule() == Rule::Backward
+            && self.microbatches > 1
+            && !self.counted.iter().sum::<u32>().is_multiple_of(self.microbatches);
+        let inference = steps.rule() == Rule::Inference || (within_batch && self.inference);
+        let step = if inference || within_batch { self.step } else { steps.begin_pass() };
         let new_step = self.number == 0 || inference != self.inference || step != self.step;
         // The model's own forward is a pass, whatever parts of it did before.
         if new_step || caller == Caller::Model || self.called.contains(&caller) {
@@ -134,14 +138,14 @@ impl Passes {
                 self.counted = [0, 0];
             } else if new_step {
                 self.step = step;
-                self.counted = self.taken(step);
+                self.counted = self.used_by_inference(step);
             }
             self.inference = inference;
             self.called.clear();
             // A sampler or a rollout has a model in training mode too.
             self.train = firing.train && firing.grad_enabled;
             self.has_trained |= self.train;
-            self.dry_runs |= self.train && inference;
+            self.inference_trained |= self.train && inference;
             let [eval, train] = &mut self.counted;
             let counter = if self.train { train } else { eval };
             self.micro = *counter;
@@ -158,9 +162,9 @@ impl Passes {
     }
 
     /// How many passes of each kind had the number of this step in inference. Those of training are other ones.
-    fn taken(&self, step: u64) -> [u32; 2] {
+    fn used_by_inference(&self, step: u64) -> [u32; 2] {
         let some = if step < self.inferences { self.microbatches.max(1) } else { 0 };
-        [some, if self.dry_runs { some } else { 0 }]
+        [some, if self.inference_trained { some } else { 0 }]
     }
 
     /// What the pass was called with.

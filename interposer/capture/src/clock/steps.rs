@@ -4,6 +4,9 @@ use std::collections::{HashMap, HashSet};
 
 use wire::control::StepRule as Rule;
 
+/// Sets of optimizers for which turns are counted before it is seen which of them hold something.
+const MANY: usize = 64;
+
 /// The steps of a job that trains. While it does not, its models count their passes themselves.
 #[derive(Debug, Default)]
 pub struct Steps {
@@ -68,14 +71,20 @@ impl Steps {
         self.now
     }
 
-    /// From now on it is counted in how many steps any of these optimizers steps.
-    pub fn count_turns(&mut self, optimizers: &[u32]) {
+    /// From now on it is counted in how many steps any of these optimizers steps. Whether it is counted for many.
+    pub fn count_turns(&mut self, optimizers: &[u32]) -> bool {
         if !optimizers.is_empty() {
             // From the step that the next pass is in.
             let counted = optimizers.iter().any(|optimizer| self.stepped.contains(optimizer));
             let next = self.now + u64::from(self.ended && !counted);
             self.turns.entry(optimizers.to_vec()).or_insert(next);
         }
+        self.turns.len() > MANY
+    }
+
+    /// It is not counted any more for optimizers that hold nothing.
+    pub fn forget_turns(&mut self, hold: impl Fn(&[u32]) -> bool) {
+        self.turns.retain(|optimizers, _| hold(optimizers));
     }
 
     /// In how many steps any of these optimizers has stepped: where several step in turn, fewer than there were.

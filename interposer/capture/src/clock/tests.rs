@@ -123,7 +123,7 @@ fn updates_by_hand_end_a_step_with_the_pass_after_a_backward_pass() {
 fn every_counts_the_steps_of_the_optimizers_that_hold_a_module() {
     let mut w = World::new();
     let sets: [&[u32]; 4] = [&[0], &[1], &[0, 1], &[]];
-    sets.iter().for_each(|set| w.clock.steps().count_turns(set));
+    assert!(!sets.iter().any(|set| w.clock.steps().count_turns(set)), "not many");
     let mut seen = Vec::new();
     for optimizer in [0, 1, 0, 1, 0] {
         w.pass(train());
@@ -131,6 +131,23 @@ fn every_counts_the_steps_of_the_optimizers_that_hold_a_module() {
         w.clock.stepped(optimizer);
     }
     assert_eq!(seen, [[0, 0, 0, 0], [1, 0, 1, 1], [1, 1, 2, 2], [2, 1, 3, 3], [2, 2, 4, 4]]);
+    // One that came later counts from the step that is next, and one that holds nothing any more is forgotten.
+    w.clock.steps().count_turns(&[7]);
+    w.pass(train());
+    w.clock.steps().forget_turns(|optimizers| optimizers != [0]);
+    assert_eq!([&[7], &[0]].map(|set| w.clock.steps().turn(set)), [5, 5]);
+}
+
+#[test]
+fn backward_passes_within_a_batch_of_a_pipeline_end_no_step() {
+    let mut w = World::default();
+    w.clock.microbatches(MODEL, 2);
+    let mut seen = Vec::new();
+    for _ in 0..6 {
+        seen.push(w.pass(train())[0]);
+        w.clock.backward_ended();
+    }
+    assert_eq!(seen, [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 0)]);
 }
 
 #[test]

@@ -144,11 +144,13 @@ impl Engine {
     }
 
     /// These optimizers, ascending, hold the parameters of a tap's module.
-    pub fn held_by(&mut self, tap: u32, optimizers: &[u32]) {
+    pub fn optimizers_of(&mut self, tap: u32, optimizers: &[u32]) {
         let Self { taps, clock, .. } = self;
         if let Some((tap, _)) = taps.in_force(tap) {
-            clock.steps().count_turns(optimizers);
             tap.optimizers = optimizers.to_vec();
+            if clock.steps().count_turns(optimizers) {
+                clock.steps().forget_turns(|optimizers| taps.are_held_by(optimizers));
+            }
         }
     }
 
@@ -203,7 +205,7 @@ impl Engine {
     /// Says once by which rule the step under way is counted.
     fn say_rule(&mut self) {
         let rule = self.clock.steps().rule();
-        if self.rank.rank == 0 && !self.rules.contains(&rule) {
+        if !self.rules.contains(&rule) {
             self.rules.push(rule);
             self.reports.say(ToAgent::Steps(rule));
         }
