@@ -104,7 +104,7 @@ def test_without_a_store_in_which_ranks_can_meet_the_agents_assemble(run_once, u
     assert outcome.losses == untapped_once(argv).losses
     run = captures.expect_sound(outcome.run)
     assert any(notice.endswith("from now on the agents assemble") for notice in run.info.notices)
-    assert [record.micro for record in run.records] == [0, 1]
+    assert [record.step for record in run.records] == [0, 1]
 
 
 @pytest.mark.parametrize("what", ["raise", "kill", "stop"])

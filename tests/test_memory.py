@@ -58,7 +58,7 @@ def _expect_all(out: pathlib.Path, ranks: int) -> None:
     assert len(records) == THREADS * CALLS
     for record in records:
         number = int(record.module.removeprefix("same"))
-        expected = torch.cat([threads.value(rank, number, record.micro, ROWS) for rank in range(ranks)])
+        expected = torch.cat([threads.value(rank, number, record.step, ROWS) for rank in range(ranks)])
         assert captures.same_bytes(record.tensor(), expected), record
 
 

@@ -24,7 +24,7 @@ def expected():
     model = offload.build()
     recorder = reference.Recorder(model, TAPPED.__contains__)
     for call in range(offload.CALLS):
-        recorder.forward_pass(0, call, train=False)
+        recorder.forward_pass(call, 0, train=False)
         with torch.no_grad():
             model(tiny.batch(call, [4], 0)[0])
     return recorder.found

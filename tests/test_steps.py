@@ -63,7 +63,7 @@ def test_every_and_steps_choose_steps(run_once):
 def trained(run_once, untapped_once):
     argv = harness.python("stepping.py", "trained")
     hooks = ";".join(f"{name}:forward,param,grad" for name in ("scaled", "fused", "stored", "inside"))
-    hooks += ";maker@every=2;judge@every=2;scaled_end@mode=train;act@mode=eval,micro=1..2"
+    hooks += ";maker@every=2;judge@every=2;phased@every=2;scaled_end@mode=train;act@mode=eval,micro=1..2"
     outcome = run_once(argv, hooks).expect(0)
     assert outcome.losses == untapped_once(argv).losses
     return captures.expect_sound(outcome.run)
@@ -109,6 +109,13 @@ def test_every_counts_the_steps_of_the_optimizer_that_holds_a_module(trained):
     assert sorted({step - first for step, *_ in passes(trained, "maker")}) == [0, 1, 4, 5]
 
 
+def test_every_counts_on_where_an_optimizer_takes_the_place_of_others(trained):
+    last = max(step for step, *_ in passes(trained, "scaled_end") + passes(trained, "phased"))
+    found = [step for step, *_ in passes(trained, "phased")]
+    assert found[-2:] in ([last - 2, last], [last - 3, last - 1])
+    assert len(found) == (2 + stepping.ITERATIONS) // 2
+
+
 def test_the_step_that_makes_a_checkpoint_is_none(trained):
     assert from_first(passes(trained, "stored")) == [(s, 0, train) for s in range(2) for train in (False, True)]
 
@@ -136,8 +143,12 @@ def test_updates_by_hand_end_steps(run_once, untapped_once):
     assert passes(captures.expect_sound(outcome.run), "by_hand") == expected
 
 
-def test_each_pass_is_a_step_of_inference(run_once):
-    outcome = run_once(harness.python("stepping.py", "inference"), "inference@every=5;act@steps=3..4").expect(0)
+def test_each_pass_is_a_step_of_inference(run_once, untapped_once):
+    argv = harness.python("stepping.py", "inference")
+    outcome = run_once(argv, "inference@every=5;inference_end@steps=3..4;compiled").expect(0)
+    assert outcome.losses == untapped_once(argv).losses
     run = captures.expect_sound(outcome.run)
     assert passes(run, "inference") == [(step, 0, False) for step in (0, 5, 10)]
-    assert passes(run, "act") == [(step, 0, False) for step in (3, 4)]
+    assert passes(run, "inference_end") == [(step, 0, False) for step in (3, 4)]
+    assert passes(run, "compiled") == [(step, 0, True) for step in range(4)]
+    assert run.info.steps == ("inference",)

@@ -141,6 +141,7 @@ class Discovery:
                 what = f"a model of class {type(root).__name__} is not captured"
                 self._faults.of(what, self._look_into, root, models.keys(), called, others, *rank)
             self._bridge.resolved()
+            self._holders.tell()
             self._communicators.join()
         except BaseException:  # the job's: there are models that were not looked at
             self._registry.changed()

@@ -1,5 +1,6 @@
 """What ends a step: optimizers of all sorts in one process, one after the other; or none at all."""
 
+import gc
 import sys
 from collections import OrderedDict
 
@@ -110,6 +111,23 @@ def inside():
         yield loss
 
 
+def phases():
+    """Two optimizers, and then another one in the place of both."""
+    model, other = layers("phased"), layers("other")
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.05) for each in (model, other)]
+    for iteration in range(2 + ITERATIONS):
+        if iteration == 2:
+            optimizers.clear()
+            gc.collect()
+            optimizers.append(torch.optim.SGD(model.parameters(), lr=0.05))
+        loss = model(batch(iteration)).pow(2).mean() + other(batch(iteration)).pow(2).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        yield loss
+
+
 def by_hand():
     """Updates by hand, and an evaluation after each; the first is before any."""
     model = layers("by_hand")
@@ -126,14 +144,26 @@ def by_hand():
 
 
 def inference():
-    """Passes that nothing follows."""
+    """Passes that nothing follows, also of a model that torch.compile traces backward."""
     model = layers("inference").eval()
     for iteration in range(12):
         with torch.no_grad():
             yield model(batch(iteration)).mean()
+    compiled = torch.compile(layers("compiled"), backend="aot_eager")
+    for iteration in range(4):
+        yield compiled(batch(iteration)).mean()
+    # torch.jit knows torch's functions by what they are.
+    yield torch.jit.script(slope)(torch.ones(2))
 
 
-TRAINED = (scaled, fused, turns, stored, inside)
+def slope(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad([(x * x).sum()], [x])
+    assert gradient is not None
+    return gradient.mean()
+
+
+TRAINED = (scaled, fused, turns, stored, inside, phases)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
