@@ -42,7 +42,7 @@ class Rank:
         self.meshes = Meshes()
         bridge = types.SimpleNamespace(faults_with=lambda *_: None, notice=pytest.fail, wants=lambda _: False)
         names = [field.name for field in dataclasses.fields(Job)][4:]  # the callbacks
-        told = dict.fromkeys(names, lambda *_: None) | {"clock": mock.Mock()}
+        told = dict.fromkeys(names, lambda *_: None) | {"clock": mock.Mock(**{"before_step.return_value": None})}
         self.frameworks = Frameworks(Job(bridge, Faults(bridge), self.meshes, Layouts(), **told))
 
         def if_imported(names, then) -> None:

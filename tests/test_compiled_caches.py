@@ -140,7 +140,7 @@ def test_what_is_compiled_ahead_of_time_goes_from_job_to_job_without_taps(tmp_pa
     for tapped in (saved[1], loaded[2]):
         assert "compiled ahead of time (aot_compile) are not captured" in tapped.err
         run = captures.expect_sound(tapped.run)
-        assert {(r.module, r.kind, r.micro) for r in run.records if r.path == "out"} == CALLED
+        assert {(r.module, r.kind, r.step) for r in run.records if r.path == "out"} == CALLED
 
 
 def test_vllms_keys_have_the_hooks_in_them(tmp_path):
