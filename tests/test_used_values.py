@@ -33,11 +33,11 @@ def used(case):
                 return name, step, passes[name]
 
             def before(_, args, key=key):
-                found["forward_pre", *key()] = args[0].detach().clone()
+                found[("forward_pre", *key())] = args[0].detach().clone()
 
             def after(_module, _args, out, name=name, key=key):
                 at = key()
-                found["forward", *at] = out.detach().clone()
+                found[("forward", *at)] = out.detach().clone()
                 if out.requires_grad:
                     # The last one.
                     out.grad_fn.register_prehook(

@@ -32,8 +32,8 @@ class Record:
     over equal shards, or a pipeline's equal microbatches, `dp_size` times that of one process, and `loss_scale` times
     that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow
     or fall too far is `inf` or 0, and one that it broke `nan`. Of a gradient that the optimizer did not use, since it
-    was not finite, `skipped` is True. `train` tells passes that train from others: gradients were enabled when the model
-    was called, and some module of it was in training mode.
+    was not finite, `skipped` is True. `train` tells passes that train from others: gradients were enabled when the
+    model was called, and some module of it was in training mode.
     """
 
     module: str

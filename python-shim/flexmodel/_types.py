@@ -204,9 +204,9 @@ class RunInfo:
     """`run.json`: what was run, by what, and how it ended.
 
     `finished_ns` and `exit_code` are None while the run goes on, or if its agent died. `owners` is of those ranks that
-    have said which modules they have. `steps` are the rules by which steps were counted, in the order in which they came
-    into force: `inference` (each forward pass of a model is one), `optimizer` (one ends where an optimizer stepped or was
-    skipped), `backward` (where a backward pass ended, in a process that has made no optimizer).
+    have said which modules they have. `steps` are the rules by which steps were counted, in the order in which they
+    came into force: `inference` (each forward pass of a model is one), `optimizer` (one ends where an optimizer stepped
+    or was skipped), `backward` (where a backward pass ended, in a process that has made no optimizer).
     """
 
     format: int = 1
