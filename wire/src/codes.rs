@@ -9,6 +9,8 @@ use std::fmt::Debug;
 use bytemuck::CheckedBitPattern;
 use serde::{Deserialize, Serialize};
 
+use crate::placement::Placement;
+
 /// An enum whose values cross a boundary as a byte.
 pub trait Code: CheckedBitPattern<Bits = u8> + Debug {
     /// The value with this code.
@@ -59,27 +61,6 @@ pub enum Subject {
     Parameters,
     /// Their gradients, just before an optimizer's step.
     ParameterGradients,
-}
-
-/// How a tensor lies along one mesh axis, without what some ways need besides. See [`crate::record::Place`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, CheckedBitPattern)]
-#[repr(u8)]
-pub enum Placement {
-    /// The same on every member.
-    Replicate = 0,
-    /// Pieces of a dimension, in order of the members; they may be uneven, and empty.
-    Shard = 1,
-    /// Either of these: the bytes of all parts tell which.
-    ReplicateOrShard = 2,
-    /// Addends.
-    Partial = 3,
-    /// Not in these words.
-    #[default]
-    Unknown = 4,
-    /// Runs of the elements of a tensor, in order of the members.
-    Flat = 5,
-    /// Two pieces of a dimension each, one from its head and one from its tail.
-    HeadTail = 6,
 }
 
 /// What a mesh axis is there for, which says what to expect of tensors that say nothing themselves.
@@ -169,7 +150,6 @@ pub enum CopyState {
 }
 
 impl Code for Kind {}
-impl Code for Placement {}
 impl Code for Role {}
 impl Code for Order {}
 impl Code for Refusal {}
@@ -265,24 +245,6 @@ impl Kind {
             ("KINDS_OF_PARAMETERS", Kind::OF_PARAMETERS),
             ("KINDS_OF_GRADIENTS", Kind::GRADIENTS),
         ]
-    }
-}
-
-impl Placement {
-    /// Whether what one member holds is certainly not all of it.
-    pub fn holds_part(self) -> bool {
-        self == Self::Partial || self.is_piece()
-    }
-
-    /// Whether it certainly is a piece of one dimension. Then so is its gradient.
-    pub fn is_piece(self) -> bool {
-        matches!(self, Self::Shard | Self::HeadTail)
-    }
-
-    /// The mask that C++ and Python have: a bit for each code of a piece of a dimension.
-    pub fn pieces() -> (&'static str, u32) {
-        let pieces = Self::all().filter(|placement| placement.is_piece());
-        ("PLACEMENTS_OF_PIECES", pieces.fold(0, |mask, placement| mask | 1 << placement as u32))
     }
 }
 

@@ -6,8 +6,9 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::placement::{Place, Placement};
 use crate::{
-    codes::{Code, Placement},
+    codes::Code,
     dtype::DType,
     hooks::Kind,
     loss_scale::LossScale,
@@ -24,80 +25,6 @@ pub const MAX_NAME: usize = 4096;
 
 /// The name of the axis over which a pipeline cuts the batch of a step. All of its members are on one rank.
 pub const MICRO: &str = "micro";
-
-/// How a tensor lies along one mesh axis.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Place {
-    /// Every member holds the same tensor.
-    Replicate,
-    /// Members hold consecutive pieces of dimension `dim`, in `index` order. The length is the part's own size in that
-    /// dimension, and the lengths of all members tell where each begins (batches may be uneven).
-    Shard {
-        /// The dimension.
-        dim: u32,
-    },
-    /// Replicate if all parts turn out to be equal bytes, else a shard (a batch of size 1 is ambiguous). Where another part
-    /// says `Shard` of the same dimension, so does this one.
-    ReplicateOrShard {
-        /// The dimension.
-        dim: u32,
-    },
-    /// Members hold consecutive runs of the elements of a tensor, in `index` order: their own shape is `[elements]`, which
-    /// may be none. FSDP1 and DeepSpeed ZeRO lay parameters so.
-    Flat {
-        /// Of the tensor.
-        shape: Vec<u64>,
-    },
-    /// Members hold two consecutive pieces of dimension `dim` each, all of one length: the `index`-th from the head of the
-    /// whole, then the `index`-th from its tail, whose order among themselves is that of the whole. Context parallelism
-    /// balances the work of causal attention so.
-    HeadTail {
-        /// The dimension.
-        dim: u32,
-    },
-    /// Members hold addends of the whole.
-    Partial,
-    /// It is sharded or differs, and how is not known: parts are kept apart, unless they turn out to be equal bytes.
-    Unknown,
-}
-
-impl Place {
-    /// The place with this code. `dim` is the dimension, where there is one, and `shape` the whole tensor's for
-    /// [`Place::Flat`].
-    pub fn of(placement: Placement, dim: u32, shape: &[u64]) -> Self {
-        match placement {
-            Placement::Replicate => Self::Replicate,
-            Placement::Shard => Self::Shard { dim },
-            Placement::ReplicateOrShard => Self::ReplicateOrShard { dim },
-            Placement::Flat => Self::Flat { shape: shape.to_vec() },
-            Placement::HeadTail => Self::HeadTail { dim },
-            Placement::Partial => Self::Partial,
-            Placement::Unknown => Self::Unknown,
-        }
-    }
-
-    /// The dimension of which members hold pieces, or may hold some.
-    pub fn dim(&self) -> Option<u32> {
-        match self {
-            Self::Shard { dim } | Self::ReplicateOrShard { dim } | Self::HeadTail { dim } => Some(*dim),
-            Self::Replicate | Self::Flat { .. } | Self::Partial | Self::Unknown => None,
-        }
-    }
-
-    /// Its code.
-    pub fn placement(&self) -> Placement {
-        match self {
-            Self::Replicate => Placement::Replicate,
-            Self::Shard { .. } => Placement::Shard,
-            Self::ReplicateOrShard { .. } => Placement::ReplicateOrShard,
-            Self::Flat { .. } => Placement::Flat,
-            Self::HeadTail { .. } => Placement::HeadTail,
-            Self::Partial => Placement::Partial,
-            Self::Unknown => Placement::Unknown,
-        }
-    }
-}
 
 /// One mesh axis of a layout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -234,16 +161,12 @@ impl RecordMeta {
             put_str(out, &axis.name);
             out.extend_from_slice(&axis.index.to_le_bytes());
             out.extend_from_slice(&axis.size.to_le_bytes());
-            let dim = match &axis.place {
-                Place::Flat { shape } => shape.len().min(MAX_DIMS) as u32,
-                place => place.dim().unwrap_or(0),
-            };
+            let shape = axis.place.flattened().map(|shape| &shape[..shape.len().min(MAX_DIMS)]);
+            let dim = shape.map_or(axis.place.dim().unwrap_or(0), |shape| shape.len() as u32);
             out.push(axis.place.placement() as u8);
             out.extend_from_slice(&dim.to_le_bytes());
             out.extend_from_slice(&axis.input_digest.map_or(u64::MAX, u64::from).to_le_bytes());
-            if let Place::Flat { shape } = &axis.place {
-                shape.iter().take(MAX_DIMS).for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
-            }
+            shape.into_iter().flatten().for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
         }
         for s in [&self.module, &self.class, &self.path, &self.group, &self.refused] {
             put_str(out, s);

@@ -1,6 +1,6 @@
 //! Whether a line that decodes is one that can be: every value within its bounds.
 
-use wire::record::{Axis, Place};
+use wire::record::Axis;
 
 use super::{
     format::{Line, Location, Part, RunInfo, What},
@@ -49,8 +49,7 @@ impl What {
             return Err(format!("it has {} mesh axes", self.axes.len()));
         }
         // Where a part is a run of a flattened tensor's elements, dimensions are those of that tensor.
-        let flat =
-            self.axes.iter().find_map(|axis| if let Place::Flat { shape } = &axis.place { Some(shape) } else { None });
+        let flat = self.axes.iter().find_map(|axis| axis.place.flattened());
         let dims = flat.unwrap_or(&self.shape).len();
         self.axes.iter().try_for_each(|axis| check_axis(axis, dims))
     }
@@ -61,13 +60,11 @@ fn check_axis(axis: &Axis, dims: usize) -> Result<(), String> {
     if axis.index >= axis.size {
         return Err(format!("it says {} {} of {}", axis.name, axis.index, axis.size));
     }
-    match &axis.place {
-        Place::Shard { dim } | Place::ReplicateOrShard { dim } | Place::HeadTail { dim } if *dim as usize >= dims => {
-            Err(format!("it shards dimension {dim} of a tensor that has {dims}"))
-        }
-        Place::Flat { shape } if shape.len() > limits::DIMS => {
-            Err(format!("it is of a tensor of {} dimensions", shape.len()))
-        }
+    if let Some(dim) = axis.place.dim().filter(|&dim| dim as usize >= dims) {
+        return Err(format!("it shards dimension {dim} of a tensor that has {dims}"));
+    }
+    match axis.place.flattened() {
+        Some(shape) if shape.len() > limits::DIMS => Err(format!("it is of a tensor of {} dimensions", shape.len())),
         _ => Ok(()),
     }
 }

@@ -19,7 +19,7 @@ use flexmodel_run::{
     text,
 };
 use serde::Serialize;
-use wire::record::{Axis, MICRO, Place};
+use wire::record::{Axis, MICRO};
 
 use super::{
     picture::{self, Picture},
@@ -139,22 +139,13 @@ impl PartLook {
 /// A line for each mesh axis, in words.
 pub fn layout_lines(axes: &[Axis]) -> Vec<String> {
     let line = |axis: &Axis| {
-        let how = match &axis.place {
-            Place::Replicate => "replicated".to_owned(),
-            Place::Shard { dim } => format!("shard of dim {dim}"),
-            Place::ReplicateOrShard { dim } => format!("shard of dim {dim}, or replicated where equal"),
-            Place::Flat { shape } => format!("run of the elements of {shape:?}"),
-            Place::HeadTail { dim } => format!("two pieces of dim {dim}, from its head and its tail"),
-            Place::Partial => "addends".to_owned(),
-            Place::Unknown => "not known".to_owned(),
-        };
         let members = match (axis.name == MICRO, axis.size) {
             (true, 1) => "microbatch",
             (true, _) => "microbatches",
             (false, 1) => "rank",
             (false, _) => "ranks",
         };
-        format!("{}: {how}, {} {members}", axis.name, axis.size)
+        format!("{}: {}, {} {members}", axis.name, axis.place, axis.size)
     };
     axes.iter().map(line).collect()
 }

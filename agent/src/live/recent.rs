@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use flexmodel_run::format::{Identity, Location, Part, What};
-use wire::record::{Axis, Place};
+use wire::record::Axis;
 
 use super::{
     MAX_PART_BYTES, MAX_PARTS, MAX_RECORDS,
@@ -124,7 +124,7 @@ impl Ring {
 impl Kept {
     fn bytes(&self) -> usize {
         let axis = |axis: &Axis| {
-            let flat = if let Place::Flat { shape } = &axis.place { shape.len() } else { 0 };
+            let flat = axis.place.flattened().map_or(0, <[u64]>::len);
             size_of::<Axis>() + axis.name.len() + flat * size_of::<u64>()
         };
         size_of::<Self>() + self.part.what.shape.len() * size_of::<u64>() + self.axes.iter().map(axis).sum::<usize>()

@@ -5,9 +5,9 @@
 //! whole when all ranks turn out to hold the same bytes.
 
 use wire::{
-    codes::{Code, Order, Placement, Role},
+    codes::{Code, Order, Role},
     hooks::{Kind, ShardHint},
-    record::{Axis, MICRO, Place},
+    record::{Axis, MICRO, Place, Placement},
     tap_abi::{self, ModelDesc, Rank},
 };
 
