@@ -7,12 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 pub use crate::placement::{Place, Placement};
-use crate::{
-    codes::Code,
-    dtype::DType,
-    hooks::Kind,
-    loss_scale::LossScale,
-};
+use crate::{codes::Code, dtype::DType, hooks::Kind, loss_scale::LossScale};
 
 /// Version of the encoding below.
 pub const RECORD_VERSION: u16 = 6;

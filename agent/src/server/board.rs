@@ -375,7 +375,7 @@ mod tests {
         let module = |n: usize| Module { name: format!("m.{n}").into(), class: "C".into(), kinds: 1 };
         let modules = Arc::new((0..MAX_NAMES).map(module).collect::<Vec<_>>());
         let names = Arc::new(modules.iter().map(|m| m.name.clone()).collect());
-        let models = (0..70).map(|model| ModelInfo { model, modules: modules.clone() }).collect();
+        let models = (0..1100).map(|model| ModelInfo { model, modules: modules.clone() }).collect();
         let owners = (0..9).map(|rank| Owners { model: Some(rank), ranks: vec![rank], modules: Arc::clone(&names) });
         let board = Board::new(RunInfo { models, owners: owners.collect(), ..RunInfo::default() });
         let known = board.known();

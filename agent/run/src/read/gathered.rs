@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Lost, OpenError, Record, Run, Shards, Source,
+    Lost, OpenError, Record, Records, Run, Shards, Source,
     folder::{Change, Folder},
     in_seats, layout, nodes,
 };
@@ -28,6 +28,8 @@ pub struct Gathered {
     /// In the order of their first part.
     slots: Vec<Slot>,
     by_id: HashMap<Identity, usize>,
+    /// Those of the slots, settled.
+    records: Records,
     /// Slots that have got parts and are not settled.
     changed: Vec<usize>,
     replaced: Vec<Part>,
@@ -85,6 +87,7 @@ impl Gathered {
             folders,
             slots: Vec::new(),
             by_id: HashMap::new(),
+            records: Records::default(),
             changed: Vec::new(),
             replaced: Vec::new(),
             parts: 0,
@@ -184,7 +187,9 @@ impl Gathered {
                 }
             }
         }
-        for at in std::mem::take(&mut self.changed) {
+        let mut changed = std::mem::take(&mut self.changed);
+        changed.sort_unstable();
+        for at in changed {
             let slot = &mut self.slots[at];
             slot.changed = false;
             if layout::borrows(&slot.record.parts) || scattered.knows(&slot.record.id) {
@@ -193,6 +198,7 @@ impl Gathered {
                 layout::lend(parts);
                 scattered.settle(parts);
             }
+            self.records.set(at, slot.record.clone());
             if !self.nodes.is_empty() {
                 let parts = &slot.record.parts;
                 let found = layout::differing_replicas(parts).into_iter();
@@ -221,7 +227,7 @@ impl Gathered {
             false => nodes::joined(infos, self.slots.len() as u64),
         };
         self.settle(&info.owners, info.world);
-        let order = self.order();
+        let order = (!self.nodes.is_empty()).then(|| self.order());
         let mut lost = Lost::default();
         for folder in &self.folders {
             lost.refused.extend_from_slice(&folder.lost.refused);
@@ -231,7 +237,7 @@ impl Gathered {
         if !self.differing.is_empty() {
             // No agent saw replicas of two nodes side by side: it is noticed here where they differ.
             let known: HashSet<_> = lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
-            let found = order.iter().filter_map(|at| self.differing.get(at)).flatten();
+            let found = order.iter().flatten().filter_map(|at| self.differing.get(at)).flatten();
             let found: Vec<_> = found.filter(|(what, _)| !known.contains(&(&what.id, what.rank))).cloned().collect();
             info.totals.divergences = info.totals.divergences.saturating_add(found.len() as u64);
             lost.divergences.extend(found);
@@ -242,7 +248,10 @@ impl Gathered {
             path: self.path.clone(),
             nodes: self.nodes.clone(),
             info,
-            records: order.into_iter().map(|at| self.slots[at].record.clone()).collect(),
+            records: match order {
+                Some(order) => order.into_iter().map(|at| self.records[at].clone()).collect(),
+                None => self.records.clone(),
+            },
             replaced: self.replaced.clone(),
             lost,
             sealed: self.folders.iter().flat_map(|folder| folder.sealed.iter().cloned()).collect(),
@@ -253,19 +262,17 @@ impl Gathered {
         })
     }
 
-    /// Slots in the order of the run: that of their first part, node after node.
+    /// Of several nodes: slots in the order of the run, that of their first part, node after node.
     fn order(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.slots.len()).collect();
-        if !self.nodes.is_empty() {
-            order.sort_by_key(|&at| self.slots[at].folders.iter().min().copied());
-        }
+        order.sort_by_key(|&at| self.slots[at].folders.iter().min().copied());
         order
     }
 
     /// Lets go of the records of a run that is over. Should its files change all the same, it is read anew.
     pub fn let_go(&mut self) {
         self.over = true;
-        (self.slots, self.by_id, self.replaced) = Default::default();
+        (self.slots, self.by_id, self.records, self.replaced) = Default::default();
     }
 }
 

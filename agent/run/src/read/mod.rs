@@ -15,6 +15,7 @@ pub mod nodes;
 pub mod number;
 mod plan;
 mod problem;
+mod records;
 pub mod sealed;
 mod select;
 mod shards;
@@ -33,6 +34,7 @@ pub use growing::Growing;
 pub use layout::LayoutError;
 pub use plan::{AssemblyPlan, PlanError};
 pub use problem::{Found, Note, Problem, Said};
+pub use records::{Each, Records};
 pub use select::{Filter, display_module, in_order, natural, nearest};
 pub use shards::{ReadError, Shards};
 pub use source::Source;
@@ -134,7 +136,7 @@ pub struct Run {
     /// `run.json`; default where it is damaged.
     pub info: RunInfo,
     /// In the order of their first part in the manifest.
-    pub records: Vec<Arc<Record>>,
+    pub records: Records,
     /// Parts that a later one of the same rank took the place of; nothing is served from them.
     pub replaced: Vec<Part>,
     /// What is not there, and why.

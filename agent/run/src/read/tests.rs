@@ -247,7 +247,7 @@ fn a_coordinate_outside_of_its_axis_is_a_conflict() {
     let mut f = Fixture::default();
     f.part(id("m", 0), DType::UInt8, &[1], 0, dp(0, 2, shard(0)), &[1]);
     f.part(id("m", 0), DType::UInt8, &[1], 1, dp(1, 2, shard(0)), &[2]);
-    let mut parts = open(&f.finish()).records.remove(0).parts.clone();
+    let mut parts = open(&f.finish()).records[0].parts.clone();
     for outside in [2, u32::MAX] {
         parts[1].what.axes[0].index = outside;
         let conflict = LayoutError::Conflict(format!("rank 1 says dp {outside} of 2"));

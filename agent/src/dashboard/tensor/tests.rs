@@ -12,7 +12,10 @@ use flexmodel_run::{
     stats::to_f64,
     testing::{self, fixture::*},
 };
-use wire::{dtype::DType, record::MICRO};
+use wire::{
+    dtype::DType,
+    record::{MICRO, Place},
+};
 
 use super::*;
 use crate::{dashboard::windows::Parts, live::SeriesQuery};
