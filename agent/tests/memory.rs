@@ -126,7 +126,7 @@ fn models_without_end_are_bounded_and_their_captures_stored() {
     rank.drained();
     wait_until("the last word", || notices(&agent).iter().any(|n| n == "all said"));
     let told: Vec<String> = notices(&agent).into_iter().filter(|n| n.contains("more than")).collect();
-    assert!(told.len() == 1 && told[0].contains("64 models"), "{told:?}");
+    assert!(told.len() == 1 && told[0].contains("1024 models"), "{told:?}");
     assert!(agent.ask("/api/run").1.contains("more than 8192 tensors"), "what is not charted is not said");
     let peak = agent.memory("VmHWM").saturating_sub(SLAB);
     assert!(peak < BOUND, "{} MiB", peak >> 20);

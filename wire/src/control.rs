@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::env::OnFull;
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 5;
+pub const CONTROL_VERSION: u32 = 6;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most bytes of a [`FromAgent`] with its length prefix: a rank takes no longer one.
@@ -117,8 +117,6 @@ pub enum FromRank<M, N> {
         /// How many.
         count: u64,
     },
-    /// Records are of steps that ended by this rule.
-    Steps(StepRule),
     /// What the agent asked.
     Answer {
         /// The number of the question.
@@ -126,6 +124,8 @@ pub enum FromRank<M, N> {
         /// The answer.
         answer: Answer<N>,
     },
+    /// Records are of steps that ended by this rule.
+    Steps(StepRule),
 }
 
 /// By which rule steps are counted.
