@@ -93,7 +93,7 @@ def _evaluate(model, recorder, rank: int, index: int, step: int, micro: int) -> 
 
 
 def until(steps: int, width: int = tiny.WIDTH) -> list[str]:
-    """The losses of so many steps of `until.py`."""
+    """The losses of the first steps of `until.py`."""
     import until
 
     return [float(loss.detach()).hex() for loss in itertools.islice(until.losses(width), steps)]

@@ -56,7 +56,7 @@ def crc32c(data: bytes) -> int:
 
 
 def lines(first: int, count: int) -> bytes:
-    """Records of ten modules over so many steps, in format 1, which every version reads."""
+    """`count` records of ten modules, from number `first` on, in format 1, which every version reads."""
     out = bytearray()
     size = 4 * ELEMENTS
     zeros = crc32c(bytes(size))
