@@ -43,8 +43,8 @@ Call unpacked(const at::Tensor& words) {
   return call;
 }
 
-Firing firing(const std::optional<at::Tensor>& first, int64_t flags) {
-  Firing f{};
+Trigger trigger(const std::optional<at::Tensor>& first, int64_t flags) {
+  Trigger f{};
   f.pre = has(flags, Flag::Before);
   f.replay = torch::autograd::get_current_graph_task_id() != -1;
   f.grad_enabled = has(flags, Flag::Gradients);
@@ -64,7 +64,7 @@ at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std
   Call call{};
   guarded_operation([&] {
     const int64_t tap = number.const_data_ptr<int64_t>()[0];
-    Firing now = firing(first, flags);
+    Trigger now = trigger(first, flags);
     now.split = !split.empty();
     if (tap < 0 || !host().triggered(static_cast<uint32_t>(tap), &now, &call)) {
       call = Call{};
@@ -123,7 +123,7 @@ void forward_pass_op(const at::Tensor& number, const std::optional<at::Tensor>& 
     int64_t* numbers = number.mutable_data_ptr<int64_t>();
     if (numbers[0] < 0) return;
     const bool pre = has(flags, Flag::Before);
-    Firing now = firing(first, flags);
+    Trigger now = trigger(first, flags);
     if (pre && first) {
       auto first_digest = static_cast<uint32_t>(numbers[2]);
       now.input_digest = input_digest(*first, nullptr, now, first_digest);

@@ -1,4 +1,4 @@
-// The callables that the shim registers as hooks. Each is a vectorcall object: firing one runs no Python.
+// The callables that the shim registers as hooks. Each is a vectorcall object: trigger one runs no Python.
 #include "flexmodel/tap.h"
 
 #include <ATen/TracerMode.h>
@@ -86,8 +86,8 @@ bool trains_inside(PyObject* module, int depth = 0) {
 }
 
 // `inputs` are the arguments and keyword arguments of the module.
-Firing firing(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
-  Firing f{};
+Trigger trigger(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
+  Trigger f{};
   f.pre = pre;
   f.replay = torch::autograd::get_current_graph_task_id() != -1;
   f.grad_enabled = c10::GradMode::is_enabled();
@@ -271,7 +271,7 @@ PyObject* before(PyObject* self, PyObject* const* args, size_t nargsf, PyObject*
   auto& shared = **reinterpret_cast<Hook*>(self)->shared;
   return guarded([&]() -> Ref {
     Call call{};
-    const Firing now = firing(args[0], args[1], args[2], true);
+    const Trigger now = trigger(args[0], args[1], args[2], true);
     const bool wanted = host().triggered(shared.tap, &now, &call);
     if (wanted && !now.replay && call.pass != shared.pass) {
       // What is left of a pass that raised.
@@ -305,7 +305,7 @@ PyObject* after(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
   InputGradients watched = close(shared);
   return guarded([&]() -> Ref {
     Call call{};
-    const Firing now = firing(args[0], args[1], args[2], false);
+    const Trigger now = trigger(args[0], args[1], args[2], false);
     if (!host().triggered(shared.tap, &now, &call) && watched.empty()) return Ref();
     std::vector<at::Tensor> outputs;
     const Where where{args[0], call.ask ? first_tensor(args[1]) : nullptr};
@@ -344,7 +344,7 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
   if (!is_called_as_registered(self, args, nargsf, names, 3)) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
-    Firing now = firing(args[0], args[1], args[2], true);
+    Trigger now = trigger(args[0], args[1], args[2], true);
     now.train = now.train || (now.grad_enabled && trains_inside(args[0]));
     PyObject* first = first_tensor(args[1]);
     if (first == nullptr) first = first_tensor(args[2]);
@@ -359,7 +359,7 @@ PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
   if (!is_called_as_registered(self, args, nargsf, names, 4)) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
-    const Firing now = firing(args[0], nullptr, nullptr, false);
+    const Trigger now = trigger(args[0], nullptr, nullptr, false);
     host().pass(hook.serial, hook.part, false, &now);
     return Ref();
   });
@@ -454,7 +454,7 @@ void pause_taps(bool now) { paused = now; }
 
 void digest_inputs() { takes_digests = true; }
 
-uint32_t input_digest(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& first_digest) {
+uint32_t input_digest(const at::Tensor& first, const char* python_type, const Trigger& now, uint32_t& first_digest) {
   if (!takes_digests || now.replay || refusal_of(first, python_type) != Refusal::None) return 0;
   if (first.device().is_cpu()) return digest_of(first);
   if (first_digest == 0) first_digest = digest_of(first);

@@ -9,7 +9,7 @@ use wire::{
     codes::Code,
     env,
     hooks::Kind,
-    tap_abi::{self, Call, Firing, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI},
+    tap_abi::{self, Call, Trigger, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI},
 };
 
 use capture::{Capture, engine::Engine};
@@ -89,9 +89,9 @@ unsafe extern "C" fn resolved() {
     engine(Engine::resolved);
 }
 
-unsafe extern "C" fn pass(serial: u64, part: u64, enter: bool, firing: *const Firing) -> bool {
-    // SAFETY: the bridge passes a firing that lives through the call.
-    boundary(|capture| capture.pass(serial, part, enter, unsafe { &*firing }))
+unsafe extern "C" fn pass(serial: u64, part: u64, enter: bool, trigger: *const Trigger) -> bool {
+    // SAFETY: the bridge passes a trigger that lives through the call.
+    boundary(|capture| capture.pass(serial, part, enter, unsafe { &*trigger }))
 }
 
 unsafe extern "C" fn forget(serial: u64) {
@@ -124,11 +124,11 @@ unsafe extern "C" fn backward_ended() {
     engine(Engine::backward_ended);
 }
 
-unsafe extern "C" fn triggered(tap: u32, firing: *const Firing, out: *mut Call) -> bool {
+unsafe extern "C" fn triggered(tap: u32, trigger: *const Trigger, out: *mut Call) -> bool {
     boundary(|capture| {
         injected_in_tap();
-        // SAFETY: the bridge passes a firing that lives through the call.
-        let Some(call) = capture.engine().triggered(tap, unsafe { &*firing }) else { return false };
+        // SAFETY: the bridge passes a trigger that lives through the call.
+        let Some(call) = capture.engine().triggered(tap, unsafe { &*trigger }) else { return false };
         // SAFETY: `out` is the bridge's to be written.
         unsafe { out.write(call) };
         true

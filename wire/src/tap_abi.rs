@@ -167,16 +167,16 @@ pub struct Call {
     pub capture: u32,
     /// Kinds with an edit that is active now.
     pub edit: u32,
-    /// Sizes of the module's own first input, as in [`Firing::first`].
+    /// Sizes of the module's own first input, as in [`Trigger::first`].
     pub first: [i64; 3],
     /// Say of every tensor how it lies over the ranks, not of DTensors alone: members of an axis hold pieces of tensors.
     pub ask: bool,
 }
 
-/// When a tap fires, seen from the bridge.
+/// When a tap is triggered, seen from the bridge.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-pub struct Firing {
+pub struct Trigger {
     /// Before the module's forward; otherwise after.
     pub pre: bool,
     /// A backward pass is running on this thread: the forward is a replay.
@@ -295,7 +295,7 @@ pub struct HostTable {
     pub resolved: unsafe extern "C" fn(),
     /// The forward of the model with this serial, or of a part of it that holds tapped modules, begins (`true`) or ends.
     /// `part` tells the parts of a model apart; 0 is the model itself. Whether this is a pass of which the parameters are.
-    pub pass: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, firing: *const Firing) -> bool,
+    pub pass: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, trigger: *const Trigger) -> bool,
     /// The model with this serial was destroyed.
     pub forget: unsafe extern "C" fn(serial: u64),
     /// The model with this serial is a stage of a pipeline, whose steps go into `count` microbatches: each `batch` sequences
@@ -311,8 +311,8 @@ pub struct HostTable {
     pub stepped: unsafe extern "C" fn(optimizer: u32),
     /// A backward pass ended.
     pub backward_ended: unsafe extern "C" fn(),
-    /// A tap fires; fills `Call` and returns whether there is anything to do.
-    pub triggered: unsafe extern "C" fn(tap: u32, firing: *const Firing, out: *mut Call) -> bool,
+    /// A tap is triggered; fills `Call` and returns whether there is anything to do.
+    pub triggered: unsafe extern "C" fn(tap: u32, trigger: *const Trigger, out: *mut Call) -> bool,
     /// Whether this kind of a parameter (a code) is wanted in this step, and was not captured in it yet.
     pub parameter_due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
     /// The call to capture it under; from now on it is not due in this step.
@@ -454,7 +454,7 @@ layouts! {
     MeshAxis { name, index, size, role }
     LeafAxis { name, index, size, placement, dim, sizes, ndim }
     Call { tap, step, turn, micro, call, pass, train, capture, edit, first, ask }
-    Firing { pre, replay, grad_enabled, train, recomputes, split, first, input_digest }
+    Trigger { pre, replay, grad_enabled, train, recomputes, split, first, input_digest }
     LeafEdit { factor, zero }
     Selected { index, tap, kinds, edits, before }
     ModuleDesc { name, class_name, qualified, order }

@@ -42,7 +42,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use wire::tap_abi::{BridgeTable, Call, Firing, Leaf};
+use wire::tap_abi::{BridgeTable, Call, Trigger, Leaf};
 
 use answers::Answers;
 use engine::Engine;
@@ -85,8 +85,8 @@ impl Capture {
     }
 
     /// The forward of a model or of a part of it begins or ends: [`Engine::pass`].
-    pub fn pass(&self, serial: u64, part: u64, enter: bool, firing: &Firing) -> bool {
-        let has_parameters = self.engine().pass(serial, part, enter, firing);
+    pub fn pass(&self, serial: u64, part: u64, enter: bool, trigger: &Trigger) -> bool {
+        let has_parameters = self.engine().pass(serial, part, enter, trigger);
         if enter {
             self.transport.look();
         }

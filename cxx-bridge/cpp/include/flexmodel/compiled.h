@@ -1,6 +1,6 @@
 // Taps inside of torch.compile: operations in the graphs that it makes.
 //
-// `tap` fires, captures its tensors, and returns the call as a tensor of words, so that gradients find their call
+// `tap` is triggered, captures its tensors, and returns the call as a tensor of words, so that gradients find their call
 // wherever the graph takes them: through a saved tensor, in whatever order backward passes come. `gradient` captures a
 // gradient of that call; `factors` says how a leaf of it is edited; `forward_pass` marks that of a model. All but
 // `factors` are effects in torch's sense, which keep their order and are neither dropped nor done twice.

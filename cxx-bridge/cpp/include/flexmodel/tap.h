@@ -18,7 +18,7 @@ bool ready_types();
 // Keeps the shim's `undo() -> bool`, which takes out of torch what is ours once taps are off, and says whether it has.
 void undo_with(PyObject* function);
 
-// Has it do so: taps are off, and one of them would have fired. Throws PyError.
+// Has it do so: taps are off, and one of them would have triggered. Throws PyError.
 void undo();
 
 // While paused, hooks do nothing.
@@ -30,7 +30,7 @@ void digest_inputs();
 
 // The digest of a model's input, if that is wanted. `first_digest` is that of its first input on a device: to look at
 // another one would make the job wait.
-uint32_t input_digest(const at::Tensor& first, const char* python_type, const Firing& now, uint32_t& first_digest);
+uint32_t input_digest(const at::Tensor& first, const char* python_type, const Trigger& now, uint32_t& first_digest);
 
 // Keeps the shim's `capture(serial)`, which captures what is due of a model's parameters and raises nothing of ours.
 void capture_parameters_with(PyObject* function);

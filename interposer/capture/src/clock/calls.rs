@@ -2,10 +2,10 @@
 
 use std::collections::VecDeque;
 
-use wire::tap_abi::{Call, Firing};
+use wire::tap_abi::{Call, Trigger};
 
 use super::{
-    Fired, Steps,
+    Triggered, Steps,
     passes::{Caller, Passes, StackPosition},
 };
 
@@ -25,32 +25,32 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// The tap fires: its place in the pass, or `None` for a replay whose identity is not needed or not known.
-    pub(super) fn place(&mut self, passes: &mut Passes, steps: &mut Steps, fired: Fired<'_>) -> Option<Call> {
-        let Fired { tap, paired, wants_gradients, optimizers, firing } = fired;
+    /// The tap is triggered: its place in the pass, or `None` for a replay whose identity is not needed or not known.
+    pub(super) fn place(&mut self, passes: &mut Passes, steps: &mut Steps, triggered: Triggered<'_>) -> Option<Call> {
+        let Triggered { tap, paired, wants_gradients, optimizers, trigger } = triggered;
         let thread = StackPosition::here(&paired).thread;
         if paired
-            && !firing.pre
+            && !trigger.pre
             && let Some(last) = self.open.iter().rposition(|(t, _)| *t == thread)
         {
             let (_, call) = self.open.remove(last);
             if let Some(call) = call {
-                self.await_replay(passes, wants_gradients, firing, call);
+                self.await_replay(passes, wants_gradients, trigger, call);
             }
             return call;
         }
-        let call = if firing.replay {
-            self.replayed(firing)
+        let call = if trigger.replay {
+            self.replayed(trigger)
         } else {
-            Some(self.fresh(passes, steps, (tap, optimizers), firing))
+            Some(self.fresh(passes, steps, (tap, optimizers), trigger))
         };
-        if paired && firing.pre {
+        if paired && trigger.pre {
             if self.open.len() >= MAX_OPEN {
                 self.open.remove(0);
             }
             self.open.push((thread, call));
         } else if let Some(call) = call {
-            self.await_replay(passes, wants_gradients, firing, call);
+            self.await_replay(passes, wants_gradients, trigger, call);
         }
         call
     }
@@ -60,12 +60,12 @@ impl Calls {
         passes: &mut Passes,
         steps: &mut Steps,
         (tap, optimizers): (u32, &[u32]),
-        firing: &Firing,
+        trigger: &Trigger,
     ) -> Call {
         if passes.forwards.is_empty() {
             // Called from outside: what is open is left of a forward that raised.
             self.open.clear();
-            passes.begin(steps, Caller::Tap(tap), firing);
+            passes.begin(steps, Caller::Tap(tap), trigger);
         }
         if self.pass != passes.number {
             self.pass = passes.number;
@@ -85,15 +85,15 @@ impl Calls {
             train: passes.train,
             capture: 0,
             edit: 0,
-            first: firing.first,
+            first: trigger.first,
             ask: false,
         }
     }
 
     /// Reentrant checkpointing: without gradients now, though the model's forward has them.
-    fn await_replay(&mut self, passes: &Passes, wants_gradients: bool, firing: &Firing, call: Call) {
-        let replays = firing.recomputes || !firing.grad_enabled;
-        if wants_gradients && !firing.replay && replays && passes.grad_enabled {
+    fn await_replay(&mut self, passes: &Passes, wants_gradients: bool, trigger: &Trigger, call: Call) {
+        let replays = trigger.recomputes || !trigger.grad_enabled;
+        if wants_gradients && !trigger.replay && replays && passes.grad_enabled {
             if self.awaiting.front().is_some_and(|c| c.step != call.step) || self.awaiting.len() >= MAX_AWAITING {
                 self.awaiting.clear();
             }
@@ -101,8 +101,8 @@ impl Calls {
         }
     }
 
-    fn replayed(&mut self, firing: &Firing) -> Option<Call> {
-        if !firing.grad_enabled {
+    fn replayed(&mut self, trigger: &Trigger) -> Option<Call> {
+        if !trigger.grad_enabled {
             return None;
         }
         let oldest = self.awaiting.front()?.pass;

@@ -1,4 +1,4 @@
-//! Counts steps, microbatches, passes, calls and replays: which forward pass a tap fires in.
+//! Counts steps, microbatches, passes, calls and replays: which forward pass a tap is triggered in.
 //!
 //! - A *step* begins with the first forward pass after an optimizer stepped, however many optimizers did in between; in a
 //!   process that has made no optimizer, after a backward pass. Until there was one or the other, each pass of a model is
@@ -26,7 +26,7 @@ use std::collections::HashMap;
 
 use wire::{
     control::StepRule as Rule,
-    tap_abi::{Call, Firing},
+    tap_abi::{Call, Trigger},
 };
 
 use passes::Passes;
@@ -35,19 +35,19 @@ pub use calls::Calls;
 pub use passes::{Caller, Input, StackPosition};
 pub use steps::Steps;
 
-/// When a tap fires, and how it fires.
+/// When a tap is triggered, and how it is triggered.
 #[derive(Clone, Copy, Debug)]
-pub struct Fired<'a> {
+pub struct Triggered<'a> {
     /// The tap.
     pub tap: u32,
-    /// It fires before *and* after the forward, so that both get the same answer.
+    /// It is triggered before *and* after the forward, so that both get the same answer.
     pub paired: bool,
     /// Some clause of it wants gradients.
     pub wants_gradients: bool,
     /// The optimizers that hold the parameters of its module.
     pub optimizers: &'a [u32],
     /// As the bridge sees it.
-    pub firing: &'a Firing,
+    pub trigger: &'a Trigger,
 }
 
 /// The clock of a job: its steps, and the passes of each model, by the shim's serial.
@@ -104,14 +104,14 @@ impl Clock {
     }
 
     /// The forward of a model or of a part of it begins. `position` must come from one place in the code.
-    pub fn enter(&mut self, model: u64, caller: Caller, position: StackPosition, firing: &Firing) {
-        self.models.entry(model).or_default().enter(&mut self.steps, caller, position, firing);
+    pub fn enter(&mut self, model: u64, caller: Caller, position: StackPosition, trigger: &Trigger) {
+        self.models.entry(model).or_default().enter(&mut self.steps, caller, position, trigger);
     }
 
     /// It ends, and with it whatever began inside of it.
-    pub fn exit(&mut self, model: u64, caller: Caller, position: StackPosition, firing: &Firing) {
+    pub fn exit(&mut self, model: u64, caller: Caller, position: StackPosition, trigger: &Trigger) {
         if let Some(passes) = self.models.get_mut(&model) {
-            passes.exit(caller, position, firing);
+            passes.exit(caller, position, trigger);
         }
     }
 
@@ -120,9 +120,9 @@ impl Clock {
         self.models.entry(model).or_default().microbatches = count;
     }
 
-    /// A tap of a model fires: its place in the pass, or `None` for a replay whose identity is not needed or not known.
-    pub fn place(&mut self, model: u64, calls: &mut Calls, fired: Fired<'_>) -> Option<Call> {
-        calls.place(self.models.entry(model).or_default(), &mut self.steps, fired)
+    /// A tap of a model is triggered: its place in the pass, or `None` for a replay whose identity is not needed or not known.
+    pub fn place(&mut self, model: u64, calls: &mut Calls, triggered: Triggered<'_>) -> Option<Call> {
+        calls.place(self.models.entry(model).or_default(), &mut self.steps, triggered)
     }
 
     /// What a pass of a model was called with.

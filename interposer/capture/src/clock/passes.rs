@@ -2,7 +2,7 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use wire::tap_abi::Firing;
+use wire::tap_abi::Trigger;
 
 use super::{Rule, Steps};
 
@@ -48,9 +48,9 @@ pub(super) struct Forward {
 /// The first input of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Input {
-    /// Its first sizes, as in [`Firing::first`].
+    /// Its first sizes, as in [`Trigger::first`].
     pub sizes: [i64; 3],
-    /// Its digest, as in [`Firing::input_digest`].
+    /// Its digest, as in [`Trigger::input_digest`].
     pub digest: u32,
 }
 
@@ -87,13 +87,13 @@ pub struct Passes {
 
 impl Passes {
     /// The forward of the model or of a part begins. `position` must come from one place in the code.
-    pub fn enter(&mut self, steps: &mut Steps, caller: Caller, position: StackPosition, firing: &Firing) {
-        if firing.replay {
+    pub fn enter(&mut self, steps: &mut Steps, caller: Caller, position: StackPosition, trigger: &Trigger) {
+        if trigger.replay {
             return;
         }
         self.forwards.retain(|s| s.position.thread != position.thread || s.position.address > position.address);
         if self.forwards.is_empty() {
-            self.begin(steps, caller, firing);
+            self.begin(steps, caller, trigger);
         }
         if self.forwards.len() >= MAX_FORWARDS {
             self.forwards.remove(0);
@@ -102,8 +102,8 @@ impl Passes {
     }
 
     /// It ends, and with it whatever began inside of it.
-    pub fn exit(&mut self, caller: Caller, position: StackPosition, firing: &Firing) {
-        if firing.replay {
+    pub fn exit(&mut self, caller: Caller, position: StackPosition, trigger: &Trigger) {
+        if trigger.replay {
             return;
         }
         let here = |s: &Forward| s.position.thread == position.thread;
@@ -121,7 +121,7 @@ impl Passes {
         self.forwards.clear();
     }
 
-    pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, firing: &Firing) {
+    pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, trigger: &Trigger) {
         // A pipeline has backward passes within a batch.
         let within_batch = steps.rule() == Rule::Backward
             && self.microbatches > 1
@@ -143,7 +143,7 @@ impl Passes {
             self.inference = inference;
             self.called.clear();
             // A sampler or a rollout has a model in training mode too.
-            self.train = firing.train && firing.grad_enabled;
+            self.train = trigger.train && trigger.grad_enabled;
             self.has_trained |= self.train;
             self.inference_trained |= self.train && inference;
             let [eval, train] = &mut self.counted;
@@ -151,14 +151,14 @@ impl Passes {
             self.micro = *counter;
             *counter += 1;
             self.number += 1;
-            self.grad_enabled = firing.grad_enabled;
-            self.inputs.push_back((self.number, Input { sizes: firing.first, digest: firing.input_digest }));
+            self.grad_enabled = trigger.grad_enabled;
+            self.inputs.push_back((self.number, Input { sizes: trigger.first, digest: trigger.input_digest }));
             if self.inputs.len() > REMEMBERED {
                 self.inputs.pop_front();
             }
         }
         self.called.insert(caller);
-        self.grad_enabled |= firing.grad_enabled;
+        self.grad_enabled |= trigger.grad_enabled;
     }
 
     /// How many passes of each kind had the number of this step in inference. Those of training are other ones.

@@ -2,8 +2,8 @@
 
 use super::*;
 
-fn train() -> Firing {
-    Firing { grad_enabled: true, train: true, first: [4, 8, -1], ..Firing::default() }
+fn train() -> Trigger {
+    Trigger { grad_enabled: true, train: true, first: [4, 8, -1], ..Trigger::default() }
 }
 
 fn at(depth: usize) -> StackPosition {
@@ -31,13 +31,13 @@ impl World {
         &self.clock.models[&MODEL]
     }
 
-    fn call(&mut self, tap: usize, firing: Firing) -> Option<Call> {
-        let fired = Fired { tap: tap as u32, paired: false, wants_gradients: true, optimizers: &[], firing: &firing };
-        self.clock.place(MODEL, &mut self.taps[tap], fired)
+    fn call(&mut self, tap: usize, trigger: Trigger) -> Option<Call> {
+        let triggered = Triggered { tap: tap as u32, paired: false, wants_gradients: true, optimizers: &[], trigger: &trigger };
+        self.clock.place(MODEL, &mut self.taps[tap], triggered)
     }
 
-    fn fire(&mut self, tap: usize, firing: Firing) -> Option<(u64, u32, u32)> {
-        self.call(tap, firing).map(|c| (c.step, c.micro, c.call))
+    fn trigger(&mut self, tap: usize, trigger: Trigger) -> Option<(u64, u32, u32)> {
+        self.call(tap, trigger).map(|c| (c.step, c.micro, c.call))
     }
 
     /// A forward begins `depth` calls deep.
@@ -49,16 +49,16 @@ impl World {
         self.clock.exit(MODEL, caller, at(depth), &train());
     }
 
-    fn pass(&mut self, firing: Firing) -> Vec<(u64, u32, u32)> {
-        self.clock.enter(MODEL, Caller::Model, at(0), &firing);
-        let seen = vec![self.fire(0, firing).unwrap(), self.fire(1, firing).unwrap()];
-        self.clock.exit(MODEL, Caller::Model, at(0), &firing);
+    fn pass(&mut self, trigger: Trigger) -> Vec<(u64, u32, u32)> {
+        self.clock.enter(MODEL, Caller::Model, at(0), &trigger);
+        let seen = vec![self.trigger(0, trigger).unwrap(), self.trigger(1, trigger).unwrap()];
+        self.clock.exit(MODEL, Caller::Model, at(0), &trigger);
         seen
     }
 }
 
-fn evaluation() -> Firing {
-    Firing { train: false, grad_enabled: false, ..train() }
+fn evaluation() -> Trigger {
+    Trigger { train: false, grad_enabled: false, ..train() }
 }
 
 #[test]
@@ -69,9 +69,9 @@ fn in_inference_each_pass_is_a_step_and_training_has_numbers_of_its_own() {
     }
     assert_eq!((w.clock.steps().rule(), w.clock.last_step()), (Rule::Inference, 2));
     w.clock.steps().optimizer_made();
-    let call = |w: &mut World, firing| {
-        w.clock.enter(MODEL, Caller::Model, at(0), &firing);
-        w.call(0, firing).map(|call| (call.step, call.micro, call.train)).unwrap()
+    let call = |w: &mut World, trigger| {
+        w.clock.enter(MODEL, Caller::Model, at(0), &trigger);
+        w.call(0, trigger).map(|call| (call.step, call.micro, call.train)).unwrap()
     };
     assert_eq!(call(&mut w, evaluation()), (0, 1, false), "it is in the step that the job trains, and another one");
     assert_eq!(call(&mut w, train()), (0, 0, true));
@@ -95,7 +95,7 @@ fn parts_that_are_called_one_after_the_other_are_one_step_of_inference() {
     for step in 0..3 {
         for part in 0..2 {
             w.enter(Caller::Part(part), 0);
-            assert_eq!(w.fire(part as usize, evaluation()), Some((step, 0, 0)));
+            assert_eq!(w.trigger(part as usize, evaluation()), Some((step, 0, 0)));
             w.exit(Caller::Part(part), 0);
         }
     }
@@ -177,8 +177,8 @@ fn a_skipped_step_is_none_and_the_next_pass_is_another_microbatch() {
 fn models_share_steps_and_count_their_own_microbatches() {
     let (mut w, mut teacher) = (World::new(), Calls::default());
     let mut teach = |w: &mut World| {
-        let fired = Fired { tap: 9, paired: false, wants_gradients: false, optimizers: &[], firing: &evaluation() };
-        w.clock.place(8, &mut teacher, fired).map(|c| (c.step, c.micro))
+        let triggered = Triggered { tap: 9, paired: false, wants_gradients: false, optimizers: &[], trigger: &evaluation() };
+        w.clock.place(8, &mut teacher, triggered).map(|c| (c.step, c.micro))
     };
     assert_eq!((teach(&mut w), w.pass(train())[0]), (Some((0, 0)), (0, 0, 0)));
     assert_eq!(teach(&mut w), Some((0, 1)));
@@ -189,8 +189,8 @@ fn models_share_steps_and_count_their_own_microbatches() {
 #[test]
 fn the_input_of_a_pass_is_known_for_gradients_that_come_late() {
     let mut w = World::new();
-    w.pass(Firing { input_digest: 5, ..train() });
-    w.pass(Firing { first: [2, -1, -1], ..train() });
+    w.pass(Trigger { input_digest: 5, ..train() });
+    w.pass(Trigger { first: [2, -1, -1], ..train() });
     assert_eq!(w.clock.input(MODEL, 1), Input { sizes: [4, 8, -1], digest: 5 });
     assert_eq!(w.clock.input(MODEL, 2).sizes, [2, -1, -1]);
     assert_eq!(w.clock.input(MODEL, 3), Input::default());
@@ -223,8 +223,8 @@ fn accumulation_counts_microbatches_and_evaluation_counts_apart() {
 fn a_module_called_twice_in_a_pass_has_two_calls() {
     let mut w = World::new();
     w.enter(Caller::Model, 0);
-    assert_eq!(w.fire(0, train()), Some((0, 0, 0)));
-    assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
+    assert_eq!(w.trigger(0, train()), Some((0, 0, 0)));
+    assert_eq!(w.trigger(0, train()), Some((0, 0, 1)));
 }
 
 #[test]
@@ -232,17 +232,17 @@ fn what_runs_inside_a_part_called_directly_is_no_call_from_outside() {
     let mut w = World::new();
     for micro in 0..2 {
         w.enter(Caller::Part(0), 0);
-        assert_eq!(w.fire(0, train()), Some((0, micro, 0)));
+        assert_eq!(w.trigger(0, train()), Some((0, micro, 0)));
         w.enter(Caller::Part(1), 1);
-        assert_eq!(w.fire(0, train()), Some((0, micro, 1)));
+        assert_eq!(w.trigger(0, train()), Some((0, micro, 1)));
         w.exit(Caller::Part(1), 1);
         w.enter(Caller::Part(1), 1);
-        assert_eq!(w.fire(0, train()), Some((0, micro, 2)));
+        assert_eq!(w.trigger(0, train()), Some((0, micro, 2)));
         w.exit(Caller::Part(1), 1);
         w.exit(Caller::Part(0), 0);
         // Another part is of the same pass.
         w.enter(Caller::Part(2), 0);
-        assert_eq!(w.fire(1, train()), Some((0, micro, 0)));
+        assert_eq!(w.trigger(1, train()), Some((0, micro, 0)));
         w.exit(Caller::Part(2), 0);
     }
 }
@@ -253,11 +253,11 @@ fn a_forward_that_raised_holds_no_other_inside_of_it() {
     for micro in 0..3 {
         w.enter(Caller::Model, 3);
         w.enter(Caller::Part(0), 4);
-        assert_eq!(w.fire(0, train()), Some((0, micro, 0)));
+        assert_eq!(w.trigger(0, train()), Some((0, micro, 0)));
         // No exit. The next call comes from the same place.
     }
     w.enter(Caller::Part(0), 1);
-    assert_eq!(w.fire(0, train()), Some((0, 2, 1)));
+    assert_eq!(w.trigger(0, train()), Some((0, 2, 1)));
     w.exit(Caller::Part(0), 1);
     assert!(w.passes().forwards.is_empty());
 }
@@ -265,25 +265,25 @@ fn a_forward_that_raised_holds_no_other_inside_of_it() {
 #[test]
 fn the_model_begins_a_pass_and_a_part_called_after_it_is_in_that() {
     let mut w = World::new();
-    let no_grad = Firing { grad_enabled: false, ..train() };
+    let no_grad = Trigger { grad_enabled: false, ..train() };
     w.clock.enter(MODEL, Caller::Part(0), at(0), &no_grad);
-    assert_eq!(w.fire(0, no_grad), Some((0, 0, 0)));
+    assert_eq!(w.trigger(0, no_grad), Some((0, 0, 0)));
     w.exit(Caller::Part(0), 0);
     assert_eq!(w.pass(train()), [(0, 0, 0), (0, 0, 0)], "the first that trains");
     assert!(w.passes().grad_enabled);
     w.enter(Caller::Part(0), 0);
-    assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
+    assert_eq!(w.trigger(0, train()), Some((0, 0, 1)));
     w.exit(Caller::Part(0), 0);
 }
 
 #[test]
 fn a_pass_trains_or_not_as_a_whole() {
-    let of = |mode: bool, grad: bool| Firing { train: mode, grad_enabled: grad, ..train() };
+    let of = |mode: bool, grad: bool| Trigger { train: mode, grad_enabled: grad, ..train() };
     for (mode, grad) in [(true, true), (true, false), (false, true), (false, false)] {
         let mut w = World::new();
         w.clock.enter(MODEL, Caller::Model, at(0), &of(mode, grad));
         // Frozen batch norm, a part under checkpointing, and dropout that samples.
-        let inside = [of(false, true), of(true, false), of(true, true)].map(|firing| w.call(0, firing).unwrap().train);
+        let inside = [of(false, true), of(true, false), of(true, true)].map(|trigger| w.call(0, trigger).unwrap().train);
         assert_eq!(inside, [mode && grad; 3]);
     }
 }
@@ -293,7 +293,7 @@ fn a_sampler_in_training_mode_shifts_no_training_pass() {
     let mut w = World::new();
     for step in 0..2 {
         for micro in 0..step {
-            assert_eq!(w.pass(Firing { grad_enabled: false, ..train() })[0], (step, micro as u32, 0));
+            assert_eq!(w.pass(Trigger { grad_enabled: false, ..train() })[0], (step, micro as u32, 0));
         }
         assert_eq!(w.pass(train())[0], (step, 0, 0));
         w.clock.stepped(0);
@@ -305,16 +305,16 @@ fn calls_on_several_threads_keep_their_own() {
     let mut w = World::new();
     w.enter(Caller::Model, 0);
     let World { clock, taps: [tap, _] } = &mut w;
-    let mut fire = |pre| {
-        let firing = Firing { pre, ..train() };
-        let fired = Fired { tap: 0, paired: true, wants_gradients: false, optimizers: &[], firing: &firing };
-        clock.place(MODEL, tap, fired).unwrap().call
+    let mut trigger = |pre| {
+        let trigger = Trigger { pre, ..train() };
+        let triggered = Triggered { tap: 0, paired: true, wants_gradients: false, optimizers: &[], trigger: &trigger };
+        clock.place(MODEL, tap, triggered).unwrap().call
     };
-    assert_eq!(fire(true), 0);
+    assert_eq!(trigger(true), 0);
     std::thread::scope(|scope| {
-        assert_eq!(scope.spawn(|| fire(true)).join().unwrap(), 1);
+        assert_eq!(scope.spawn(|| trigger(true)).join().unwrap(), 1);
     });
-    assert_eq!(fire(false), 0);
+    assert_eq!(trigger(false), 0);
 }
 
 #[test]
@@ -322,9 +322,9 @@ fn a_model_that_calls_itself_is_in_one_pass() {
     let mut w = World::new();
     w.enter(Caller::Model, 0);
     w.enter(Caller::Model, 1);
-    assert_eq!(w.fire(0, train()), Some((0, 0, 0)));
+    assert_eq!(w.trigger(0, train()), Some((0, 0, 0)));
     w.exit(Caller::Model, 1);
-    assert_eq!(w.fire(0, train()), Some((0, 0, 1)));
+    assert_eq!(w.trigger(0, train()), Some((0, 0, 1)));
     w.exit(Caller::Model, 0);
     assert!(w.passes().forwards.is_empty());
 }
@@ -332,20 +332,20 @@ fn a_model_that_calls_itself_is_in_one_pass() {
 #[test]
 fn submodules_called_directly_share_a_pass_until_one_repeats() {
     let mut w = World::new();
-    assert_eq!(w.fire(0, train()), Some((0, 0, 0)));
-    assert_eq!(w.fire(1, train()), Some((0, 0, 0)));
-    assert_eq!(w.fire(0, train()), Some((0, 1, 0)));
-    assert_eq!(w.fire(1, train()), Some((0, 1, 0)));
+    assert_eq!(w.trigger(0, train()), Some((0, 0, 0)));
+    assert_eq!(w.trigger(1, train()), Some((0, 0, 0)));
+    assert_eq!(w.trigger(0, train()), Some((0, 1, 0)));
+    assert_eq!(w.trigger(1, train()), Some((0, 1, 0)));
 }
 
 #[test]
 fn a_direct_call_after_one_that_raised_is_a_pass_of_its_own() {
     let (mut clock, mut calls) = (Clock::default(), Calls::default());
     clock.steps().optimizer_made();
-    let before = Firing { pre: true, ..train() };
-    let fired = Fired { tap: 0, paired: true, wants_gradients: true, optimizers: &[], firing: &before };
+    let before = Trigger { pre: true, ..train() };
+    let triggered = Triggered { tap: 0, paired: true, wants_gradients: true, optimizers: &[], trigger: &before };
     for micro in 0..3 {
-        let call = clock.place(MODEL, &mut calls, fired).unwrap();
+        let call = clock.place(MODEL, &mut calls, triggered).unwrap();
         assert_eq!((call.micro, call.call), (micro, 0));
     }
 }
@@ -354,21 +354,21 @@ fn a_direct_call_after_one_that_raised_is_a_pass_of_its_own() {
 fn a_replay_without_need_has_no_identity_and_changes_nothing() {
     let mut w = World::new();
     w.pass(train());
-    assert_eq!(w.fire(0, Firing { replay: true, ..train() }), None);
+    assert_eq!(w.trigger(0, Trigger { replay: true, ..train() }), None);
     assert_eq!(w.pass(train())[0], (0, 1, 0));
 }
 
 #[test]
 fn a_reentrant_replay_takes_the_identity_of_its_forward() {
     let mut w = World::new();
-    let inner = Firing { grad_enabled: false, ..train() };
+    let inner = Trigger { grad_enabled: false, ..train() };
     for _ in 0..2 {
         w.enter(Caller::Model, 0);
-        w.fire(0, inner);
-        w.fire(0, inner);
+        w.trigger(0, inner);
+        w.trigger(0, inner);
         w.exit(Caller::Model, 0);
     }
-    let replay = Firing { replay: true, ..train() };
-    let order: Vec<_> = (0..5).map(|_| w.fire(0, replay)).collect();
+    let replay = Trigger { replay: true, ..train() };
+    let order: Vec<_> = (0..5).map(|_| w.trigger(0, replay)).collect();
     assert_eq!(order, [Some((0, 0, 1)), Some((0, 0, 0)), Some((0, 1, 1)), Some((0, 1, 0)), None]);
 }

@@ -12,11 +12,11 @@ use wire::{
     codes::{Role, Subject},
     control::{StepRule, ToAgent},
     hooks::{Edit, Kind},
-    tap_abi::{Call, Firing, LeafEdit, Rank},
+    tap_abi::{Call, Trigger, LeafEdit, Rank},
 };
 
 use crate::{
-    clock::{Caller, Clock, Fired, StackPosition},
+    clock::{Caller, Clock, Triggered, StackPosition},
     plan::{HookPlan, PlanInForce},
     process::Process,
     taps::TapRegistry,
@@ -120,7 +120,7 @@ impl Engine {
     /// The forward of a model, or of a part of it that holds tapped modules, begins or ends. Part 0 is the model itself.
     /// Whether the parameters of the step are those of this pass: in a model that trains, not those of an evaluation,
     /// which may have others for a while.
-    pub fn pass(&mut self, serial: u64, part: u64, enter: bool, firing: &Firing) -> bool {
+    pub fn pass(&mut self, serial: u64, part: u64, enter: bool, trigger: &Trigger) -> bool {
         if self.taps.model(serial).is_none() {
             return false;
         }
@@ -130,10 +130,10 @@ impl Engine {
         };
         let position = StackPosition::here(&caller);
         if enter {
-            self.clock.enter(serial, caller, position, firing);
+            self.clock.enter(serial, caller, position, trigger);
             self.say_rule();
         } else {
-            self.clock.exit(serial, caller, position, firing);
+            self.clock.exit(serial, caller, position, trigger);
         }
         enter && self.clock.has_parameters(serial)
     }
@@ -171,17 +171,17 @@ impl Engine {
         }
     }
 
-    /// What a tap that fires has to do; `None`: nothing.
-    pub fn triggered(&mut self, number: u32, firing: &Firing) -> Option<Call> {
+    /// What a tap that is triggered has to do; `None`: nothing.
+    pub fn triggered(&mut self, number: u32, trigger: &Trigger) -> Option<Call> {
         let (tap, model) = self.taps.in_force(number)?;
-        let fired = Fired {
+        let triggered = Triggered {
             tap: number,
             paired: tap.kinds & Kind::BEFORE != 0,
             wants_gradients: tap.kinds & Kind::GRADIENTS != 0,
             optimizers: &tap.optimizers,
-            firing,
+            trigger,
         };
-        let placed = self.clock.place(tap.model, &mut tap.calls, fired);
+        let placed = self.clock.place(tap.model, &mut tap.calls, triggered);
         let call = placed.unwrap_or_else(|| {
             // A replay nobody waits for repeats the edits of its forward, which ran in this step.
             Call { tap: number, ..self.clock.now(tap.model, &tap.optimizers) }
@@ -191,10 +191,10 @@ impl Engine {
             capture |= clause.kind_mask();
             edit |= if clause.edit.is_some() { clause.kind_mask() } else { 0 };
         }
-        let possible = possible(firing);
+        let possible = possible(trigger);
         edit &= possible;
         capture &= possible;
-        if firing.replay {
+        if trigger.replay {
             capture &= if placed.is_some() { Kind::GRADIENTS } else { 0 };
             edit &= if placed.is_some() { !0 } else { !Kind::GRADIENTS };
         }
@@ -221,10 +221,10 @@ impl Engine {
     }
 }
 
-/// Kinds that can be captured where a tap fires.
-fn possible(firing: &Firing) -> u32 {
-    let phase = if firing.pre { Kind::BEFORE } else { !Kind::BEFORE };
+/// Kinds that can be captured where a tap is triggered.
+fn possible(trigger: &Trigger) -> u32 {
+    let phase = if trigger.pre { Kind::BEFORE } else { !Kind::BEFORE };
     // What was begun elsewhere is said to be missing.
-    let phase = if firing.split { phase | Kind::of(Subject::InputGradients) } else { phase };
-    if firing.grad_enabled { phase } else { phase & !Kind::GRADIENTS }
+    let phase = if trigger.split { phase | Kind::of(Subject::InputGradients) } else { phase };
+    if trigger.grad_enabled { phase } else { phase & !Kind::GRADIENTS }
 }

@@ -30,15 +30,15 @@ impl World {
         model.select_in(&mut self.engine, 0, 1).iter().map(|s| (s.index, s.tap)).collect()
     }
 
-    /// A forward pass of a model in which its taps fire after their modules: the kinds that each captures.
-    fn pass(&mut self, serial: u64, taps: &[(u32, u32)], firing: &Firing) -> Vec<u32> {
-        self.calls(serial, taps, firing).iter().map(|call| call.map_or(0, |call| call.capture)).collect()
+    /// A forward pass of a model in which its taps are triggered after their modules: the kinds that each captures.
+    fn pass(&mut self, serial: u64, taps: &[(u32, u32)], trigger: &Trigger) -> Vec<u32> {
+        self.calls(serial, taps, trigger).iter().map(|call| call.map_or(0, |call| call.capture)).collect()
     }
 
-    fn calls(&mut self, serial: u64, taps: &[(u32, u32)], firing: &Firing) -> Vec<Option<Call>> {
-        self.engine.pass(serial, 0, true, firing);
-        let calls = taps.iter().map(|(_, tap)| self.engine.triggered(*tap, firing)).collect();
-        self.engine.pass(serial, 0, false, firing);
+    fn calls(&mut self, serial: u64, taps: &[(u32, u32)], trigger: &Trigger) -> Vec<Option<Call>> {
+        self.engine.pass(serial, 0, true, trigger);
+        let calls = taps.iter().map(|(_, tap)| self.engine.triggered(*tap, trigger)).collect();
+        self.engine.pass(serial, 0, false, trigger);
         calls
     }
 
@@ -109,13 +109,13 @@ fn gradients_are_captured_where_gradients_are_recorded() {
     let mut w = engine("a:forward,forward_pre,backward,backward_pre");
     let model = Model::of(1, &["", "a"]);
     let taps = w.taps(&model);
-    let [before, after] = [true, false].map(|pre| Firing { pre, ..training() });
+    let [before, after] = [true, false].map(|pre| Trigger { pre, ..training() });
     w.engine.pass(1, 0, true, &before);
-    let call = |w: &mut World, firing: Firing| w.engine.triggered(taps[0].1, &firing).map_or(0, |c| c.capture);
+    let call = |w: &mut World, trigger: Trigger| w.engine.triggered(taps[0].1, &trigger).map_or(0, |c| c.capture);
     assert_eq!(call(&mut w, before), mask(&[Kind::ForwardPre, Kind::Backward]));
     assert_eq!(call(&mut w, after), mask(&[Kind::Forward, Kind::BackwardPre]));
-    let inference = Firing { grad_enabled: false, train: false, ..training() };
-    assert_eq!(call(&mut w, Firing { pre: true, ..inference }), mask(&[Kind::ForwardPre]));
+    let inference = Trigger { grad_enabled: false, train: false, ..training() };
+    assert_eq!(call(&mut w, Trigger { pre: true, ..inference }), mask(&[Kind::ForwardPre]));
     assert_eq!(call(&mut w, inference), mask(&[Kind::Forward]));
 }
 
@@ -124,7 +124,7 @@ fn a_clause_may_mean_some_passes_of_a_step() {
     let mut w = engine("a@mode=train; b@mode=eval; c@micro=1..2");
     let model = Model::of(1, &["", "a", "b", "c"]);
     let taps = w.taps(&model);
-    let sampler = Firing { grad_enabled: false, ..training() };
+    let sampler = Trigger { grad_enabled: false, ..training() };
     assert_eq!(w.pass(1, &taps, &sampler), [0, FORWARD, 0]);
     for third in [0, FORWARD, FORWARD, 0] {
         assert_eq!(w.pass(1, &taps, &training()), [FORWARD, 0, third]);
@@ -135,10 +135,10 @@ fn a_clause_may_mean_some_passes_of_a_step() {
 fn parameters_are_those_of_the_pass_that_trains() {
     let mut w = engine("a:param");
     w.taps(&Model { parameters: vec!["a.weight"], ..Model::of(1, &["", "a"]) });
-    let sampler = Firing { grad_enabled: false, ..training() };
-    let mut has = |firing: &Firing| {
-        let has = w.engine.pass(1, 0, true, firing);
-        w.engine.pass(1, 0, false, firing);
+    let sampler = Trigger { grad_enabled: false, ..training() };
+    let mut has = |trigger: &Trigger| {
+        let has = w.engine.pass(1, 0, true, trigger);
+        w.engine.pass(1, 0, false, trigger);
         has
     };
     // Of a model that never trains, any are.
@@ -229,7 +229,7 @@ fn microbatches_of_a_pipeline_are_pieces_of_one_record() {
 fn gradients_of_a_destroyed_model_are_still_described() {
     let mut w = engine("a:backward");
     let taps = w.taps(&Model::of(1, &["", "a"]));
-    let call = w.calls(1, &taps, &Firing { pre: true, ..training() })[0].unwrap();
+    let call = w.calls(1, &taps, &Trigger { pre: true, ..training() })[0].unwrap();
     w.engine.forget(1);
     let record = |w: &World| w.record(&call, Kind::Backward, "in[0]").map(|meta| meta.model);
     assert_eq!(record(&w), Some(0));
@@ -245,7 +245,7 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     let mut w = engine("a:forward,backward; b");
     let model = Model::of(1, &["", "a", "b"]);
     let old = w.taps(&model);
-    let begun = w.calls(1, &old, &Firing { pre: true, ..training() })[0].unwrap();
+    let begun = w.calls(1, &old, &Trigger { pre: true, ..training() })[0].unwrap();
     w.engine.replace_plan(HookPlan::parse(1, "b@every=2,group=new").unwrap());
     assert_eq!(w.pass(1, &old, &training()), [0, 0], "old taps begin nothing");
     assert_eq!(w.engine.edit(&begun, Kind::Backward.bit(), "in[0]"), LeafEdit::NONE);

@@ -16,7 +16,7 @@ use wire::{
     control::{CONTROL_VERSION, Hello, ToAgent},
     env::OnFull,
     hooks::Kind,
-    tap_abi::{Firing, MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str},
+    tap_abi::{Trigger, MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str},
 };
 
 use crate::{engine::Reports, process::Process, switch::Switch};
@@ -169,8 +169,8 @@ impl Model {
 }
 
 /// After the forward of a training pass on a batch of 4.
-pub fn training() -> Firing {
-    Firing { grad_enabled: true, train: true, first: [4, 8, -1], ..Firing::default() }
+pub fn training() -> Trigger {
+    Trigger { grad_enabled: true, train: true, first: [4, 8, -1], ..Trigger::default() }
 }
 
 /// A mask of kinds.
