@@ -9,7 +9,7 @@ use std::{env, error::Error, fs, path::Path};
 /// What C++ shares with the engine, in the sources of `wire` that define it.
 const SHARED: [&str; 3] = ["codes.rs", "placement.rs", "tap_abi.rs"];
 /// What of it C++ uses, and with it what these are made of.
-const ITEMS: [&str; 4] = ["HostTable", "Placement", "Refusal", "Flag"];
+const ITEMS: [&str; 4] = ["HostTable", "PlacementCode", "Refusal", "Flag"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=src/ffi.rs");

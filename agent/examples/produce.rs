@@ -21,7 +21,7 @@ use wire::{
     dtype::DType,
     env::OnFull,
     hooks::Kind,
-    record::{Axis, Place, RecordMeta},
+    record::{Axis, Placement, RecordMeta},
     slab::{Mapping, SlabWriter},
 };
 
@@ -120,12 +120,12 @@ impl Rank {
                     "MLP",
                     Kind::Forward,
                     "out",
-                    Place::Shard { dim: 0 },
+                    Placement::Shard { dim: 0 },
                 );
             }
-            self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[0]", Place::Shard { dim: 0 });
-            self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[1]", Place::Replicate);
-            self.capture(step, "lm_head", "Linear", Kind::Forward, "out", Place::Shard { dim: 0 });
+            self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[0]", Placement::Shard { dim: 0 });
+            self.capture(step, "layers.0.attn", "Attention", Kind::Forward, "out[1]", Placement::Replicate);
+            self.capture(step, "lm_head", "Linear", Kind::Forward, "out", Placement::Shard { dim: 0 });
             for layer in (0..self.args.layers).rev() {
                 self.capture(
                     step,
@@ -133,7 +133,7 @@ impl Rank {
                     "MLP",
                     Kind::Backward,
                     "in[0]",
-                    Place::Shard { dim: 0 },
+                    Placement::Shard { dim: 0 },
                 );
             }
             std::thread::sleep(Duration::from_millis(self.args.pause));
@@ -145,8 +145,8 @@ impl Rank {
         self.stream.write_all(&encode(&ToAgent::Bye))
     }
 
-    fn capture(&mut self, step: u64, module: &str, class: &str, kind: Kind, path: &str, place: Place) {
-        let replicated = place == Place::Replicate;
+    fn capture(&mut self, step: u64, module: &str, class: &str, kind: Kind, path: &str, place: Placement) {
+        let replicated = place == Placement::Replicate;
         let rows = 8.min(self.args.elements.max(1));
         let shape = vec![rows, self.args.elements / rows];
         let elements = shape.iter().product::<u64>() as usize;

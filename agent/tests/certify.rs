@@ -10,7 +10,7 @@ use flexmodel_run::{
     testing::fixture::*,
 };
 use tempfile::TempDir;
-use wire::{dtype::DType, hooks::Kind, loss_scale::LossScale, record::Place};
+use wire::{dtype::DType, hooks::Kind, loss_scale::LossScale, record::Placement};
 
 fn certify(run: &TempDir, reference: &TempDir, more: &[&str]) -> Output {
     let paths = [run.path(), reference.path()];
@@ -59,7 +59,7 @@ fn two_ranks() -> Fixture {
         f.part(id("layers.0.mlp", 0), DType::Float32, &[1, 2], rank, place(), &f32s(&row));
         let double = f32s(&row.map(|x| 2.0 * x));
         f.part(of(Kind::Backward, "layers.0.mlp"), DType::Float32, &[1, 2], rank, place(), &double);
-        f.part(of(Kind::ForwardPre, ""), DType::UInt8, &[2], rank, dp(rank, 2, Place::Replicate), &[7, 8]);
+        f.part(of(Kind::ForwardPre, ""), DType::UInt8, &[2], rank, dp(rank, 2, Placement::Replicate), &[7, 8]);
     }
     f
 }
@@ -86,7 +86,7 @@ fn parameters_and_their_gradients_are_never_divided() {
         let mut f = Fixture::default();
         for rank in 0..ranks {
             for kind in [Kind::Param, Kind::Grad] {
-                let axes = if ranks > 1 { dp(rank, ranks, Place::Replicate) } else { Vec::new() };
+                let axes = if ranks > 1 { dp(rank, ranks, Placement::Replicate) } else { Vec::new() };
                 f.part(of(kind, "w"), DType::Float32, &[1], rank, axes, &f32s(&[3.0]));
             }
         }
@@ -246,7 +246,7 @@ fn what_has_no_whole_is_not_comparable_and_says_why() {
     let mut f = two_ranks();
     f.part(id("half", 0), DType::UInt8, &[1], 1, dp(1, 2, shard(0)), &[1]);
     for rank in 0..2 {
-        f.part(id("odd", 0), DType::UInt8, &[1], rank, dp(rank, 2, Place::Unknown), &[rank as u8]);
+        f.part(id("odd", 0), DType::UInt8, &[1], rank, dp(rank, 2, Placement::Unknown), &[rank as u8]);
     }
     let run = f.finish();
     let out = refused(&run, &run, &[]);

@@ -10,7 +10,7 @@ use flexmodel_run::{
     testing::fixture::*,
 };
 use tempfile::TempDir;
-use wire::{dtype::DType, hooks::Kind, record::Place};
+use wire::{dtype::DType, hooks::Kind, record::Placement};
 
 /// The command's stdout, after it ended with `code`.
 fn ends(code: i32, args: &[&str]) -> String {
@@ -56,7 +56,7 @@ fn node(job: &TempDir, name: &str, ranks: &[u32], table: u8) {
     for &rank in ranks {
         let row = f32s(&[rank as f32, 4.0 * rank as f32]);
         f.part(gradient(), DType::Float32, &[1, 2], rank, dp(rank, 4, shard(0)), &row);
-        f.part(id("table", 0), DType::UInt8, &[2], rank, dp(rank, 4, Place::Replicate), &[7, table]);
+        f.part(id("table", 0), DType::UInt8, &[2], rank, dp(rank, 4, Placement::Replicate), &[7, table]);
     }
     let made = f.finish();
     let place = job.path().join(name);

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use wire::{
     dtype::DType,
     hooks::Kind,
-    record::{Axis, MICRO, Place},
+    record::{Axis, MICRO, Placement},
 };
 
 /// Runs the command, which must succeed; its stdout.
@@ -215,7 +215,7 @@ fn parts_that_only_do_not_go_together_are_no_damage() {
     f.part(id("padded", 0), DType::UInt8, &[1, 2], 0, dp(0, 2, fixture::shard(0)), &[1, 2]);
     f.part(id("padded", 0), DType::UInt8, &[1, 3], 1, dp(1, 2, fixture::shard(0)), &[1, 2, 3]);
     f.part(id("packed", 0), DType::UInt8, &[2], 0, dp(0, 2, fixture::shard(0)), &[1, 2]);
-    f.part(id("packed", 0), DType::UInt8, &[3], 1, dp(1, 2, Place::Unknown), &[1, 2, 3]);
+    f.part(id("packed", 0), DType::UInt8, &[3], 1, dp(1, 2, Placement::Unknown), &[1, 2, 3]);
     let dir = f.finish();
     assert!(ok(&["verify", at(&dir)]).starts_with("ok"));
     let line = refused(&["show", at(&dir), "padded"]);

@@ -38,7 +38,7 @@ at::Tensor zeroed(const at::Tensor& tensor) {
   if (!tensor.unsafeGetTensorImpl()->is_python_dispatch()) return at::masked_fill(tensor, at::ones({}, options), 0);
   const Part part =
       part_or_refusal(tensor, [&] { return part_of(tensor, false); }, [] { return std::string("a tensor for 'zero'"); });
-  const auto is_partial = [](const Axis& axis) { return axis.lies.placement == code(Placement::Partial); };
+  const auto is_partial = [](const Axis& axis) { return axis.lies.placement == code(PlacementCode::Partial); };
   if (part.refusal != Refusal::None || std::any_of(part.axes.begin(), part.axes.end(), is_partial)) {
     static std::atomic<bool> said = false;
     if (part.refusal != Refusal::Raised && !said.exchange(true)) {

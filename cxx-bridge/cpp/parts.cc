@@ -100,7 +100,7 @@ void lies_as(Part& part, const Axes& forward) {
   for (const Axis& axis : forward) {
     Axis own = axis;
     uint8_t& placement = own.lies.placement;
-    if (placement > 31 || (PLACEMENTS_OF_PIECES >> placement & 1) == 0) placement = code(Placement::Unknown);
+    if (placement > 31 || (PLACEMENTS_OF_PIECES >> placement & 1) == 0) placement = code(PlacementCode::Unknown);
     part.axes.push_back(std::move(own));
   }
 }

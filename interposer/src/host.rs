@@ -9,7 +9,7 @@ use wire::{
     codes::Code,
     env,
     hooks::Kind,
-    tap_abi::{self, Call, Trigger, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI},
+    tap_abi::{self, Call, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI, Trigger},
 };
 
 use capture::{Capture, engine::Engine};

@@ -20,7 +20,7 @@ use wire::{
     control::{Answer, CONTROL_VERSION, Hello, ModuleInfo, ToAgent, encode},
     dtype::DType,
     env::OnFull,
-    record::{Axis, Place, RecordMeta},
+    record::{Axis, Placement, RecordMeta},
     slab::SlabWriter,
 };
 
@@ -320,11 +320,11 @@ impl Other {
             Lie::Shape(shape) => meta.shape = shape,
             Lie::Axes { index, size, place } => {
                 let place = match place % 5 {
-                    0 => Place::Shard { dim: 0 },
-                    1 => Place::Replicate,
-                    2 => Place::Flat { shape: vec![index.into(), size.into()] },
-                    3 => Place::HeadTail { dim: 0 },
-                    _ => Place::Partial,
+                    0 => Placement::Shard { dim: 0 },
+                    1 => Placement::Replicate,
+                    2 => Placement::Flat { shape: vec![index.into(), size.into()] },
+                    3 => Placement::HeadTail { dim: 0 },
+                    _ => Placement::Partial,
                 };
                 meta.axes = vec![Axis { name: "dp".into(), index, size, place, input_digest: None }];
             }

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use bytemuck::CheckedBitPattern;
 use serde::{Deserialize, Serialize};
 
-use crate::placement::Placement;
+use crate::placement::PlacementCode;
 
 /// An enum whose values cross a boundary as a byte.
 pub trait Code: CheckedBitPattern<Bits = u8> + Debug {
@@ -275,14 +275,14 @@ impl Refusal {
 
 /// The masks that C++ and Python have, by name.
 pub fn masks() -> Vec<(&'static str, u32)> {
-    [&Kind::masks()[..], &[Placement::pieces()]].concat()
+    [&Kind::masks()[..], &[PlacementCode::pieces()]].concat()
 }
 
 /// The codes that Python has, by name: `KIND_FORWARD_PRE`, `PLACEMENT_SHARD`, ...; and [`masks`].
 pub fn constants() -> Vec<(String, u32)> {
     let codes = [
         named::<Kind>("KIND"),
-        named::<Placement>("PLACEMENT"),
+        named::<PlacementCode>("PLACEMENT"),
         named::<Role>("ROLE"),
         named::<Order>("ORDER"),
         named::<Refusal>("REFUSAL"),
@@ -342,8 +342,8 @@ mod tests {
 
     #[test]
     fn a_gradient_lies_as_its_tensor_where_that_is_a_piece() {
-        let pieces: Vec<_> = Placement::all().filter(|placement| placement.is_piece()).collect();
-        assert_eq!(pieces, [Placement::Shard, Placement::HeadTail]);
+        let pieces: Vec<_> = PlacementCode::all().filter(|placement| placement.is_piece()).collect();
+        assert_eq!(pieces, [PlacementCode::Shard, PlacementCode::HeadTail]);
     }
 
     #[test]

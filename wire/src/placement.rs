@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::codes::Code;
 
-/// How a tensor lies along one mesh axis, without what some ways need besides. See [`Place`].
+/// How a tensor lies along one mesh axis, without what some ways need besides. See [`Placement`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, CheckedBitPattern)]
 #[repr(u8)]
-pub enum Placement {
+pub enum PlacementCode {
     /// The same on every member.
     Replicate = 0,
     /// Pieces of a dimension, in order of the members; they may be uneven, and empty.
@@ -28,9 +28,9 @@ pub enum Placement {
     HeadTail = 6,
 }
 
-impl Code for Placement {}
+impl Code for PlacementCode {}
 
-impl Placement {
+impl PlacementCode {
     /// Whether what one member holds is certainly not all of it.
     pub fn holds_part(self) -> bool {
         self == Self::Partial || self.is_piece()
@@ -51,7 +51,7 @@ impl Placement {
 /// How a tensor lies along one mesh axis.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Place {
+pub enum Placement {
     /// Every member holds the same tensor.
     Replicate,
     /// Members hold consecutive pieces of dimension `dim`, in `index` order. The length is the part's own size in that
@@ -85,18 +85,18 @@ pub enum Place {
     Unknown,
 }
 
-impl Place {
+impl Placement {
     /// The place with this code. `dim` is the dimension, where there is one, and `shape` the whole tensor's for
-    /// [`Place::Flat`].
-    pub fn of(placement: Placement, dim: u32, shape: &[u64]) -> Self {
+    /// [`Placement::Flat`].
+    pub fn of(placement: PlacementCode, dim: u32, shape: &[u64]) -> Self {
         match placement {
-            Placement::Replicate => Self::Replicate,
-            Placement::Shard => Self::Shard { dim },
-            Placement::ReplicateOrShard => Self::ReplicateOrShard { dim },
-            Placement::Flat => Self::Flat { shape: shape.to_vec() },
-            Placement::HeadTail => Self::HeadTail { dim },
-            Placement::Partial => Self::Partial,
-            Placement::Unknown => Self::Unknown,
+            PlacementCode::Replicate => Self::Replicate,
+            PlacementCode::Shard => Self::Shard { dim },
+            PlacementCode::ReplicateOrShard => Self::ReplicateOrShard { dim },
+            PlacementCode::Flat => Self::Flat { shape: shape.to_vec() },
+            PlacementCode::HeadTail => Self::HeadTail { dim },
+            PlacementCode::Partial => Self::Partial,
+            PlacementCode::Unknown => Self::Unknown,
         }
     }
 
@@ -117,21 +117,21 @@ impl Place {
     }
 
     /// Its code.
-    pub fn placement(&self) -> Placement {
+    pub fn code(&self) -> PlacementCode {
         match self {
-            Self::Replicate => Placement::Replicate,
-            Self::Shard { .. } => Placement::Shard,
-            Self::ReplicateOrShard { .. } => Placement::ReplicateOrShard,
-            Self::Flat { .. } => Placement::Flat,
-            Self::HeadTail { .. } => Placement::HeadTail,
-            Self::Partial => Placement::Partial,
-            Self::Unknown => Placement::Unknown,
+            Self::Replicate => PlacementCode::Replicate,
+            Self::Shard { .. } => PlacementCode::Shard,
+            Self::ReplicateOrShard { .. } => PlacementCode::ReplicateOrShard,
+            Self::Flat { .. } => PlacementCode::Flat,
+            Self::HeadTail { .. } => PlacementCode::HeadTail,
+            Self::Partial => PlacementCode::Partial,
+            Self::Unknown => PlacementCode::Unknown,
         }
     }
 }
 
 /// In words.
-impl fmt::Display for Place {
+impl fmt::Display for Placement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Replicate => f.write_str("replicated"),

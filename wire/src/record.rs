@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::placement::{Place, Placement};
+pub use crate::placement::{Placement, PlacementCode};
 use crate::{codes::Code, dtype::DType, hooks::Kind, loss_scale::LossScale};
 
 /// Version of the encoding below.
@@ -31,10 +31,10 @@ pub struct Axis {
     /// Number of members that capture.
     pub size: u32,
     /// How the tensor lies along the axis.
-    pub place: Place,
+    pub place: Placement,
     /// Where nothing but the number of ranks says that members have rows of the batch of their own: a digest of what this
     /// member's model was given in the same pass. If two members were given the same, they have not, and `place` counts
-    /// as [`Place::Unknown`].
+    /// as [`Placement::Unknown`].
     #[serde(default, skip_serializing_if = "Option::is_none", alias = "given")]
     pub input_digest: Option<u32>,
 }
@@ -158,7 +158,7 @@ impl RecordMeta {
             out.extend_from_slice(&axis.size.to_le_bytes());
             let shape = axis.place.flattened().map(|shape| &shape[..shape.len().min(MAX_DIMS)]);
             let dim = shape.map_or(axis.place.dim().unwrap_or(0), |shape| shape.len() as u32);
-            out.push(axis.place.placement() as u8);
+            out.push(axis.place.code() as u8);
             out.extend_from_slice(&dim.to_le_bytes());
             out.extend_from_slice(&axis.input_digest.map_or(u64::MAX, u64::from).to_le_bytes());
             shape.into_iter().flatten().for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
@@ -206,16 +206,16 @@ impl RecordMeta {
                 u64::MAX => None,
                 digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
             };
-            let placement = Placement::from_code(code).ok_or(RecordError("unknown placement"))?;
+            let placement = PlacementCode::from_code(code).ok_or(RecordError("unknown placement"))?;
             let shape: Vec<u64> = match placement {
                 _ if placement.is_piece() && dim as usize >= ndim => {
                     return Err(RecordError("pieces of a dimension the tensor does not have"));
                 }
-                Placement::Flat if dim as usize > MAX_DIMS => return Err(RecordError("too many dimensions")),
-                Placement::Flat => (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()?,
+                PlacementCode::Flat if dim as usize > MAX_DIMS => return Err(RecordError("too many dimensions")),
+                PlacementCode::Flat => (0..dim).map(|_| r.u64()).collect::<Result<_, _>>()?,
                 _ => Vec::new(),
             };
-            let place = Place::of(placement, dim, &shape);
+            let place = Placement::of(placement, dim, &shape);
             axes.push(Axis { name, index, size, place, input_digest });
         }
         let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];
@@ -305,12 +305,18 @@ mod tests {
             call: 3,
             rank: 1,
             axes: vec![
-                Axis { name: "dp".into(), index: 1, size: 2, place: Place::Shard { dim: 0 }, input_digest: Some(7) },
+                Axis {
+                    name: "dp".into(),
+                    index: 1,
+                    size: 2,
+                    place: Placement::Shard { dim: 0 },
+                    input_digest: Some(7),
+                },
                 Axis {
                     name: "tp".into(),
                     index: 0,
                     size: 2,
-                    place: Place::Flat { shape: vec![3, 4] },
+                    place: Placement::Flat { shape: vec![3, 4] },
                     input_digest: None,
                 },
             ],

@@ -135,7 +135,7 @@ pub struct LeafAxis<'a> {
     pub index: u32,
     /// Number of members.
     pub size: u32,
-    /// Code of [`crate::placement::Placement`].
+    /// Code of [`crate::placement::PlacementCode`].
     pub placement: u8,
     /// The dimension of which there are pieces.
     pub dim: u32,

@@ -231,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_line_of_an_older_version_says_the_same() {
-        let shard = wire::record::Place::Shard { dim: 0 };
+        let shard = wire::record::Placement::Shard { dim: 0 };
         let mut part = crate::testing::part("layers.0.mlp", 1, 2);
         part.what.axes = crate::testing::on_rank(crate::testing::meta("", 0, 2), 0, 2, shard).axes;
         part.what.axes[0].input_digest = Some(7);

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use wire::record::{Axis, MICRO, Place};
+use wire::record::{Axis, MICRO, Placement};
 
 use super::{
     format::{Identity, ModelInfo, Module, Owners, Part},
@@ -223,7 +223,7 @@ impl Scattered {
             let fits = |axis: &Axis| {
                 axis.name == MICRO
                     || members.len() == axis.size as usize
-                    || matches!(axis.place, Place::Replicate | Place::Flat { .. } | Place::Partial)
+                    || matches!(axis.place, Placement::Replicate | Placement::Flat { .. } | Placement::Partial)
             };
             if parts.iter().any(|part| fits(&part.what.axes[at])) {
                 continue;
@@ -235,7 +235,7 @@ impl Scattered {
                 }
                 let axis = &mut part.what.axes[at];
                 axis.index = members.range(..axis.index).count() as u32;
-                (axis.size, axis.place, axis.input_digest) = (members.len() as u32, Place::Unknown, None);
+                (axis.size, axis.place, axis.input_digest) = (members.len() as u32, Placement::Unknown, None);
             }
         }
     }
@@ -321,7 +321,7 @@ mod tests {
     }
 
     fn parts(ranks: &[u32], size: u32) -> Vec<Part> {
-        let place = || Place::Shard { dim: 0 };
+        let place = || Placement::Shard { dim: 0 };
         let meta = |rank| testing::on_rank(testing::meta("b", 0, 4), rank, size, place());
         ranks
             .iter()
@@ -347,7 +347,7 @@ mod tests {
         known.settle(&mut both);
         let axes: Vec<&Axis> = both.iter().map(|part| &part.what.axes[0]).collect();
         assert_eq!(axes.iter().map(|a| (a.index, a.size)).collect::<Vec<_>>(), [(0, 2), (1, 2)]);
-        assert!(axes.iter().all(|a| a.place == Place::Unknown));
+        assert!(axes.iter().all(|a| a.place == Placement::Unknown));
         // As on a pipeline's stage that several ranks share the batch of.
         let mut stage = parts(&[1, 3], 2);
         for (index, part) in stage.iter_mut().enumerate() {

@@ -9,7 +9,7 @@ use flexmodel_run::{
 use wire::{
     dtype::DType,
     hooks::Kind,
-    record::{Axis, Place},
+    record::{Axis, Placement},
 };
 
 /// What tells one series from another, and what all of its records have in common.
@@ -99,7 +99,7 @@ impl Role {
     fn of(part: &Part) -> Self {
         let axes = &part.what.axes;
         let checksum = part.at.is_none() && part.same.is_some();
-        if checksum || axes.iter().any(|a| a.place == Place::Replicate && a.index > 0) {
+        if checksum || axes.iter().any(|a| a.place == Placement::Replicate && a.index > 0) {
             Role::Copy
         } else if axes.iter().any(|a| may_repeat(a) && a.index > 0) {
             Role::CopyIfEqual
@@ -110,7 +110,7 @@ impl Role {
 }
 
 fn may_repeat(axis: &Axis) -> bool {
-    matches!(axis.place, Place::ReplicateOrShard { .. }) || axis.input_digest.is_some()
+    matches!(axis.place, Placement::ReplicateOrShard { .. }) || axis.input_digest.is_some()
 }
 
 impl Moments {
@@ -156,7 +156,7 @@ impl Moments {
 
 /// How many parts make a record of this layout.
 fn promised(axes: &[Axis]) -> u32 {
-    let divided = axes.iter().filter(|a| a.place != Place::Replicate);
+    let divided = axes.iter().filter(|a| a.place != Placement::Replicate);
     divided.fold(1u32, |n, a| n.saturating_mul(a.size))
 }
 

@@ -5,7 +5,7 @@ use flexmodel_run::{
     manifest::encode_line,
     testing,
 };
-use wire::record::Place;
+use wire::record::Placement;
 
 use super::*;
 
@@ -15,7 +15,7 @@ fn stats(values: &[f32]) -> Stats {
 }
 
 /// The part of `rank` of `world` at `step`, with these elements.
-fn part(step: u64, rank: u32, world: u32, place: Place, values: &[f32]) -> Part {
+fn part(step: u64, rank: u32, world: u32, place: Placement, values: &[f32]) -> Part {
     let what = What::from_meta(testing::on_rank(testing::meta("layers.0.mlp", step, 1), rank, world, place));
     let at = Location { shard: "shard-00000".into(), offset: 1 << 20, len: 4 * values.len() as u64, crc: 1 };
     Part { what, at: Some(at), stats: Some(stats(values)), same: None }
@@ -47,7 +47,7 @@ fn the_parts_of_a_record_make_one_point_with_the_statistics_of_the_whole() {
 
 #[test]
 fn replicas_count_once_in_whatever_order_they_come() {
-    for place in [Place::Replicate, Place::ReplicateOrShard { dim: 0 }] {
+    for place in [Placement::Replicate, Placement::ReplicateOrShard { dim: 0 }] {
         for order in [[0, 1], [1, 0]] {
             let live = Live::new(RunInfo::default());
             order.iter().for_each(|&rank| live.part(&part(0, rank, 2, place.clone(), &[3.0, 4.0])));
@@ -61,8 +61,8 @@ fn replicas_count_once_in_whatever_order_they_come() {
 fn a_checksum_counts_as_the_replica_that_it_is() {
     for checksum_first in [false, true] {
         let live = Live::new(RunInfo::default());
-        let bytes = part(0, 0, 2, Place::Replicate, &[3.0, 4.0]);
-        let mut checksum = part(0, 1, 2, Place::Replicate, &[3.0, 4.0]);
+        let bytes = part(0, 0, 2, Placement::Replicate, &[3.0, 4.0]);
+        let mut checksum = part(0, 1, 2, Placement::Replicate, &[3.0, 4.0]);
         checksum.same = checksum.at.take().map(|at| at.crc);
         checksum.stats = None;
         let parts = if checksum_first { [&checksum, &bytes] } else { [&bytes, &checksum] };
@@ -77,8 +77,8 @@ fn a_checksum_counts_as_the_replica_that_it_is() {
 #[test]
 fn parts_that_might_have_been_replicas_and_differ_are_pieces() {
     let live = Live::new(RunInfo::default());
-    live.part(&part(0, 0, 2, Place::ReplicateOrShard { dim: 0 }, &[3.0]));
-    live.part(&part(0, 1, 2, Place::ReplicateOrShard { dim: 0 }, &[4.0]));
+    live.part(&part(0, 0, 2, Placement::ReplicateOrShard { dim: 0 }, &[3.0]));
+    live.part(&part(0, 1, 2, Placement::ReplicateOrShard { dim: 0 }, &[4.0]));
     assert!(close(live.series(&query()).1[0].points.l2[0], Some(5.0)));
 }
 

@@ -17,7 +17,7 @@ use wire::{
     control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent},
     dtype::DType,
     env::OnFull,
-    record::{Axis, Place, RecordMeta},
+    record::{Axis, Placement, RecordMeta},
     slab::{Mapping, SlabWriter},
 };
 
@@ -251,7 +251,7 @@ impl Rank {
         record.rank = self.rank;
         record.dp_size = self.world;
         if self.world > 1 {
-            let place = Place::Shard { dim: 0 };
+            let place = Placement::Shard { dim: 0 };
             record.axes =
                 vec![Axis { name: "dp".into(), index: self.rank, size: self.world, place, input_digest: None }];
         }

@@ -42,7 +42,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use wire::tap_abi::{BridgeTable, Call, Trigger, Leaf};
+use wire::tap_abi::{BridgeTable, Call, Leaf, Trigger};
 
 use answers::Answers;
 use engine::Engine;

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use wire::record::Place;
+use wire::record::Placement;
 
 use super::{
     Found, Lost, Note, OpenError, Problem, Said,
@@ -179,7 +179,7 @@ impl Folder {
                 }
                 // Missing parts are named without their place among replicas.
                 let own: Vec<_> =
-                    part.what.axes.iter().filter(|axis| axis.place != Place::Replicate).cloned().collect();
+                    part.what.axes.iter().filter(|axis| axis.place != Placement::Replicate).cloned().collect();
                 if !own.is_empty() {
                     self.ranks.entry(layout::coordinates(&own)).or_insert(part.what.rank);
                 }

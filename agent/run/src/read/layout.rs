@@ -2,14 +2,14 @@
 //! [`AssemblyPlan`](super::AssemblyPlan), without touching a byte.
 //!
 //! Replicas are one tensor and must look alike. What is left is grouped by its coordinate on the first mesh axis, each
-//! group is planned over the remaining axes, and the axis's [`Place`] says how the groups combine. The result is a tree
+//! group is planned over the remaining axes, and the axis's [`Placement`] says how the groups combine. The result is a tree
 //! that [`super::assemble`] and [`super::fill`] carry out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use wire::{
     dtype::DType,
-    record::{Axis, MICRO, Place},
+    record::{Axis, MICRO, Placement},
 };
 
 use crate::{
@@ -188,7 +188,7 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
         }
     }
     for (_, axis) in axes.iter_mut().enumerate().filter(|(depth, _)| are_given_the_same(parts, *depth)) {
-        axis.place = Place::Unknown;
+        axis.place = Placement::Unknown;
     }
     let one_each = unique(parts)?;
     Planner { parts, axes: &axes }.group(&one_each, 0, &mut Vec::new())
@@ -206,11 +206,11 @@ pub fn stats(node: &Node, parts: &[Part]) -> Option<Stats> {
     }
 }
 
-fn same_place(a: &Place, b: &Place) -> bool {
+fn same_place(a: &Placement, b: &Placement) -> bool {
     match (a, b) {
-        (Place::Shard { dim: x }, Place::Shard { dim: y }) => x == y,
-        (Place::Shard { dim: x }, Place::ReplicateOrShard { dim: y })
-        | (Place::ReplicateOrShard { dim: x }, Place::Shard { dim: y }) => x == y,
+        (Placement::Shard { dim: x }, Placement::Shard { dim: y }) => x == y,
+        (Placement::Shard { dim: x }, Placement::ReplicateOrShard { dim: y })
+        | (Placement::ReplicateOrShard { dim: x }, Placement::Shard { dim: y }) => x == y,
         _ => a == b,
     }
 }
@@ -219,10 +219,10 @@ fn same_place(a: &Place, b: &Place) -> bool {
 fn settled(parts: &[Part], axes: &[Axis]) -> Vec<Axis> {
     let mut axes = axes.to_vec();
     for (depth, axis) in axes.iter_mut().enumerate() {
-        let Place::ReplicateOrShard { dim } = axis.place else { continue };
-        let is_shard = |place: &Place| matches!(place, Place::Shard { dim: d } if *d == dim);
+        let Placement::ReplicateOrShard { dim } = axis.place else { continue };
+        let is_shard = |place: &Placement| matches!(place, Placement::Shard { dim: d } if *d == dim);
         if parts.iter().any(|p| p.what.axes.get(depth).is_some_and(|a| is_shard(&a.place))) {
-            axis.place = Place::Shard { dim };
+            axis.place = Placement::Shard { dim };
         }
     }
     axes
@@ -247,13 +247,13 @@ pub fn data_size(parts: &[Part]) -> u32 {
 fn unique(parts: &[Part]) -> Result<Vec<usize>, LayoutError> {
     let mut kept: BTreeMap<Vec<u32>, usize> = BTreeMap::new();
     for (i, part) in parts.iter().enumerate() {
-        let own = |axis: &&Axis| axis.place != Place::Replicate;
+        let own = |axis: &&Axis| axis.place != Placement::Replicate;
         let place = part.what.axes.iter().filter(own).map(|axis| axis.index).collect();
         let other = *kept.entry(place).or_insert(i);
         let (a, b) = (&parts[other], part);
         if !alike(a, b) {
             let ranks = format!("ranks {} and {}", a.what.rank, b.what.rank);
-            if b.what.axes.iter().any(|axis| axis.place == Place::Replicate) {
+            if b.what.axes.iter().any(|axis| axis.place == Placement::Replicate) {
                 return Err(LayoutError::Replicas(a.what.rank, b.what.rank));
             }
             // Stages of a pipeline may have modules of one name: each has its own root.
@@ -297,8 +297,8 @@ pub fn differing_replicas(parts: &[Part]) -> Vec<(usize, usize)> {
     let mut found = Vec::new();
     for (i, part) in parts.iter().enumerate() {
         let axes = &part.what.axes;
-        if axes.iter().any(|a| a.size > 1 && a.place == Place::Replicate) {
-            let place = axes.iter().filter(|a| a.place != Place::Replicate).map(|a| a.index).collect();
+        if axes.iter().any(|a| a.size > 1 && a.place == Placement::Replicate) {
+            let place = axes.iter().filter(|a| a.place != Placement::Replicate).map(|a| a.index).collect();
             let other = *first.entry(place).or_insert(i);
             if !alike(&parts[other], part) {
                 found.push((other, i));
@@ -329,7 +329,7 @@ impl Planner<'_> {
             let part = members[0];
             return Ok(Node::Leaf { part, shape: self.parts[part].what.shape.clone() });
         };
-        if axis.place == Place::Replicate {
+        if axis.place == Placement::Replicate {
             return self.group(members, depth + 1, at);
         }
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
@@ -368,7 +368,7 @@ impl Planner<'_> {
 
     /// `groups` are the parts that each of `nodes` was made of.
     fn combine(&self, axis: &Axis, mut nodes: Vec<Node>, groups: &[Vec<usize>]) -> Result<Node, LayoutError> {
-        if let Place::Flat { shape } = &axis.place {
+        if let Placement::Flat { shape } = &axis.place {
             return flat(nodes, shape, axis);
         }
         // A lone member has its head and its tail side by side.
@@ -376,11 +376,11 @@ impl Planner<'_> {
             return Ok(nodes.remove(0));
         }
         match axis.place {
-            Place::Shard { dim } => concat(dim as usize, nodes, axis),
-            Place::ReplicateOrShard { .. } if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
-            Place::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
-            Place::HeadTail { dim } => head_tail(dim as usize, nodes, axis),
-            Place::Partial => {
+            Placement::Shard { dim } => concat(dim as usize, nodes, axis),
+            Placement::ReplicateOrShard { .. } if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
+            Placement::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
+            Placement::HeadTail { dim } => head_tail(dim as usize, nodes, axis),
+            Placement::Partial => {
                 let shape = nodes[0].shape().to_vec();
                 if nodes.iter().any(|n| n.shape() != shape) {
                     return Err(LayoutError::Conflict(format!("addends along {} differ in shape", axis.name)));
@@ -388,10 +388,10 @@ impl Planner<'_> {
                 Ok(Node::Sum { children: nodes, shape })
             }
             // Equal bytes show that there was nothing to know.
-            Place::Unknown if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
-            Place::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(groups) }),
+            Placement::Unknown if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
+            Placement::Unknown => Err(LayoutError::Unknown { axis: axis.name.clone(), parts: self.describe(groups) }),
             // Replicas are one part by now, and runs are joined.
-            Place::Replicate | Place::Flat { .. } => {
+            Placement::Replicate | Placement::Flat { .. } => {
                 Err(LayoutError::Conflict(format!("{} along {}", self.describe(groups), axis.name)))
             }
         }

@@ -118,12 +118,12 @@ pub fn expect_apart(tree: &Node, parts: &[Part]) -> Result<(), PlanError> {
 
 #[cfg(test)]
 mod tests {
-    use wire::record::Place;
+    use wire::record::Placement;
 
     use super::*;
     use crate::{format::What, testing};
 
-    fn parts(place: &Place) -> Vec<Part> {
+    fn parts(place: &Placement) -> Vec<Part> {
         let part = |rank: u32| {
             let what = What::from_meta(testing::on_rank(testing::meta("m", 0, 2), rank, 2, place.clone()));
             let at = Location { shard: "shard-00000".into(), offset: 4096 + 32 * u64::from(rank), len: 32, crc: 5 };
@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_plan_leaves_out_what_repeats_another_part() {
-        let replicas = parts(&Place::Replicate);
+        let replicas = parts(&Placement::Replicate);
         let plan = AssemblyPlan::new(&replicas).unwrap();
         assert_eq!((plan.bytes(), plan.sources), (32, vec![replicas[0].at.clone(), None]));
     }

@@ -3,7 +3,7 @@ use std::fs;
 use proptest::prelude::*;
 use wire::{
     dtype::DType,
-    record::{Axis, MICRO, Place},
+    record::{Axis, MICRO, Placement},
 };
 
 use super::*;
@@ -27,7 +27,7 @@ fn only(run: &Run) -> Whole {
     whole
 }
 
-fn mesh(dp: (u32, u32, Place), tp: (u32, u32, Place)) -> Vec<Axis> {
+fn mesh(dp: (u32, u32, Placement), tp: (u32, u32, Placement)) -> Vec<Axis> {
     let axis = |name: &str, (index, size, place)| Axis { name: name.into(), index, size, place, input_digest: None };
     vec![axis("dp", dp), axis("tp", tp)]
 }
@@ -78,9 +78,9 @@ fn two_axes_nest() {
 #[test]
 fn a_replica_is_enough_and_differing_ones_are_named() {
     let mut f = Fixture::default();
-    f.part(id("one", 0), DType::UInt8, &[2], 1, dp(1, 2, Place::Replicate), &[7, 8]);
-    f.part(id("two", 0), DType::UInt8, &[2], 0, dp(0, 2, Place::Replicate), &[7, 8]);
-    f.part(id("two", 0), DType::UInt8, &[2], 1, dp(1, 2, Place::Replicate), &[7, 9]);
+    f.part(id("one", 0), DType::UInt8, &[2], 1, dp(1, 2, Placement::Replicate), &[7, 8]);
+    f.part(id("two", 0), DType::UInt8, &[2], 0, dp(0, 2, Placement::Replicate), &[7, 8]);
+    f.part(id("two", 0), DType::UInt8, &[2], 1, dp(1, 2, Placement::Replicate), &[7, 9]);
     let dir = f.finish();
     let run = open(&dir);
     assert_eq!(&*run.whole(&run.records[0]).unwrap().bytes, [7, 8]);
@@ -92,15 +92,15 @@ fn a_replica_is_enough_and_differing_ones_are_named() {
 #[test]
 fn replicas_stand_in_for_each_other_on_every_axis() {
     let mut f = Fixture::default();
-    f.part(id("m", 0), DType::UInt8, &[1], 0, mesh((0, 2, Place::Replicate), (0, 2, shard(0))), &[1]);
-    f.part(id("m", 0), DType::UInt8, &[1], 3, mesh((1, 2, Place::Replicate), (1, 2, shard(0))), &[2]);
+    f.part(id("m", 0), DType::UInt8, &[1], 0, mesh((0, 2, Placement::Replicate), (0, 2, shard(0))), &[1]);
+    f.part(id("m", 0), DType::UInt8, &[1], 3, mesh((1, 2, Placement::Replicate), (1, 2, shard(0))), &[2]);
     assert_eq!(&*only(&open(&f.finish())).bytes, [1, 2]);
 }
 
 #[test]
 fn pieces_from_head_and_tail_come_out_in_the_order_of_the_whole() {
     let mut f = Fixture::default();
-    let cp = |rank, dim| dp(rank, 2, Place::HeadTail { dim });
+    let cp = |rank, dim| dp(rank, 2, Placement::HeadTail { dim });
     for (rank, rows, columns) in [(0, [0, 1, 6, 7], [0, 3, 10, 13]), (1, [2, 3, 4, 5], [1, 2, 11, 12])] {
         f.part(id("rows", 0), DType::UInt8, &[2, 2], rank, cp(rank, 0), &rows);
         f.part(id("columns", 0), DType::UInt8, &[2, 2], rank, cp(rank, 1), &columns);
@@ -119,13 +119,20 @@ fn pieces_from_head_and_tail_come_out_in_the_order_of_the_whole() {
 fn ambiguous_parts_are_one_if_equal_and_laid_together_if_not() {
     let mut f = Fixture::default();
     for rank in 0..2 {
-        f.part(id("equal", 0), DType::UInt8, &[1, 2], rank, dp(rank, 2, Place::ReplicateOrShard { dim: 0 }), &[7, 8]);
+        f.part(
+            id("equal", 0),
+            DType::UInt8,
+            &[1, 2],
+            rank,
+            dp(rank, 2, Placement::ReplicateOrShard { dim: 0 }),
+            &[7, 8],
+        );
         f.part(
             id("other", 0),
             DType::UInt8,
             &[1, 2],
             rank,
-            dp(rank, 2, Place::ReplicateOrShard { dim: 0 }),
+            dp(rank, 2, Placement::ReplicateOrShard { dim: 0 }),
             &[7, rank as u8],
         );
     }
@@ -140,9 +147,16 @@ fn ambiguous_parts_are_one_if_equal_and_laid_together_if_not() {
 fn runs_of_elements_are_joined_and_take_the_shape() {
     let mut f = Fixture::default();
     for (rank, run) in [&[1u8][..], &[], &[2, 3, 4, 5, 6]].into_iter().enumerate() {
-        let axes = dp(rank as u32, 3, Place::Flat { shape: vec![2, 3] });
+        let axes = dp(rank as u32, 3, Placement::Flat { shape: vec![2, 3] });
         f.part(id("m", 0), DType::UInt8, &[run.len() as u64], rank as u32, axes, run);
-        f.part(id("n", 0), DType::UInt8, &[1], rank as u32, dp(rank as u32, 3, Place::Flat { shape: vec![2] }), &[9]);
+        f.part(
+            id("n", 0),
+            DType::UInt8,
+            &[1],
+            rank as u32,
+            dp(rank as u32, 3, Placement::Flat { shape: vec![2] }),
+            &[9],
+        );
     }
     let dir = f.finish();
     let run = open(&dir);
@@ -154,7 +168,7 @@ fn runs_of_elements_are_joined_and_take_the_shape() {
 #[test]
 fn a_batch_of_one_beside_larger_ones_is_a_piece_of_the_batch() {
     for (first, second) in
-        [(Place::ReplicateOrShard { dim: 0 }, shard(0)), (shard(0), Place::ReplicateOrShard { dim: 0 })]
+        [(Placement::ReplicateOrShard { dim: 0 }, shard(0)), (shard(0), Placement::ReplicateOrShard { dim: 0 })]
     {
         let mut f = Fixture::default();
         f.part(id("m", 0), DType::UInt8, &[1, 2], 0, dp(0, 2, first), &[7, 8]);
@@ -167,7 +181,7 @@ fn a_batch_of_one_beside_larger_ones_is_a_piece_of_the_batch() {
 fn equal_bytes_are_whole_where_the_layout_is_not_known() {
     let mut f = Fixture::default();
     for rank in 0..2 {
-        f.part(id("m", 0), DType::UInt8, &[2], rank, dp(rank, 2, Place::Unknown), &[7, 8]);
+        f.part(id("m", 0), DType::UInt8, &[2], rank, dp(rank, 2, Placement::Unknown), &[7, 8]);
     }
     assert_eq!(&*only(&open(&f.finish())).bytes, [7, 8]);
 }
@@ -178,7 +192,7 @@ fn equal_bytes_are_whole_also_where_each_rank_has_several_parts() {
     for rank in 0..2 {
         for index in 0..2u8 {
             let micro = Axis { name: MICRO.into(), index: index.into(), size: 2, place: shard(0), input_digest: None };
-            let axes = [dp(rank, 2, Place::Unknown), vec![micro]].concat();
+            let axes = [dp(rank, 2, Placement::Unknown), vec![micro]].concat();
             f.part(id("same", 0), DType::UInt8, &[1], rank, axes.clone(), &[index]);
             f.part(id("other", 0), DType::UInt8, &[1], rank, axes, &[index * rank as u8]);
         }
@@ -216,7 +230,7 @@ fn addends_are_summed_in_their_type() {
     for rank in 0..3 {
         // 1.0, 2.0 and 3.0 as bfloat16.
         let bits: u16 = [0x3f80, 0x4000, 0x4040][rank as usize];
-        f.part(id("mlp", 0), DType::BFloat16, &[1], rank, dp(rank, 3, Place::Partial), &bits.to_le_bytes());
+        f.part(id("mlp", 0), DType::BFloat16, &[1], rank, dp(rank, 3, Placement::Partial), &bits.to_le_bytes());
     }
     assert_eq!(&*only(&open(&f.finish())).bytes, 0x40c0u16.to_le_bytes());
 }
@@ -230,7 +244,7 @@ fn parts_without_a_layout_are_named_and_readable_one_by_one() {
             DType::UInt8,
             &[1 + u64::from(rank)],
             rank,
-            dp(rank, 2, Place::Unknown),
+            dp(rank, 2, Placement::Unknown),
             &vec![9; 1 + rank as usize],
         );
     }

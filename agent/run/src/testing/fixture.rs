@@ -7,7 +7,7 @@ use wire::{
     dtype::DType,
     hooks::Kind,
     loss_scale::LossScale,
-    record::{Axis, Place},
+    record::{Axis, Placement},
 };
 
 use crate::format::{
@@ -41,13 +41,13 @@ pub fn id(module: &str, step: u64) -> Identity {
 }
 
 /// One axis named dp.
-pub fn dp(index: u32, size: u32, place: Place) -> Vec<Axis> {
+pub fn dp(index: u32, size: u32, place: Placement) -> Vec<Axis> {
     vec![Axis { name: "dp".into(), index, size, place, input_digest: None }]
 }
 
 /// Pieces of a dimension, lengths telling the offsets.
-pub fn shard(dim: u32) -> Place {
-    Place::Shard { dim }
+pub fn shard(dim: u32) -> Placement {
+    Placement::Shard { dim }
 }
 
 /// Little-endian bytes of float32.

@@ -4,7 +4,7 @@ pub mod fixture;
 
 use wire::{
     dtype::DType,
-    record::{Axis, Place, RecordMeta},
+    record::{Axis, Placement, RecordMeta},
 };
 
 use crate::format::{Location, Part, Stats, What};
@@ -15,7 +15,7 @@ pub fn meta(module: &str, step: u64, rows: u64) -> RecordMeta {
 }
 
 /// [`meta`] as `rank` of `world` ranks captured it, laid along one data parallel axis as `place` says.
-pub fn on_rank(mut meta: RecordMeta, rank: u32, world: u32, place: Place) -> RecordMeta {
+pub fn on_rank(mut meta: RecordMeta, rank: u32, world: u32, place: Placement) -> RecordMeta {
     meta.rank = rank;
     meta.dp_size = world;
     meta.axes = vec![Axis { name: "dp".into(), index: rank, size: world, place, input_digest: None }];
@@ -23,8 +23,8 @@ pub fn on_rank(mut meta: RecordMeta, rank: u32, world: u32, place: Place) -> Rec
 }
 
 /// Consecutive pieces of the batch.
-pub fn batch() -> Place {
-    Place::Shard { dim: 0 }
+pub fn batch() -> Placement {
+    Placement::Shard { dim: 0 }
 }
 
 /// A stored part.

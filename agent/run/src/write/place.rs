@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
 };
 
-use wire::record::Place;
+use wire::record::Placement;
 
 use super::{
     recent::Recent,
@@ -106,8 +106,8 @@ pub struct Replica {
 /// The key of a part that others should be equal to; `None` if there are no others.
 pub fn replica_key(what: &What) -> Option<ReplicaKey> {
     let axes = || what.axes.iter().filter(|a| a.size > 1);
-    axes().any(|a| a.place == Place::Replicate).then(|| {
-        let rest = axes().filter(|a| a.place != Place::Replicate).map(|a| (a.name.clone(), a.index)).collect();
+    axes().any(|a| a.place == Placement::Replicate).then(|| {
+        let rest = axes().filter(|a| a.place != Placement::Replicate).map(|a| (a.name.clone(), a.index)).collect();
         (what.id.clone(), rest)
     })
 }

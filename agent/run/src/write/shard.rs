@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use wire::{dtype::DType, record::Place};
+use wire::{dtype::DType, record::Placement};
 
 use crate::{
     files::{ToWrite, open_to_write},
@@ -146,14 +146,14 @@ pub enum Lie {
 impl Lie {
     /// From a part's axes. Axes along which parts are replicas do not matter.
     pub fn of(what: &What) -> Self {
-        let mut axes = what.axes.iter().filter(|a| a.size > 1 && a.place != Place::Replicate);
+        let mut axes = what.axes.iter().filter(|a| a.size > 1 && a.place != Placement::Replicate);
         match (axes.next(), axes.next()) {
             (None, _) => Self::Whole,
             (Some(axis), None) if !what.shape.is_empty() => match &axis.place {
-                Place::Shard { dim: 0 } | Place::ReplicateOrShard { dim: 0 } => Self::Piece {
+                Placement::Shard { dim: 0 } | Placement::ReplicateOrShard { dim: 0 } => Self::Piece {
                     index: axis.index,
                     size: axis.size,
-                    ambiguous: matches!(axis.place, Place::ReplicateOrShard { .. }),
+                    ambiguous: matches!(axis.place, Placement::ReplicateOrShard { .. }),
                     given: axis.input_digest,
                 },
                 _ => Self::Apart,

@@ -14,7 +14,7 @@ use flexmodel_run::{
 };
 use wire::{
     dtype::DType,
-    record::{MICRO, Place},
+    record::{MICRO, Placement},
 };
 
 use super::*;
@@ -33,7 +33,7 @@ struct Case {
 }
 
 /// Name, index, size, place.
-type Along<'a> = (&'a str, u32, u32, Place);
+type Along<'a> = (&'a str, u32, u32, Placement);
 
 /// Parts with different elements, one a rank: shape and axes.
 fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
@@ -106,7 +106,7 @@ fn two_mesh_axes_read_as_the_whole() {
 #[test]
 fn pieces_from_head_and_tail_read_as_the_whole() {
     for dim in 0..2 {
-        let axes = |i| [("cp", i, 3, Place::HeadTail { dim })];
+        let axes = |i| [("cp", i, 3, Placement::HeadTail { dim })];
         let place = [axes(0), axes(1), axes(2)];
         check(case(DType::Float32, &[(&[4, 2], &place[0]), (&[4, 2], &place[1]), (&[4, 2], &place[2])]));
     }
@@ -114,7 +114,7 @@ fn pieces_from_head_and_tail_read_as_the_whole() {
 
 #[test]
 fn addends_and_complex_elements_read_as_the_whole() {
-    let axes = |i| [("tp", i, 2, Place::Partial)];
+    let axes = |i| [("tp", i, 2, Placement::Partial)];
     check(case(DType::Float32, &[(&[2, 3], &axes(0)), (&[2, 3], &axes(1))]));
     check(case(DType::Complex64, &[(&[2, 3], &axes(0)), (&[2, 3], &axes(1))]));
     let axes = |i| [("dp", i, 2, shard(1))];
@@ -189,9 +189,16 @@ fn a_replica_that_sent_a_checksum_has_the_bytes_of_its_equal() {
         for checksum_first in [false, true] {
             let run = || {
                 let mut bytes = Fixture::default();
-                bytes.part(id("m", 0), DType::UInt8, &[2], sender, dp(sender, 2, Place::Replicate), &[7, 8]);
+                bytes.part(id("m", 0), DType::UInt8, &[2], sender, dp(sender, 2, Placement::Replicate), &[7, 8]);
                 let mut checksum = Fixture::default();
-                checksum.part(id("m", 0), DType::UInt8, &[2], 1 - sender, dp(1 - sender, 2, Place::Replicate), &[7, 8]);
+                checksum.part(
+                    id("m", 0),
+                    DType::UInt8,
+                    &[2],
+                    1 - sender,
+                    dp(1 - sender, 2, Placement::Replicate),
+                    &[7, 8],
+                );
                 let Line::Part(mut part) = decode_line(&checksum.lines).unwrap() else { panic!("not a part") };
                 part.same = part.at.take().map(|at| at.crc);
                 let line = encode_line(&Line::Part(part));

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use wire::tap_abi::{Call, Trigger};
 
 use super::{
-    Triggered, Steps,
+    Steps, Triggered,
     passes::{Caller, Passes, StackPosition},
 };
 

@@ -32,7 +32,8 @@ impl World {
     }
 
     fn call(&mut self, tap: usize, trigger: Trigger) -> Option<Call> {
-        let triggered = Triggered { tap: tap as u32, paired: false, wants_gradients: true, optimizers: &[], trigger: &trigger };
+        let triggered =
+            Triggered { tap: tap as u32, paired: false, wants_gradients: true, optimizers: &[], trigger: &trigger };
         self.clock.place(MODEL, &mut self.taps[tap], triggered)
     }
 
@@ -177,7 +178,8 @@ fn a_skipped_step_is_none_and_the_next_pass_is_another_microbatch() {
 fn models_share_steps_and_count_their_own_microbatches() {
     let (mut w, mut teacher) = (World::new(), Calls::default());
     let mut teach = |w: &mut World| {
-        let triggered = Triggered { tap: 9, paired: false, wants_gradients: false, optimizers: &[], trigger: &evaluation() };
+        let triggered =
+            Triggered { tap: 9, paired: false, wants_gradients: false, optimizers: &[], trigger: &evaluation() };
         w.clock.place(8, &mut teacher, triggered).map(|c| (c.step, c.micro))
     };
     assert_eq!((teach(&mut w), w.pass(train())[0]), (Some((0, 0)), (0, 0, 0)));
@@ -283,7 +285,8 @@ fn a_pass_trains_or_not_as_a_whole() {
         let mut w = World::new();
         w.clock.enter(MODEL, Caller::Model, at(0), &of(mode, grad));
         // Frozen batch norm, a part under checkpointing, and dropout that samples.
-        let inside = [of(false, true), of(true, false), of(true, true)].map(|trigger| w.call(0, trigger).unwrap().train);
+        let inside =
+            [of(false, true), of(true, false), of(true, true)].map(|trigger| w.call(0, trigger).unwrap().train);
         assert_eq!(inside, [mode && grad; 3]);
     }
 }

@@ -12,11 +12,11 @@ use wire::{
     codes::{Role, Subject},
     control::{StepRule, ToAgent},
     hooks::{Edit, Kind},
-    tap_abi::{Call, Trigger, LeafEdit, Rank},
+    tap_abi::{Call, LeafEdit, Rank, Trigger},
 };
 
 use crate::{
-    clock::{Caller, Clock, Triggered, StackPosition},
+    clock::{Caller, Clock, StackPosition, Triggered},
     plan::{HookPlan, PlanInForce},
     process::Process,
     taps::TapRegistry,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use wire::{
     codes::Refusal,
-    record::{Axis, Place, RecordMeta},
+    record::{Axis, Placement, RecordMeta},
 };
 
 use super::*;
@@ -201,7 +201,7 @@ fn a_record_says_where_it_is_of() {
     w.pass(1, &taps, &training());
     let call = w.calls(1, &taps, &training())[0].unwrap();
     let forward = w.record(&call, Kind::Forward, "out").unwrap();
-    let place = Place::Shard { dim: 0 };
+    let place = Placement::Shard { dim: 0 };
     let axis = Axis { name: "dp".into(), index: 1, size: 2, place, input_digest: None };
     assert_eq!((forward.module.as_str(), forward.class.as_str(), forward.path.as_str()), ("a", "Linear", "out"));
     assert_eq!((forward.step, forward.micro, forward.call, forward.rank), (1, 1, 0, 1));

@@ -256,13 +256,14 @@ impl Agreement {
 mod tests {
     use wire::{
         dtype::DType,
-        record::{Axis, Place},
+        record::{Axis, Placement},
     };
 
     use super::*;
 
     fn part(module: &str, step: u64, index: u32, size: u32) -> Offer {
-        let axes = vec![Axis { name: "dp".into(), index, size, place: Place::Shard { dim: 0 }, input_digest: None }];
+        let axes =
+            vec![Axis { name: "dp".into(), index, size, place: Placement::Shard { dim: 0 }, input_digest: None }];
         let meta = RecordMeta { step, axes, rank: index, ..RecordMeta::output(module, DType::Float32, vec![2]) };
         Offer { meta, held: Held::Host }
     }

@@ -1,13 +1,13 @@
 //! How a leaf lies over the ranks: as torch says where it does, else inferred from its shape, the batch that the model was
 //! called with, and what each axis of the mesh is there for.
 //!
-//! What is inferred is not sure, so the rules prefer saying "unknown" to a wrong whole. [`Place::Unknown`] still becomes
+//! What is inferred is not sure, so the rules prefer saying "unknown" to a wrong whole. [`Placement::Unknown`] still becomes
 //! whole when all ranks turn out to hold the same bytes.
 
 use wire::{
     codes::{Code, Order, Role},
     hooks::{Kind, ShardHint},
-    record::{Axis, MICRO, Place, Placement},
+    record::{Axis, MICRO, Placement, PlacementCode},
     tap_abi::{self, ModelDesc, Rank},
 };
 
@@ -89,7 +89,7 @@ pub unsafe fn from_torch(tensor: &tap_abi::Leaf<'_>) -> Vec<Axis> {
         };
         // SAFETY: `ndim` sizes, which live as long as the description.
         let sizes = unsafe { tap_abi::array(axis.sizes, axis.ndim) };
-        let place = Place::of(Placement::from_code(axis.placement).unwrap_or_default(), axis.dim, sizes);
+        let place = Placement::of(PlacementCode::from_code(axis.placement).unwrap_or_default(), axis.dim, sizes);
         Axis { name: name.to_owned(), index: axis.index, size: axis.size, place, input_digest: None }
     };
     (0..tensor.axis_count).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
@@ -124,7 +124,7 @@ pub fn infer(
                 let name = if has_batch(axis) { DATA.to_owned() } else { axis.name.clone() };
                 let place = place_along(axis, leaf, known);
                 let input_digest =
-                    (axis.role == Role::Assumed && place != Place::Unknown).then_some(known.input_digest);
+                    (axis.role == Role::Assumed && place != Placement::Unknown).then_some(known.input_digest);
                 axes.push(Axis { name, index: axis.index, size: axis.size, place, input_digest });
             }
         }
@@ -133,7 +133,7 @@ pub fn infer(
     if size > 1 && !has_no_batch(leaf.module, leaf.path) {
         let place = place(leaf.shape, leaf.path, known);
         // What has no batch, as far as is known, stays a record of each microbatch.
-        if place != Place::Unknown {
+        if place != Placement::Unknown {
             axes.push(Axis { name: MICRO.to_owned(), index, size, place, input_digest: None });
         }
     }
@@ -154,7 +154,7 @@ pub fn of_some(
     me: Rank,
     ranks: &[u32],
 ) -> Vec<Axis> {
-    if from_torch.iter().any(|axis| axis.place.placement().holds_part()) {
+    if from_torch.iter().any(|axis| axis.place.code().holds_part()) {
         return infer(leaf, known, hint, mesh, from_torch);
     }
     let there = || ranks.iter().filter(|&&r| r < me.world);
@@ -178,43 +178,43 @@ fn apply(hint: &ShardHint, ndim: usize, axes: &mut [Axis]) {
     axis.input_digest = None;
 }
 
-fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Place {
+fn place_along(axis: &MeshAxis, leaf: Leaf<'_>, known: Known) -> Placement {
     match axis.role {
-        Role::Assumed if known.input_digest == 0 => Place::Unknown,
-        Role::Data | Role::Assumed if has_no_batch(leaf.module, leaf.path) => Place::Unknown,
+        Role::Assumed if known.input_digest == 0 => Placement::Unknown,
+        Role::Data | Role::Assumed if has_no_batch(leaf.module, leaf.path) => Placement::Unknown,
         Role::Data | Role::Assumed => place(leaf.shape, leaf.path, known),
         Role::Tensor => piece_of_sequences_or_all(axis, leaf.shape, known),
         // The pieces of a sequence may be in any order.
-        Role::Context | Role::Other | Role::Pipeline => Place::Unknown,
+        Role::Context | Role::Other | Role::Pipeline => Placement::Unknown,
     }
 }
 
 /// Sequence parallelism: between the modules that share their work, members of a tensor axis hold pieces of the sequences
 /// that the model was called with.
-fn piece_of_sequences_or_all(axis: &MeshAxis, shape: &[u64], known: Known) -> Place {
+fn piece_of_sequences_or_all(axis: &MeshAxis, shape: &[u64], known: Known) -> Placement {
     let [batch, length, _] = known.batch.map(|n| u64::try_from(n).unwrap_or(u64::MAX));
     // As `torch.chunk` cuts.
     let longest = length.div_ceil(u64::from(axis.size));
     let own = length.saturating_sub(longest * u64::from(axis.index)).min(longest);
     match (known.order, shape) {
         (Order::Unstated | Order::BatchFirst, &[a, b, _, ..]) if length != u64::MAX && (a, b) == (batch, own) => {
-            Place::ReplicateOrShard { dim: 1 }
+            Placement::ReplicateOrShard { dim: 1 }
         }
         (Order::Turned, &[a, b, _, ..]) if length != u64::MAX && (a, b) == (own, batch) => {
-            Place::ReplicateOrShard { dim: 0 }
+            Placement::ReplicateOrShard { dim: 0 }
         }
-        _ => Place::Unknown,
+        _ => Placement::Unknown,
     }
 }
 
 /// What a packed sequence is made of: steps of all its sequences, the longest first, and how a rank has packed them.
 const PACKED: [&str; 4] = [".data", ".batch_sizes", ".sorted_indices", ".unsorted_indices"];
 
-fn hinted(ndim: usize, dim: i32) -> Place {
+fn hinted(ndim: usize, dim: i32) -> Placement {
     let dim = if dim < 0 { dim + ndim as i32 } else { dim };
     match u32::try_from(dim) {
-        Ok(dim) if (dim as usize) < ndim => Place::Shard { dim },
-        _ => Place::Unknown,
+        Ok(dim) if (dim as usize) < ndim => Placement::Shard { dim },
+        _ => Placement::Unknown,
     }
 }
 
@@ -227,49 +227,49 @@ fn has_no_batch(module: &str, path: &str) -> bool {
         || PACKED.iter().any(|end| path.ends_with(end))
 }
 
-fn place(shape: &[u64], path: &str, known: Known) -> Place {
+fn place(shape: &[u64], path: &str, known: Known) -> Placement {
     match by_order(shape, path, known) {
         // A module that was given no tensor knows nothing of the batch: it has a table.
-        _ if known.own[0] < 0 => Place::Unknown,
+        _ if known.own[0] < 0 => Placement::Unknown,
         // Each rank has its own share of the gradient of a table. A batch of one is likelier than a table with one row.
-        Place::ReplicateOrShard { .. } if known.kind.is_in(Kind::GRADIENTS) && shape.first() != Some(&1) => {
-            Place::Unknown
+        Placement::ReplicateOrShard { .. } if known.kind.is_in(Kind::GRADIENTS) && shape.first() != Some(&1) => {
+            Placement::Unknown
         }
         place => place,
     }
 }
 
-fn by_order(shape: &[u64], path: &str, known: Known) -> Place {
+fn by_order(shape: &[u64], path: &str, known: Known) -> Placement {
     let own = known.own.map(|n| u64::try_from(n).ok());
     match known.order {
         Order::SequenceFirst if own[2].is_some() && shape.len() >= 3 => sequence_first(shape, path, own[0], own[1]),
         // Which of the model's first sizes is the batch is not known, but that these two are length and batch.
         Order::SequenceFirst | Order::InSequenceFirst => match (shape, known.batch.map(|n| n.cast_unsigned())) {
             (&[a, b, ..], [x, y, _]) if (a, b) == (x, y) || (a, b) == (y, x) => shard(1),
-            _ => Place::Unknown,
+            _ => Placement::Unknown,
         },
         Order::Recurrent if path.starts_with("out[1]") || path.starts_with("in[1]") => match shape {
             &[_, batch, _] if Some(batch) == own[0] => shard(1),
-            _ => Place::Unknown,
+            _ => Placement::Unknown,
         },
         Order::BatchFirst | Order::Recurrent => batch_first(shape, own),
         Order::Mixed => match (shape, known.batch.map(|n| n.cast_unsigned())) {
-            (&[a, b, ..], [x, y, _]) if (a, b) == (x, y) || (a, b) == (y, x) => Place::Unknown,
+            (&[a, b, ..], [x, y, _]) if (a, b) == (x, y) || (a, b) == (y, x) => Placement::Unknown,
             // A row for each of the batch, or a table with a row for each position.
-            (&[a, ..], [x, y, _]) if a == x || a == y => Place::ReplicateOrShard { dim: 0 },
-            _ => Place::Unknown,
+            (&[a, ..], [x, y, _]) if a == x || a == y => Placement::ReplicateOrShard { dim: 0 },
+            _ => Placement::Unknown,
         },
         Order::Turned => turned(shape, known.batch.map(|n| n.cast_unsigned())),
         Order::Unstated => batch_first(shape, known.batch.map(|n| u64::try_from(n).ok())),
     }
 }
 
-fn shard(dim: u32) -> Place {
-    Place::Shard { dim }
+fn shard(dim: u32) -> Placement {
+    Placement::Shard { dim }
 }
 
 /// A module that was given `[length, batch, ...]`.
-fn sequence_first(shape: &[u64], path: &str, length: Option<u64>, batch: Option<u64>) -> Place {
+fn sequence_first(shape: &[u64], path: &str, length: Option<u64>, batch: Option<u64>) -> Placement {
     let is = |dim: usize, size: Option<u64>| shape.get(dim).copied() == size;
     match (is(0, batch), is(1, batch)) {
         (false, true) => shard(1),
@@ -277,38 +277,38 @@ fn sequence_first(shape: &[u64], path: &str, length: Option<u64>, batch: Option<
         (true, false) if is(1, length) => shard(0),
         // Length and batch are the same number; what a module mainly takes and gives is as it says.
         (true, true) if path == "out" || path == "out[0]" || path.starts_with("in") => shard(1),
-        _ => Place::Unknown,
+        _ => Placement::Unknown,
     }
 }
 
 /// A model that was given `[batch, length]` and works on `[length, batch, ...]`, or on a piece of the length. Embeddings
 /// are made before they are turned, and attention's weights are `[batch, heads, length, length]`.
-fn turned(shape: &[u64], [batch, length, _]: [u64; 3]) -> Place {
+fn turned(shape: &[u64], [batch, length, _]: [u64; 3]) -> Placement {
     match *shape {
         [a, b] if (a, b) == (batch, length) => shard(0),
         [a, b, _] if (a, b) == (batch, length) && a != b => shard(0),
         [a, b, c, d] if (a, c, d) == (batch, length, length) && b != batch => shard(0),
         [a, b, _, ..] if b == batch && a > 0 && a <= length && length.is_multiple_of(a) => shard(1),
-        _ => Place::Unknown,
+        _ => Placement::Unknown,
     }
 }
 
 /// A model that was given `[batch, length, ...]` or `[batch, ...]`.
-fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Place {
-    let (Some(batch), Some(&first)) = (batch, shape.first()) else { return Place::Unknown };
+fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Placement {
+    let (Some(batch), Some(&first)) = (batch, shape.first()) else { return Placement::Unknown };
     let second = shape.get(1).copied();
     let tokens = length.and_then(|n| batch.checked_mul(n));
     if first == batch {
         // A batch of one looks like a tensor that has no batch at all, and one as long as its sequences like a table with
         // a row for each position.
         let looks_alike = batch == 1 || Some(batch) == length && second != length;
-        if looks_alike { Place::ReplicateOrShard { dim: 0 } } else { shard(0) }
+        if looks_alike { Placement::ReplicateOrShard { dim: 0 } } else { shard(0) }
     } else if shape.len() >= 2 && Some(first) == tokens && batch > 1 {
         shard(0)
     } else if shape.len() >= 3 && batch > 1 && Some(first) == length && second == Some(batch) {
         shard(1)
     } else {
-        Place::Unknown
+        Placement::Unknown
     }
 }
 

@@ -24,16 +24,16 @@ fn a_leaf_that_starts_with_the_batch_is_sharded_there() {
 
 #[test]
 fn a_leaf_without_batch_is_not_guessed() {
-    assert_eq!(place(&[], "out", DP), Place::Unknown);
-    assert_eq!(place(&[16, 8], "out", DP), Place::Unknown);
-    assert_eq!(place(&[1, 16, 8], "out", DP), Place::Unknown);
+    assert_eq!(place(&[], "out", DP), Placement::Unknown);
+    assert_eq!(place(&[16, 8], "out", DP), Placement::Unknown);
+    assert_eq!(place(&[1, 16, 8], "out", DP), Placement::Unknown);
     // As many experts, with room for as many tokens as there are rows.
-    assert_eq!(place(&[3, 4, 8], "out", DP), Place::Unknown);
+    assert_eq!(place(&[3, 4, 8], "out", DP), Placement::Unknown);
 }
 
 #[test]
 fn a_module_that_was_given_no_tensor_has_a_table() {
-    assert_eq!(place(&[4, 8], "out", Known { own: [-1; 3], ..DP }), Place::Unknown);
+    assert_eq!(place(&[4, 8], "out", Known { own: [-1; 3], ..DP }), Placement::Unknown);
 }
 
 #[test]
@@ -41,12 +41,12 @@ fn weights_that_a_parametrization_computes_and_pieces_of_packed_sequences_have_n
     let place = |module: &str, path: &str| {
         infer(Leaf { shape: &[4, 8], module, path }, DP, None, &mesh(&[Role::Data]), Vec::new())[0].place.clone()
     };
-    assert_eq!(place("stem.parametrizations.weight.0", "out"), Place::Unknown);
+    assert_eq!(place("stem.parametrizations.weight.0", "out"), Placement::Unknown);
     assert_eq!(place("stem", "out"), shard(0));
-    assert_eq!(place("mlp.experts.0.act", "out"), Place::Unknown);
+    assert_eq!(place("mlp.experts.0.act", "out"), Placement::Unknown);
     assert_eq!(place("mlp.experts", "out"), shard(0));
     for path in ["in[0].data", "out[0].batch_sizes", "in[0].sorted_indices", "in[0].unsorted_indices"] {
-        assert_eq!(place("rnn", path), Place::Unknown, "{path}");
+        assert_eq!(place("rnn", path), Placement::Unknown, "{path}");
     }
     assert_eq!(place("rnn", "out.data_of_all"), shard(0));
 }
@@ -54,20 +54,20 @@ fn weights_that_a_parametrization_computes_and_pieces_of_packed_sequences_have_n
 #[test]
 fn gradients_of_what_may_be_the_same_on_all_ranks_are_not_joined() {
     let square = Known { batch: [16, 16, -1], ..DP };
-    assert_eq!(place(&[16, 8], "out", square), Place::ReplicateOrShard { dim: 0 });
+    assert_eq!(place(&[16, 8], "out", square), Placement::ReplicateOrShard { dim: 0 });
     for kind in [Kind::Backward, Kind::BackwardPre] {
-        assert_eq!(place(&[16, 8], "out", Known { kind, ..square }), Place::Unknown);
+        assert_eq!(place(&[16, 8], "out", Known { kind, ..square }), Placement::Unknown);
         assert_eq!(place(&[4, 16], "out", Known { kind, ..DP }), shard(0));
         let one = Known { batch: [1, 16, -1], kind, ..DP };
-        assert_eq!(place(&[1, 16], "out", one), Place::ReplicateOrShard { dim: 0 });
+        assert_eq!(place(&[1, 16], "out", one), Placement::ReplicateOrShard { dim: 0 });
     }
 }
 
 #[test]
 fn what_a_batch_looks_like_is_told_apart_by_its_bytes() {
-    assert_eq!(place(&[1, 16], "out", Known { batch: [1, 16, -1], ..DP }), Place::ReplicateOrShard { dim: 0 });
+    assert_eq!(place(&[1, 16], "out", Known { batch: [1, 16, -1], ..DP }), Placement::ReplicateOrShard { dim: 0 });
     let square = Known { batch: [16, 16, -1], ..DP };
-    assert_eq!(place(&[16, 8], "out", square), Place::ReplicateOrShard { dim: 0 });
+    assert_eq!(place(&[16, 8], "out", square), Placement::ReplicateOrShard { dim: 0 });
     assert_eq!(place(&[16, 16, 8], "out", square), shard(0));
 }
 
@@ -78,7 +78,7 @@ fn attention_with_the_sequence_first_has_weights_with_the_batch_first() {
     assert_eq!(place(&[5, 7, 7], "out[1]", known), shard(0));
     let square = sequence_first([5, 5, 8]);
     assert_eq!(place(&[5, 5, 8], "out[0]", square), shard(1));
-    assert_eq!(place(&[5, 5, 5], "out[1]", square), Place::Unknown);
+    assert_eq!(place(&[5, 5, 5], "out[1]", square), Placement::Unknown);
 }
 
 #[test]
@@ -86,16 +86,16 @@ fn inside_of_a_module_with_the_sequence_first_so_is_all() {
     for batch in [[7, 5, -1], [5, 7, -1]] {
         let known = Known { batch, order: Order::InSequenceFirst, ..DP };
         assert_eq!(place(&[7, 5, 8], "out", known), shard(1));
-        assert_eq!(place(&[35, 8], "out", known), Place::Unknown);
+        assert_eq!(place(&[35, 8], "out", known), Placement::Unknown);
     }
 }
 
 #[test]
 fn beside_modules_with_the_sequence_first_the_order_is_not_guessed() {
     let known = Known { order: Order::Mixed, ..DP };
-    assert_eq!(place(&[4, 16, 8], "out", known), Place::Unknown);
-    assert_eq!(place(&[16, 4, 8], "out", known), Place::Unknown);
-    assert_eq!(place(&[16, 8], "out", known), Place::ReplicateOrShard { dim: 0 });
+    assert_eq!(place(&[4, 16, 8], "out", known), Placement::Unknown);
+    assert_eq!(place(&[16, 4, 8], "out", known), Placement::Unknown);
+    assert_eq!(place(&[16, 8], "out", known), Placement::ReplicateOrShard { dim: 0 });
     assert_eq!(place(&[4, 16, 8], "out", Known { order: Order::BatchFirst, ..known }), shard(0));
 }
 
@@ -106,13 +106,13 @@ fn megatrons_layers_turn_batch_and_length() {
     assert_eq!(place(&[16, 4, 8], "out", known), shard(1));
     // A piece of the sequences.
     assert_eq!(place(&[8, 4, 8], "out", known), shard(1));
-    assert_eq!(place(&[16, 8], "out", known), Place::Unknown);
+    assert_eq!(place(&[16, 8], "out", known), Placement::Unknown);
     // An embedding before it is turned, and weights of attention.
     assert_eq!(place(&[4, 16, 8], "out", known), shard(0));
     assert_eq!(place(&[4, 2, 16, 16], "out", known), shard(0));
-    assert_eq!(place(&[1, 1, 16, 16], "in[1]", known), Place::Unknown);
+    assert_eq!(place(&[1, 1, 16, 16], "in[1]", known), Placement::Unknown);
     let axes = infer(Leaf { shape: &[8, 4, 8], ..OUT }, known, None, &mesh(&[Role::Tensor]), Vec::new());
-    assert_eq!(axes[0].place, Place::ReplicateOrShard { dim: 0 });
+    assert_eq!(axes[0].place, Placement::ReplicateOrShard { dim: 0 });
 }
 
 #[test]
@@ -144,7 +144,10 @@ fn what_the_user_says_goes() {
 fn the_batch_lies_over_all_data_axes_as_one() {
     let axes = infer(OUT, DP, None, &mesh(&[Role::Data, Role::Tensor, Role::Data]), Vec::new());
     let dp = Axis { name: "dp".into(), index: 3, size: 4, place: shard(0), input_digest: None };
-    assert_eq!(axes, [dp, Axis { name: "axis1".into(), index: 1, size: 2, place: Place::Unknown, input_digest: None }]);
+    assert_eq!(
+        axes,
+        [dp, Axis { name: "axis1".into(), index: 1, size: 2, place: Placement::Unknown, input_digest: None }]
+    );
     assert_eq!(data_size(&mesh(&[Role::Data, Role::Tensor, Role::Data])), 4);
 }
 
@@ -155,7 +158,7 @@ fn what_is_only_supposed_says_what_the_model_was_given() {
         (axis.name, axis.place, axis.input_digest)
     };
     assert_eq!(place(DP, None), ("dp".into(), shard(0), Some(7)));
-    assert_eq!(place(Known { input_digest: 0, ..DP }, None), ("dp".into(), Place::Unknown, None));
+    assert_eq!(place(Known { input_digest: 0, ..DP }, None), ("dp".into(), Placement::Unknown, None));
     let hint = ShardHint { dim: 2, axis: "tp".into() };
     assert_eq!(place(DP, Some(&hint)), ("tp".into(), shard(2), None));
     assert_eq!(data_size(&mesh(&[Role::Assumed])), 2);
@@ -185,16 +188,16 @@ fn a_tensor_axis_may_cut_sequences_too() {
         infer(Leaf { shape, ..OUT }, known, None, &mesh(&[Role::Tensor]), Vec::new())[0].place.clone()
     };
     // The second of two members.
-    assert_eq!(place(&[4, 8, 3], 16), Place::ReplicateOrShard { dim: 1 });
-    assert_eq!(place(&[4, 7, 3], 15), Place::ReplicateOrShard { dim: 1 });
-    assert_eq!(place(&[4, 16, 3], 16), Place::Unknown);
-    assert_eq!(place(&[4, 8], 16), Place::Unknown);
+    assert_eq!(place(&[4, 8, 3], 16), Placement::ReplicateOrShard { dim: 1 });
+    assert_eq!(place(&[4, 7, 3], 15), Placement::ReplicateOrShard { dim: 1 });
+    assert_eq!(place(&[4, 16, 3], 16), Placement::Unknown);
+    assert_eq!(place(&[4, 8], 16), Placement::Unknown);
 }
 
 #[test]
 fn a_context_axis_cuts_sequences_in_an_order_that_is_not_known() {
     let axes = infer(OUT, DP, None, &mesh(&[Role::Context]), Vec::new());
-    assert_eq!(axes[0].place, Place::Unknown);
+    assert_eq!(axes[0].place, Placement::Unknown);
     let hint = ShardHint { dim: 1, axis: "axis0".into() };
     assert_eq!(infer(OUT, DP, Some(&hint), &mesh(&[Role::Context]), Vec::new())[0].place, shard(1));
 }
@@ -205,7 +208,7 @@ fn some_ranks_are_an_axis_of_their_own() {
     let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data]), Vec::new()), me, &[0, 2, 9]);
     assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0), input_digest: None }]);
     let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[0, 2]);
-    assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Place::Unknown, input_digest: None }]);
+    assert_eq!(axes, [Axis { name: "rank".into(), index: 1, size: 2, place: Placement::Unknown, input_digest: None }]);
     assert!(of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[2]).is_empty());
     let from_torch = || vec![Axis { name: "tp".into(), index: 0, size: 2, place: shard(2), input_digest: None }];
     assert_eq!(of_some(OUT, DP, None, (&[], from_torch()), me, &[2]), from_torch());

@@ -16,7 +16,7 @@ use wire::{
     control::{CONTROL_VERSION, Hello, ToAgent},
     env::OnFull,
     hooks::Kind,
-    tap_abi::{Trigger, MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str},
+    tap_abi::{MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str, Trigger},
 };
 
 use crate::{engine::Reports, process::Process, switch::Switch};

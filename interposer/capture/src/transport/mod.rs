@@ -46,7 +46,7 @@ use wire::{
     codes::CopyState,
     control::{Hello, ToAgent},
     counts::Counts,
-    record::{Axis, Place, RecordMeta},
+    record::{Axis, Placement, RecordMeta},
     slab::{Mapping, Reservation},
     tap_abi::{BridgeTable, Rank},
 };
@@ -308,6 +308,6 @@ fn copy_failed(transport: Weak<Transport>) -> Arc<dyn Fn() + Send + Sync> {
 
 /// Whether the first of its members holds the same tensor, as torch says.
 fn is_replica(meta: &RecordMeta) -> bool {
-    let sends = |axis: &Axis| axis.place != Place::Replicate || axis.index == 0;
+    let sends = |axis: &Axis| axis.place != Placement::Replicate || axis.index == 0;
     !meta.axes.iter().all(sends) && !meta.stats_only && meta.refused.is_empty()
 }

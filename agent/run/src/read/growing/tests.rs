@@ -3,7 +3,7 @@ use std::{fs, io::Write, path::PathBuf, sync::Arc};
 use proptest::prelude::*;
 use wire::{
     dtype::DType,
-    record::{Axis, Place},
+    record::{Axis, Placement},
 };
 
 use super::*;
@@ -186,9 +186,9 @@ fn line(node: u32) -> impl Strategy<Value = Vec<u8>> {
         let rank = 2 * node + index;
         let axis = |name: &str, index, place| Axis { name: name.into(), index, size: 2, place, input_digest: None };
         let axes = match how {
-            0 => vec![axis("dp", node, Place::Replicate), axis("tp", index, shard(0))],
-            1 => vec![axis("dp", node, shard(0)), axis("tp", index, Place::Replicate)],
-            _ => vec![axis("dp", node, Place::Replicate), axis("tp", index, Place::Replicate)],
+            0 => vec![axis("dp", node, Placement::Replicate), axis("tp", index, shard(0))],
+            1 => vec![axis("dp", node, shard(0)), axis("tp", index, Placement::Replicate)],
+            _ => vec![axis("dp", node, Placement::Replicate), axis("tp", index, Placement::Replicate)],
         };
         let mut part = crate::testing::part(&format!("m{module}"), step, 1);
         (part.what.rank, part.what.axes) = (rank, axes);

@@ -1,6 +1,6 @@
 //! Where parts lie, and what they are called.
 
-use wire::{dtype::DType, record::Place};
+use wire::{dtype::DType, record::Placement};
 
 use super::{
     place::{FULL_BYTES, FULL_ROOMS},
@@ -136,7 +136,7 @@ fn equal_replicas_share_their_bytes() {
     let bytes = bytes_of(&meta("w", 0, 64), 9);
     let mut places = Vec::new();
     for rank in 0..3 {
-        let (part, against) = put(&store, &on_rank(meta("w", 0, 64), rank, 3, Place::Replicate), &bytes);
+        let (part, against) = put(&store, &on_rank(meta("w", 0, 64), rank, 3, Placement::Replicate), &bytes);
         assert_eq!(against, None);
         places.push(part.at.unwrap());
     }
@@ -154,7 +154,7 @@ fn equal_replicas_in_pieces_share_their_bytes_too() {
     let bytes = bytes_of(&meta("w", 0, 64), 9);
     let mut places = Vec::new();
     for rank in 0..2 {
-        let mut part = store.begin(on_rank(meta("w", 0, 64), rank, 2, Place::Replicate));
+        let mut part = store.begin(on_rank(meta("w", 0, 64), rank, 2, Placement::Replicate));
         part.write(0, &bytes[..100]);
         part.write(100, &bytes[100..]);
         let Outcome::Stored { part, .. } = part.finish() else { panic!() };
@@ -176,7 +176,7 @@ fn an_equal_replica_that_came_in_pieces_gives_back_its_own_bytes_and_nobody_else
             let store = &store;
             threads.spawn(move || {
                 for step in 0..25 {
-                    let record = on_rank(meta("same", step, 4096), rank, 4, Place::Replicate);
+                    let record = on_rank(meta("same", step, 4096), rank, 4, Placement::Replicate);
                     let bytes = bytes_of(&record, step as u8);
                     let (head, tail) = bytes.split_at(1000);
                     let mut part = store.begin(record);
@@ -202,8 +202,8 @@ fn of_a_checksum_and_bytes_that_differ_it_is_the_checksum_that_is_apart() {
     for checksum_first in [true, false] {
         let dir = tempfile::tempdir().unwrap();
         let store = store(dir.path());
-        let bytes = on_rank(meta("w", 0, 8), 0, 2, Place::Replicate);
-        let mut checksum = on_rank(meta("w", 0, 8), 1, 2, Place::Replicate);
+        let bytes = on_rank(meta("w", 0, 8), 0, 2, Placement::Replicate);
+        let mut checksum = on_rank(meta("w", 0, 8), 1, 2, Placement::Replicate);
         checksum.same = Some(7);
         let mut all = [(&bytes, bytes_of(&bytes, 0)), (&checksum, Vec::new())];
         if checksum_first {
@@ -224,7 +224,7 @@ fn replicas_that_differ_are_both_kept_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     for rank in 0..3 {
-        let record = on_rank(meta("w", 0, 8), rank, 3, Place::Replicate);
+        let record = on_rank(meta("w", 0, 8), rank, 3, Placement::Replicate);
         let (_, against) = put(&store, &record, &bytes_of(&record, u8::from(rank == 1)));
         assert_eq!(against, (rank == 1).then_some(0));
     }
@@ -245,9 +245,9 @@ fn a_batch_of_one_that_is_equal_everywhere_is_the_whole() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     for rank in 0..2 {
-        let same = on_rank(meta("same", 0, 1), rank, 2, Place::ReplicateOrShard { dim: 0 });
+        let same = on_rank(meta("same", 0, 1), rank, 2, Placement::ReplicateOrShard { dim: 0 });
         put(&store, &same, &bytes_of(&same, 0));
-        let other = on_rank(meta("other", 0, 1), rank, 2, Place::ReplicateOrShard { dim: 0 });
+        let other = on_rank(meta("other", 0, 1), rank, 2, Placement::ReplicateOrShard { dim: 0 });
         put(&store, &other, &bytes_of(&other, rank as u8));
     }
     store.finish();
