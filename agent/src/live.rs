@@ -8,7 +8,7 @@
 //! | points | [`POINTS_PER_SERIES`] a series, [`POINT_BUDGET`] in all (104 bytes each): at most 28 MB |
 //! | series | [`MAX_SERIES`], [`MAX_SERIES_TEXT`] of names; later ones are in the totals but not charted, as a notice says |
 //! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them, [`MAX_PART_BYTES`] in all |
-//! | modules | what `run.json` lists, shared with it: [`names`](flexmodel_run::names), [`owners`](flexmodel_run::owners) |
+//! | modules | what `run.json` lists, shared with it: [`names`](flexmodel_run::names), [`owners`](flexmodel_run::ownership) |
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 
@@ -29,7 +29,7 @@ use std::{
 use flexmodel_run::{
     format::{Identity, ModelInfo, Part, RunInfo, Totals, What},
     names::Names,
-    owners::Scattered,
+    ownership::PartialOwnership,
 };
 use tokio::sync::Notify;
 use wire::control::MAX_MODELS;
@@ -187,11 +187,11 @@ impl Live {
     }
 
     /// Which ranks lack the module of a record.
-    pub fn scattered(&self, id: &Identity) -> Scattered {
+    pub fn partial(&self, id: &Identity) -> PartialOwnership {
         let inner = self.lock();
         let (owners, world) = (inner.info.owners.clone(), inner.info.world);
         drop(inner);
-        Scattered::of_module(&owners, world, id.model, &id.module)
+        PartialOwnership::of_module(&owners, world, id.model, &id.module)
     }
 
     /// A rank connected. A run that was over goes on.

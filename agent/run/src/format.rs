@@ -74,7 +74,7 @@ pub struct RunInfo {
     /// By which rules steps were counted, in the order in which they came into force.
     pub steps: Vec<StepRule>,
     /// The module tree of every model, by model number, as far as it is within [`names`](super::names) and
-    /// [`owners`](super::owners).
+    /// [`owners`](super::ownership).
     #[serde(deserialize_with = "objects::list")]
     pub models: Vec<ModelInfo>,
     /// Which modules the ranks have that said so. They differ where a pipeline or experts are distributed over them. None

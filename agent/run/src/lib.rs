@@ -24,7 +24,7 @@ pub mod limits;
 pub mod manifest;
 pub mod names;
 pub mod owner_only;
-pub mod owners;
+pub mod ownership;
 pub mod read;
 pub mod stats;
 #[cfg(any(test, feature = "testing"))]

@@ -76,7 +76,7 @@ impl Tensors {
     /// Looks at a record as a whole, or at what one rank captured of it. The error is a whole sentence.
     pub fn look(&self, live: &Live, id: &Identity, rank: Option<u32>) -> Result<Look, String> {
         let parts = live.pick(id).map_or_else(|| self.older(id), |picked| Ok(picked.parts))?;
-        let whole = Record::new(parts, &live.scattered(id));
+        let whole = Record::new(parts, &live.partial(id));
         let whole = whole.ok_or_else(|| format!("{id} was not captured, or not yet"))?;
         let own = rank.map(|rank| whole.of_rank(rank).ok_or_else(|| no_part(&whole))).transpose()?;
         let shown = own.as_ref().unwrap_or(&whole);

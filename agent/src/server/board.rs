@@ -12,7 +12,7 @@ use std::{
 use flexmodel_run::{
     format::{FORMAT, ModelInfo, Module, Owners, RunInfo},
     names::{MAX_NAME_BYTES, MAX_NAMES, Names},
-    owners::{self, MAX_MODULES},
+    ownership::{self, MAX_MODULES},
     write::Store,
 };
 use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, StepRule, clip};
@@ -296,12 +296,12 @@ impl Known {
         model: Option<u32>,
         modules: &[Arc<str>],
         cut: bool,
-    ) -> Result<bool, owners::TooMany> {
+    ) -> Result<bool, ownership::TooMany> {
         if self.without_owners {
             return Ok(false);
         }
         let owners = &mut self.info.owners;
-        let added = if cut { Err(owners::TooMany) } else { owners::add(owners, rank, model, modules) };
+        let added = if cut { Err(ownership::TooMany) } else { ownership::add(owners, rank, model, modules) };
         if added.is_err() {
             (self.info.owners, self.without_owners) = (Vec::new(), true);
         }
@@ -323,7 +323,7 @@ fn within(info: &mut RunInfo, names: &mut Names) -> bool {
     }
     for Owners { model, ranks, modules } in std::mem::take(&mut info.owners) {
         let kept: Vec<Arc<str>> = modules.iter().filter_map(|name| names.keep(name)).collect();
-        let added = |rank| owners::add(&mut info.owners, rank, model, &kept);
+        let added = |rank| ownership::add(&mut info.owners, rank, model, &kept);
         if ranks.into_iter().map(added).any(|added| added.is_err()) {
             info.owners.clear();
             return false;

@@ -27,7 +27,7 @@
 //! own it has, for each slab, a thread, one frame's metadata (64 KiB at most) and the places of [`ingest::MAX_OPEN`]
 //! unfinished tensors; for each connection a message that has not come in full (64 KiB, and 16 MiB of longer ones for all
 //! connections together); what [`board`] lists of modules, whose names are shared and bounded
-//! ([`names`](flexmodel_run::names), [`owners`](flexmodel_run::owners)); the [`store`](flexmodel_run::write)'s and the
+//! ([`names`](flexmodel_run::names), [`owners`](flexmodel_run::ownership)); the [`store`](flexmodel_run::write)'s and the
 //! [`dashboard`](crate::live)'s bounded tables. Together that stays below 64 MiB beside the slabs for a node of ordinary
 //! size, and below 256 MiB whatever a job does.
 

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     format::{Identity, Owners, Part, What},
-    owners::Scattered,
+    ownership::PartialOwnership,
 };
 
 /// The records of a run.
@@ -177,11 +177,11 @@ impl Gathered {
     /// Gives parts their bytes that another rank sent, and makes those of modules that some ranks lack lie among those
     /// that have them.
     fn settle(&mut self, owners: &[Owners], world: u32) {
-        let scattered = Scattered::new(owners, world);
+        let partial = PartialOwnership::new(owners, world);
         if self.owners.0 != owners || self.owners.1 != world {
-            let known = Scattered::new(&self.owners.0, self.owners.1);
+            let known = PartialOwnership::new(&self.owners.0, self.owners.1);
             self.owners = (owners.to_vec(), world);
-            if !(known.is_empty() && scattered.is_empty()) {
+            if !(known.is_empty() && partial.is_empty()) {
                 for (at, slot) in self.slots.iter_mut().enumerate() {
                     slot.change(at, &mut self.changed);
                 }
@@ -192,11 +192,11 @@ impl Gathered {
         for at in changed {
             let slot = &mut self.slots[at];
             slot.changed = false;
-            if layout::borrows(&slot.record.parts) || scattered.knows(&slot.record.id) {
+            if layout::borrows(&slot.record.parts) || partial.knows(&slot.record.id) {
                 slot.written = self.growing.then(|| slot.record.clone());
                 let parts = &mut Arc::make_mut(&mut slot.record).parts;
                 layout::lend(parts);
-                scattered.settle(parts);
+                partial.settle(parts);
             }
             self.records.set(at, slot.record.clone());
             if !self.nodes.is_empty() {

@@ -43,7 +43,7 @@ use self::gathered::Gathered;
 use crate::{
     format::{Identity, Part, RunInfo, Stats, What},
     limits::PROBLEMS,
-    owners::Scattered,
+    ownership::PartialOwnership,
     text,
 };
 
@@ -59,11 +59,11 @@ pub struct Record {
 impl Record {
     /// The record of parts that came in this order; `None` of none. Where one was captured again, its last counts, and
     /// otherwise they are settled as those of [`Run::open`] are.
-    pub fn new(mut parts: Vec<Part>, scattered: &Scattered) -> Option<Self> {
+    pub fn new(mut parts: Vec<Part>, partial: &PartialOwnership) -> Option<Self> {
         let id = parts.first()?.what.id.clone();
         in_seats(&mut parts, &mut Vec::new());
         layout::lend(&mut parts);
-        scattered.settle(&mut parts);
+        partial.settle(&mut parts);
         Some(Self { id, parts })
     }
 

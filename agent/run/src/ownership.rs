@@ -118,7 +118,7 @@ impl ModelInfo {
 
 /// The modules that some ranks of a job lack, by model and name, and who has them.
 #[derive(Debug, Default)]
-pub struct Scattered {
+pub struct PartialOwnership {
     /// By model (`None`: of all of which the ranks capture nothing) and module: the groups that have it.
     having: HashMap<Option<u32>, HashMap<Arc<str>, Vec<usize>>>,
     groups: Vec<BTreeSet<u32>>,
@@ -135,7 +135,7 @@ struct Unions {
     spent: usize,
 }
 
-impl Scattered {
+impl PartialOwnership {
     /// Nothing, unless every rank of `world` has said what it has.
     pub fn new(owners: &[Owners], world: u32) -> Self {
         Self::of(owners, world, |_, _| true)
@@ -300,23 +300,23 @@ mod tests {
     #[test]
     fn what_is_known_for_one_module_is_as_much_as_it_needs() {
         let all = [group(&[0], "a b b.c"), group(&[1], "a")];
-        let known = Scattered::of_module(&all, 2, 0, "b.c.weight");
+        let known = PartialOwnership::of_module(&all, 2, 0, "b.c.weight");
         assert_eq!(known.owners(0, "b.c.weight").as_deref(), Some(&BTreeSet::from([0])));
         for (model, name) in [(0, "a.b"), (0, "bc"), (1, "b")] {
-            assert_eq!(Scattered::of_module(&all, 2, model, name).owners(model, name), None, "{name}");
+            assert_eq!(PartialOwnership::of_module(&all, 2, model, name).owners(model, name), None, "{name}");
         }
     }
 
     #[test]
     fn nothing_is_known_before_all_ranks_have_spoken() {
         let all = [group(&[0], "a b"), group(&[1], "a")];
-        assert!(Scattered::new(&all, 3).is_empty());
-        let known = Scattered::new(&all, 2);
+        assert!(PartialOwnership::new(&all, 3).is_empty());
+        let known = PartialOwnership::new(&all, 2);
         assert_eq!(known.owners(0, "b.weight").as_deref(), Some(&BTreeSet::from([0])));
         assert_eq!(known.owners(0, "a.weight"), None);
         assert_eq!(known.owners(1, "b.weight"), None);
         let unnumbered = Owners { model: None, ..group(&[1], "b") };
-        let known = Scattered::new(&[group(&[0], "a b"), group(&[1], "a"), unnumbered], 2);
+        let known = PartialOwnership::new(&[group(&[0], "a b"), group(&[1], "a"), unnumbered], 2);
         assert_eq!(known.owners(0, "b.weight"), None);
     }
 
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn what_one_rank_alone_has_is_no_piece() {
-        let known = Scattered::new(&[group(&[1], "b"), group(&[0, 2, 3], "a")], 4);
+        let known = PartialOwnership::new(&[group(&[1], "b"), group(&[0, 2, 3], "a")], 4);
         let mut alone = parts(&[1], 4);
         known.settle(&mut alone);
         assert!(alone[0].what.axes.is_empty());
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn what_some_ranks_have_is_not_known_and_waits_for_all_of_them() {
-        let known = Scattered::new(&[group(&[1, 3], "b"), group(&[0, 2], "a")], 4);
+        let known = PartialOwnership::new(&[group(&[1, 3], "b"), group(&[0, 2], "a")], 4);
         let mut early = parts(&[1], 4);
         known.settle(&mut early);
         assert_eq!(early, parts(&[1], 4));
