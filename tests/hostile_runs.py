@@ -11,6 +11,8 @@ import socket
 import struct
 from collections.abc import Callable
 
+import google_crc32c
+
 HEADER_SPACE = 1 << 20
 GIGA = 1 << 30
 BOTH = {"before", "after"}
@@ -22,20 +24,6 @@ CASES: dict[str, Callable[["Run"], set[str] | None]] = {}
 def case(build: Callable[["Run"], set[str] | None]) -> Callable[["Run"], set[str] | None]:
     CASES[build.__name__] = build
     return build
-
-
-_TABLE = []
-for _byte in range(256):
-    for _ in range(8):
-        _byte = (_byte >> 1) ^ (0x82F63B78 if _byte & 1 else 0)
-    _TABLE.append(_byte)
-
-
-def crc32c(data: bytes) -> int:
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
 
 
 class Run:
@@ -55,7 +43,7 @@ class Run:
     def part(self, module: str, value: bytes = b"abcdefgh", /, **changed: object) -> dict:
         """A part's record, with `value` in the shard."""
         start = HEADER_SPACE + len(self.tensors)
-        at = {"shard": "shard-00000", "offset": start, "len": len(value), "crc": crc32c(value)}
+        at = {"shard": "shard-00000", "offset": start, "len": len(value), "crc": google_crc32c.value(value)}
         self.tensors += value + bytes(-len(value) % 64)
         return {
             "t": "part", "module": module, "kind": "forward", "path": "out", "model": 0, "step": 0, "micro": 0,
@@ -69,7 +57,7 @@ class Run:
         if not isinstance(record, str | bytes):
             record = json.dumps(record, separators=(",", ":"), ensure_ascii=False)
         inner = record.encode() if isinstance(record, str) else record
-        self.lines.append(b'{"crc":"%08x","rec":%b}\n' % (crc32c(inner), inner))
+        self.lines.append(b'{"crc":"%08x","rec":%b}\n' % (google_crc32c.value(inner), inner))
 
     def write(self) -> None:
         """Writes the files that are not there."""

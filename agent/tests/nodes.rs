@@ -166,8 +166,8 @@ fn runs_of_several_jobs_are_refused_in_one_line_that_says_why() {
         }
     }
     let twice = tempfile::tempdir().unwrap();
-    node(&twice, "first", &[0, 1], 8);
-    node(&twice, "second", &[1, 2], 8);
+    node(&twice, "first", &[2, 0, 1], 8);
+    node(&twice, "second", &[2, 1, 3], 8);
     assert!(refused(&["ls", at(twice.path())]).contains("first and second both have rank 1; open one of them"));
 }
 

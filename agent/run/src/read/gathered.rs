@@ -133,7 +133,8 @@ impl Gathered {
         if !self.nodes.is_empty() && change != Change::None {
             nodes::expect_one_job(&self.path, &self.folders)?;
         }
-        let mut conflict = None;
+        // Of the lowest rank, since the order of a manifest is chance.
+        let mut conflict: Option<(u32, usize, usize)> = None;
         for number in 0..self.folders.len() {
             let Self { folders, slots, by_id, changed, folder_of, nodes, parts, .. } = self;
             let of_several = !nodes.is_empty();
@@ -142,7 +143,8 @@ impl Gathered {
                 if of_several {
                     let owner = *folder_of.entry(part.what.rank).or_insert(number);
                     if owner != number {
-                        conflict.get_or_insert((owner, number, part.what.rank));
+                        let found = (part.what.rank, owner, number);
+                        conflict = Some(conflict.map_or(found, |known| known.min(found)));
                     }
                 }
                 let at = match by_id.get(&part.what.id) {
@@ -164,7 +166,7 @@ impl Gathered {
                 return Ok(change);
             }
         }
-        if let Some((one, other, rank)) = conflict {
+        if let Some((rank, one, other)) = conflict {
             let (one, other) = (&self.nodes[one], &self.nodes[other]);
             return Err(nodes::refusal(&self.path, &format!("{one} and {other} both have rank {rank}")));
         }
