@@ -31,15 +31,15 @@ namespace {
 
 const HostTable* engine = nullptr;
 
-// select(serial, [(name, class, qualified class, order)], [parameter], wrapper, [(mesh axis, index, size, role)], rank,
-// world) -> [(index, (before, after))], [(index of the parameter, tap)]
+// select(serial, [(name, class, qualified class, order)], [parameter], wrapper, [(mesh axis, index, size, role, ranks)],
+// signature, rank, world) -> [(index, (before, after))], [(index of the parameter, tap)]
 PyObject* py_select(PyObject*, PyObject* args) {
   unsigned long long serial = 0;
   PyObject *entries = nullptr, *names = nullptr, *axes = nullptr;
   const char* wrapper = nullptr;
-  unsigned int rank = 0, world = 1;
-  if (PyArg_ParseTuple(args, "KO!O!sO!II", &serial, &PyList_Type, &entries, &PyList_Type, &names, &wrapper, &PyList_Type,
-                       &axes, &rank, &world) == 0) {
+  unsigned int signature = 0, rank = 0, world = 1;
+  if (PyArg_ParseTuple(args, "KO!O!sO!III", &serial, &PyList_Type, &entries, &PyList_Type, &names, &wrapper, &PyList_Type,
+                       &axes, &signature, &rank, &world) == 0) {
     return nullptr;
   }
   // Texts are borrowed of Python's, which the arguments hold.
@@ -50,12 +50,26 @@ PyObject* py_select(PyObject*, PyObject* args) {
     parameters.push_back(str(name));
   }
   std::vector<MeshAxis> mesh;
+  std::vector<std::vector<uint32_t>> ranks;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(axes); ++i) {
     const char* name = nullptr;
     MeshAxis axis{};
-    if (PyArg_ParseTuple(PyList_GET_ITEM(axes, i), "sIIb", &name, &axis.index, &axis.size, &axis.role) == 0) return nullptr;
+    PyObject* members = nullptr;
+    if (PyArg_ParseTuple(PyList_GET_ITEM(axes, i), "sIIbO!", &name, &axis.index, &axis.size, &axis.role, &PyTuple_Type,
+                         &members) == 0) {
+      return nullptr;
+    }
     axis.name = str(name);
+    ranks.emplace_back();
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(members); ++at) {
+      ranks.back().push_back(static_cast<uint32_t>(PyLong_AsUnsignedLong(PyTuple_GET_ITEM(members, at))));
+    }
+    if (PyErr_Occurred() != nullptr) return nullptr;
     mesh.push_back(axis);
+  }
+  for (size_t i = 0; i < mesh.size(); ++i) {
+    mesh[i].ranks = ranks[i].data();
+    mesh[i].rank_count = ranks[i].size();
   }
   std::vector<ModuleDesc> modules;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries); ++i) {
@@ -69,7 +83,7 @@ PyObject* py_select(PyObject*, PyObject* args) {
     modules.push_back(module);
   }
   const ModelDesc model{serial, modules.data(), modules.size(), parameters.data(), parameters.size(),
-                        str(wrapper), mesh.data(), mesh.size()};
+                        str(wrapper), mesh.data(), mesh.size(), signature};
   std::vector<Selected> found(modules.size() + parameters.size());
   found.resize(std::min(found.size(), host().select(&model, Rank{rank, world}, found.data(), found.size())));
   Ref out(PyList_New(0)), of_parameters(PyList_New(0));
@@ -230,6 +244,11 @@ PyObject* py_capture_parameters_with(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
+PyObject* py_count_collectives_with(PyObject*, PyObject* function) {
+  count_collectives_with(function);
+  Py_RETURN_NONE;
+}
+
 PyObject* py_undo_with(PyObject*, PyObject* function) {
   undo_with(function);
   Py_RETURN_NONE;
@@ -312,6 +331,7 @@ PyMethodDef functions[] = {
     {"faults_with", py_faults_with, METH_VARARGS, "Keeps the functions that say why something raised, and that report it."},
     {"describe_with", py_describe_with, METH_O, "Keeps the function that describes how a tensor lies over the ranks."},
     {"capture_parameters_with", py_capture_parameters_with, METH_O, "Keeps the function that captures what is due of a model's parameters."},
+    {"count_collectives_with", py_count_collectives_with, METH_O, "Keeps the function that says how many collectives the members of a model's axes have called."},
     {"undo_with", py_undo_with, METH_O, "Keeps the function that takes out of torch what is ours, once taps are off."},
     {"pass_hooks", py_pass_hooks, METH_VARARGS, "Hooks that mark the forward of a model (part 0) or of a part of it."},
     {"forget", py_forget, METH_O, "A model was destroyed."},

@@ -52,6 +52,7 @@ Trigger trigger(const std::optional<at::Tensor>& first, int64_t flags) {
   f.recomputes = f.grad_enabled && at::SavedTensorDefaultHooks::is_enabled() &&
                  at::SavedTensorDefaultHooks::get_hooks().has_value();
   std::fill(std::begin(f.first), std::end(f.first), -1);
+  std::fill(std::begin(f.collectives), std::end(f.collectives), -1);
   if (first && refusal_of(*first, nullptr) == Refusal::None) {
     for (int64_t dim = 0; dim < std::min<int64_t>(first->dim(), 3); ++dim) f.first[dim] = first->size(dim);
   }
@@ -130,6 +131,7 @@ void forward_pass_op(const at::Tensor& number, const std::optional<at::Tensor>& 
       numbers[2] = first_digest;
     }
     const auto serial = static_cast<uint64_t>(numbers[0]);
+    if (pre || numbers[1] == 0) count_collectives(serial, now);
     if (host().pass(serial, static_cast<uint64_t>(numbers[1]), pre, &now)) capture_parameters(serial);
   });
 }

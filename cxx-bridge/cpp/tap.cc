@@ -93,6 +93,7 @@ Trigger trigger(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
   f.grad_enabled = c10::GradMode::is_enabled();
   f.train = training(module);
   std::fill(std::begin(f.first), std::end(f.first), -1);
+  std::fill(std::begin(f.collectives), std::end(f.collectives), -1);
   PyObject* first = args == nullptr ? nullptr : first_tensor(args);
   if (first == nullptr && kwargs != nullptr) first = first_tensor(kwargs);
   if (first != nullptr) {
@@ -132,6 +133,7 @@ bool throws() {
 // Written with the GIL.
 std::atomic<bool> paused = false, takes_digests = false;
 PyObject* capturer = nullptr;
+PyObject* counter = nullptr;
 // The shim's, until it has undone all.
 std::atomic<PyObject*> undoer = nullptr;
 
@@ -349,6 +351,7 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
     PyObject* first = first_tensor(args[1]);
     if (first == nullptr) first = first_tensor(args[2]);
     if (first != nullptr) now.input_digest = input_digest(THPVariable_Unpack(first), Py_TYPE(first)->tp_name, now, hook.digest);
+    count_collectives(hook.serial, now);
     if (host().pass(hook.serial, hook.part, true, &now)) capture_parameters(hook.serial);
     return Ref();
   });
@@ -359,7 +362,8 @@ PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
   if (!is_called_as_registered(self, args, nargsf, names, 4)) return none();
   return guarded([&]() -> Ref {
     auto& hook = *reinterpret_cast<Hook*>(self);
-    const Trigger now = trigger(args[0], nullptr, nullptr, false);
+    Trigger now = trigger(args[0], nullptr, nullptr, false);
+    if (hook.part == 0) count_collectives(hook.serial, now);
     host().pass(hook.serial, hook.part, false, &now);
     return Ref();
   });
@@ -473,6 +477,24 @@ void capture_parameters(uint64_t serial) {
   const Gil gil;
   if (capturer == nullptr) return;
   checked(PyObject_CallFunction(capturer, "K", static_cast<unsigned long long>(serial)));
+}
+
+void count_collectives_with(PyObject* function) {
+  Py_XINCREF(function);
+  Py_XDECREF(std::exchange(counter, function));
+}
+
+void count_collectives(uint64_t serial, Trigger& now) {
+  if (counter == nullptr || now.replay) return;
+  const Gil gil;
+  const Ref counted = checked(PyObject_CallFunction(counter, "K", static_cast<unsigned long long>(serial)));
+  if (!PyTuple_Check(counted.get()) || PyTuple_GET_SIZE(counted.get()) == 0) return;
+  now.reduces = PyTuple_GET_ITEM(counted.get(), 0) == Py_True;
+  const Py_ssize_t axes = std::min<Py_ssize_t>(PyTuple_GET_SIZE(counted.get()) - 1, std::ssize(now.collectives));
+  for (Py_ssize_t axis = 0; axis < axes; ++axis) {
+    now.collectives[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(counted.get(), axis + 1));
+  }
+  if (PyErr_Occurred() != nullptr) throw PyError{};
 }
 
 void undo_with(PyObject* function) {

@@ -34,6 +34,11 @@ class Record:
     or fall too far is `inf` or 0, and one that it broke `nan`. Of a gradient that the optimizer did not use, since it
     was not finite, `skipped` is True. `train` tells passes that train from others: gradients were enabled when the
     model was called, and some module of it was in training mode.
+
+    Parts are put together where the ranks are known to have made the pass together. One that not all ranks made is a
+    record by itself, whole for those that did: `apart` is the lowest of these, and None of a pass of all. `assumed` says
+    that nothing shows that the ranks' passes are one but that all made equally many. While that is not known yet,
+    `pending` is True and there is no whole.
     """
 
     module: str
@@ -57,6 +62,9 @@ class Record:
     ranks: tuple[int, ...]
     nbytes: int
     complete: bool
+    apart: int | None
+    assumed: bool
+    pending: bool
 
     # Not fields: they follow from the parts, and few records are asked for them.
     @cached_property
@@ -98,11 +106,12 @@ class Record:
         marks = [f"model {self.model}"] if self.model else []
         marks += [f"repeat {self.repeat}"] if self.repeat else []
         marks += ["eval"] if not self.train else []
+        marks += [f"rank {self.apart} apart"] if self.apart is not None else []
         return " ".join([name, where, *marks])
 
     def __repr__(self) -> str:
         shape = "shape unknown" if self.shape is None else f"{self.dtype}{list(self.shape)}"
-        missing = "" if self.complete else ", incomplete" if self.shape is None else ", statistics only"
+        missing = "" if self.complete else ", pending" if self.pending else ", incomplete" if self.shape is None else ", statistics only"
         return f"<Record {self}: {shape}{missing}>"
 
     def _make(self, rank: int | None, torch: Any) -> Any:

@@ -66,18 +66,20 @@ class Run:
         train: bool | None = None,
         model: int | None = None,
         repeat: int | None = None,
+        apart: int | None = None,
         rank: int | None = None,
     ) -> Any:
         """The whole tensor of the one record that these fields mean; with `rank`, that rank's part of it.
 
-        A field may be left out where there is one value of it. `module` is '' or '(root)' for the model itself.
+        A field may be left out where there is one value of it. Without `apart` a pass of all ranks is meant, if there is
+        one (`Record.apart`). `module` is '' or '(root)' for the model itself.
         Returns what `Record.tensor()` returns: a torch.Tensor if torch is installed, else a numpy array.
 
         NotCapturedError (a KeyError) if there is no such record or more than one: it names what is there.
         """
         reader = self._reader.one(
             _name(module), kind=kind, model=model, train=train, step=step, micro=micro, call=call, path=path,
-            repeat=repeat,
+            repeat=repeat, apart=apart,
         )  # fmt: skip
         record = _record.make(reader)
         return record.tensor() if rank is None else record.part(rank)

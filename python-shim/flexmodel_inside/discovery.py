@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import atexit
 import functools
+import zlib
 from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import guarded, hooks, imports, patches
+from . import collectives, guarded, hooks, imports, patches
 from ._bridge import KIND_PARAM
 from .clock import Clock
+from .collectives import Collectives
 from .communicators import Communicators
 from .faults import Faults
 from .frameworks import Frameworks, Job, ModelFacts, Stage
@@ -62,6 +64,7 @@ class Discovery:
         )
         self._frameworks = Frameworks(job)
         self._parameters = Parameters(self._layouts, self._frameworks)
+        self._collectives = Collectives(lambda: bool(self._frameworks.first("is_reducing")))
         self._look_at = guarded(bridge, self._look)
         self._armed = False
         self._paused = False
@@ -80,7 +83,12 @@ class Discovery:
         atexit.register(guarded(bridge, self._finish))
         bridge.capture_parameters_with(guarded(bridge, lambda serial: self._parameter_taps.capture(serial, KIND_PARAM)))
         bridge.describe_with(self._layouts.describe)
+        # What raises there leaves it unknown which passes are one.
+        bridge.count_collectives_with(guard(self._collectives.now, "counting collectives"))
         bridge.undo_with(guarded(bridge, self._taps.undo_if_off))
+        imports.when_imported(
+            (collectives.MODULE,), guarded(bridge, lambda: self._collectives.follow(self._faults.guard))
+        )
         self._frameworks.watch(imports.when_imported, functools.partial(guarded, bridge))
         self._arm()
 
@@ -196,9 +204,9 @@ class Discovery:
             parameters = {name: each for name, each in found.items() if not of(name, each.is_in, theirs)}
         if any(axis.role == ASSUMED for axis in facts.mesh):
             self._bridge.digest_inputs()
-        axes = [axis[:4] for axis in facts.mesh]
+        self._collectives.put(known.serial, facts.mesh)
         selected, of_parameters = self._bridge.select(
-            known.serial, entries, list(parameters), facts.wrapper, axes, rank, world
+            known.serial, entries, list(parameters), facts.wrapper, facts.mesh, _signature(entries, facts), rank, world
         )
         self._parameter_taps.drop(known.serial)
         self._holders.drop(known.serial)
@@ -235,6 +243,7 @@ class Discovery:
     def _forget(self, serial: int) -> None:
         self._parameter_taps.drop(serial)
         self._holders.drop(serial)
+        self._collectives.drop(serial)
         self._bridge.forget(serial)
 
     def _compiler_is_here(self) -> None:
@@ -267,6 +276,12 @@ class Discovery:
         if not self._said_scripted:
             self._said_scripted = True
             self._bridge.notice(f"{what} is compiled by torch.jit, and cannot be tapped; tap modules around it")
+
+
+def _signature(entries: list[Any], facts: ModelFacts) -> int:
+    """Equal where models are made of the same modules and are distributed in the same way."""
+    axes = [(axis.name, axis.size, axis.role) for axis in facts.mesh]
+    return zlib.crc32(repr((entries, facts.wrapper, axes)).encode(errors="surrogatepass"))
 
 
 def _spelled(name: str, module: nn.Module) -> tuple[str, str, str]:

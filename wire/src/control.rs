@@ -17,10 +17,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::env::OnFull;
+use crate::{env::OnFull, passes::Pass};
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 6;
+pub const CONTROL_VERSION: u32 = 7;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most bytes of a [`FromAgent`] with its length prefix: a rank takes no longer one.
@@ -31,6 +31,8 @@ pub const MAX_QUESTIONS: usize = 16;
 pub const MAX_NOTICES: usize = 200;
 /// Longest notice in bytes, see [`clip`].
 pub const MAX_NOTICE: usize = 4096;
+/// Most passes that a rank keeps until an agent takes them.
+pub const MAX_PASSES: usize = 4096;
 /// Most models that a rank tells of and a run takes.
 pub const MAX_MODELS: usize = 1024;
 
@@ -126,6 +128,8 @@ pub enum FromRank<M, N> {
     },
     /// Records are of steps that ended by this rule.
     Steps(StepRule),
+    /// A forward pass of which something was to be captured has ended.
+    Passed(Pass),
 }
 
 /// By which rule steps are counted.
@@ -166,6 +170,7 @@ impl<M, N> FromRank<M, N> {
             Self::Others { .. } => Keeping { most: MAX_MODELS, ..forever },
             Self::Notice(_) | Self::OutOfReach { .. } => Keeping { most: MAX_NOTICES, ..forever },
             Self::Lost { .. } | Self::Steps(_) => forever,
+            Self::Passed(_) => Keeping { most: MAX_PASSES, ..once },
         }
     }
 }

@@ -31,6 +31,7 @@ pub mod dtype;
 pub mod env;
 pub mod hooks;
 pub mod loss_scale;
+pub mod passes;
 pub mod placement;
 pub mod preload;
 pub mod record;

@@ -18,6 +18,8 @@ pub const MAX_AXES: usize = 8;
 /// Longest name (module, class, path, reason) in bytes.
 pub const MAX_NAME: usize = 4096;
 
+/// The name of the axes over which the batch lies, taken together.
+pub const DATA: &str = "dp";
 /// The name of the axis over which a pipeline cuts the batch of a step. All of its members are on one rank.
 pub const MICRO: &str = "micro";
 

@@ -19,7 +19,7 @@ use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 use crate::codes::CopyState;
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 10;
+pub const TAP_ABI: u32 = 11;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -123,6 +123,10 @@ pub struct MeshAxis<'a> {
     pub size: u32,
     /// Code of [`crate::codes::Role`].
     pub role: u8,
+    /// Global ranks of the members that share this rank's other coordinates, `rank_count` of them.
+    pub ranks: *const u32,
+    /// How many.
+    pub rank_count: usize,
 }
 
 /// How a leaf lies along one axis, as torch says it.
@@ -194,6 +198,10 @@ pub struct Trigger {
     pub first: [i64; 3],
     /// A digest of some of its elements, where a model begins whose ranks are only assumed to share the batch. 0: not taken.
     pub input_digest: u32,
+    /// Where a model begins or ends: it was called through a wrapper that reduces gradients in the backward pass.
+    pub reduces: bool,
+    /// Likewise: for each axis of its mesh the collectives that the axis's members have called together; -1: not known.
+    pub collectives: [i64; 8],
 }
 
 /// What is done to a leaf. Several edits of one leaf are one, see [`LeafEdit::then`].
@@ -267,6 +275,8 @@ pub struct ModelDesc<'a> {
     pub mesh: *const MeshAxis<'a>,
     /// How many; none for a process alone.
     pub axis_count: usize,
+    /// See [`crate::passes::Pass::signature`].
+    pub signature: u32,
 }
 
 /// Who this process is in the job.
@@ -451,14 +461,14 @@ macro_rules! layouts {
 layouts! {
     Str { ptr, len; .. }
     Leaf { kinds, dtype, refusal, on_device, skipped, repeat, path, handle, sizes, ndim, axes, axis_count }
-    MeshAxis { name, index, size, role }
+    MeshAxis { name, index, size, role, ranks, rank_count }
     LeafAxis { name, index, size, placement, dim, sizes, ndim }
     Call { tap, step, turn, micro, call, pass, train, capture, edit, first, ask }
-    Trigger { pre, replay, grad_enabled, train, recomputes, split, first, input_digest }
+    Trigger { pre, replay, grad_enabled, train, recomputes, split, first, input_digest, reduces, collectives }
     LeafEdit { factor, zero }
     Selected { index, tap, kinds, edits, before }
     ModuleDesc { name, class_name, qualified, order }
-    ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count }
+    ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count, signature }
     Rank { rank, world }
     HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, optimizers_of,
         stepped, backward_ended, triggered, parameter_due, begin_parameter, capture, edit, notice, fault, plan, joined, per_rank, finish, active }

@@ -1,6 +1,9 @@
 //! Whether a line that decodes is one that can be: every value within its bounds.
 
-use wire::record::Axis;
+use wire::{
+    passes::{MAX_GROUPS, Pass, Run},
+    record::Axis,
+};
 
 use super::{
     format::{Line, Location, Part, RunInfo, What},
@@ -16,6 +19,7 @@ impl Line {
             Line::Divergence { what, .. } => what.check(),
             Line::Dropped { reason, .. } => text("a reason", reason),
             Line::Sealed { shard, len } => text("a name", shard).and_then(|()| bytes(*len)),
+            Line::Pass { pass, .. } => check_pass(pass),
         }
     }
 }
@@ -67,6 +71,20 @@ fn check_axis(axis: &Axis, dims: usize) -> Result<(), String> {
         Some(shape) if shape.len() > limits::DIMS => Err(format!("it is of a tensor of {} dimensions", shape.len())),
         _ => Ok(()),
     }
+}
+
+fn check_pass(pass: &Pass) -> Result<(), String> {
+    if pass.groups.len() > MAX_GROUPS {
+        return Err(format!("it has {} groups of ranks", pass.groups.len()));
+    }
+    for group in &pass.groups {
+        let ranks = group.ranks.iter().fold(0u64, |n, run| n + u64::from(run.count));
+        let last = |run: &Run| u64::from(run.first) + u64::from(run.by) * u64::from(run.count);
+        if ranks > limits::RANKS || group.ranks.iter().any(|run| last(run) > u64::from(u32::MAX)) {
+            return Err(format!("it has a group of {ranks} ranks"));
+        }
+    }
+    Ok(())
 }
 
 impl RunInfo {

@@ -24,6 +24,7 @@ use wire::{
     dtype::DType,
     hooks::Kind,
     loss_scale::LossScale,
+    passes::Pass,
     record::{Axis, MICRO, RecordMeta},
 };
 
@@ -179,6 +180,14 @@ pub enum Line {
         /// Its length in bytes.
         len: u64,
     },
+    /// A rank made a forward pass of a model.
+    Pass {
+        /// The rank.
+        rank: u32,
+        /// Which, and what tells the passes of other ranks that are one with it.
+        #[serde(flatten)]
+        pass: Pass,
+    },
 }
 
 /// A stored part.
@@ -239,6 +248,9 @@ pub struct Identity {
     pub repeat: u32,
     /// The pass trains.
     pub train: bool,
+    /// Known by the reader alone: not all ranks that have the model made this pass, and this is the lowest that did.
+    #[serde(skip)]
+    pub apart: Option<u32>,
 }
 
 /// What a part is: an identity, and this rank's piece of it.
@@ -273,6 +285,23 @@ pub struct What {
     /// The slab that it came through. An agent that takes a run over tells by this what is in it already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Origin>,
+    /// Known by the reader alone: whether this is of one pass with the parts of other ranks.
+    #[serde(skip)]
+    pub joined: Joined,
+}
+
+/// Whether parts of several ranks are of one pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Joined {
+    /// Nobody has asked, or their numbers are all that is known of them.
+    #[default]
+    ByNumber,
+    /// They are.
+    Known,
+    /// They are if ranks that make equally many passes make them in the same order.
+    Assumed,
+    /// That is not known yet.
+    Pending,
 }
 
 /// A tensor of a slab: the slab's number, and the tensor's in it, from 1.
@@ -324,6 +353,7 @@ impl What {
                 call: m.call,
                 repeat: m.repeat,
                 train: m.train,
+                apart: None,
             },
             class: m.class,
             group: m.group,
@@ -336,6 +366,7 @@ impl What {
             skipped: m.skipped,
             time_ns: m.time_ns,
             from: None,
+            joined: Joined::default(),
         }
     }
 }
@@ -358,6 +389,9 @@ impl std::fmt::Display for Identity {
         }
         if !self.train {
             write!(f, ".eval")?;
+        }
+        if let Some(rank) = self.apart {
+            write!(f, "#rank{rank}")?;
         }
         Ok(())
     }

@@ -24,6 +24,8 @@ pub const NOTICES: usize = 4096;
 pub const NODES: usize = 4096;
 /// Names within each other in a module's name.
 pub const DEPTH: usize = 127;
+/// Ranks of a group.
+pub const RANKS: u64 = 1 << 20;
 /// Ranks counted while it is told which of them have a module.
 pub const OWNED: usize = 1 << 24;
 /// Number of the last shard.

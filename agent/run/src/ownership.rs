@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use wire::record::{Axis, MICRO, Placement};
+use wire::record::{Axis, DATA, MICRO, Placement};
 
 use super::{
     format::{Identity, ModelInfo, Module, Owners, Part},
@@ -207,36 +207,49 @@ impl PartialOwnership {
         ranks
     }
 
-    /// Makes the parts of a record lie among those ranks alone that have its module, once all of these are there: along an
-    /// axis on which they are one member they are no pieces, and along one whose other members lack the module it is not
-    /// known what they are.
+    /// Makes the parts of a record lie among those ranks alone that have its module, see [`lie_among`].
     pub fn settle(&self, parts: &mut [Part]) {
         let Some(id) = parts.first().map(|part| part.what.id.clone()) else { return };
         let Some(owners) = self.owners(id.model, &id.module) else { return };
-        let ranks: BTreeSet<u32> = parts.iter().map(|part| part.what.rank).collect();
-        let depth = parts.iter().map(|part| part.what.axes.len()).min().unwrap_or_default();
-        if ranks != *owners || parts.iter().any(|part| part.what.axes.len() != depth) {
-            return;
+        lie_among(parts, &owners);
+    }
+
+    /// Whether no other ranks than these have a module.
+    pub fn has_no_other(&self, ranks: &BTreeSet<u32>, id: &Identity) -> bool {
+        self.owners(id.model, &id.module).is_some_and(|owners| owners.is_subset(ranks))
+    }
+}
+
+/// Makes parts lie among these ranks alone, once all of these are there: along an axis on which they are one member they are
+/// no pieces, and along one whose other members have nothing it is not known what they are.
+pub fn lie_among(parts: &mut [Part], only: &BTreeSet<u32>) {
+    let ranks: BTreeSet<u32> = parts.iter().map(|part| part.what.rank).collect();
+    let depth = parts.iter().map(|part| part.what.axes.len()).min().unwrap_or_default();
+    if ranks != *only || parts.iter().any(|part| part.what.axes.len() != depth) {
+        return;
+    }
+    for at in (0..depth).rev() {
+        let members: BTreeSet<u32> = parts.iter().map(|part| part.what.axes[at].index).collect();
+        let fits = |axis: &Axis| {
+            axis.name == MICRO
+                || members.len() == axis.size as usize
+                || matches!(axis.place, Placement::Replicate | Placement::Flat { .. } | Placement::Partial)
+        };
+        if parts.iter().any(|part| fits(&part.what.axes[at])) {
+            continue;
         }
-        for at in (0..depth).rev() {
-            let members: BTreeSet<u32> = parts.iter().map(|part| part.what.axes[at].index).collect();
-            let fits = |axis: &Axis| {
-                axis.name == MICRO
-                    || members.len() == axis.size as usize
-                    || matches!(axis.place, Placement::Replicate | Placement::Flat { .. } | Placement::Partial)
-            };
-            if parts.iter().any(|part| fits(&part.what.axes[at])) {
+        for part in parts.iter_mut() {
+            if members.len() == 1 {
+                let axis = part.what.axes.remove(at);
+                // Its rows are all that there are of the batch.
+                if axis.name == DATA {
+                    part.what.dp_size = (part.what.dp_size / axis.size.max(1)).max(1);
+                }
                 continue;
             }
-            for part in parts.iter_mut() {
-                if members.len() == 1 {
-                    part.what.axes.remove(at);
-                    continue;
-                }
-                let axis = &mut part.what.axes[at];
-                axis.index = members.range(..axis.index).count() as u32;
-                (axis.size, axis.place, axis.input_digest) = (members.len() as u32, Placement::Unknown, None);
-            }
+            let axis = &mut part.what.axes[at];
+            axis.index = members.range(..axis.index).count() as u32;
+            (axis.size, axis.place, axis.input_digest) = (members.len() as u32, Placement::Unknown, None);
         }
     }
 }

@@ -118,7 +118,7 @@ fn row(run: &Run, records: &[&Record]) -> Row {
                 Some(_) => uneven = true,
             },
             Err(e) => {
-                incomplete += u64::from(matches!(e, LayoutError::Missing(_)));
+                incomplete += u64::from(matches!(e, LayoutError::Missing(_) | LayoutError::Pending(_)));
                 reason.get_or_insert_with(|| run.explain(&e));
             }
         }

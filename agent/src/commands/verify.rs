@@ -75,7 +75,7 @@ fn verify(run: &Run) -> Report {
     let diverged: HashSet<&Identity> = run.lost.divergences.iter().map(|(what, _)| &what.id).collect();
     for (number, record) in run.records.iter().enumerate() {
         match record.shape() {
-            Err(LayoutError::Missing(_)) => report.incomplete += 1,
+            Err(LayoutError::Missing(_) | LayoutError::Pending(_)) => report.incomplete += 1,
             // Parts that are kept apart are what was asked for.
             Ok(_) | Err(LayoutError::Unknown { .. } | LayoutError::Apart(_)) => {}
             Err(_) if damaged.contains(&number) => {}

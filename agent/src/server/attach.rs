@@ -192,6 +192,7 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
                 Ok(Some(Heard::Others { modules })) => server.board.others(number, &modules),
                 Ok(Some(Heard::Notice(text))) => _ = server.board.notice(&text),
                 Ok(Some(Heard::Steps(rule))) => server.board.steps(rule),
+                Ok(Some(Heard::Passed(pass))) => server.store.passed(number, pass),
                 Ok(Some(Heard::Bye)) => rank.each(Session::part),
                 Ok(Some(Heard::Hello(hello))) if hello.rank == number => server.board.attached(&hello),
                 Ok(Some(Heard::Hello(_) | Heard::Lost { .. })) => {}

@@ -132,6 +132,7 @@ impl Capture {
 
     /// The process ends in good order: finishes what is under way, within bounds.
     pub fn finish(&self) {
+        self.engine().finish();
         self.gather.finish();
         self.transport.finish();
     }

@@ -23,6 +23,8 @@ pub struct TappedModel {
     pub number: u32,
     /// The axes over which it is distributed.
     pub mesh: Vec<MeshAxis>,
+    /// See [`wire::passes::Pass::signature`].
+    pub signature: u32,
     /// Into how many microbatches a pipeline cuts the batch of a step; 1 for a model that is no stage.
     pub microbatches: u32,
     /// Batch and length of one, as the pipeline says; negative where it does not.
@@ -128,6 +130,7 @@ impl TapRegistry {
             TappedModel {
                 number: *next_model - 1,
                 mesh: Vec::new(),
+                signature: 0,
                 microbatches: 1,
                 microbatch: [-1; 2],
                 by_name: HashMap::new(),
@@ -172,6 +175,12 @@ impl TapRegistry {
     /// Whether these optimizers hold the parameters of some tap.
     pub fn are_held_by(&self, optimizers: &[u32]) -> bool {
         self.taps.values().any(|tap| tap.optimizers == optimizers)
+    }
+
+    /// Models of a signature that there are: those with a lower number, and all.
+    pub fn among(&self, number: u32, signature: u32) -> (u32, u32) {
+        let alike = || self.models.values().filter(|model| model.signature == signature);
+        (alike().filter(|model| model.number < number).count() as u32, alike().count() as u32)
     }
 
     /// A model that has taps.

@@ -166,6 +166,10 @@ class Adapter:
         """The tensors that an optimizer has in a parameter's place."""
         return None
 
+    def is_reducing(self) -> bool | None:
+        """Whether the forward under way is a wrapper's that reduces gradients in the backward pass; None if not."""
+        return None
+
     def stages(self) -> list[Stage]:
         """The stages of pipelines that this process has."""
         return []

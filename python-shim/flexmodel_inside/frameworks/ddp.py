@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from torch import nn
 
 from ..mesh import DATA
@@ -22,3 +25,6 @@ class Ddp(Adapter):
         if is_instance(module, _MODULE, _CLASS):
             model.wrapped("DDP", replicated=True)
             model.axes.append(self.job.meshes.axis_of_group(module.process_group, "dp", DATA))
+
+    def is_reducing(self) -> bool | None:
+        return getattr(sys.modules[_MODULE], _CLASS)._active_ddp_module is not None and torch.is_grad_enabled() or None

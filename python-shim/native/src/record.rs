@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use flexmodel_run::{
     ReadError, Record as Read, Run,
-    format::{Identity, Part, Stats},
+    format::{Identity, Joined, Part, Stats},
     read::{
         AssemblyPlan, LayoutError, PlanError, Source, fill,
         layout::{self, byte_len},
@@ -61,6 +61,7 @@ impl Record {
         let ranks = few(self.record.ranks());
         let why = match error {
             LayoutError::Missing(missing) => return self.incomplete(name, &missing),
+            LayoutError::Pending(_) => "it is not known yet whether these ranks made this pass together".to_owned(),
             LayoutError::Unknown { axis, .. } => format!("how they lie along {axis} is not known"),
             LayoutError::Apart(why) => why,
             LayoutError::Replicas(one, other) => format!("ranks {one} and {other} hold replicas that differ"),
@@ -130,6 +131,10 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "ranks"), pyo3::types::PyTuple::new(py, ranks)?)?;
         fields.set_item(pyo3::intern!(py, "nbytes"), nbytes)?;
         fields.set_item(pyo3::intern!(py, "complete"), complete)?;
+        let some = |joined: Joined| record.parts.iter().any(|part| part.what.joined == joined);
+        fields.set_item(pyo3::intern!(py, "apart"), id.apart)?;
+        fields.set_item(pyo3::intern!(py, "assumed"), some(Joined::Assumed))?;
+        fields.set_item(pyo3::intern!(py, "pending"), some(Joined::Pending))?;
         Ok(fields)
     }
 

@@ -84,7 +84,7 @@ impl State {
 
 /// The order of a module's records.
 fn in_module(id: &Identity) -> impl Ord + use<'_> {
-    (id.step, id.micro, id.call, id.model, !id.train, id.kind, natural(&id.path), id.repeat)
+    (id.step, id.micro, id.call, id.model, !id.train, id.kind, natural(&id.path), id.repeat, id.apart)
 }
 
 /// A run directory.
@@ -187,7 +187,7 @@ impl Run {
 
     /// The one record that is meant.
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (module, *, kind, model, train, step, micro, call, path, repeat))]
+    #[pyo3(signature = (module, *, kind, model, train, step, micro, call, path, repeat, apart))]
     fn one(
         &self,
         py: Python<'_>,
@@ -200,6 +200,7 @@ impl Run {
         call: Option<&Bound<'_, PyAny>>,
         path: Option<&Bound<'_, PyAny>>,
         repeat: Option<&Bound<'_, PyAny>>,
+        apart: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Record> {
         let state = self.state();
         let module = text("module", Some(module))?.unwrap_or_default();
@@ -212,6 +213,7 @@ impl Run {
             call: number("call", call)?,
             path: text("path", path)?,
             repeat: number("repeat", repeat)?,
+            apart: number("apart", apart)?,
         };
         let at = py.detach(|| {
             bounded(|| {

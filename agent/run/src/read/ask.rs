@@ -32,6 +32,8 @@ pub struct Wanted {
     pub path: Option<String>,
     /// Backward pass over the same forward.
     pub repeat: Option<i128>,
+    /// Of passes that not all ranks made: the lowest rank that did. `None`: that of all ranks, if there is one.
+    pub apart: Option<i128>,
 }
 
 /// The value of one field.
@@ -40,6 +42,7 @@ enum Value {
     Number(i128),
     Flag(bool),
     Text(String),
+    Nothing,
 }
 
 impl Display for Value {
@@ -49,6 +52,7 @@ impl Display for Value {
             Value::Flag(true) => f.write_str("True"),
             Value::Flag(false) => f.write_str("False"),
             Value::Text(text) => f.write_str(&clip(text)),
+            Value::Nothing => f.write_str("None"),
         }
     }
 }
@@ -62,7 +66,7 @@ impl Value {
 type Field = (&'static str, fn(&Identity) -> Value);
 
 /// In the order in which they are looked at.
-const FIELDS: [Field; 8] = [
+const FIELDS: [Field; 9] = [
     ("kind", |id| Value::Text(id.kind.name().into())),
     ("model", |id| Value::Number(id.model.into())),
     ("train", |id| Value::Flag(id.train)),
@@ -71,10 +75,11 @@ const FIELDS: [Field; 8] = [
     ("call", |id| Value::Number(id.call.into())),
     ("path", |id| Value::Text(id.path.clone())),
     ("repeat", |id| Value::Number(id.repeat.into())),
+    ("apart", |id| id.apart.map_or(Value::Nothing, |rank| Value::Number(rank.into()))),
 ];
 
 impl Wanted {
-    fn values(&self) -> [Option<Value>; 8] {
+    fn values(&self) -> [Option<Value>; 9] {
         let number = |n: Option<i128>| n.map(Value::Number);
         let text = |text: &Option<String>| text.clone().map(Value::Text);
         [
@@ -86,6 +91,7 @@ impl Wanted {
             number(self.call),
             text(&self.path),
             number(self.repeat),
+            number(self.apart),
         ]
     }
 }
@@ -104,6 +110,9 @@ impl Run {
                 return Err(self.none(module, (field, *get), value, &there, &values));
             }
             left = kept;
+        }
+        if left.iter().any(|i| id(i).apart.is_none()) {
+            left.retain(|i| id(i).apart.is_none());
         }
         if let [one] = left[..] {
             return Ok(one);
@@ -129,7 +138,7 @@ impl Run {
         (field, get): (&str, fn(&Identity) -> Value),
         value: &Value,
         left: &[&Identity],
-        wanted: &[Option<Value>; 8],
+        wanted: &[Option<Value>; 9],
     ) -> String {
         let there = spell(left.iter().map(|id| get(id)).collect());
         let name = shown(module);

@@ -5,11 +5,14 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, BufReader, Seek, SeekFrom},
-    os::unix::fs::{FileExt, MetadataExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
     path::{Path, PathBuf},
 };
 
-use wire::record::Placement;
+use wire::{passes::Pass, record::Placement};
 
 use super::{
     Found, Lost, Note, OpenError, Problem, Said,
@@ -18,7 +21,7 @@ use super::{
 };
 use crate::{
     files::{open_to_read, read_whole},
-    format::{FORMAT, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo},
+    format::{FORMAT, LOCK_FILE, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo},
     limits::{PROBLEMS, RUN_FILE_BYTES},
     manifest::{self, LineError, Position},
     text,
@@ -50,6 +53,8 @@ pub struct Folder {
     pub lost: Lost,
     /// Seals: shard and length.
     pub sealed: Vec<(String, u64)>,
+    /// What ranks said of passes since this was last taken.
+    pub passes: Vec<(u32, Pass)>,
     lines: Vec<Problem>,
     unread: u64,
     /// The ranks that sit at coordinates.
@@ -193,7 +198,18 @@ impl Folder {
                 needs(&mut self.ends, &shard, len);
                 self.sealed.push((shard, len));
             }
+            Line::Pass { rank, pass } => self.passes.push((rank, pass)),
         }
+    }
+
+    /// Whether its agent has closed it.
+    pub fn is_closed(&self) -> bool {
+        self.info.as_ref().is_some_and(|info| info.finished_ns.is_some())
+    }
+
+    /// Whether nobody writes in it: its agent has closed it, or is gone.
+    pub fn is_over(&self) -> bool {
+        self.is_closed() || !open_to_read(&self.path.join(LOCK_FILE)).is_ok_and(|lock| is_locked(&lock))
     }
 
     /// What the folder says of itself, and what is wrong with it; an error if it is no run. `again` of its parts were
@@ -261,6 +277,12 @@ fn anchor(file: &File, end: u64) -> io::Result<u32> {
     let mut bytes = vec![0; (end - from) as usize];
     file.read_exact_at(&mut bytes, from)?;
     Ok(crc32c::crc32c(&bytes))
+}
+
+/// Whether somebody holds the lock of a file.
+fn is_locked(file: &File) -> bool {
+    // SAFETY: the descriptor is open. The lock is one that any number may hold, and goes at once.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) != 0 }
 }
 
 /// A shard's name, with its node's folder.

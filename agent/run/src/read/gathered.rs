@@ -4,19 +4,22 @@
 //! what was taken of a snapshot stays as it was, and taking the next one costs no more than what has changed.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+use wire::hooks::Kind;
 
 use super::{
     Lost, OpenError, Record, Records, Run, Shards, Source,
     folder::{Change, Folder},
     in_seats, layout, nodes,
+    passes::{Joint, Local, Passes, Verdict},
 };
 use crate::{
-    format::{Identity, Owners, Part, What},
-    ownership::PartialOwnership,
+    format::{Identity, Joined, Owners, Part, What},
+    ownership::{PartialOwnership, lie_among},
 };
 
 /// The records of a run.
@@ -40,6 +43,13 @@ pub struct Gathered {
     owners: (Vec<Owners>, u32),
     /// Of several nodes: replicas that differ and whose difference no agent saw.
     differing: BTreeMap<usize, Vec<(What, u32)>>,
+    passes: Passes,
+    /// Slots with parts of passes that are not decided.
+    waiting: HashMap<Local, BTreeSet<usize>>,
+    /// Slots that have lost their last part to another.
+    empty: BTreeSet<usize>,
+    /// Passes were decided since no rank told of more at that time.
+    decided_early: bool,
     source: Arc<Source>,
     /// Whether more is to be read later.
     growing: bool,
@@ -54,6 +64,8 @@ struct Slot {
     /// Of several nodes: the folders with parts of it, and which of their parts the first one is.
     folders: Vec<(usize, u64)>,
     changed: bool,
+    /// The pass that it is of, where not all ranks made that.
+    apart: Option<Arc<Joint>>,
 }
 
 impl Gathered {
@@ -94,6 +106,10 @@ impl Gathered {
             folder_of: BTreeMap::new(),
             owners: (Vec::new(), 0),
             differing: BTreeMap::new(),
+            passes: Passes::default(),
+            waiting: HashMap::new(),
+            empty: BTreeSet::new(),
+            decided_early: false,
             source,
             growing: false,
             over: false,
@@ -135,6 +151,7 @@ impl Gathered {
         }
         // Of the lowest rank, since the order of a manifest is chance.
         let mut conflict: Option<(u32, usize, usize)> = None;
+        let before = self.parts;
         for number in 0..self.folders.len() {
             let Self { folders, slots, by_id, changed, folder_of, nodes, parts, .. } = self;
             let of_several = !nodes.is_empty();
@@ -147,14 +164,7 @@ impl Gathered {
                         conflict = Some(conflict.map_or(found, |known| known.min(found)));
                     }
                 }
-                let at = match by_id.get(&part.what.id) {
-                    Some(&at) => at,
-                    None => {
-                        by_id.insert(part.what.id.clone(), slots.len());
-                        slots.push(Slot::new(part.what.id.clone()));
-                        slots.len() - 1
-                    }
-                };
+                let at = slot_of(&part.what.id, slots, by_id);
                 let slot = &mut slots[at];
                 if of_several && slot.folders.iter().all(|(folder, _)| *folder != number) {
                     slot.folders.push((number, *parts));
@@ -170,15 +180,89 @@ impl Gathered {
             let (one, other) = (&self.nodes[one], &self.nodes[other]);
             return Err(nodes::refusal(&self.path, &format!("{one} and {other} both have rank {rank}")));
         }
+        for folder in &mut self.folders {
+            for (rank, pass) in std::mem::take(&mut folder.passes) {
+                self.passes.add(rank, &pass);
+            }
+        }
+        if self.decided_early && self.parts > before {
+            return Ok(Change::Other);
+        }
+        Ok(change)
+    }
+
+    /// Puts parts into the records of the passes that they are of.
+    fn join(&mut self) {
+        let over = self.folders.iter().all(Folder::is_over);
+        let decided = self.passes.decide(over);
+        let closed = self.folders.iter().all(Folder::is_closed);
+        self.decided_early |= over && !closed && !self.passes.is_empty();
+        let mut again: BTreeSet<usize> = self.changed.iter().copied().collect();
+        for local in &decided {
+            again.extend(self.waiting.remove(local).unwrap_or_default());
+        }
+        if over {
+            again.extend(std::mem::take(&mut self.waiting).into_values().flatten());
+        }
+        if !self.passes.is_empty() {
+            for at in again {
+                self.join_slot(at, over);
+            }
+        }
         for &at in &self.changed {
             in_seats(&mut Arc::make_mut(&mut self.slots[at].record).parts, &mut self.replaced);
         }
-        Ok(change)
+    }
+
+    fn join_slot(&mut self, at: usize, over: bool) {
+        let undecided = |part: &Part| matches!(part.what.joined, Joined::ByNumber | Joined::Pending);
+        let distributed = |part: &Part| !part.what.axes.is_empty();
+        let slot = &mut self.slots[at];
+        slot.change(at, &mut self.changed);
+        let (parts, kept): (Vec<Part>, Vec<Part>) = Arc::make_mut(&mut slot.record)
+            .parts
+            .drain(..)
+            .partition(|part| undecided(part) && distributed(part));
+        Arc::make_mut(&mut slot.record).parts = kept;
+        for mut part in parts {
+            let (local, is_parameter) = (Local::of(&part.what), part.what.id.kind.is_in(Kind::OF_PARAMETERS));
+            let verdict = if is_parameter { self.passes.of_parameter(local) } else { self.passes.verdict(local) };
+            let place = match verdict {
+                Verdict::Joint(joint) => {
+                    let id = joint.identity(&part.what.id, local);
+                    part.what.joined = if joint.assumed { Joined::Assumed } else { Joined::Known };
+                    let place = slot_of(&id, &mut self.slots, &mut self.by_id);
+                    self.slots[place].apart = (!joint.by_all).then(|| joint.clone());
+                    part.what.id = id;
+                    place
+                }
+                Verdict::Pending | Verdict::Unsaid if !over => {
+                    part.what.joined = Joined::Pending;
+                    self.waiting.entry(local).or_default().insert(at);
+                    at
+                }
+                Verdict::Pending | Verdict::Unsaid => {
+                    part.what.joined = if is_parameter { Joined::ByNumber } else { Joined::Pending };
+                    at
+                }
+            };
+            let (folders, slot) = (self.slots[at].folders.clone(), &mut self.slots[place]);
+            slot.change(place, &mut self.changed);
+            Arc::make_mut(&mut slot.record).parts.push(part);
+            if place != at {
+                slot.folders = folders;
+            }
+            self.empty.remove(&place);
+        }
+        if self.slots[at].record.parts.is_empty() {
+            self.empty.insert(at);
+        }
     }
 
     /// Gives parts their bytes that another rank sent, and makes those of modules that some ranks lack lie among those
     /// that have them.
     fn settle(&mut self, owners: &[Owners], world: u32) {
+        self.join();
         let partial = PartialOwnership::new(owners, world);
         if self.owners.0 != owners || self.owners.1 != world {
             let known = PartialOwnership::new(&self.owners.0, self.owners.1);
@@ -194,11 +278,14 @@ impl Gathered {
         for at in changed {
             let slot = &mut self.slots[at];
             slot.changed = false;
-            if layout::borrows(&slot.record.parts) || partial.knows(&slot.record.id) {
+            if layout::borrows(&slot.record.parts) || partial.knows(&slot.record.id) || slot.apart.is_some() {
                 slot.written = self.growing.then(|| slot.record.clone());
                 let parts = &mut Arc::make_mut(&mut slot.record).parts;
                 layout::lend(parts);
-                partial.settle(parts);
+                match &slot.apart {
+                    Some(joint) => lie_among(parts, &joint.ranks),
+                    None => partial.settle(parts),
+                }
             }
             self.records.set(at, slot.record.clone());
             if !self.nodes.is_empty() {
@@ -250,7 +337,7 @@ impl Gathered {
             path: self.path.clone(),
             nodes: self.nodes.clone(),
             info,
-            records: match order {
+            records: match order.or_else(|| (!self.empty.is_empty()).then(|| self.there())) {
                 Some(order) => order.into_iter().map(|at| self.records[at].clone()).collect(),
                 None => self.records.clone(),
             },
@@ -266,9 +353,14 @@ impl Gathered {
 
     /// Of several nodes: slots in the order of the run, that of their first part, node after node.
     fn order(&self) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.slots.len()).collect();
+        let mut order = self.there();
         order.sort_by_key(|&at| self.slots[at].folders.iter().min().copied());
         order
+    }
+
+    /// Slots that have parts.
+    fn there(&self) -> Vec<usize> {
+        (0..self.slots.len()).filter(|at| !self.empty.contains(at)).collect()
     }
 
     /// Lets go of the records of a run that is over. Should its files change all the same, it is read anew.
@@ -278,10 +370,20 @@ impl Gathered {
     }
 }
 
+/// The slot of a record, new if there is none.
+fn slot_of(id: &Identity, slots: &mut Vec<Slot>, by_id: &mut HashMap<Identity, usize>) -> usize {
+    if let Some(&at) = by_id.get(id) {
+        return at;
+    }
+    by_id.insert(id.clone(), slots.len());
+    slots.push(Slot::new(id.clone()));
+    slots.len() - 1
+}
+
 impl Slot {
     fn new(id: Identity) -> Self {
         let record = Arc::new(Record { id, parts: Vec::new() });
-        Self { record, written: None, folders: Vec::new(), changed: false }
+        Self { record, written: None, folders: Vec::new(), changed: false, apart: None }
     }
 
     /// As it was written, and to be settled again.

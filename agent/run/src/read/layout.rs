@@ -14,7 +14,7 @@ use wire::{
 
 use crate::{
     check::is_possible,
-    format::{Location, Part, Stats},
+    format::{Joined, Location, Part, Stats},
     limits::NAMED,
     text::{clip, few},
 };
@@ -118,6 +118,9 @@ pub enum LayoutError {
     /// Ranks have not (yet) delivered; not damage.
     #[error("incomplete: {}", missing_text(.0))]
     Missing(Vec<Coordinates>),
+    /// It is not known yet whether the parts are of one pass; not damage.
+    #[error("pending: it is not known yet whether ranks {0} made this pass together")]
+    Pending(String),
     /// The layout is not known.
     #[error("how the parts lie along axis {axis} is not known; read them one by one: {parts}")]
     Unknown {
@@ -159,6 +162,7 @@ pub fn of_one_rank(mut parts: Vec<Part>) -> Vec<Part> {
     for part in &mut parts {
         let mut keep = shared.iter();
         part.what.axes.retain(|_| keep.next().copied().unwrap_or(true));
+        part.what.joined = Joined::default();
     }
     parts
 }
@@ -166,6 +170,9 @@ pub fn of_one_rank(mut parts: Vec<Part>) -> Vec<Part> {
 /// The tree that makes the whole of a record's parts. Takes hostile parts.
 pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
     let first = parts.first().ok_or_else(|| LayoutError::Conflict("a record without parts".into()))?;
+    if parts.iter().any(|part| part.what.joined == Joined::Pending) {
+        return Err(LayoutError::Pending(few(parts.iter().map(|part| part.what.rank))));
+    }
     let mut axes = settled(parts, &first.what.axes);
     for part in parts {
         let (a, b) = (&first.what, &part.what);

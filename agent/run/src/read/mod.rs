@@ -13,6 +13,7 @@ pub mod growing;
 pub mod layout;
 pub mod nodes;
 pub mod number;
+mod passes;
 mod plan;
 mod problem;
 mod records;
@@ -225,7 +226,7 @@ impl Run {
 
     fn layout_error(&self, record: &Record, e: LayoutError) -> ReadError {
         match e {
-            LayoutError::Missing(_) => ReadError::Incomplete(format!("{}: {}", record.id, self.explain(&e))),
+            LayoutError::Missing(_) | LayoutError::Pending(_) => ReadError::Incomplete(format!("{}: {}", record.id, self.explain(&e))),
             _ => ReadError::Layout(format!("{}: {e}", record.id)),
         }
     }

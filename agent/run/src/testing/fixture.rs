@@ -11,7 +11,7 @@ use wire::{
 };
 
 use crate::format::{
-    FILLER, FORMAT, HEADER_SPACE, Identity, Line, Location, MANIFEST_FILE, Part, RUN_FILE, RunInfo, TENSOR_ALIGN, What,
+    FILLER, FORMAT, HEADER_SPACE, Identity, Joined, Line, Location, MANIFEST_FILE, Part, RUN_FILE, RunInfo, TENSOR_ALIGN, What,
 };
 
 /// A run being made; [`Fixture::finish`] seals it.
@@ -37,6 +37,7 @@ pub fn id(module: &str, step: u64) -> Identity {
         call: 0,
         repeat: 0,
         train: true,
+        apart: None,
     }
 }
 
@@ -102,6 +103,7 @@ impl Fixture {
             dp_size: axes.iter().filter(|axis| axis.name == "dp").map(|axis| axis.size).product(),
             axes,
             time_ns: 1,
+            joined: Joined::default(),
         };
         self.line(&Line::Part(Part { what, at: Some(at), stats: None, same: None }));
     }

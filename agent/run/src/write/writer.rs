@@ -11,7 +11,7 @@ use std::{
     thread::JoinHandle,
 };
 
-use wire::record::RecordMeta;
+use wire::{passes::Pass, record::RecordMeta};
 
 use super::{
     account::{Account, Accounts},
@@ -103,6 +103,16 @@ impl Store {
         }
         self.count(|totals| totals.refused += 1);
         (what, reason)
+    }
+
+    /// Journals what a rank says of a forward pass. One that cannot be is left out, and so are ranks that are not there.
+    pub fn passed(&self, rank: u32, pass: Pass) {
+        let line = Line::Pass { rank, pass };
+        if line.check().is_ok()
+            && let Err(e) = self.journal.append(&line)
+        {
+            self.trouble(&e);
+        }
     }
 
     /// Counts parts that are lost.

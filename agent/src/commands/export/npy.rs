@@ -174,6 +174,7 @@ mod tests {
             call: 1,
             repeat: 0,
             train: false,
+            apart: None,
         }
     }
 

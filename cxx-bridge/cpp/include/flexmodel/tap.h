@@ -38,6 +38,13 @@ void capture_parameters_with(PyObject* function);
 // Has it do so, if any hook taps parameters: a forward pass of the model begins. Throws PyError.
 void capture_parameters(uint64_t serial);
 
+// Keeps the shim's `now(serial)`: whether a model is called through a wrapper that reduces gradients, and how many
+// collectives the members of each of its axes have called.
+void count_collectives_with(PyObject* function);
+
+// Notes what it says. Throws PyError.
+void count_collectives(uint64_t serial, Trigger& now);
+
 // (before, after) hooks of the tap that the engine selected on the module `name`; `before` is None where it needs only the
 // module's output. New reference.
 PyObject* make_tap(const Selected& selected, std::string name);

@@ -18,6 +18,7 @@
 mod calls;
 mod passes;
 mod steps;
+mod together;
 
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ use passes::Passes;
 pub use calls::Calls;
 pub use passes::{Caller, Input, StackPosition};
 pub use steps::Steps;
+pub use together::{Ended, Made};
 
 /// When a tap is triggered, and how it is triggered.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +115,29 @@ impl Clock {
         if let Some(passes) = self.models.get_mut(&model) {
             passes.exit(caller, position, trigger);
         }
+    }
+
+    /// The pass of a model that is under way.
+    pub fn under_way(&self, model: u64) -> Option<Made> {
+        self.models.get(&model)?.together.open()
+    }
+
+    /// Other ranks have to know of it.
+    pub fn keep(&mut self, model: u64) {
+        if let Some(passes) = self.models.get_mut(&model) {
+            passes.together.keep();
+        }
+    }
+
+    /// Passes that have ended and of which other ranks have to know, by model.
+    pub fn ended(&mut self) -> Vec<(u64, Ended)> {
+        let of = |(&model, passes): (&u64, &mut Passes)| passes.together.take().into_iter().map(move |pass| (model, pass));
+        self.models.iter_mut().flat_map(of).collect()
+    }
+
+    /// Nothing is under way any more.
+    pub fn finish(&mut self) {
+        self.models.values_mut().for_each(Passes::none_open);
     }
 
     /// A pipeline cuts a batch of the model into as many passes.

@@ -4,7 +4,7 @@ use std::collections::{HashSet, VecDeque};
 
 use wire::tap_abi::Trigger;
 
-use super::{Rule, Steps};
+use super::{Rule, Steps, together::{Made, Together}};
 
 /// Passes whose inputs are remembered, for gradients that come late.
 const REMEMBERED: usize = 64;
@@ -83,6 +83,8 @@ pub struct Passes {
     called: HashSet<Caller>,
     /// What the last passes were called with.
     inputs: VecDeque<(u64, Input)>,
+    /// What other ranks have to know of them.
+    pub(super) together: Together,
 }
 
 impl Passes {
@@ -114,11 +116,15 @@ impl Passes {
                 index <= at || !here(s)
             });
         }
+        if caller == Caller::Model && self.forwards.is_empty() {
+            self.together.end(Some(trigger));
+        }
     }
 
     /// No forward is under way.
     pub fn none_open(&mut self) {
         self.forwards.clear();
+        self.together.end(None);
     }
 
     pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, trigger: &Trigger) {
@@ -156,6 +162,8 @@ impl Passes {
             if self.inputs.len() > REMEMBERED {
                 self.inputs.pop_front();
             }
+            let made = Made { step: self.step, micro: self.micro, train: self.train, inference };
+            self.together.begin(made, trigger);
         }
         self.called.insert(caller);
         self.grad_enabled |= trigger.grad_enabled;

@@ -87,6 +87,11 @@ impl Steps {
         self.turns.retain(|optimizers, _| hold(optimizers));
     }
 
+    /// What [`turn`](Self::turn) may be in the step under way.
+    pub fn all_turns(&self) -> impl Iterator<Item = u64> {
+        std::iter::once(self.now).chain(self.turns.values().copied())
+    }
+
     /// In how many steps any of these optimizers has stepped: where several step in turn, fewer than there were.
     pub fn turn(&self, optimizers: &[u32]) -> u64 {
         self.turns.get(optimizers).copied().unwrap_or(self.now)

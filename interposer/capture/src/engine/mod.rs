@@ -11,12 +11,14 @@ use std::sync::Arc;
 use wire::{
     codes::{Role, Subject},
     control::{StepRule, ToAgent},
-    hooks::{Edit, Kind},
+    hooks::{Edit, Hook, Kind},
+    passes::{Group, Pass},
     tap_abi::{Call, LeafEdit, Rank, Trigger},
 };
 
 use crate::{
-    clock::{Caller, Clock, StackPosition, Triggered},
+    clock::{Caller, Clock, Ended, Made, StackPosition, Triggered},
+    layout::MeshAxis,
     plan::{HookPlan, PlanInForce},
     process::Process,
     taps::TapRegistry,
@@ -132,9 +134,11 @@ impl Engine {
         if enter {
             self.clock.enter(serial, caller, position, trigger);
             self.say_rule();
+            self.keep_pass(serial);
         } else {
             self.clock.exit(serial, caller, position, trigger);
         }
+        self.say_passes();
         enter && self.clock.has_parameters(serial)
     }
 
@@ -157,6 +161,13 @@ impl Engine {
     /// An optimizer stepped, or was skipped.
     pub fn stepped(&mut self, optimizer: u32) {
         self.clock.stepped(optimizer);
+        self.say_passes();
+    }
+
+    /// The process ends.
+    pub fn finish(&mut self) {
+        self.clock.finish();
+        self.say_passes();
     }
 
     /// A backward pass ended.
@@ -200,6 +211,42 @@ impl Engine {
         }
         let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Assumed));
         (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
+    }
+
+    /// Other ranks have to know of the pass that begins, if something may be captured in its step.
+    fn keep_pass(&mut self, serial: u64) {
+        let Some(made) = self.clock.under_way(serial) else { return };
+        let turns: Vec<u64> = if made.inference { vec![made.step] } else { self.clock.steps().all_turns().collect() };
+        let wanted = |clause: &Hook| turns.iter().any(|&turn| clause.wants_step(made.step, turn));
+        if self.plans.get().clauses().iter().any(wanted) {
+            self.clock.keep(serial);
+        }
+    }
+
+    /// Says what other ranks have to know of passes that have ended: for models that are distributed.
+    fn say_passes(&mut self) {
+        for (serial, ended) in self.clock.ended() {
+            let Some((number, signature)) = self.taps.model(serial).map(|model| (model.number, model.signature)) else {
+                continue;
+            };
+            let among = self.taps.among(number, signature);
+            let Some(model) = self.taps.model(serial) else { continue };
+            let group = |axis: &MeshAxis| {
+                Some(Group {
+                    ranks: axis.ranks.clone(),
+                    begin: u64::try_from(*ended.begin.get(axis.position)?).ok(),
+                    since: *ended.since.get(axis.position)?,
+                    together: *ended.together.get(axis.position)?,
+                })
+            };
+            let groups: Vec<Group> = model.mesh.iter().filter_map(group).collect();
+            let Ended { made: Made { step, micro, train, inference }, reduces, .. } = ended;
+            if !groups.is_empty() {
+                let model = number;
+                let pass = Pass { model, step, micro, train, inference, signature, among, reduces, groups };
+                self.reports.say(ToAgent::Passed(pass));
+            }
+        }
     }
 
     /// Says once by which rule the step under way is counted.

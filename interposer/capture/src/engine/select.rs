@@ -144,6 +144,7 @@ impl Engine {
             // The process may have become a rank since the last time.
             // SAFETY: the array has `axis_count` entries, whose names live through the call (caller).
             model.mesh = unsafe { layout::mesh_of(desc) };
+            model.signature = desc.signature;
             self.reports.say(ToAgent::Model { model: model.number, modules });
         }
         out

@@ -7,12 +7,10 @@
 use wire::{
     codes::{Code, Order, Role},
     hooks::{Kind, ShardHint},
-    record::{Axis, MICRO, Placement, PlacementCode},
+    passes::{self, Run},
+    record::{Axis, DATA, MICRO, Placement, PlacementCode},
     tap_abi::{self, ModelDesc, Rank},
 };
-
-/// The name of the axes over which the batch lies, taken together.
-const DATA: &str = "dp";
 
 /// What is known of a tap's tensors.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +51,10 @@ pub struct MeshAxis {
     pub size: u32,
     /// What it is there for.
     pub role: Role,
+    /// Its members that share this rank's other coordinates.
+    pub ranks: Vec<Run>,
+    /// Which of the axes it is that the bridge told of.
+    pub position: usize,
 }
 
 /// The axes of a model, without those of one member.
@@ -66,11 +68,15 @@ pub unsafe fn mesh_of(desc: &ModelDesc<'_>) -> Vec<MeshAxis> {
             let axis = &*desc.mesh.add(i);
             (axis, axis.name.get())
         };
+        // SAFETY: `rank_count` ranks, which live as long as the description.
+        let ranks = unsafe { tap_abi::array(axis.ranks, axis.rank_count) };
         MeshAxis {
             name: name.to_owned(),
             index: axis.index,
             size: axis.size,
             role: Role::from_code(axis.role).unwrap_or_default(),
+            ranks: passes::runs(ranks),
+            position: i,
         }
     };
     (0..desc.axis_count).map(at).filter(|axis| axis.size > 1 && axis.index < axis.size).collect()
@@ -164,7 +170,7 @@ pub fn of_some(
     }
     let axis = match mesh {
         [axis] => MeshAxis { index, size, ..axis.clone() },
-        _ => MeshAxis { name: "rank".into(), index, size, role: Role::Other },
+        _ => MeshAxis { name: "rank".into(), index, size, role: Role::Other, ranks: Vec::new(), position: 0 },
     };
     infer(leaf, known, hint, &[axis], Vec::new())
 }

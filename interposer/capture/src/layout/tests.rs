@@ -125,7 +125,14 @@ fn states_of_a_recurrent_network_have_the_batch_second() {
 }
 
 fn mesh(roles: &[Role]) -> Vec<MeshAxis> {
-    let axis = |(i, role): (usize, &Role)| MeshAxis { name: format!("axis{i}"), index: 1, size: 2, role: *role };
+    let axis = |(i, role): (usize, &Role)| MeshAxis {
+        name: format!("axis{i}"),
+        index: 1,
+        size: 2,
+        role: *role,
+        ranks: Vec::new(),
+        position: i,
+    };
     roles.iter().enumerate().map(axis).collect()
 }
 

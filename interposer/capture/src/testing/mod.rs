@@ -121,6 +121,9 @@ impl Reports for StandInTransport {
     }
 }
 
+/// The ranks of any axis.
+const RANKS: [u32; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+
 /// A model of modules with a name each, and parameters.
 #[derive(Clone, Default)]
 pub struct Model {
@@ -151,6 +154,8 @@ impl Model {
             index,
             size,
             role: role as u8,
+            ranks: RANKS.as_ptr(),
+            rank_count: size as usize,
         };
         let mesh: Vec<MeshAxis<'_>> = self.mesh.iter().map(axis).collect();
         let desc = ModelDesc {
@@ -162,6 +167,7 @@ impl Model {
             wrapper: Str::new("DDP"),
             mesh: mesh.as_ptr(),
             axis_count: mesh.len(),
+            signature: 0,
         };
         // SAFETY: the arrays have these lengths and live through the call.
         unsafe { engine.select(&desc, Rank { rank, world }) }

@@ -1,0 +1,335 @@
+//! Which forward passes of several ranks are one, so that no whole is made of parts of two.
+//!
+//! Each rank counts its steps and passes by itself, and says of each pass, for every axis of its model's mesh, how many
+//! collectives the axis's members had called together when it began ([`wire::passes`]): a clock that they share. Axis by axis
+//! the passes of its members are one
+//!
+//! - where more collectives were called in the pass: then all members made it at that time;
+//! - else by their order since the last collective, among passes of one kind and of models that are alike, where all members
+//!   made equally many of these. That is known of passes whose gradients are reduced, which all members make, and assumed
+//!   of others.
+//!
+//! Until every member is known to be past that time it is not known. What is not one with the passes of all members is kept
+//! apart, and is whole for the ranks that made it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use wire::{
+    passes::{Pass, Run},
+    record::MICRO,
+};
+
+use crate::{
+    format::{Identity, What},
+    limits,
+};
+
+/// Passes of a step among which one is looked for that all ranks made.
+const PASSES_OF_STEP: u32 = 64;
+
+/// A forward pass, as its rank counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Local {
+    rank: u32,
+    model: u32,
+    step: u64,
+    micro: u32,
+    train: bool,
+}
+
+impl Local {
+    /// The pass that a part is of.
+    pub fn of(what: &What) -> Self {
+        let Identity { model, step, micro, train, .. } = what.id;
+        // Of a pipeline, which cuts a batch into several passes, parts of these are parts of one record.
+        let cut = what.axes.iter().find(|axis| axis.name == MICRO);
+        let micro = cut.map_or(micro, |axis| micro.wrapping_mul(axis.size).wrapping_add(axis.index));
+        Self { rank: what.rank, model, step, micro, train }
+    }
+}
+
+/// A pass of several ranks.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Joint {
+    /// As its lowest rank counts.
+    first: Local,
+    /// Who made it.
+    pub ranks: BTreeSet<u32>,
+    /// All ranks did over which the model is distributed, as far as is known.
+    pub by_all: bool,
+    /// That it is one pass is assumed of some of them.
+    pub assumed: bool,
+}
+
+impl Joint {
+    /// The identity of what is captured in it, which `id` is to one rank.
+    pub fn identity(&self, id: &Identity, local: Local) -> Identity {
+        let Local { rank, model, step, micro, .. } = self.first;
+        // Where a pipeline cuts a batch, its microbatches count within the record.
+        let is_of_pass = local.micro == id.micro && !id.kind.is_in(wire::hooks::Kind::OF_PARAMETERS);
+        let micro = if is_of_pass { micro } else { id.micro };
+        Identity { model, step, micro, apart: (!self.by_all).then_some(rank), ..id.clone() }
+    }
+}
+
+/// What is known of a pass.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    /// It is one with these.
+    Joint(Arc<Joint>),
+    /// Not yet whether it is one with passes of other ranks.
+    Pending,
+    /// Its rank has said nothing of it.
+    Unsaid,
+}
+
+/// A pass along one group of ranks.
+#[derive(Debug)]
+struct Along {
+    group: usize,
+    begin: Option<u64>,
+    together: bool,
+}
+
+/// What tells the kind of a pass: passes of two kinds are never one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Kind {
+    signature: u32,
+    among: (u32, u32),
+    train: bool,
+    inference: bool,
+    reduces: bool,
+}
+
+/// Passes of one kind between two collectives of a group; of a step where nothing says that its members make the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Segment {
+    group: usize,
+    begin: Option<u64>,
+    step: Option<u64>,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+struct Node {
+    local: Local,
+    kind: Kind,
+    along: Vec<Along>,
+    joint: Option<Arc<Joint>>,
+}
+
+/// The passes that the ranks of a run have told of.
+#[derive(Debug, Default)]
+pub struct Passes {
+    nodes: Vec<Node>,
+    by_local: HashMap<Local, usize>,
+    groups: Vec<Arc<[u32]>>,
+    by_runs: HashMap<Vec<Run>, usize>,
+    /// Those in which collectives were called, by the clock of the group and the models' signature.
+    together: HashMap<(usize, u64, u32), BTreeMap<u32, usize>>,
+    /// Others, with how many came before each.
+    segments: HashMap<Segment, BTreeMap<u32, Vec<(u32, usize)>>>,
+    /// How far a rank is by the clock of a group.
+    clocks: HashMap<(u32, usize), u64>,
+    /// How far it is in steps: of training, and of each kind of model in inference.
+    steps: HashMap<(u32, Option<u32>), u64>,
+    undecided: Vec<usize>,
+    /// The model of a rank, as the lowest of those that have it counts.
+    models: HashMap<(u32, u32), Arc<Joint>>,
+    /// Ranks gone through.
+    spent: usize,
+}
+
+/// What other members of a group have of a pass.
+enum Others {
+    /// These passes are one with it; whether that is assumed.
+    Are(Vec<usize>, bool),
+    /// Nothing.
+    Apart,
+    /// That is not known yet.
+    Pending,
+}
+
+impl Passes {
+    /// Whether no rank has told of any.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// A rank tells of a pass.
+    pub fn add(&mut self, rank: u32, pass: &Pass) {
+        let Pass { model, step, micro, train, inference, signature, among, reduces, .. } = *pass;
+        let local = Local { rank, model, step, micro, train };
+        let size = pass.groups.iter().flat_map(|group| &group.ranks).map(|run| run.count as usize).sum::<usize>();
+        self.spent = self.spent.saturating_add(size);
+        if self.by_local.contains_key(&local) || self.spent > limits::OWNED {
+            return;
+        }
+        let kind = Kind { signature, among, train, inference, reduces };
+        let at = self.nodes.len();
+        let mut along = Vec::with_capacity(pass.groups.len());
+        for said in &pass.groups {
+            let group = self.group(&said.ranks);
+            if !self.groups[group].contains(&rank) {
+                continue;
+            }
+            if let Some(begin) = said.begin {
+                let clock = self.clocks.entry((rank, group)).or_default();
+                *clock = begin.max(*clock);
+            }
+            let one = Along { group, begin: said.begin, together: said.together && said.begin.is_some() };
+            match said.begin.filter(|_| one.together) {
+                Some(begin) => _ = self.together.entry((group, begin, signature)).or_default().insert(rank, at),
+                None => {
+                    let segment = self.segments.entry(one.segment(kind, step)).or_default();
+                    segment.entry(rank).or_default().push((said.since, at));
+                }
+            }
+            along.push(one);
+        }
+        let of = inference.then_some(signature);
+        let reached = self.steps.entry((rank, of)).or_default();
+        *reached = step.max(*reached);
+        self.nodes.push(Node { local, kind, along, joint: None });
+        self.by_local.insert(local, at);
+        self.undecided.push(at);
+    }
+
+    fn group(&mut self, runs: &[Run]) -> usize {
+        let next = self.groups.len();
+        let number = *self.by_runs.entry(runs.to_vec()).or_insert(next);
+        if number == next {
+            self.groups.push(runs.iter().flat_map(|run| run.ranks()).collect());
+        }
+        number
+    }
+
+    /// Decides what can be; `over`: no rank will tell of more. Those that were decided now.
+    pub fn decide(&mut self, over: bool) -> Vec<Local> {
+        let mut decided = Vec::new();
+        for at in std::mem::take(&mut self.undecided) {
+            if self.nodes[at].joint.is_some() {
+                continue;
+            }
+            match self.joint(at, over) {
+                Some((members, joint)) => {
+                    let joint = Arc::new(joint);
+                    for member in members {
+                        let node = &mut self.nodes[member];
+                        node.joint = Some(joint.clone());
+                        decided.push(node.local);
+                        let model = self.models.entry((node.local.rank, node.local.model)).or_insert_with(|| joint.clone());
+                        if joint.by_all && !model.by_all {
+                            *model = joint.clone();
+                        }
+                    }
+                }
+                None => self.undecided.push(at),
+            }
+        }
+        decided
+    }
+
+    /// What is known of a pass.
+    pub fn verdict(&self, local: Local) -> Verdict {
+        match self.by_local.get(&local).map(|&at| &self.nodes[at].joint) {
+            Some(Some(joint)) => Verdict::Joint(joint.clone()),
+            Some(None) => Verdict::Pending,
+            None => Verdict::Unsaid,
+        }
+    }
+
+    /// What is known of a parameter, or of what optimizers do with it: it is one where its model is, in a pass of the step if
+    /// there is one that all ranks made.
+    pub fn of_parameter(&self, local: Local) -> Verdict {
+        let of_step = |micro| self.verdict(Local { micro, ..local });
+        let by_all = (0..PASSES_OF_STEP).map(of_step).take_while(|verdict| !matches!(verdict, Verdict::Unsaid));
+        let mut by_all = by_all.filter(|verdict| matches!(verdict, Verdict::Joint(joint) if joint.by_all));
+        match by_all.next() {
+            Some(verdict) => verdict,
+            None => self.models.get(&(local.rank, local.model)).map_or(Verdict::Pending, |joint| {
+                let Joint { first, ranks, by_all, assumed } = &**joint;
+                let first = Local { rank: first.rank, model: first.model, ..local };
+                Verdict::Joint(Arc::new(Joint { first, ranks: ranks.clone(), by_all: *by_all, assumed: *assumed }))
+            }),
+        }
+    }
+
+    /// The passes that are one with this one, and who made them; `None` while that is not known.
+    fn joint(&self, at: usize, over: bool) -> Option<(Vec<usize>, Joint)> {
+        let (mut members, mut seen) = (vec![at], BTreeSet::from([at]));
+        let (mut by_all, mut assumed, mut next) = (true, false, 0);
+        while let Some(&member) = members.get(next) {
+            next += 1;
+            for along in &self.nodes[member].along {
+                match self.others(member, along, over) {
+                    Others::Pending => return None,
+                    Others::Apart => by_all = false,
+                    Others::Are(others, by_order) => {
+                        assumed |= by_order;
+                        members.extend(others.into_iter().filter(|&other| seen.insert(other)));
+                    }
+                }
+            }
+        }
+        let ranks: BTreeSet<u32> = members.iter().map(|&member| self.nodes[member].local.rank).collect();
+        if ranks.len() < members.len() {
+            // No rank makes a pass twice: what its ranks say does not go together.
+            let first = self.nodes[at].local;
+            let ranks = BTreeSet::from([first.rank]);
+            return Some((vec![at], Joint { first, ranks, by_all: false, assumed: false }));
+        }
+        let first = members.iter().map(|&member| self.nodes[member].local).min()?;
+        Some((members, Joint { first, ranks, by_all, assumed }))
+    }
+
+    fn others(&self, at: usize, along: &Along, over: bool) -> Others {
+        let Node { local, kind, .. } = &self.nodes[at];
+        let ranks = &self.groups[along.group];
+        if let Some(begin) = along.begin.filter(|_| along.together) {
+            let there = self.together.get(&(along.group, begin, kind.signature));
+            let there: Vec<usize> = there.into_iter().flatten().map(|(_, &other)| other).collect();
+            return if there.len() == ranks.len() || over { Others::Are(there, false) } else { Others::Pending };
+        }
+        let segment = along.segment(*kind, local.step);
+        if !over && !ranks.iter().all(|&rank| self.is_past(rank, &segment, local.step)) {
+            return Others::Pending;
+        }
+        let Some(made) = self.segments.get(&segment) else { return Others::Apart };
+        let Some(own) = made.get(&local.rank).and_then(|own| own.iter().position(|(_, other)| *other == at)) else {
+            return Others::Apart;
+        };
+        let own_all = made.get(&local.rank).map_or(&[][..], Vec::as_slice);
+        let alike = |all: &Vec<(u32, usize)>| all.len() == own_all.len() && are_in_order(all);
+        if made.len() != ranks.len() || !made.values().all(alike) {
+            return Others::Apart;
+        }
+        Others::Are(made.values().map(|all| all[own].1).collect(), !kind.reduces)
+    }
+
+    /// Whether a rank makes no more passes of a segment.
+    fn is_past(&self, rank: u32, segment: &Segment, step: u64) -> bool {
+        let past = |reached: Option<&u64>, this: u64| reached.is_some_and(|&reached| reached > this);
+        let by_clock = segment.begin.is_some_and(|begin| past(self.clocks.get(&(rank, segment.group)), begin));
+        let of = segment.kind.inference.then_some(segment.kind.signature);
+        by_clock || (segment.step.is_some() && past(self.steps.get(&(rank, of)), step))
+    }
+}
+
+impl Along {
+    fn segment(&self, kind: Kind, step: u64) -> Segment {
+        let by_clock_alone = kind.reduces && self.begin.is_some();
+        Segment { group: self.group, begin: self.begin, step: (!by_clock_alone).then_some(step), kind }
+    }
+}
+
+/// Whether none between the first and the last is missing.
+fn are_in_order(passes: &[(u32, usize)]) -> bool {
+    passes.windows(2).all(|pair| pair[0].0.checked_add(1) == Some(pair[1].0))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,97 @@
+"""How many collectives the ranks of an axis have called together: a clock that they share.
+
+The members of a process group call its collectives in one order, and torch numbers them. Gloo numbers what is sent from
+one member to another too, of which others know nothing: that is subtracted.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import patches
+from .mesh import Axis
+
+MODULE = "torch.distributed.distributed_c10d"
+# Methods of a process group that not all members call alike.
+_BETWEEN_MEMBERS = ("send", "recv", "recv_anysource", "monitored_barrier")
+_UNKNOWN = -1
+
+
+class Collectives:
+    """Counts them for the axes of each model."""
+
+    def __init__(self, is_reducing: Callable[[], bool]) -> None:
+        self._is_reducing = is_reducing
+        self._axes: dict[int, tuple[tuple[int, ...], ...]] = {}
+        # By the id of a process group: no group is held, since one that the job destroyed would live on.
+        self._between_members: dict[int, int] = {}
+        # The ids of the groups that each axis lies in, as long as torch has made no other one.
+        self._groups: dict[tuple[int, ...], list[int]] = {}
+        self._made: Any = None
+
+    def follow(self, guard: Callable[..., Any]) -> None:
+        """Follow what is sent between members."""
+        group_class = sys.modules[MODULE].ProcessGroup
+        for name in _BETWEEN_MEMBERS:
+            if hasattr(group_class, name):
+                patches.wrap(group_class, name, functools.partial(self._counted, guard=guard))
+
+    def put(self, serial: int, axes: Sequence[Axis]) -> None:
+        """A model is distributed along these axes."""
+        self._axes[serial] = tuple(axis.ranks for axis in axes)
+
+    def drop(self, serial: int) -> None:
+        """The model was destroyed."""
+        self._axes.pop(serial, None)
+
+    def now(self, serial: int) -> tuple[int, ...]:
+        """Whether a model that is called now is called through a wrapper that reduces gradients, and for each of its axes
+        how many collectives its members have called together, -1 where that is not known."""
+        axes = self._axes.get(serial, ())
+        if not axes:
+            return (False,)
+        return (self._is_reducing(), *(self._count(ranks) for ranks in axes))
+
+    def _count(self, ranks: tuple[int, ...]) -> int:
+        c10d = sys.modules.get(MODULE)
+        if c10d is None or not c10d.is_initialized():
+            return _UNKNOWN
+        known = c10d._world.pg_group_ranks
+        made = (c10d._world.group_count, tuple(map(id, known)))
+        if made != self._made:
+            self._made = made
+            self._groups.clear()
+            self._between_members = {at: n for at, n in self._between_members.items() if at in made[1]}
+        holding = self._groups.get(ranks)
+        if holding is None:
+            holding = [id(group) for group, members in known.items() if members.keys() >= set(ranks)]
+            self._groups[ranks] = holding
+        if not holding:
+            return _UNKNOWN
+        numbered = (group for group in known if id(group) in holding)
+        return sum(_number(group) - self._between_members.get(id(group), 0) for group in numbered)
+
+    def _counted(self, original: Any, guard: Callable[..., Any]) -> Callable[..., Any]:
+        count = guard(self._add, "counting what is sent between ranks")
+        number = guard(_number, "counting what is sent between ranks")
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before = number(args[0]) if args else None
+            result = original(*args, **kwargs)
+            if before is not None:
+                count(args[0], before)
+            return result
+
+        return counted
+
+    def _add(self, group: Any, before: int) -> None:
+        sent = _number(group) - before
+        if sent:
+            self._between_members[id(group)] = self._between_members.get(id(group), 0) + sent
+
+
+def _number(group: Any) -> int:
+    return int(group._get_sequence_number_for_group())
