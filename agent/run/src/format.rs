@@ -251,6 +251,9 @@ pub struct Identity {
     /// Known by the reader alone: not all ranks that have the model made this pass, and this is the lowest that did.
     #[serde(skip)]
     pub apart: Option<u32>,
+    /// Likewise: it is not known yet of which pass this is, and another one has these numbers.
+    #[serde(skip)]
+    pub pending: bool,
 }
 
 /// What a part is: an identity, and this rank's piece of it.
@@ -354,6 +357,7 @@ impl What {
                 repeat: m.repeat,
                 train: m.train,
                 apart: None,
+                pending: false,
             },
             class: m.class,
             group: m.group,
@@ -392,6 +396,9 @@ impl std::fmt::Display for Identity {
         }
         if let Some(rank) = self.apart {
             write!(f, "#rank{rank}")?;
+        }
+        if self.pending {
+            write!(f, "#pending")?;
         }
         Ok(())
     }

@@ -111,8 +111,9 @@ impl Run {
             }
             left = kept;
         }
-        if left.iter().any(|i| id(i).apart.is_none()) {
-            left.retain(|i| id(i).apart.is_none());
+        let of_all = |i: &usize| id(i).apart.is_none() && !id(i).pending;
+        if left.iter().any(of_all) {
+            left.retain(of_all);
         }
         if let [one] = left[..] {
             return Ok(one);

@@ -44,6 +44,8 @@ pub struct Gathered {
     /// Of several nodes: replicas that differ and whose difference no agent saw.
     differing: BTreeMap<usize, Vec<(What, u32)>>,
     passes: Passes,
+    /// Ranks have told of some.
+    has_passes: bool,
     /// Slots with parts of passes that are not decided.
     waiting: HashMap<Local, BTreeSet<usize>>,
     /// Slots that have lost their last part to another.
@@ -107,6 +109,7 @@ impl Gathered {
             owners: (Vec::new(), 0),
             differing: BTreeMap::new(),
             passes: Passes::default(),
+            has_passes: false,
             waiting: HashMap::new(),
             empty: BTreeSet::new(),
             decided_early: false,
@@ -205,57 +208,85 @@ impl Gathered {
             again.extend(std::mem::take(&mut self.waiting).into_values().flatten());
         }
         if !self.passes.is_empty() {
-            for at in again {
-                self.join_slot(at, over);
+            if !std::mem::replace(&mut self.has_passes, true) {
+                again.extend(0..self.slots.len());
             }
+            self.place(again, over);
         }
         for &at in &self.changed {
             in_seats(&mut Arc::make_mut(&mut self.slots[at].record).parts, &mut self.replaced);
         }
     }
 
-    fn join_slot(&mut self, at: usize, over: bool) {
-        let undecided = |part: &Part| matches!(part.what.joined, Joined::ByNumber | Joined::Pending);
-        let distributed = |part: &Part| !part.what.axes.is_empty();
-        let slot = &mut self.slots[at];
-        slot.change(at, &mut self.changed);
-        let (parts, kept): (Vec<Part>, Vec<Part>) = Arc::make_mut(&mut slot.record)
-            .parts
-            .drain(..)
-            .partition(|part| undecided(part) && distributed(part));
-        Arc::make_mut(&mut slot.record).parts = kept;
-        for mut part in parts {
+    /// Finds the records of those parts in some slots of which that is not decided.
+    fn place(&mut self, slots: BTreeSet<usize>, over: bool) {
+        let taken: Vec<(usize, Part)> =
+            slots.iter().flat_map(|&at| self.take_undecided(at).into_iter().map(move |part| (at, part))).collect();
+        let mut undecided = Vec::new();
+        for (at, mut part) in taken {
             let (local, is_parameter) = (Local::of(&part.what), part.what.id.kind.is_in(Kind::OF_PARAMETERS));
             let verdict = if is_parameter { self.passes.of_parameter(local) } else { self.passes.verdict(local) };
-            let place = match verdict {
-                Verdict::Joint(joint) => {
-                    let id = joint.identity(&part.what.id, local);
-                    part.what.joined = if joint.assumed { Joined::Assumed } else { Joined::Known };
-                    let place = slot_of(&id, &mut self.slots, &mut self.by_id);
-                    self.slots[place].apart = (!joint.by_all).then(|| joint.clone());
-                    part.what.id = id;
-                    place
-                }
-                Verdict::Pending | Verdict::Unsaid if !over => {
-                    part.what.joined = Joined::Pending;
-                    self.waiting.entry(local).or_default().insert(at);
-                    at
-                }
-                Verdict::Pending | Verdict::Unsaid => {
-                    part.what.joined = if is_parameter { Joined::ByNumber } else { Joined::Pending };
-                    at
-                }
+            let Verdict::Joint(joint) = verdict else {
+                undecided.push((at, part));
+                continue;
             };
-            let (folders, slot) = (self.slots[at].folders.clone(), &mut self.slots[place]);
-            slot.change(place, &mut self.changed);
-            Arc::make_mut(&mut slot.record).parts.push(part);
-            if place != at {
-                slot.folders = folders;
-            }
-            self.empty.remove(&place);
+            let id = joint.identity(&part.what.id, local);
+            let place = slot_of(&id, &mut self.slots, &mut self.by_id);
+            part.what.joined = if joint.assumed { Joined::Assumed } else { Joined::Known };
+            part.what.id = id;
+            self.slots[place].apart = (!joint.by_all).then_some(joint);
+            undecided.extend(self.take_undecided(place).into_iter().map(|other| (place, other)));
+            self.put(at, place, part);
         }
-        if self.slots[at].record.parts.is_empty() {
-            self.empty.insert(at);
+        for (at, part) in undecided {
+            if over && part.what.id.kind.is_in(Kind::OF_PARAMETERS) {
+                self.put(at, at, part);
+            } else {
+                self.wait(at, part, over);
+            }
+        }
+        let are_empty = slots.into_iter().filter(|&at| self.slots[at].record.parts.is_empty());
+        self.empty.extend(are_empty.collect::<Vec<_>>());
+    }
+
+    /// Takes parts out of a slot of which it is not decided whose record they are.
+    fn take_undecided(&mut self, at: usize) -> Vec<Part> {
+        let is_one = |part: &Part| is_undecided(part) && !part.what.axes.is_empty();
+        let slot = &mut self.slots[at];
+        if !slot.record.parts.iter().any(is_one) {
+            return Vec::new();
+        }
+        slot.change(at, &mut self.changed);
+        let parts = &mut Arc::make_mut(&mut slot.record).parts;
+        let (taken, kept) = parts.drain(..).partition(is_one);
+        *parts = kept;
+        taken
+    }
+
+    /// Puts a part from one slot into another, or back.
+    fn put(&mut self, from: usize, to: usize, part: Part) {
+        let folders = if from == to { Vec::new() } else { self.slots[from].folders.clone() };
+        let slot = &mut self.slots[to];
+        slot.change(to, &mut self.changed);
+        Arc::make_mut(&mut slot.record).parts.push(part);
+        slot.folders.extend(folders);
+        self.empty.remove(&to);
+    }
+
+    /// Puts a part where it waits until it is known of which pass it is: in the slot of the numbers that its rank says, unless
+    /// that has the parts of another pass.
+    fn wait(&mut self, at: usize, mut part: Part, over: bool) {
+        part.what.joined = Joined::Pending;
+        let plain = Identity { pending: false, ..part.what.id.clone() };
+        let own = slot_of(&plain, &mut self.slots, &mut self.by_id);
+        let is_taken = self.slots[own].record.parts.iter().any(|other| !is_undecided(other));
+        let id = Identity { pending: is_taken, ..plain };
+        let local = Local::of(&part.what);
+        let place = slot_of(&id, &mut self.slots, &mut self.by_id);
+        part.what.id = id;
+        self.put(at, place, part);
+        if !over {
+            self.waiting.entry(local).or_default().insert(place);
         }
     }
 
@@ -368,6 +399,11 @@ impl Gathered {
         self.over = true;
         (self.slots, self.by_id, self.records, self.replaced) = Default::default();
     }
+}
+
+/// Whether nobody has decided yet of which pass a part is.
+fn is_undecided(part: &Part) -> bool {
+    matches!(part.what.joined, Joined::ByNumber | Joined::Pending)
 }
 
 /// The slot of a record, new if there is none.

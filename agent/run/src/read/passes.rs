@@ -71,7 +71,7 @@ impl Joint {
         // Where a pipeline cuts a batch, its microbatches count within the record.
         let is_of_pass = local.micro == id.micro && !id.kind.is_in(wire::hooks::Kind::OF_PARAMETERS);
         let micro = if is_of_pass { micro } else { id.micro };
-        Identity { model, step, micro, apart: (!self.by_all).then_some(rank), ..id.clone() }
+        Identity { model, step, micro, apart: (!self.by_all).then_some(rank), pending: false, ..id.clone() }
     }
 }
 
@@ -184,8 +184,9 @@ impl Passes {
             match said.begin.filter(|_| one.together) {
                 Some(begin) => _ = self.together.entry((group, begin, signature)).or_default().insert(rank, at),
                 None => {
-                    let segment = self.segments.entry(one.segment(kind, step)).or_default();
-                    segment.entry(rank).or_default().push((said.since, at));
+                    let made = self.segments.entry(one.segment(kind, step)).or_default().entry(rank).or_default();
+                    let place = made.partition_point(|&other| other < (said.since, at));
+                    made.insert(place, (said.since, at));
                 }
             }
             along.push(one);
