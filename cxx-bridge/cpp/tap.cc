@@ -490,7 +490,7 @@ void count_collectives(uint64_t serial, Trigger& now) {
   const Ref counted = checked(PyObject_CallFunction(counter, "K", static_cast<unsigned long long>(serial)));
   if (!PyTuple_Check(counted.get()) || PyTuple_GET_SIZE(counted.get()) == 0) return;
   now.reduces = PyTuple_GET_ITEM(counted.get(), 0) == Py_True;
-  const Py_ssize_t axes = std::min<Py_ssize_t>(PyTuple_GET_SIZE(counted.get()) - 1, std::ssize(now.collectives));
+  const Py_ssize_t axes = std::min<Py_ssize_t>(PyTuple_GET_SIZE(counted.get()) - 1, static_cast<Py_ssize_t>(std::size(now.collectives)));
   for (Py_ssize_t axis = 0; axis < axes; ++axis) {
     now.collectives[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(counted.get(), axis + 1));
   }

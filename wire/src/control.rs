@@ -271,6 +271,7 @@ fn config() -> impl bincode::config::Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::passes::{Group, Run};
     use proptest::prelude::*;
 
     #[test]
@@ -285,6 +286,24 @@ mod tests {
         buffer.push(bytes[bytes.len() - 1]);
         assert_eq!(decode_next(&mut buffer), Ok(Some(message)));
         assert!(buffer.is_empty());
+    }
+
+    #[test]
+    fn what_is_said_of_a_pass_arrives() {
+        let group = |begin| Group { ranks: vec![Run { first: 0, by: 1, count: 2 }], begin, since: 3, together: true };
+        let pass = Pass {
+            model: 1,
+            step: 2,
+            micro: 3,
+            train: true,
+            inference: false,
+            signature: 4,
+            among: (0, 1),
+            reduces: false,
+            groups: vec![group(None), group(Some(5))],
+        };
+        let message = ToAgent::Passed(pass);
+        assert_eq!(decode_next(&mut encode(&message).unwrap()), Ok(Some(message)));
     }
 
     #[test]

@@ -40,13 +40,10 @@ pub struct Group {
     /// Global ranks.
     pub ranks: Vec<Run>,
     /// Collectives that all of them had called together when the pass began; `None` where that cannot be told.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub begin: Option<u64>,
     /// Passes of this kind that the rank had made since the last of these collectives.
-    #[serde(default)]
     pub since: u32,
     /// More were called when it ended: all of the ranks made it.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub together: bool,
 }
 
