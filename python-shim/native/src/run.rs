@@ -7,7 +7,7 @@ use std::{
 };
 
 use flexmodel_run::{
-    Run as Opened,
+    Record as Read, Run as Opened,
     format::Identity,
     read::{Growing, Wanted, natural},
 };
@@ -67,8 +67,9 @@ impl State {
                 self.modules().iter().enumerate().map(|(at, name)| (name.as_str(), at)).collect();
             let mut all: Vec<usize> = (0..self.run.records.len()).collect();
             all.sort_by_cached_key(|&at| {
-                let id = &self.run.records[at].id;
-                (id.step, id.micro, position.get(id.module.as_str()).copied(), in_module(id))
+                let record = &self.run.records[at];
+                let id = &record.id;
+                (id.step, id.micro, position.get(id.module.as_str()).copied(), in_module(record))
             });
             all
         })
@@ -82,9 +83,11 @@ impl State {
     }
 }
 
-/// The order of a module's records.
-fn in_module(id: &Identity) -> impl Ord + use<'_> {
-    (id.step, id.micro, id.call, id.model, !id.train, id.kind, natural(&id.path), id.repeat, id.apart)
+/// The order of a module's records: passes that have the same numbers, since some train and some do not, as they came.
+fn in_module(record: &Read) -> impl Ord + use<'_> {
+    let id = &record.id;
+    let began = record.parts.iter().map(|part| part.what.time_ns).min();
+    (id.step, id.micro, id.call, id.model, began, id.kind, natural(&id.path), id.repeat, id.apart)
 }
 
 /// A run directory.
@@ -180,7 +183,7 @@ impl Run {
         let module = text("module", Some(module))?.unwrap_or_default();
         py.detach(|| {
             let mut all = state.of_module(&module)?.to_vec();
-            all.sort_by_cached_key(|&at| in_module(&state.run.records[at].id));
+            all.sort_by_cached_key(|&at| in_module(&state.run.records[at]));
             Ok(all.into_iter().map(|at| Record::new(&state.run, at)).collect())
         })
     }
