@@ -83,11 +83,11 @@ impl State {
     }
 }
 
-/// The order of a module's records: passes that have the same numbers, since some train and some do not, as they came.
+/// The order of a module's records. Passes have the same numbers where one trains and one does not: they are as they came
+/// on the first rank.
 fn in_module(record: &Read) -> impl Ord + use<'_> {
-    let id = &record.id;
-    let began = record.parts.iter().map(|part| part.what.time_ns).min();
-    (id.step, id.micro, id.call, id.model, began, id.kind, natural(&id.path), id.repeat, id.apart)
+    let (id, began) = (&record.id, record.what().time_ns);
+    (id.step, id.micro, id.call, id.model, id.kind, natural(&id.path), id.repeat, began, !id.train, id.apart)
 }
 
 /// A run directory.

@@ -68,6 +68,8 @@ struct Slot {
     changed: bool,
     /// The pass that it is of, where not all ranks made that.
     apart: Option<Arc<Joint>>,
+    /// It has parts that came under other numbers.
+    has_moved: bool,
 }
 
 impl Gathered {
@@ -202,7 +204,9 @@ impl Gathered {
         self.decided_early |= over && !closed && !self.passes.is_empty();
         let mut again: BTreeSet<usize> = self.changed.iter().copied().collect();
         for local in &decided {
-            again.extend(self.waiting.remove(local).unwrap_or_default());
+            for local in [*local, local.of_parameters()] {
+                again.extend(self.waiting.remove(&local).unwrap_or_default());
+            }
         }
         if over {
             again.extend(std::mem::take(&mut self.waiting).into_values().flatten());
@@ -225,7 +229,7 @@ impl Gathered {
         let mut undecided = Vec::new();
         for (at, mut part) in taken {
             let (local, is_parameter) = (Local::of(&part.what), part.what.id.kind.is_in(Kind::OF_PARAMETERS));
-            let verdict = if is_parameter { self.passes.of_parameter(local) } else { self.passes.verdict(local) };
+            let verdict = if is_parameter { self.passes.of_parameter(local, over) } else { self.passes.verdict(local) };
             let Verdict::Joint(joint) = verdict else {
                 undecided.push((at, part));
                 continue;
@@ -239,11 +243,7 @@ impl Gathered {
             self.put(at, place, part);
         }
         for (at, part) in undecided {
-            if over && part.what.id.kind.is_in(Kind::OF_PARAMETERS) {
-                self.put(at, at, part);
-            } else {
-                self.wait(at, part, over);
-            }
+            self.wait(at, part, over);
         }
         let are_empty = slots.into_iter().filter(|&at| self.slots[at].record.parts.is_empty());
         self.empty.extend(are_empty.collect::<Vec<_>>());
@@ -251,14 +251,13 @@ impl Gathered {
 
     /// Takes parts out of a slot of which it is not decided whose record they are.
     fn take_undecided(&mut self, at: usize) -> Vec<Part> {
-        let is_one = |part: &Part| is_undecided(part) && !part.what.axes.is_empty();
         let slot = &mut self.slots[at];
-        if !slot.record.parts.iter().any(is_one) {
+        if !slot.record.parts.iter().any(is_undecided) {
             return Vec::new();
         }
         slot.change(at, &mut self.changed);
         let parts = &mut Arc::make_mut(&mut slot.record).parts;
-        let (taken, kept) = parts.drain(..).partition(is_one);
+        let (taken, kept) = parts.drain(..).partition(is_undecided);
         *parts = kept;
         taken
     }
@@ -270,13 +269,16 @@ impl Gathered {
         slot.change(to, &mut self.changed);
         Arc::make_mut(&mut slot.record).parts.push(part);
         slot.folders.extend(folders);
+        slot.has_moved |= from != to;
         self.empty.remove(&to);
     }
 
     /// Puts a part where it waits until it is known of which pass it is: in the slot of the numbers that its rank says, unless
     /// that has the parts of another pass.
     fn wait(&mut self, at: usize, mut part: Part, over: bool) {
-        part.what.joined = Joined::Pending;
+        // A model of which a rank says nothing is on that rank alone, and so is what has no pieces.
+        let is_alone = part.what.axes.is_empty() || (over && part.what.id.kind.is_in(Kind::OF_PARAMETERS));
+        part.what.joined = if is_alone { Joined::ByNumber } else { Joined::Pending };
         let plain = Identity { pending: false, ..part.what.id.clone() };
         let own = slot_of(&plain, &mut self.slots, &mut self.by_id);
         let is_taken = self.slots[own].record.parts.iter().any(|other| !is_undecided(other));
@@ -319,7 +321,7 @@ impl Gathered {
                 }
             }
             self.records.set(at, slot.record.clone());
-            if !self.nodes.is_empty() {
+            if !self.nodes.is_empty() || slot.has_moved {
                 let parts = &slot.record.parts;
                 let found = layout::differing_replicas(parts).into_iter();
                 let found: Vec<(What, u32)> =
@@ -354,10 +356,13 @@ impl Gathered {
             lost.divergences.extend_from_slice(&folder.lost.divergences);
             lost.dropped.extend_from_slice(&folder.lost.dropped);
         }
+        let before = lost.divergences.len();
+        lost.divergences.retain(|(what, against)| !self.passes.are_two(what, *against));
+        info.totals.divergences = info.totals.divergences.saturating_sub((before - lost.divergences.len()) as u64);
         if !self.differing.is_empty() {
-            // No agent saw replicas of two nodes side by side: it is noticed here where they differ.
+            // No agent saw these side by side, as replicas of two nodes: it is noticed here where they differ.
             let known: HashSet<_> = lost.divergences.iter().map(|(what, _)| (&what.id, what.rank)).collect();
-            let found = order.iter().flatten().filter_map(|at| self.differing.get(at)).flatten();
+            let found = self.there().into_iter().filter_map(|at| self.differing.get(&at)).flatten();
             let found: Vec<_> = found.filter(|(what, _)| !known.contains(&(&what.id, what.rank))).cloned().collect();
             info.totals.divergences = info.totals.divergences.saturating_add(found.len() as u64);
             lost.divergences.extend(found);
@@ -419,7 +424,7 @@ fn slot_of(id: &Identity, slots: &mut Vec<Slot>, by_id: &mut HashMap<Identity, u
 impl Slot {
     fn new(id: Identity) -> Self {
         let record = Arc::new(Record { id, parts: Vec::new() });
-        Self { record, written: None, folders: Vec::new(), changed: false, apart: None }
+        Self { record, written: None, folders: Vec::new(), changed: false, apart: None, has_moved: false }
     }
 
     /// As it was written, and to be settled again.

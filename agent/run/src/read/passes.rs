@@ -18,6 +18,7 @@ use std::{
 };
 
 use wire::{
+    hooks::Kind as Kinds,
     passes::{Pass, Run},
     record::MICRO,
 };
@@ -41,6 +42,11 @@ pub struct Local {
 }
 
 impl Local {
+    /// The one under whose numbers parameters of its step are.
+    pub fn of_parameters(self) -> Self {
+        Self { micro: 0, ..self }
+    }
+
     /// The pass that a part is of.
     pub fn of(what: &What) -> Self {
         let Identity { model, step, micro, train, .. } = what.id;
@@ -69,7 +75,7 @@ impl Joint {
     pub fn identity(&self, id: &Identity, local: Local) -> Identity {
         let Local { rank, model, step, micro, .. } = self.first;
         // Where a pipeline cuts a batch, its microbatches count within the record.
-        let is_of_pass = local.micro == id.micro && !id.kind.is_in(wire::hooks::Kind::OF_PARAMETERS);
+        let is_of_pass = local.micro == id.micro && !id.kind.is_in(Kinds::OF_PARAMETERS);
         let micro = if is_of_pass { micro } else { id.micro };
         Identity { model, step, micro, apart: (!self.by_all).then_some(rank), pending: false, ..id.clone() }
     }
@@ -245,17 +251,34 @@ impl Passes {
 
     /// What is known of a parameter, or of what optimizers do with it: it is one where its model is, in a pass of the step if
     /// there is one that all ranks made.
-    pub fn of_parameter(&self, local: Local) -> Verdict {
+    /// Until no rank tells of more passes there may be one.
+    pub fn of_parameter(&self, local: Local, over: bool) -> Verdict {
         let of_step = |micro| self.verdict(Local { micro, ..local });
         let by_all = (0..PASSES_OF_STEP).map(of_step).take_while(|verdict| !matches!(verdict, Verdict::Unsaid));
         let mut by_all = by_all.filter(|verdict| matches!(verdict, Verdict::Joint(joint) if joint.by_all));
         match by_all.next() {
             Some(verdict) => verdict,
-            None => self.models.get(&(local.rank, local.model)).map_or(Verdict::Pending, |joint| {
-                let Joint { first, ranks, by_all, assumed } = &**joint;
-                let first = Local { rank: first.rank, model: first.model, ..local };
-                Verdict::Joint(Arc::new(Joint { first, ranks: ranks.clone(), by_all: *by_all, assumed: *assumed }))
-            }),
+            None => match self.models.get(&(local.rank, local.model)) {
+                Some(joint) if joint.by_all || over => {
+                    let Joint { first, ranks, by_all, assumed } = &**joint;
+                    let first = Local { rank: first.rank, model: first.model, ..local };
+                    Verdict::Joint(Arc::new(Joint { first, ranks: ranks.clone(), by_all: *by_all, assumed: *assumed }))
+                }
+                Some(_) => Verdict::Pending,
+                None => Verdict::Unsaid,
+            },
+        }
+    }
+
+    /// Whether what a rank has and what another has under the same numbers are known to be of two passes, or of two models.
+    pub fn are_two(&self, what: &What, other: u32) -> bool {
+        let of = |rank| {
+            let local = Local { rank, ..Local::of(what) };
+            if what.id.kind.is_in(Kinds::OF_PARAMETERS) { self.of_parameter(local, true) } else { self.verdict(local) }
+        };
+        match (of(what.rank), of(other)) {
+            (Verdict::Joint(one), Verdict::Joint(other)) => one.first != other.first,
+            _ => false,
         }
     }
 
