@@ -251,6 +251,9 @@ pub struct Identity {
     /// Known by the reader alone: not all ranks that have the model made this pass, and this is the lowest that did.
     #[serde(skip)]
     pub apart: Option<u32>,
+    /// Likewise: ranks have models of their own under these names.
+    #[serde(skip)]
+    pub own: bool,
     /// Likewise: it is not known yet of which pass this is, and another one has these numbers.
     #[serde(skip)]
     pub pending: bool,
@@ -357,6 +360,7 @@ impl What {
                 repeat: m.repeat,
                 train: m.train,
                 apart: None,
+                own: false,
                 pending: false,
             },
             class: m.class,
@@ -396,6 +400,9 @@ impl std::fmt::Display for Identity {
         }
         if let Some(rank) = self.apart {
             write!(f, "#rank{rank}")?;
+        }
+        if self.own {
+            write!(f, "#own")?;
         }
         if self.pending {
             write!(f, "#pending")?;

@@ -254,6 +254,23 @@ pub fn lie_among(parts: &mut [Part], only: &BTreeSet<u32>) {
     }
 }
 
+/// Makes parts of models that ranks have of their own lie on no mesh: one is whole, and several are one thing each.
+pub fn lie_alone(parts: &mut [Part]) {
+    let several = parts.iter().any(|part| part.what.rank != parts[0].what.rank);
+    let axis = |rank| Axis {
+        name: "rank".into(),
+        index: rank,
+        size: u32::MAX,
+        place: Placement::Unknown,
+        input_digest: None,
+    };
+    for part in parts {
+        let kept = part.what.axes.drain(..).filter(|axis| axis.name == MICRO);
+        part.what.axes = several.then(|| axis(part.what.rank)).into_iter().chain(kept).collect();
+        part.what.dp_size = 1;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

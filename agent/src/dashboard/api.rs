@@ -161,7 +161,7 @@ pub async fn tensor(
         Err(refusal) => return refusal.into_response(),
     };
     let WantedTensor { model, module, kind, path, step, micro, call, repeat, train, rank } = wanted;
-    let id = Identity { module, kind, path, model, step, micro, call, repeat, train, apart: None, pending: false };
+    let id = Identity { module, kind, path, model, step, micro, call, repeat, train, apart: None, own: false, pending: false };
     // Closed only with the server.
     let Ok(permit) = shared.reads.clone().acquire_owned().await else {
         return Refusal(StatusCode::SERVICE_UNAVAILABLE, "the agent is ending".into()).into_response();

@@ -111,7 +111,7 @@ impl Run {
             }
             left = kept;
         }
-        let of_all = |i: &usize| id(i).apart.is_none() && !id(i).pending;
+        let of_all = |i: &usize| id(i).apart.is_none() && !id(i).own && !id(i).pending;
         if left.iter().any(of_all) {
             left.retain(of_all);
         }

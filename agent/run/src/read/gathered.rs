@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     format::{Identity, Joined, Owners, Part, What},
-    ownership::{PartialOwnership, lie_among},
+    ownership::{PartialOwnership, lie_alone, lie_among},
 };
 
 /// The records of a run.
@@ -295,7 +295,6 @@ impl Gathered {
     /// Gives parts their bytes that another rank sent, and makes those of modules that some ranks lack lie among those
     /// that have them.
     fn settle(&mut self, owners: &[Owners], world: u32) {
-        self.join();
         let partial = PartialOwnership::new(owners, world);
         if self.owners.0 != owners || self.owners.1 != world {
             let known = PartialOwnership::new(&self.owners.0, self.owners.1);
@@ -313,9 +312,10 @@ impl Gathered {
             slot.changed = false;
             if layout::borrows(&slot.record.parts) || partial.knows(&slot.record.id) || slot.apart.is_some() {
                 slot.written = self.growing.then(|| slot.record.clone());
-                let parts = &mut Arc::make_mut(&mut slot.record).parts;
+                let Record { id, parts } = Arc::make_mut(&mut slot.record);
                 layout::lend(parts);
                 match &slot.apart {
+                    Some(_) if id.own => lie_alone(parts),
                     Some(joint) => lie_among(parts, &joint.ranks),
                     None => partial.settle(parts),
                 }
@@ -336,6 +336,7 @@ impl Gathered {
 
     /// The run as far as it was read.
     pub fn run(&mut self) -> Result<Run, OpenError> {
+        self.join();
         let (mut infos, mut problems, mut notes) = (Vec::new(), Vec::new(), Vec::new());
         for (number, folder) in self.folders.iter().enumerate() {
             let is_its = |part: &&Part| self.nodes.is_empty() || self.folder_of.get(&part.what.rank) == Some(&number);

@@ -13,7 +13,7 @@
 //! apart, and is whole for the ranks that made it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -66,6 +66,8 @@ pub struct Joint {
     pub ranks: BTreeSet<u32>,
     /// All ranks did over which the model is distributed, as far as is known.
     pub by_all: bool,
+    /// No other rank has a model like it.
+    own: bool,
     /// That it is one pass is assumed of some of them.
     pub assumed: bool,
 }
@@ -77,6 +79,10 @@ impl Joint {
         // Where a pipeline cuts a batch, its microbatches count within the record.
         let is_of_pass = local.micro == id.micro && !id.kind.is_in(Kinds::OF_PARAMETERS);
         let micro = if is_of_pass { micro } else { id.micro };
+        if self.own {
+            // What several ranks have of their own under one name is kept together, and read one by one.
+            return Identity { own: true, pending: false, ..id.clone() };
+        }
         Identity { model, step, micro, apart: (!self.by_all).then_some(rank), pending: false, ..id.clone() }
     }
 }
@@ -142,6 +148,8 @@ pub struct Passes {
     clocks: HashMap<(u32, usize), u64>,
     /// How far it is in steps: of training, and of each kind of model in inference.
     steps: HashMap<(u32, Option<u32>), u64>,
+    /// Ranks and the signatures of models that they have called.
+    called: HashSet<(u32, u32)>,
     undecided: Vec<usize>,
     /// The model of a rank, as the lowest of those that have it counts.
     models: HashMap<(u32, u32), Arc<Joint>>,
@@ -200,6 +208,7 @@ impl Passes {
         let of = inference.then_some(signature);
         let reached = self.steps.entry((rank, of)).or_default();
         *reached = step.max(*reached);
+        self.called.insert((rank, signature));
         self.nodes.push(Node { local, kind, along, joint: None });
         self.by_local.insert(local, at);
         self.undecided.push(at);
@@ -260,9 +269,10 @@ impl Passes {
             Some(verdict) => verdict,
             None => match self.models.get(&(local.rank, local.model)) {
                 Some(joint) if joint.by_all || over => {
-                    let Joint { first, ranks, by_all, assumed } = &**joint;
+                    let Joint { first, ranks, by_all, own, assumed } = &**joint;
                     let first = Local { rank: first.rank, model: first.model, ..local };
-                    Verdict::Joint(Arc::new(Joint { first, ranks: ranks.clone(), by_all: *by_all, assumed: *assumed }))
+                    let (by_all, own, assumed) = (*by_all, *own, *assumed);
+                    Verdict::Joint(Arc::new(Joint { first, ranks: ranks.clone(), by_all, own, assumed }))
                 }
                 Some(_) => Verdict::Pending,
                 None => Verdict::Unsaid,
@@ -285,13 +295,18 @@ impl Passes {
     /// The passes that are one with this one, and who made them; `None` while that is not known.
     fn joint(&self, at: usize, over: bool) -> Option<(Vec<usize>, Joint)> {
         let (mut members, mut seen) = (vec![at], BTreeSet::from([at]));
-        let (mut by_all, mut assumed, mut next) = (true, false, 0);
+        let (mut by_all, mut own, mut assumed, mut next) = (true, true, false, 0);
         while let Some(&member) = members.get(next) {
             next += 1;
             for along in &self.nodes[member].along {
                 match self.others(member, along, over) {
                     Others::Pending => return None,
-                    Others::Apart => by_all = false,
+                    Others::Apart => {
+                        by_all = false;
+                        let Node { local, kind, .. } = &self.nodes[member];
+                        let has = |&rank: &u32| rank != local.rank && self.called.contains(&(rank, kind.signature));
+                        own &= !self.groups[along.group].iter().any(has);
+                    }
                     Others::Are(others, by_order) => {
                         assumed |= by_order;
                         members.extend(others.into_iter().filter(|&other| seen.insert(other)));
@@ -304,10 +319,11 @@ impl Passes {
             // No rank makes a pass twice: what its ranks say does not go together.
             let first = self.nodes[at].local;
             let ranks = BTreeSet::from([first.rank]);
-            return Some((vec![at], Joint { first, ranks, by_all: false, assumed: false }));
+            return Some((vec![at], Joint { first, ranks, by_all: false, own: false, assumed: false }));
         }
         let first = members.iter().map(|&member| self.nodes[member].local).min()?;
-        Some((members, Joint { first, ranks, by_all, assumed }))
+        let own = own && !by_all && members.len() == 1;
+        Some((members, Joint { first, ranks, by_all, own, assumed }))
     }
 
     fn others(&self, at: usize, along: &Along, over: bool) -> Others {

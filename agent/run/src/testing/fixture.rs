@@ -38,6 +38,7 @@ pub fn id(module: &str, step: u64) -> Identity {
         repeat: 0,
         train: true,
         apart: None,
+        own: false,
         pending: false,
     }
 }

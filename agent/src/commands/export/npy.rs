@@ -175,6 +175,7 @@ mod tests {
             repeat: 0,
             train: false,
             apart: None,
+        own: false,
         pending: false,
         }
     }
