@@ -19,7 +19,7 @@ use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 use crate::codes::CopyState;
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 10;
+pub const TAP_ABI: u32 = 11;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -169,6 +169,8 @@ pub struct Call {
     pub edit: u32,
     /// Sizes of the module's own first input, as in [`Trigger::first`].
     pub first: [i64; 3],
+    /// Of a parameter's gradient: how many of the same microbatch came before it.
+    pub repeat: u32,
     /// Say of every tensor how it lies over the ranks, not of DTensors alone: members of an axis hold pieces of tensors.
     pub ask: bool,
 }
@@ -313,10 +315,12 @@ pub struct HostTable {
     pub backward_ended: unsafe extern "C" fn(),
     /// A tap is triggered; fills `Call` and returns whether there is anything to do.
     pub triggered: unsafe extern "C" fn(tap: u32, trigger: *const Trigger, out: *mut Call) -> bool,
-    /// Whether this kind of a parameter (a code) is wanted in this step, and was not captured in it yet.
+    /// Whether this kind of a parameter (a code) is wanted now: in this step, if it was not captured in it yet, or in
+    /// this microbatch.
     pub parameter_due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
-    /// The call to capture it under; from now on it is not due in this step.
-    pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, out: *mut Call) -> bool,
+    /// The call to capture it under; from now on it is not due in this step. Of a microbatch, the same `version` is not
+    /// due twice; 0 is none.
+    pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, version: u64, out: *mut Call) -> bool,
     /// Captures a leaf, once for each of its kinds.
     pub capture: unsafe extern "C" fn(call: *const Call, leaf: *const Leaf<'_>),
     /// How a leaf is edited by what edits any of these kinds, a mask.
@@ -453,7 +457,7 @@ layouts! {
     Leaf { kinds, dtype, refusal, on_device, skipped, repeat, path, handle, sizes, ndim, axes, axis_count }
     MeshAxis { name, index, size, role }
     LeafAxis { name, index, size, placement, dim, sizes, ndim }
-    Call { tap, step, turn, micro, call, pass, train, capture, edit, first, ask }
+    Call { tap, step, turn, micro, call, pass, train, capture, edit, first, repeat, ask }
     Trigger { pre, replay, grad_enabled, train, recomputes, split, first, input_digest }
     LeafEdit { factor, zero }
     Selected { index, tap, kinds, edits, before }

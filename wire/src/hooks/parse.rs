@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(
             refused("a; layers.*.mlp:foward"),
             "FLEXMODEL_HOOKS clause 2, column 17 ('layers.*.mlp:foward'): 'foward' is not a kind; did you mean \
-             'forward'? (kinds: forward, forward_pre, backward, backward_pre, param, grad)"
+             'forward'? (kinds: forward, forward_pre, backward, backward_pre, param, grad, grad_unclipped)"
         );
         for (text, reason) in [
             ("a@evry=2", "column 3 ('a@evry=2'): 'evry' is not an option; did you mean 'every'?"),

@@ -254,7 +254,7 @@ mod tests {
         assert_eq!(
             refused(&format!("{hook}kinds = [\"grad\", \"foward\"]")),
             "hooks.toml line 4: 'foward' is not a kind; did you mean 'forward'? \
-             (kinds: forward, forward_pre, backward, backward_pre, param, grad)"
+             (kinds: forward, forward_pre, backward, backward_pre, param, grad, grad_unclipped)"
         );
         for (line, reason) in [
             ("evry = 1", "line 4: 'evry' is not a key of a hook; did you mean 'every'?"),

@@ -19,7 +19,7 @@ use crate::{
     clock::{Caller, Clock, StackPosition, Triggered},
     plan::{HookPlan, PlanInForce},
     process::Process,
-    taps::TapRegistry,
+    taps::{Tap, TapRegistry},
 };
 use select::Findings;
 
@@ -85,22 +85,23 @@ impl Engine {
         self.clock.last_step()
     }
 
-    /// Whether this kind of a parameter is wanted in this step and was not captured in it.
+    /// Whether this kind of a parameter is wanted now: in this step, if it was not captured in it, or in this microbatch.
     pub fn parameter_due(&mut self, tap: u32, kind: Kind) -> bool {
         let Self { taps, clock, .. } = self;
-        taps.in_force(tap).is_some_and(|(tap, _)| tap.is_due(&clock.now(tap.model, &tap.optimizers), kind))
+        taps.in_force(tap).is_some_and(|(tap, _)| tap.is_due(&now_of(clock, tap, kind)))
     }
 
-    /// What a parameter is captured under, if it is due; then it is not due in this step any more.
-    pub fn begin_parameter(&mut self, number: u32, kind: Kind) -> Option<Call> {
+    /// What a parameter is captured under, if it is due; then it is not due in this step any more. What there is after each
+    /// backward pass is not due twice in a microbatch under one `version`, unless that is 0.
+    pub fn begin_parameter(&mut self, number: u32, kind: Kind, version: u64) -> Option<Call> {
         let Self { taps, clock, .. } = self;
         let (tap, _) = taps.in_force(number)?;
-        let now = clock.now(tap.model, &tap.optimizers);
-        if !tap.is_due(&now, kind) {
-            return None;
-        }
-        tap.captured_in.insert(kind, (now.train, now.step));
-        Some(Call { tap: number, capture: kind.bit(), ..now })
+        let now = now_of(clock, tap, kind);
+        tap.is_due(&now).then(|| tap.begin(kind, &now, version)).flatten().map(|repeat| Call {
+            tap: number,
+            repeat,
+            ..now
+        })
     }
 
     /// From now on gradients of activations are `scale` times those of the loss that the script computes.
@@ -222,6 +223,13 @@ impl Engine {
 }
 
 /// Kinds that can be captured where a tap is triggered.
+/// The call that a kind of a parameter is captured under now.
+fn now_of(clock: &Clock, tap: &Tap, kind: Kind) -> Call {
+    let now = clock.now(tap.model, &tap.optimizers);
+    let (micro, train) = if kind.is_in(Kind::ONCE_A_STEP) { (0, now.train) } else { clock.went_backward(tap.model) };
+    Call { capture: kind.bit(), micro, train, ..now }
+}
+
 fn possible(trigger: &Trigger) -> u32 {
     let phase = if trigger.pre { Kind::BEFORE } else { !Kind::BEFORE };
     // What was begun elsewhere is said to be missing.
