@@ -8,7 +8,7 @@ import captures
 import harness
 
 CASES = list(left.CASES)
-HOOKS = "**:grad_unclipped,grad"
+HOOKS = "**:grad_unclipped,grad;**.weight:param@slice=[0]"
 ARGV = harness.on_ranks("left.py", *CASES)
 
 

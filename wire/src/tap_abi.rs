@@ -343,6 +343,22 @@ pub struct HostTable {
     pub active: unsafe extern "C" fn() -> bool,
 }
 
+/// What a slice takes of one dimension. No position is outside of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Cut {
+    /// The first position.
+    pub start: u64,
+    /// How many.
+    pub len: u64,
+    /// How far it is from one to the next; at least 1.
+    pub step: u64,
+    /// The dimension stays; otherwise it is one position, and goes.
+    pub keeps: bool,
+    /// It is taken whole, whatever its size: nothing is cut.
+    pub all: bool,
+}
+
 /// Outcome of [`BridgeTable::copy`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -392,6 +408,9 @@ pub struct BridgeTable {
         count: u64,
         dst: *mut u8,
     ) -> Copied,
+    /// A view of what a slice takes of the tensor of a tap, `cuts` for each of its dimensions: a handle that is given back
+    /// by `release`; null if there is none.
+    pub view: unsafe extern "C" fn(handle: *const c_void, cuts: *const Cut, count: usize) -> *mut c_void,
     /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
     pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
     /// crc32c of a tensor's elements, row-major and converted to `dtype`, in `out`; false where they are on a device, or
@@ -400,7 +419,7 @@ pub struct BridgeTable {
     /// Stages a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
     /// be. It may be used from any thread, also where a `handle` is asked for. Says whether it is on a device, not the CPU.
     pub stage: unsafe extern "C" fn(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void,
-    /// Gives a staged tensor back.
+    /// Gives a staged tensor, or a view, back.
     pub release: unsafe extern "C" fn(staged: *mut c_void),
     /// Sends some bytes to all members of a communicator, and then passes those of each to `hear`, in order. False: the
     /// communicator is of no use any more, and [`HostTable::per_rank`] was called with the reason. Does not need the GIL.

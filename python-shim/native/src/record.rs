@@ -119,6 +119,7 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "dtype"), what.dtype.name())?;
         fields.set_item(pyo3::intern!(py, "model"), id.model)?;
         fields.set_item(pyo3::intern!(py, "repeat"), id.repeat)?;
+        fields.set_item(pyo3::intern!(py, "slice"), what.slice.as_ref().map(|slice| &slice.by))?;
         fields.set_item(pyo3::intern!(py, "class_name"), &what.class)?;
         fields.set_item(pyo3::intern!(py, "group"), &what.group)?;
         fields.set_item(pyo3::intern!(py, "layout"), json(&what.axes)?)?;

@@ -84,7 +84,7 @@ fn clause(text: &str) -> Result<Hook, Fault<'_>> {
     };
     let mut options = Options::default();
     let mut seen = Vec::new();
-    for part in options_text.iter().flat_map(|list| list.split(',')) {
+    for part in options_text.iter().flat_map(|list| listed(list)) {
         let (name, value) = cut(part, '=');
         let name = option_name(name.trim())?;
         let Some(value) = value else {
@@ -98,6 +98,19 @@ fn clause(text: &str) -> Result<Hook, Fault<'_>> {
     }
     let edit = edit_text.map(|written| edit(written.trim(), &kinds)).transpose()?;
     Ok(Hook { text: text.to_string(), span: 0..0, selector, kinds, options, edit })
+}
+
+/// The items of a list that commas separate. Those within brackets, as of a slice, do not.
+fn listed(text: &str) -> impl Iterator<Item = &str> {
+    let mut depth = 0usize;
+    text.split(move |c| {
+        match c {
+            '[' => depth += 1,
+            ']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        c == ',' && depth == 0
+    })
 }
 
 /// `text` before and after the first `mark`.
@@ -253,6 +266,26 @@ mod tests {
         );
         let python = Edit::Python { file: "edits.py".into(), function: "double".into() };
         assert_eq!(one("layers.7.mlp|edits.py:double").edit, Some(python));
+    }
+
+    #[test]
+    fn commas_in_brackets_do_not_separate_options() {
+        let hook = one("model.layers.*@slice=[:, -1],mode=eval");
+        assert_eq!(hook.options.slice.map(|slice| slice.to_string()).as_deref(), Some("[:,-1]"));
+        assert_eq!(hook.options.mode, Some(crate::hooks::Mode::Eval));
+        let hook = one("a:backward@path=in[0],slice=[...,::2]|zero");
+        assert!(hook.edit.is_some() && hook.options.path.is_some() && hook.options.slice.is_some());
+        for (text, reason) in [
+            ("a@slice=:,-1", "column 9 ('a@slice=:,-1'): ':' is not in brackets; write it like slice=[:,-1]"),
+            ("a@slice=[:,x],every=2", "column 12 ('a@slice=[:,x],every=2'): 'x' is no index"),
+            ("a@slice=[0,every=2", "'[0,every=2' is not in brackets"),
+            ("a@slice=", "option 'slice' has no value; write it like slice=[:,-1]"),
+            ("a@slice=[0@1]", "is not a value of option 'slice'"),
+            ("a@slice=[0],slice=[1]", "option 'slice' is given twice"),
+        ] {
+            let message = refused(text);
+            assert!(message.contains(reason), "{message}");
+        }
     }
 
     #[test]

@@ -218,6 +218,7 @@ mod tests {
             assemble = "agent"
             shard = "-1@tp"
             path = "out[0]"
+            slice = "[:, -1]"
             edit = "scale(0.5)"
 
             [[hook]]
@@ -268,6 +269,7 @@ mod tests {
             ("kinds = []", "line 4: kinds is empty"),
             ("kinds = [1]", "line 4: a kind is not a string"),
             ("edit = 'zero'\nkinds = 'param'", "line 4: kind 'param' cannot be edited"),
+            ("slice = [0]", "line 4: slice cannot be array here; write it like slice = \"[:,-1]\""),
             ("path = 'x'", "line 4: 'x' starts with neither"),
             ("select = 'b'", "line 4: this is not TOML: duplicate key"),
             ("\n[hooks]", "line 5: 'hooks' is not a table of hooks; did you mean 'hook'?"),

@@ -2,6 +2,7 @@
 
 mod record;
 mod select;
+pub mod slice;
 
 #[cfg(test)]
 mod tests;
@@ -222,7 +223,6 @@ impl Engine {
     }
 }
 
-/// Kinds that can be captured where a tap is triggered.
 /// The call that a kind of a parameter is captured under now.
 fn now_of(clock: &Clock, tap: &Tap, kind: Kind) -> Call {
     let now = clock.now(tap.model, &tap.optimizers);
@@ -230,6 +230,7 @@ fn now_of(clock: &Clock, tap: &Tap, kind: Kind) -> Call {
     Call { capture: kind.bit(), micro, train, ..now }
 }
 
+/// Kinds that can be captured where a tap is triggered.
 fn possible(trigger: &Trigger) -> u32 {
     let phase = if trigger.pre { Kind::BEFORE } else { !Kind::BEFORE };
     // What was begun elsewhere is said to be missing.
