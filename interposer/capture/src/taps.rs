@@ -61,6 +61,8 @@ pub struct Tap {
 /// What a kind of a parameter was captured in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct CapturedIn {
+    /// The model's pass.
+    pass: u64,
     train: bool,
     step: u64,
     micro: u32,
@@ -106,14 +108,14 @@ impl Tap {
 
     /// It is captured now: how many of the same microbatch came before it. `None` for what is there already.
     pub fn begin(&mut self, kind: Kind, now: &Call, version: u64) -> Option<u32> {
-        let Call { train, step, micro, .. } = *now;
-        let last =
-            self.captured_in.get(&kind).filter(|last| (last.train, last.step, last.micro) == (train, step, micro));
-        if last.is_some_and(|last| last.version == version && version != 0) {
+        let Call { pass, train, step, micro, .. } = *now;
+        let last = self.captured_in.get(&kind);
+        if last.is_some_and(|last| (last.pass, last.version) == (pass, version)) && version != 0 {
             return None;
         }
-        let repeat = last.map_or(0, |last| last.repeat + 1);
-        self.captured_in.insert(kind, CapturedIn { train, step, micro, repeat, version });
+        let same = last.filter(|last| (last.train, last.step, last.micro) == (train, step, micro));
+        let repeat = same.map_or(0, |last| last.repeat + 1);
+        self.captured_in.insert(kind, CapturedIn { pass, train, step, micro, repeat, version });
         Some(repeat)
     }
 }

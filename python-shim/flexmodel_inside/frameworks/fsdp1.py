@@ -79,7 +79,7 @@ def _run(where: Any, number: int, outer: list[Axis], inner: Axis) -> Parameter:
             reduced = getattr(flat, "_saved_grad_shard", None) is not None or not handle.uses_sharded_strategy
             return addend, [axis.placed(UNKNOWN if reduced else PARTIAL) for axis in (*outer, inner)]
         shard = flat._local_shard if kind == KIND_PARAM else handle.sharded_grad
-        if shard is None:
+        if shard is None or (kind == KIND_GRAD_UNCLIPPED and _is_zeroed(flat)):
             return None
         start = piece.offset_in_shard if piece.in_shard else 0
         run = shard.detach().reshape(-1)[start : start + (piece.numel_in_shard if piece.in_shard else 0)]
@@ -97,6 +97,16 @@ def _is_unreduced(handle: Any) -> bool:
     if handle.uses_sharded_strategy:
         return flat.grad is not None and flat.grad.size() == flat._unpadded_unsharded_size
     return flat.grad is not None and not getattr(state, "_sync_gradients", True)
+
+
+def _is_zeroed(flat: Any) -> bool:
+    """Whether the job let go of the gradients of all parameters that this rank has some of. The flat one's is kept until
+    the next forward pass."""
+    if flat._params is None:
+        return False
+    pieces = zip(flat._params, flat._shard_param_infos, strict=True)
+    grads = [parameter.grad for parameter, piece in pieces if piece.in_shard]
+    return bool(grads) and all(grad is None for grad in grads)
 
 
 def _at(flat: Any, number: int) -> int:

@@ -93,9 +93,9 @@ impl Clock {
         Call { step, turn, train, ..Call::default() }
     }
 
-    /// The microbatch of the last pass of a model that a backward pass can have gone through, and whether that pass trains.
-    pub fn went_backward(&self, model: u64) -> (u32, bool) {
-        self.models.get(&model).and_then(|passes| passes.differentiable).unwrap_or((0, true))
+    /// The last pass of a model that a backward pass can have gone through: its number and microbatch, and whether it trains.
+    pub fn went_backward(&self, model: u64) -> (u64, u32, bool) {
+        self.models.get(&model).and_then(|passes| passes.differentiable).unwrap_or((0, 0, true))
     }
 
     /// Whether the parameters of a step are those of the pass under way.

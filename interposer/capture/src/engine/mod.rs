@@ -93,7 +93,7 @@ impl Engine {
     }
 
     /// What a parameter is captured under, if it is due; then it is not due in this step any more. What there is after each
-    /// backward pass is not due twice in a microbatch under one `version`, unless that is 0.
+    /// backward pass is not due twice under one `version` unless that is 0, or the model had another pass since.
     pub fn begin_parameter(&mut self, number: u32, kind: Kind, version: u64) -> Option<Call> {
         let Self { taps, clock, .. } = self;
         let (tap, _) = taps.in_force(number)?;
@@ -226,8 +226,9 @@ impl Engine {
 /// The call that a kind of a parameter is captured under now.
 fn now_of(clock: &Clock, tap: &Tap, kind: Kind) -> Call {
     let now = clock.now(tap.model, &tap.optimizers);
-    let (micro, train) = if kind.is_in(Kind::ONCE_A_STEP) { (0, now.train) } else { clock.went_backward(tap.model) };
-    Call { capture: kind.bit(), micro, train, ..now }
+    let (pass, micro, train) =
+        if kind.is_in(Kind::ONCE_A_STEP) { (0, 0, now.train) } else { clock.went_backward(tap.model) };
+    Call { capture: kind.bit(), pass, micro, train, ..now }
 }
 
 /// Kinds that can be captured where a tap is triggered.
