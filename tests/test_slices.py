@@ -66,7 +66,7 @@ def test_flattened_and_sharded_parameters_are_refused_by_name(run_once):
     case = dict(enumerate(test_unclipped.CASES))
     refused = {name: set() for name in case.values()}
     for each in run.refused:
-        refused[case[each.model]].add(each.reason)
+        refused[case[each.what.model]].add(each.reason)
     assert refused == {
         "ddp": set(),
         "fsdp1": {"slice=[0]: ranks hold runs of the flattened elements along dp, and no dimensions"},

@@ -31,7 +31,14 @@ pub struct Taken {
 /// The reason, as the user reads it.
 pub fn take(slice: &Slice, shape: &[u64], mut axes: Vec<Axis>) -> Result<Taken, String> {
     let refused = |why: String| format!("slice={slice}: {why}");
-    let cuts = slice.cuts(shape).map_err(refused)?;
+    let run = axes.iter().find_map(|axis| axis.place.flattened().map(|whole| (&axis.name, whole)));
+    let cuts = match run {
+        None => slice.cuts(shape).map_err(refused)?,
+        Some((name, whole)) if slice.cuts(whole).map_err(refused)?.iter().any(|cut| !cut.all) => {
+            return Err(refused(format!("ranks hold runs of the flattened elements along {name}, and no dimensions")));
+        }
+        Some(_) => shape.iter().map(|&len| Cut { start: 0, len, step: 1, keeps: true, all: true }).collect(),
+    };
     let is_cut = |dim: u32| cuts.get(dim as usize).is_some_and(|cut| !cut.all);
     // Dimensions before it that go.
     let gone = |dim: u32| cuts.iter().take(dim as usize).filter(|cut| !cut.keeps).count() as u32;
@@ -39,12 +46,6 @@ pub fn take(slice: &Slice, shape: &[u64], mut axes: Vec<Axis>) -> Result<Taken, 
         match &mut axis.place {
             Placement::Shard { dim } | Placement::HeadTail { dim } if is_cut(*dim) => {
                 return Err(refused(format!("ranks hold pieces of dimension {dim} along {}", axis.name)));
-            }
-            Placement::Flat { .. } if cuts.iter().any(|cut| !cut.all) => {
-                let name = &axis.name;
-                return Err(refused(format!(
-                    "ranks hold runs of the flattened elements along {name}, and no dimensions"
-                )));
             }
             // It is one where all ranks have the same.
             place @ Placement::ReplicateOrShard { .. } if place.dim().is_some_and(is_cut) => {
@@ -118,13 +119,19 @@ mod tests {
         // It may be all of this rank's, and would not be of another's.
         assert!(taken("[0:4]", &[Placement::Shard { dim: 0 }]).is_err());
         assert!(taken("[...,0]", &[Placement::HeadTail { dim: 2 }]).is_err());
-        let flat = Placement::Flat { shape: vec![9] };
+        let flat = Placement::Flat { shape: vec![9, 4] };
         assert!(
             taken("[0]", std::slice::from_ref(&flat))
                 .unwrap_err()
                 .contains("runs of the flattened elements along axis0")
         );
-        assert_eq!(taken("[...]", std::slice::from_ref(&flat)), Ok((vec![flat], SHAPE.to_vec(), false)));
+        // Whatever a rank has of it, which may be nothing.
+        assert!(
+            taken("[:,4]", std::slice::from_ref(&flat))
+                .unwrap_err()
+                .ends_with("dimension 1 has 4 elements, and none at 4")
+        );
+        assert_eq!(taken("[:,:]", std::slice::from_ref(&flat)), Ok((vec![flat], SHAPE.to_vec(), false)));
         assert!(taken("[:,:,8]", &[]).unwrap_err().ends_with("dimension 2 has 8 elements, and none at 8"));
     }
 
