@@ -37,6 +37,7 @@ class Job:
     faults: Faults
     meshes: Meshes
     layouts: Layouts
+    parameter_taps: ParameterTaps
     # Models have to be looked at again.
     changed: Callable[[], None]
     # A module puts children into itself without torch's registration: know it from now on.
@@ -49,7 +50,6 @@ class Job:
     prepared: Callable[[Stage], None]
     # What ends a step.
     clock: Clock
-    parameter_taps: ParameterTaps
     # torch.compile is in use; from then on there is what keeps our graphs out of caches.
     compiler_is_here: Callable[[], None]
     caches: Callable[[], Caches | None]
