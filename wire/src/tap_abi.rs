@@ -318,8 +318,8 @@ pub struct HostTable {
     /// Whether this kind of a parameter (a code) is wanted now: in this step, if it was not captured in it yet, or in
     /// this microbatch.
     pub parameter_due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
-    /// The call to capture it under; from now on it is not due in this step. Of a microbatch, the same `version` is not
-    /// due twice; 0 is none.
+    /// The call to capture it under; from now on it is not due in this step. After one pass of the model the same
+    /// `version` is not due twice; 0 is none.
     pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, version: u64, out: *mut Call) -> bool,
     /// Captures a leaf, once for each of its kinds.
     pub capture: unsafe extern "C" fn(call: *const Call, leaf: *const Leaf<'_>),
