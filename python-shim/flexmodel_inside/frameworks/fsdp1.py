@@ -100,8 +100,8 @@ def _is_unreduced(handle: Any) -> bool:
 
 
 def _is_zeroed(flat: Any) -> bool:
-    """Whether the job let go of the gradients of all parameters that this rank has some of. The flat one's is kept until
-    the next forward pass."""
+    """Whether the job let go of the gradients of all parameters of which this rank has some. The flat one's is kept
+    until the next forward pass."""
     if flat._params is None:
         return False
     pieces = zip(flat._params, flat._shard_param_infos, strict=True)
