@@ -67,7 +67,7 @@ def test_ranks_that_were_given_the_same_are_never_joined_as_a_batch(run, expecte
             captures.expect_close({key: record.tensor()}, {key: tensor})
             continue
         apart.add((key.module, key.kind))
-        with pytest.raises(KeyError, match=r"how they lie along dp is not known; each rank's part is kept"):
+        with pytest.raises(KeyError, match=r"how they lie along dp is not known, .* each rank's part is kept"):
             record.tensor()
         halves = [record.part(rank) for rank in range(2)]
         if key.module in HALVED and halves[0].shape != tensor.shape:

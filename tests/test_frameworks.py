@@ -14,6 +14,7 @@ from flexmodel_inside.frameworks import ADAPTERS, Frameworks, Job
 from flexmodel_inside.frameworks.adapter import Adapter
 from flexmodel_inside.layouts import Layouts
 from flexmodel_inside.mesh import Meshes
+from flexmodel_inside.parameters import ParameterTaps
 from torch import nn
 
 FOLDER = pathlib.Path(frameworks.__file__).parent
@@ -52,8 +53,9 @@ def asked(monkeypatch):
     monkeypatch.setattr(frameworks, "ADAPTERS", [Absent, Raising, Present])
     said: list[str] = []
     bridge = types.SimpleNamespace(faults_with=lambda *_: None, notice=said.append)
-    names = [field.name for field in dataclasses.fields(Job)][4:]  # the callbacks
-    job = Job(bridge, Faults(bridge), Meshes(), Layouts(), **dict.fromkeys(names))
+    names = [field.name for field in dataclasses.fields(Job)][5:]  # the callbacks
+    faults = Faults(bridge)
+    job = Job(bridge, faults, Meshes(), Layouts(), ParameterTaps(bridge, faults), **dict.fromkeys(names))
     found = Frameworks(job)
     found.watch(lambda names, then: None if any(name not in sys.modules for name in names) else then(), lambda f: f)
     return found, found._adapters, said

@@ -62,7 +62,7 @@ def test_every_and_steps_choose_steps(run_once):
 @pytest.fixture(scope="module")
 def trained(run_once, untapped_once):
     argv = harness.python("stepping.py", "trained")
-    hooks = ";".join(f"{name}:forward,param,grad" for name in ("scaled", "fused", "stored", "inside"))
+    hooks = ";".join(f"{name}:forward,param,grad,grad_unclipped" for name in ("scaled", "fused", "stored", "inside"))
     hooks += ";maker@every=2;judge@every=2;phased@every=2;scaled_end@mode=train;act@mode=eval,micro=1..2"
     outcome = run_once(argv, hooks).expect(0)
     assert outcome.losses == untapped_once(argv).losses
@@ -124,6 +124,17 @@ def test_optimizers_in_the_backward_pass_end_one_step(trained):
     assert from_first(passes(trained, "inside")) == [(0, 0, True), (1, 0, True)]
     for name in ("weight", "bias"):
         assert len([r for r in trained[f"inside.{name}"] if r.kind == "grad"]) == 2
+
+
+@pytest.mark.parametrize("name", ["scaled", "fused", "inside"])
+def test_what_backward_passes_leave_is_what_the_optimizer_uses_where_nothing_clips_it(trained, name):
+    """Unscaled, and taken in time where the optimizer steps in the backward pass."""
+    of = trained[f"{name}.weight"]
+    unclipped, used = ({r.step: r for r in of if r.kind == kind} for kind in ("grad_unclipped", "grad"))
+    assert unclipped.keys() == used.keys() and used
+    for step, record in used.items():
+        if not record.skipped:
+            assert captures.same_bytes(unclipped[step].tensor(), record.tensor())
 
 
 def test_a_clause_may_mean_passes_of_one_kind(trained):

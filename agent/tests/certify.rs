@@ -10,7 +10,12 @@ use flexmodel_run::{
     testing::fixture::*,
 };
 use tempfile::TempDir;
-use wire::{dtype::DType, hooks::Kind, loss_scale::LossScale, record::Placement};
+use wire::{
+    dtype::DType,
+    hooks::Kind,
+    loss_scale::LossScale,
+    record::{Placement, Sliced},
+};
 
 fn certify(run: &TempDir, reference: &TempDir, more: &[&str]) -> Output {
     let paths = [run.path(), reference.path()];
@@ -120,6 +125,21 @@ fn errors_are_close_within_the_types_tolerance_and_named_beyond_it() {
     assert_eq!(found["divided"][0], serde_json::json!({"run_dp_size": 2, "reference_dp_size": 1, "records": 1}));
     let forward = found["rows"].as_array().unwrap().iter().find(|row| row["kind"] == "forward").unwrap();
     assert_eq!((&forward["max_abs_error"], &forward["different"]), (&0.25.into(), &1.into()));
+}
+
+#[test]
+fn a_slice_is_held_against_the_same_slice() {
+    let run = |by: &str| {
+        let mut f = Fixture::default();
+        f.slice = (!by.is_empty()).then(|| Sliced { by: by.into(), of: vec![9], crc: None });
+        f.part(id("w", 0), DType::Float32, &[1], 0, Vec::new(), &f32s(&[3.0]));
+        f.finish()
+    };
+    assert!(certified(&run("[0]"), &run("[0]"), &["--exact"]).contains("1 equal"));
+    for (by, words) in [("[1]", "[0] and [1] in the reference"), ("", "[0] and all of it in the reference")] {
+        let out = refused(&run("[0]"), &run(by), &[]);
+        assert!(out.contains(words), "{out}");
+    }
 }
 
 #[test]

@@ -168,6 +168,8 @@ class OnBase final : public Receiver {
 
 // Whether a backward pass is under way whose loss the job scaled.
 std::atomic<bool> is_scaled = false;
+// The scale of the loss of the last backward pass, until it is asked for.
+std::atomic<double> last_scale = 1;
 
 // On the node that computed a loss that the job scaled: until the end of a backward pass through it, gradients are scaled.
 class ScaledLoss final : public torch::autograd::FunctionPreHook {
@@ -177,6 +179,7 @@ class ScaledLoss final : public torch::autograd::FunctionPreHook {
   variable_list operator()(const variable_list& gradients) override {
     guarded_gradient([&] {
       is_scaled = true;
+      last_scale = scale_;
       host().loss_scale(scale_);
       torch::autograd::Engine::get_default_engine().queue_callback(unscaled);
     });
@@ -273,6 +276,8 @@ void scaled(const at::Tensor& loss, double scale) {
 void unscaled() {
   if (is_scaled.exchange(false) && active()) host().loss_scale(1);
 }
+
+double take_last_scale() { return last_scale.exchange(1); }
 
 std::vector<Consumer> consumers(const Node* of) {
   // Of all nodes in one backward pass.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -250,6 +251,33 @@ Ref map_leaves(const std::string& name, PyObject* value, std::string& path, cons
     }
   }
   return result;
+}
+
+std::optional<int64_t> listed_batch(PyObject* args, PyObject* kwargs) {
+  PyObject* value = nullptr;
+  if (args != nullptr && PyTuple_Check(args) && PyTuple_GET_SIZE(args) > 0) {
+    value = PyTuple_GET_ITEM(args, 0);
+  } else if (Py_ssize_t at = 0; kwargs == nullptr || !PyDict_Check(kwargs) || PyDict_Next(kwargs, &at, nullptr, &value) == 0) {
+    return std::nullopt;
+  }
+  if (!PyList_Check(value)) return std::nullopt;
+  const Py_ssize_t count = PyList_GET_SIZE(value);
+  if (static_cast<size_t>(count) > kMaxValues) return std::nullopt;
+  int64_t dims = -1, size = -1;
+  bool alike = true;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* item = PyList_GET_ITEM(value, i);
+    if (!is_tensor(item)) return std::nullopt;
+    const at::Tensor& tensor = THPVariable_Unpack(item);
+    if (tensor.unsafeGetTensorImpl()->is_python_dispatch() || tensor.is_nested()) return std::nullopt;
+    if (tensor.dim() == 0 || (i > 0 && tensor.dim() != dims)) return std::nullopt;
+    alike = alike && (i == 0 || tensor.size(0) == size);
+    dims = tensor.dim();
+    size = tensor.size(0);
+  }
+  // Channels of an image.
+  const bool images = dims == 3 && alike && (size == 1 || size == 3 || size == 4);
+  return images || (count > 0 && !alike) ? std::optional<int64_t>(count) : std::nullopt;
 }
 
 PyObject* first_tensor(PyObject* value) {

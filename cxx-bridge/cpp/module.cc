@@ -22,6 +22,7 @@
 #include "flexmodel/leaves.h"
 #include "flexmodel/parts.h"
 #include "flexmodel/tap.h"
+#include "flexmodel/tensor.h"
 
 // Found by scanning this file's bytes (wire::bridge_marker), before anything here is loaded.
 extern "C" __attribute__((visibility("default"), used)) const char flexmodel_bridge_marker[] = FLEXMODEL_BRIDGE_MARKER;
@@ -130,13 +131,13 @@ PyObject* py_stepped(PyObject*, PyObject* optimizer) {
   Py_RETURN_NONE;
 }
 
-// backward_ended()
+// backward_ended() -> the scale of its loss, or None if it is inside of another
 PyObject* py_backward_ended(PyObject*, PyObject*) {
   // Reentrant checkpointing has one inside of another.
   if (torch::autograd::get_current_graph_task_id() != -1) Py_RETURN_NONE;
   unscaled();
   host().backward_ended();
-  Py_RETURN_NONE;
+  return PyFloat_FromDouble(take_last_scale());
 }
 
 // optimizers_of(tap, [optimizer])
@@ -186,42 +187,46 @@ PyObject* py_parameter_due(PyObject*, PyObject* args) {
   return PyBool_FromLong(host().parameter_due(tap, kind) ? 1 : 0);
 }
 
-void capture_parameter(uint32_t tap, uint8_t kind, const Part& part) {
+void capture_parameter(uint32_t tap, uint8_t kind, uint64_t version, const Part& part) {
   Call call{};
-  if (!host().begin_parameter(tap, kind, &call)) return;
+  if (!host().begin_parameter(tap, kind, version, &call)) return;
   capture(call, KINDS_OF_PARAMETER_VALUES, "param", 0, part);
-  capture(call, KINDS_OF_PARAMETER_GRADIENTS, "grad", 0, part);
+  capture(call, KINDS_OF_ACCUMULATED_GRADIENTS | KINDS_OF_PARAMETER_GRADIENTS, "grad", call.repeat, part);
 }
 
-// capture_parameter(tap, kind, tensor, axes)
+// capture_parameter(tap, kind, tensor, axes, skipped, version)
 PyObject* py_capture_parameter(PyObject*, PyObject* args) {
   unsigned int tap = 0;
   unsigned char kind = 0;
   PyObject *tensor = nullptr, *axes = nullptr;
   int skipped = 0;
+  unsigned long long version = 0;
   Part part;
-  if (PyArg_ParseTuple(args, "IbOO!p", &tap, &kind, &tensor, &PyList_Type, &axes, &skipped) == 0) return nullptr;
+  if (PyArg_ParseTuple(args, "IbOO!pK", &tap, &kind, &tensor, &PyList_Type, &axes, &skipped, &version) == 0) return nullptr;
   if (!is_tensor(tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
   if (!read_axes(axes, part.axes)) return nullptr;
   return into_python([&] {
     part.local = THPVariable_Unpack(tensor);
     part.refusal = refusal_of(part.local, Py_TYPE(tensor)->tp_name);
     part.skipped = skipped != 0;
-    capture_parameter(tap, kind, part);
+    // One that took the place of another may have its address. A device is not waited for.
+    const bool told = version != 0 && part.refusal == Refusal::None && part.local.is_cpu();
+    if (told) version = (version ^ digest_of(part.local)) | 1;
+    capture_parameter(tap, kind, version, part);
     Py_RETURN_NONE;
   });
 }
 
-// refuse_parameter(tap, kind)
+// refuse_parameter(tap, kind, why)
 PyObject* py_refuse_parameter(PyObject*, PyObject* args) {
   unsigned int tap = 0;
-  unsigned char kind = 0;
-  if (PyArg_ParseTuple(args, "Ib", &tap, &kind) == 0) return nullptr;
+  unsigned char kind = 0, why = 0;
+  if (PyArg_ParseTuple(args, "Ibb", &tap, &kind, &why) == 0) return nullptr;
   return into_python([&] {
     Part part;
     part.local = at::empty({0});
-    part.refusal = Refusal::Raised;
-    capture_parameter(tap, kind, part);
+    part.refusal = static_cast<Refusal>(why);
+    capture_parameter(tap, kind, 0, part);
     Py_RETURN_NONE;
   });
 }

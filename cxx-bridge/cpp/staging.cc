@@ -54,6 +54,19 @@ size_t address_of(const at::Tensor& tensor) { return reinterpret_cast<size_t>(te
 
 size_t bytes_of(const at::Tensor& tensor) { return tensor.nbytes(); }
 
+std::unique_ptr<at::Tensor> view_of(const at::Tensor& tensor, rust::Slice<const Cut> cuts) {
+  const Unseen unseen;
+  TORCH_CHECK(static_cast<size_t>(tensor.dim()) == cuts.size(), "a slice of another number of dimensions");
+  at::Tensor view = tensor;
+  // From the last on, since those behind a position that is taken move.
+  for (auto dim = static_cast<int64_t>(cuts.size()) - 1; dim >= 0; --dim) {
+    const Cut& cut = cuts[static_cast<size_t>(dim)];
+    const auto start = static_cast<int64_t>(cut.start), len = static_cast<int64_t>(cut.len), step = static_cast<int64_t>(cut.step);
+    view = cut.keeps ? view.slice(dim, start, len == 0 ? start : start + (len - 1) * step + 1, step) : view.select(dim, start);
+  }
+  return std::make_unique<at::Tensor>(std::move(view));
+}
+
 std::unique_ptr<at::Tensor> share(const at::Tensor& tensor) { return std::make_unique<at::Tensor>(tensor); }
 
 std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, int32_t device) {

@@ -94,6 +94,10 @@ Trigger trigger(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
   f.train = training(module);
   std::fill(std::begin(f.first), std::end(f.first), -1);
   std::fill(std::begin(f.collectives), std::end(f.collectives), -1);
+  if (const auto batch = listed_batch(args, kwargs)) {
+    f.first[0] = *batch;
+    return f;
+  }
   PyObject* first = args == nullptr ? nullptr : first_tensor(args);
   if (first == nullptr && kwargs != nullptr) first = first_tensor(kwargs);
   if (first != nullptr) {

@@ -28,6 +28,14 @@ pub mod bridge {
         tensor: usize,
     }
 
+    /// What a slice takes of a dimension.
+    struct Cut {
+        start: u64,
+        len: u64,
+        step: u64,
+        keeps: bool,
+    }
+
     extern "Rust" {
         fn constants() -> Vec<Constant>;
         /// Of the element type with this name, without the `torch.`; 0 where it has none.
@@ -82,6 +90,9 @@ pub mod bridge {
         /// The address of its first element, and its bytes.
         fn address_of(tensor: &Tensor) -> usize;
         fn bytes_of(tensor: &Tensor) -> usize;
+
+        /// A view of what slices take of its dimensions, of which there are as many.
+        fn view_of(tensor: &Tensor, cuts: &[Cut]) -> Result<UniquePtr<Tensor>>;
 
         /// Another reference to it.
         fn share(tensor: &Tensor) -> UniquePtr<Tensor>;

@@ -9,7 +9,7 @@ use cxx::UniquePtr;
 use wire::{
     codes::CopyState,
     dtype::DType,
-    tap_abi::{BridgeTable, Copied, HostTable, TAP_ABI},
+    tap_abi::{self, BridgeTable, Copied, Cut, HostTable, TAP_ABI},
 };
 
 use crate::{
@@ -25,6 +25,7 @@ static TABLE: BridgeTable = BridgeTable {
     size: size_of::<BridgeTable>() as u32,
     python_module,
     copy,
+    view,
     wait,
     checksum,
     stage,
@@ -73,6 +74,22 @@ unsafe extern "C" fn copy(
         Err(why) => {
             report("tensors are dropped", &why);
             failed
+        }
+    }
+}
+
+unsafe extern "C" fn view(handle: *const c_void, cuts: *const Cut, count: usize) -> *mut c_void {
+    // SAFETY: the handle is the tensor of the tap that is trigger (tap_abi::Leaf).
+    let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return std::ptr::null_mut() };
+    // SAFETY: the interposer gives `count` cuts, which live through the call.
+    let cuts = unsafe { tap_abi::array(cuts, count) };
+    let cuts: Vec<_> =
+        cuts.iter().map(|&Cut { start, len, step, keeps, .. }| bridge::Cut { start, len, step, keeps }).collect();
+    match bridge::view_of(tensor, &cuts) {
+        Ok(view) => view.into_raw().cast(),
+        Err(why) => {
+            report("slices are not taken", &why);
+            std::ptr::null_mut()
         }
     }
 }
@@ -126,7 +143,7 @@ unsafe extern "C" fn stage(handle: *const c_void, dtype: u8, on_device: *mut boo
 }
 
 unsafe extern "C" fn release(staged: *mut c_void) {
-    // SAFETY: the tensor came from `stage` or `transfer` and is given back once (BridgeTable).
+    // SAFETY: the tensor came from `stage`, `view` or `transfer` and is given back once (BridgeTable).
     drop(unsafe { UniquePtr::from_raw(staged.cast::<Tensor>()) });
 }
 

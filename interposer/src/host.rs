@@ -139,9 +139,9 @@ unsafe extern "C" fn parameter_due(tap: u32, kind: u8) -> bool {
     engine(|e| Kind::from_code(kind).is_some_and(|kind| e.parameter_due(tap, kind)))
 }
 
-unsafe extern "C" fn begin_parameter(tap: u32, kind: u8, out: *mut Call) -> bool {
+unsafe extern "C" fn begin_parameter(tap: u32, kind: u8, version: u64, out: *mut Call) -> bool {
     engine(|e| {
-        let Some(call) = Kind::from_code(kind).and_then(|kind| e.begin_parameter(tap, kind)) else {
+        let Some(call) = Kind::from_code(kind).and_then(|kind| e.begin_parameter(tap, kind, version)) else {
             return false;
         };
         // SAFETY: `out` is the bridge's to be written.

@@ -26,6 +26,7 @@ class Record:
     pass, `repeat` backward passes over the same forward.
 
     `shape` is the whole tensor's, or None where the parts make no whole (yet); `dtype` is torch's name of it;
+    `slice` is what a `slice=` left of it, as `[:,-1]`, or None: then shape and values are those of the slice;
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
     `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
     part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
@@ -50,6 +51,7 @@ class Record:
     train: bool
     shape: tuple[int, ...] | None
     dtype: str
+    slice: str | None
     model: int
     repeat: int
     class_name: str

@@ -26,6 +26,8 @@ class Clock:
         self._after_step = after_step
         # How often each optimizer has stepped, by number.
         self._stepped: collections.Counter[int] = collections.Counter()
+        # How many steps have ended.
+        self._ended = 0
         self._ignoring = 0
 
     def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
@@ -59,10 +61,12 @@ class Clock:
         self._parameter_taps.before_skipped(optimizer)
         self._end(optimizer)
 
-    def backward_ended(self) -> None:
-        """A backward pass ended. One that the compiler makes to see what is in it is none."""
+    def backward_ended(self, has_left: bool) -> None:
+        """A backward pass ended, and may have left gradients. One that the compiler makes to look into it is none."""
         if torch._guards.TracingContext.try_get() is None:
-            self._bridge.backward_ended()
+            scale = self._bridge.backward_ended()
+            if has_left and scale is not None:
+                self._parameter_taps.after_backward(scale, self._ended)
 
     @contextlib.contextmanager
     def no_steps(self) -> Iterator[None]:
@@ -74,6 +78,7 @@ class Clock:
             self._ignoring -= 1
 
     def _end(self, optimizer: torch.optim.Optimizer) -> None:
+        self._ended += 1
         self._bridge.stepped(self._holders.number(optimizer))
         self._holders.tell()
         self._after_step()

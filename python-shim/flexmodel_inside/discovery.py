@@ -59,6 +59,7 @@ class Discovery:
             pause=self._pause,
             prepared=self._prepared,
             clock=Clock(bridge, self._holders, self._parameter_taps, self._taps.undo_if_off),
+            parameter_taps=self._parameter_taps,
             compiler_is_here=self._compiler_is_here,
             caches=lambda: self._taps.caches,
         )

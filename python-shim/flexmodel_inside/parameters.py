@@ -19,7 +19,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import steps
-from ._bridge import KIND_GRAD, KIND_PARAM, KINDS_OF_PARAMETERS
+from ._bridge import (
+    KIND_GRAD,
+    KIND_GRAD_UNCLIPPED,
+    KIND_PARAM,
+    KINDS_OF_ACCUMULATED_GRADIENTS,
+    KINDS_OF_PARAMETERS,
+    REFUSAL_ELSEWHERE,
+    REFUSAL_RAISED,
+)
 from ._bridge import PLACEMENT_FLAT as FLAT
 from ._bridge import PLACEMENT_REPLICATE as REPLICATE
 from ._bridge import PLACEMENT_UNKNOWN as UNKNOWN
@@ -35,10 +43,15 @@ if TYPE_CHECKING:
 Piece = tuple[torch.Tensor, list[Any]]
 
 
+class ElsewhereError(Exception):
+    """A gradient is in buffers of a framework's own until the optimizer steps."""
+
+
 class Parameter(NamedTuple):
     """One parameter under one name."""
 
-    # What this process holds now of the parameter, or of the gradient that the optimizer is about to use.
+    # What this process holds now of the parameter, of the gradient that the optimizer is about to use, or of what
+    # backward passes have left so far. May raise `ElsewhereError`.
     read: Callable[[int], Piece | None]
     # Whether an optimizer has it that holds tensors with these ids.
     is_in: Callable[[Set[int]], bool]
@@ -84,7 +97,7 @@ class Parameters:
             if piece is not NotImplemented:
                 return piece
             value = parameter if kind == KIND_PARAM else parameter.grad
-            return None if value is None else self._described(value, parameter, model)
+            return None if value is None else self._described(value, parameter, kind, model)
 
         def is_in(held: Set[int]) -> bool:
             parameter = parameter_now()
@@ -95,7 +108,7 @@ class Parameters:
 
         return Parameter(read, is_in)
 
-    def _described(self, value: torch.Tensor, parameter: torch.Tensor, model: ModelFacts) -> Piece:
+    def _described(self, value: torch.Tensor, parameter: torch.Tensor, kind: int, model: ModelFacts) -> Piece:
         if self._frameworks.decided("placement", value) is not NotImplemented:
             local, axes = self._layouts.describe(value) or (value, [])
         else:
@@ -103,28 +116,40 @@ class Parameters:
         # Axes of which nothing is known are outermost.
         known = {axis[0] for axis in axes}
         of_batch = REPLICATE if model.replicated else UNKNOWN
+        if kind == KIND_GRAD_UNCLIPPED:
+            left = self._frameworks.first("left_along_batch", model)
+            of_batch = of_batch if left is None else left
         rest = [axis for axis in model.mesh if axis.name not in known]
         return local.detach(), [*(axis.placed(of_batch if axis.role == DATA else UNKNOWN) for axis in rest), *axes]
 
 
 @dataclasses.dataclass
 class _Use:
-    """What an optimizer makes of gradients."""
+    """What an optimizer makes of gradients, or would make of those that there are."""
 
-    # Ids of its parameters.
-    held: Set[int]
+    # Ids of its parameters; None: of all.
+    held: Set[int] | None = None
     # It divides gradients by this.
-    scale: torch.Tensor | None
+    scale: torch.Tensor | float | None = None
     # It does not use them.
-    is_skipped: Callable[[], bool]
+    is_skipped: Callable[[], bool] = lambda: False
+
+    def unscaled(self, gradient: torch.Tensor) -> torch.Tensor:
+        """As the optimizer would use it."""
+        if isinstance(self.scale, torch.Tensor):
+            return gradient / self.scale.to(gradient.device)
+        return gradient if self.scale is None or self.scale == 1 else gradient / self.scale
 
 
 class ParameterTaps:
-    """Captures parameters at the first forward of a step, and gradients just before the optimizer's."""
+    """Captures parameters at the first forward of a step, and gradients after each backward pass and just before the
+    optimizer's."""
 
     def __init__(self, bridge: Any, faults: Faults) -> None:
         self._bridge = bridge
         self._faults = faults
+        # Who is asked, set by themselves.
+        self.frameworks: Frameworks
         # With its name, by the model's serial, and the tap's number.
         self._taps: dict[int, dict[int, tuple[str, Parameter]]] = {}
 
@@ -145,18 +170,29 @@ class ParameterTaps:
         with torch._C.DisableTorchFunction():  # what the job's classes of tensors do is no matter here
             for tap, (name, parameter) in self._taps.get(serial, {}).items():
                 due = self._bridge.parameter_due(tap, kind)
-                if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, use):
-                    self._bridge.refuse_parameter(tap, kind)
+                if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, use or _Use()):
+                    self._bridge.refuse_parameter(tap, kind, REFUSAL_RAISED)
 
-    def _capture_one(self, tap: int, kind: int, parameter: Parameter, use: _Use | None) -> bool:
-        piece = parameter.read(kind) if use is None or parameter.is_in(use.held) else None
+    def _capture_one(self, tap: int, kind: int, parameter: Parameter, use: _Use) -> bool:
+        try:
+            piece = parameter.read(kind) if use.held is None or parameter.is_in(use.held) else None
+        except ElsewhereError:
+            self._bridge.refuse_parameter(tap, kind, REFUSAL_ELSEWHERE)
+            return True
         if piece is not None:
             local, axes = piece
-            skipped = use is not None and kind == KIND_GRAD and use.is_skipped()
-            if use is not None and kind == KIND_GRAD and use.scale is not None:
-                local = local / use.scale.to(local.device)
-            self._bridge.capture_parameter(tap, kind, local, axes, skipped)
+            version = _version(local) if kind == KIND_GRAD_UNCLIPPED else 0
+            if kind != KIND_PARAM:
+                local = use.unscaled(local)
+            self._bridge.capture_parameter(tap, kind, local, axes, kind == KIND_GRAD and use.is_skipped(), version)
         return True
+
+    def after_backward(self, scale: float, ended: int) -> None:
+        """A backward pass has left gradients of a loss that was scaled; `ended` counts the steps that have ended."""
+        if self._bridge.wants(KINDS_OF_ACCUMULATED_GRADIENTS):
+            self.frameworks.tell("went_backward", ended)
+            for serial in self._taps:
+                self.capture(serial, KIND_GRAD_UNCLIPPED, _Use(scale=scale))
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this
@@ -186,6 +222,15 @@ class ParameterTaps:
         else:
             is_skipped = lambda: skipped  # noqa: E731
         use = _Use(held, scale if isinstance(scale, torch.Tensor) else None, is_skipped)
+        # An optimizer that steps in the backward pass leaves nothing for its end.
+        in_backward = torch._C._current_graph_task_id() != -1
         for serial in self._taps:
+            if in_backward:
+                self.capture(serial, KIND_GRAD_UNCLIPPED, use)
             self.capture(serial, KIND_PARAM, use)
             self.capture(serial, KIND_GRAD, use)
+
+
+def _version(value: torch.Tensor) -> int:
+    """Tells a tensor's value from those that it had before, and from other tensors'."""
+    return hash((value.data_ptr(), value._version, tuple(value.shape))) & (2**64 - 1) or 1

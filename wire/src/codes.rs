@@ -44,6 +44,8 @@ pub enum Kind {
     Param = 4,
     /// The gradient that the optimizer is about to use.
     Grad = 5,
+    /// The gradient that the step's backward passes have left so far.
+    GradUnclipped = 6,
 }
 
 /// Whose tensors a kind means, and so where a tap finds them; in the order in which a step has them.
@@ -59,6 +61,8 @@ pub enum Subject {
     InputGradients,
     /// Parameters, at the first forward of a step.
     Parameters,
+    /// Their gradients so far, after each backward pass.
+    AccumulatedGradients,
     /// Their gradients, just before an optimizer's step.
     ParameterGradients,
 }
@@ -123,6 +127,7 @@ pub enum Refusal {
     Returned = 11,
     Split = 12,
     Raised = 13,
+    Elsewhere = 14,
 }
 
 /// A bit of the flags that a compiled graph passes to the operations `tap` and `forward_pass`.
@@ -158,14 +163,25 @@ impl Code for CopyState {}
 
 impl Kind {
     /// Every kind, in the order of their codes.
-    pub const ALL: [Kind; 6] =
-        [Kind::Forward, Kind::ForwardPre, Kind::Backward, Kind::BackwardPre, Kind::Param, Kind::Grad];
+    pub const ALL: [Kind; 7] = [
+        Kind::Forward,
+        Kind::ForwardPre,
+        Kind::Backward,
+        Kind::BackwardPre,
+        Kind::Param,
+        Kind::Grad,
+        Kind::GradUnclipped,
+    ];
     /// Kinds for which a tap needs the hook before the forward, as a mask.
     pub const BEFORE: u32 = Kind::of(Subject::Inputs) | Kind::of(Subject::InputGradients);
     /// Kinds of parameters, as a mask; the others are of modules.
-    pub const OF_PARAMETERS: u32 = Kind::of(Subject::Parameters) | Kind::of(Subject::ParameterGradients);
+    pub const OF_PARAMETERS: u32 = Kind::ONCE_A_STEP | Kind::of(Subject::AccumulatedGradients);
+    /// Kinds of parameters that a step has once, whatever passes it has, as a mask.
+    pub const ONCE_A_STEP: u32 = Kind::of(Subject::Parameters) | Kind::of(Subject::ParameterGradients);
     /// Gradients of activations, as a mask.
     pub const GRADIENTS: u32 = Kind::of(Subject::InputGradients) | Kind::of(Subject::OutputGradients);
+    /// Kinds that are taken while the scale of the loss is in them, as a mask.
+    pub const SCALED: u32 = Kind::GRADIENTS | Kind::of(Subject::AccumulatedGradients);
 
     /// What each kind is: whose tensors, its word in a clause and in a record, and what that means.
     const fn about(self) -> (Subject, &'static str, &'static str) {
@@ -176,6 +192,9 @@ impl Kind {
             Kind::BackwardPre => (Subject::OutputGradients, "backward_pre", "gradients of the outputs"),
             Kind::Param => (Subject::Parameters, "param", "the parameter that the step's forward used"),
             Kind::Grad => (Subject::ParameterGradients, "grad", "the gradient that the optimizer uses"),
+            Kind::GradUnclipped => {
+                (Subject::AccumulatedGradients, "grad_unclipped", "the gradient that backward passes have left so far")
+            }
         }
     }
 
@@ -234,16 +253,18 @@ impl Kind {
     }
 
     /// The masks that C++ and Python have, by name: `KINDS_OF_OUTPUTS`, ...
-    pub fn masks() -> [(&'static str, u32); 8] {
+    pub fn masks() -> [(&'static str, u32); 10] {
         [
             ("KINDS_OF_OUTPUTS", Kind::of(Subject::Outputs)),
             ("KINDS_OF_INPUTS", Kind::of(Subject::Inputs)),
             ("KINDS_OF_INPUT_GRADIENTS", Kind::of(Subject::InputGradients)),
             ("KINDS_OF_OUTPUT_GRADIENTS", Kind::of(Subject::OutputGradients)),
             ("KINDS_OF_PARAMETER_VALUES", Kind::of(Subject::Parameters)),
+            ("KINDS_OF_ACCUMULATED_GRADIENTS", Kind::of(Subject::AccumulatedGradients)),
             ("KINDS_OF_PARAMETER_GRADIENTS", Kind::of(Subject::ParameterGradients)),
             ("KINDS_OF_PARAMETERS", Kind::OF_PARAMETERS),
             ("KINDS_OF_GRADIENTS", Kind::GRADIENTS),
+            ("KINDS_SCALED", Kind::SCALED),
         ]
     }
 }
@@ -265,6 +286,9 @@ impl Refusal {
             Self::SharedInput => "an input whose gradient through this module alone is not known",
             Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
             Self::Raised => "a tensor that raised when it was looked at; a notice says what",
+            Self::Elsewhere => {
+                "a gradient that the framework keeps in buffers of its own until the optimizer steps; kind grad has it then"
+            }
             Self::Split => {
                 "an input of a module that torch.compile put into several graphs, as it does for DDP unless \
                  torch._dynamo.config.optimize_ddp is False"
@@ -331,13 +355,14 @@ mod tests {
             Subject::InputGradients,
             Subject::OutputGradients,
             Subject::Parameters,
+            Subject::AccumulatedGradients,
             Subject::ParameterGradients,
         ];
         let bits: u32 = subjects.map(|subject| Kind::of(subject).count_ones()).iter().sum();
         assert_eq!((bits as usize, Kind::in_mask(!0).count()), (Kind::ALL.len(), Kind::ALL.len()));
         let order = Kind::in_order().into_iter().map(Kind::name).collect::<Vec<_>>();
-        assert_eq!(order, ["forward_pre", "forward", "backward_pre", "backward", "param", "grad"]);
-        assert_eq!((Kind::BEFORE, Kind::GRADIENTS, Kind::OF_PARAMETERS), (0b110, 0b1100, 0b11_0000));
+        assert_eq!(order, ["forward_pre", "forward", "backward_pre", "backward", "param", "grad_unclipped", "grad"]);
+        assert_eq!((Kind::BEFORE, Kind::GRADIENTS, Kind::OF_PARAMETERS), (0b110, 0b1100, 0b111_0000));
     }
 
     #[test]

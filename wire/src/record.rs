@@ -10,7 +10,7 @@ pub use crate::placement::{Placement, PlacementCode};
 use crate::{codes::Code, dtype::DType, hooks::Kind, loss_scale::LossScale};
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 6;
+pub const RECORD_VERSION: u16 = 7;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -39,6 +39,19 @@ pub struct Axis {
     /// as [`Placement::Unknown`].
     #[serde(default, skip_serializing_if = "Option::is_none", alias = "given")]
     pub input_digest: Option<u32>,
+}
+
+/// Which elements of a tensor a record has, where it has not all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sliced {
+    /// In the words of [`crate::hooks::Slice`]: `[:,-1]`.
+    pub by: String,
+    /// This part's sizes, before, of the dimensions that are cut. Parts of which these differ make no whole.
+    pub of: Vec<u64>,
+    /// crc32c of all elements of this part, where their equality tells how it lies: slices of tensors that differ may be
+    /// equal. `None`: it was not needed, or could not be had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crc: Option<u32>,
 }
 
 /// What one rank's captured tensor is. Its bytes (row-major, `shape`, `dtype`) follow in the slab.
@@ -74,6 +87,8 @@ pub struct RecordMeta {
     pub dtype: DType,
     /// This part's shape.
     pub shape: Vec<u64>,
+    /// It is a slice of what this rank has.
+    pub slice: Option<Sliced>,
     /// Global rank that captured it.
     pub rank: u32,
     /// Layout, one entry a mesh axis; empty for one process.
@@ -116,6 +131,7 @@ impl RecordMeta {
             stats_only: false,
             dtype,
             shape,
+            slice: None,
             rank: 0,
             axes: Vec::new(),
             dp_size: 1,
@@ -138,9 +154,9 @@ impl RecordMeta {
     /// Appends the encoding to `out`. Names longer than [`MAX_NAME`] are cut at a character boundary.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&RECORD_VERSION.to_le_bytes());
-        let [train, stats_only, same, skipped] =
-            [self.train, self.stats_only, self.same.is_some(), self.skipped].map(u8::from);
-        let flags = train | stats_only << 1 | same << 2 | skipped << 3;
+        let [train, stats_only, same, skipped, sliced] =
+            [self.train, self.stats_only, self.same.is_some(), self.skipped, self.slice.is_some()].map(u8::from);
+        let flags = train | stats_only << 1 | same << 2 | skipped << 3 | sliced << 4;
         out.extend_from_slice(&[self.kind as u8, self.dtype as u8, flags]);
         for n in [self.model, self.micro, self.call, self.repeat, self.rank, self.dp_size] {
             out.extend_from_slice(&n.to_le_bytes());
@@ -168,6 +184,12 @@ impl RecordMeta {
         for s in [&self.module, &self.class, &self.path, &self.group, &self.refused] {
             put_str(out, s);
         }
+        if let Some(Sliced { by, of, crc }) = &self.slice {
+            put_str(out, by);
+            out.push(of.len().min(MAX_DIMS) as u8);
+            of.iter().take(MAX_DIMS).for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
+            out.extend_from_slice(&crc.map_or(u64::MAX, u64::from).to_le_bytes());
+        }
     }
 
     /// Decodes what [`encode`](Self::encode) wrote. Takes hostile bytes; refuses trailing ones.
@@ -179,7 +201,7 @@ impl RecordMeta {
         let kind = Kind::from_code(r.u8()?).ok_or(RecordError("unknown kind"))?;
         let dtype = DType::from_code(r.u8()?).ok_or(RecordError("unknown dtype"))?;
         let flags = r.u8()?;
-        if flags > 15 {
+        if flags > 31 {
             return Err(RecordError("unknown flags"));
         }
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
@@ -204,10 +226,7 @@ impl RecordMeta {
                 return Err(RecordError("mesh coordinate outside its axis"));
             }
             let (code, dim) = (r.u8()?, r.u32()?);
-            let input_digest = match r.u64()? {
-                u64::MAX => None,
-                digest => Some(u32::try_from(digest).map_err(|_| RecordError("a digest of more than 32 bits"))?),
-            };
+            let input_digest = r.digest()?;
             let placement = PlacementCode::from_code(code).ok_or(RecordError("unknown placement"))?;
             let shape: Vec<u64> = match placement {
                 _ if placement.is_piece() && dim as usize >= ndim => {
@@ -221,6 +240,7 @@ impl RecordMeta {
             axes.push(Axis { name, index, size, place, input_digest });
         }
         let [module, class, path, group, refused] = [r.str()?, r.str()?, r.str()?, r.str()?, r.str()?];
+        let slice = if flags & 16 != 0 { Some(r.sliced()?) } else { None };
         if !r.0.is_empty() {
             return Err(RecordError("trailing bytes"));
         }
@@ -240,6 +260,7 @@ impl RecordMeta {
             skipped: flags & 8 != 0,
             dtype,
             shape,
+            slice,
             rank,
             axes,
             dp_size,
@@ -283,6 +304,21 @@ impl<'a> Reader<'a> {
     fn u64(&mut self) -> Result<u64, RecordError> {
         self.array().map(u64::from_le_bytes)
     }
+    /// 32 bits, if there are any.
+    fn digest(&mut self) -> Result<Option<u32>, RecordError> {
+        match self.u64()? {
+            u64::MAX => Ok(None),
+            digest => u32::try_from(digest).map(Some).map_err(|_| RecordError("a digest of more than 32 bits")),
+        }
+    }
+    fn sliced(&mut self) -> Result<Sliced, RecordError> {
+        let (by, ndim) = (self.str()?, usize::from(self.u8()?));
+        if ndim > MAX_DIMS {
+            return Err(RecordError("too many dimensions"));
+        }
+        let of = (0..ndim).map(|_| self.u64()).collect::<Result<_, _>>()?;
+        Ok(Sliced { by, of, crc: self.digest()? })
+    }
     fn str(&mut self) -> Result<String, RecordError> {
         let len = usize::from(self.u16()?);
         if len > MAX_NAME {
@@ -325,6 +361,7 @@ mod tests {
             dp_size: 2,
             loss_scale: LossScale(1024.0),
             same: Some(7),
+            slice: Some(Sliced { by: "[:,-1]".into(), of: vec![9], crc: Some(u32::MAX) }),
             time_ns: 99,
             ..RecordMeta::output("layers.0.mlp", DType::BFloat16, vec![2, 0, 5])
         }

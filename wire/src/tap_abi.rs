@@ -173,6 +173,8 @@ pub struct Call {
     pub edit: u32,
     /// Sizes of the module's own first input, as in [`Trigger::first`].
     pub first: [i64; 3],
+    /// Of a parameter's gradient: how many of the same microbatch came before it.
+    pub repeat: u32,
     /// Say of every tensor how it lies over the ranks, not of DTensors alone: members of an axis hold pieces of tensors.
     pub ask: bool,
 }
@@ -323,10 +325,12 @@ pub struct HostTable {
     pub backward_ended: unsafe extern "C" fn(),
     /// A tap is triggered; fills `Call` and returns whether there is anything to do.
     pub triggered: unsafe extern "C" fn(tap: u32, trigger: *const Trigger, out: *mut Call) -> bool,
-    /// Whether this kind of a parameter (a code) is wanted in this step, and was not captured in it yet.
+    /// Whether this kind of a parameter (a code) is wanted now: in this step, if it was not captured in it yet, or in
+    /// this microbatch.
     pub parameter_due: unsafe extern "C" fn(tap: u32, kind: u8) -> bool,
-    /// The call to capture it under; from now on it is not due in this step.
-    pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, out: *mut Call) -> bool,
+    /// The call to capture it under; from now on it is not due in this step. After one pass of the model the same
+    /// `version` is not due twice; 0 is none.
+    pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, version: u64, out: *mut Call) -> bool,
     /// Captures a leaf, once for each of its kinds.
     pub capture: unsafe extern "C" fn(call: *const Call, leaf: *const Leaf<'_>),
     /// How a leaf is edited by what edits any of these kinds, a mask.
@@ -347,6 +351,22 @@ pub struct HostTable {
     pub finish: unsafe extern "C" fn(),
     /// Whether taps are on.
     pub active: unsafe extern "C" fn() -> bool,
+}
+
+/// What a slice takes of one dimension. No position is outside of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Cut {
+    /// The first position.
+    pub start: u64,
+    /// How many.
+    pub len: u64,
+    /// How far it is from one to the next; at least 1.
+    pub step: u64,
+    /// The dimension stays; otherwise it is one position, and goes.
+    pub keeps: bool,
+    /// It is taken whole, whatever its size: nothing is cut.
+    pub all: bool,
 }
 
 /// Outcome of [`BridgeTable::copy`].
@@ -398,6 +418,9 @@ pub struct BridgeTable {
         count: u64,
         dst: *mut u8,
     ) -> Copied,
+    /// A view of what a slice takes of the tensor of a tap, `cuts` for each of its dimensions: a handle that is given back
+    /// by `release`; null if there is none.
+    pub view: unsafe extern "C" fn(handle: *const c_void, cuts: *const Cut, count: usize) -> *mut c_void,
     /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
     pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
     /// crc32c of a tensor's elements, row-major and converted to `dtype`, in `out`; false where they are on a device, or
@@ -406,7 +429,7 @@ pub struct BridgeTable {
     /// Stages a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
     /// be. It may be used from any thread, also where a `handle` is asked for. Says whether it is on a device, not the CPU.
     pub stage: unsafe extern "C" fn(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void,
-    /// Gives a staged tensor back.
+    /// Gives a staged tensor, or a view, back.
     pub release: unsafe extern "C" fn(staged: *mut c_void),
     /// Sends some bytes to all members of a communicator, and then passes those of each to `hear`, in order. False: the
     /// communicator is of no use any more, and [`HostTable::per_rank`] was called with the reason. Does not need the GIL.
@@ -463,7 +486,7 @@ layouts! {
     Leaf { kinds, dtype, refusal, on_device, skipped, repeat, path, handle, sizes, ndim, axes, axis_count }
     MeshAxis { name, index, size, role, ranks, rank_count }
     LeafAxis { name, index, size, placement, dim, sizes, ndim }
-    Call { tap, step, turn, micro, call, pass, train, capture, edit, first, ask }
+    Call { tap, step, turn, micro, call, pass, train, capture, edit, first, repeat, ask }
     Trigger { pre, replay, grad_enabled, train, recomputes, split, first, input_digest, reduces, collectives }
     LeafEdit { factor, zero }
     Selected { index, tap, kinds, edits, before }

@@ -52,6 +52,12 @@ impl What {
         if self.axes.len() > limits::AXES {
             return Err(format!("it has {} mesh axes", self.axes.len()));
         }
+        if let Some(slice) = &self.slice {
+            text("a slice", &slice.by)?;
+            if slice.of.len() > limits::DIMS {
+                return Err(format!("it is a slice of a tensor of {} dimensions", slice.of.len()));
+            }
+        }
         // Where a part is a run of a flattened tensor's elements, dimensions are those of that tensor.
         let flat = self.axes.iter().find_map(|axis| axis.place.flattened());
         let dims = flat.unwrap_or(&self.shape).len();

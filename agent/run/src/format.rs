@@ -25,7 +25,7 @@ use wire::{
     hooks::Kind,
     loss_scale::LossScale,
     passes::Pass,
-    record::{Axis, MICRO, RecordMeta},
+    record::{Axis, MICRO, RecordMeta, Sliced},
 };
 
 /// Version of everything in this module. In 1, parts had a `recompute`, always false, and shards of a dimension an
@@ -273,6 +273,9 @@ pub struct What {
     pub dtype: DType,
     /// Shape of this part.
     pub shape: Vec<u64>,
+    /// It is a slice of what this rank had.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "objects::optional")]
+    pub slice: Option<Sliced>,
     /// Global rank.
     pub rank: u32,
     /// Layout.
@@ -367,6 +370,7 @@ impl What {
             group: m.group,
             dtype: m.dtype,
             shape: m.shape,
+            slice: m.slice,
             rank: m.rank,
             axes: m.axes,
             dp_size: m.dp_size,

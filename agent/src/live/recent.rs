@@ -94,7 +94,15 @@ impl Ring {
             axes: self.axes(what.rank as usize % SHARED, &what.axes),
             shard: part.at.as_ref().map(|at| self.shard(&at.shard)),
             part: Part {
-                what: What { id, class: none(), group: none(), shape: what.shape.clone(), axes: Vec::new(), ..*what },
+                what: What {
+                    id,
+                    class: none(),
+                    group: none(),
+                    shape: what.shape.clone(),
+                    axes: Vec::new(),
+                    slice: what.slice.clone(),
+                    ..*what
+                },
                 at: part.at.as_ref().map(|at| Location { shard: none(), ..*at }),
                 ..*part
             },

@@ -9,6 +9,7 @@
 //! | [`engine`] | decides: which modules, which step, capture or not; describes records |
 //! | [`layout`] | infers how a leaf lies over the ranks |
 //! | [`gather`] | brings parts to one rank first, where hooks want that; agrees with the other ranks on it |
+//! | [`view`] | what a slice takes of a tensor |
 //! | [`transport`] | slab and socket: carries records to the agent, or drops and counts them |
 //! | [`answers`] | what a rank answers its agent |
 //! | [`process`] | what the process gives and does |
@@ -31,6 +32,7 @@ pub mod process;
 pub mod switch;
 pub mod taps;
 pub mod transport;
+mod view;
 
 #[cfg(test)]
 mod testing;
@@ -42,14 +44,18 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use wire::tap_abi::{BridgeTable, Call, Leaf, Trigger};
+use wire::{
+    codes::Refusal,
+    tap_abi::{BridgeTable, Call, Leaf, Trigger},
+};
 
 use answers::Answers;
-use engine::Engine;
+use engine::{Engine, slice::without_crc};
 use gather::{Communicator, Gather};
 use plan::{HookPlan, PlanInForce};
 use process::Process;
-use transport::{Settings, Transport};
+use transport::{Captured, Cutting, Settings, Transport};
+use view::View;
 
 /// Everything that taps use.
 pub struct Capture {
@@ -106,13 +112,42 @@ impl Capture {
     pub unsafe fn capture(&self, call: &Call, leaf: &Leaf<'_>) {
         // SAFETY: the caller vouches for it.
         let captured = unsafe { self.engine().describe(call, leaf) };
-        for captured in captured {
-            if captured.collective {
-                self.gather.take(captured);
-            } else {
-                self.transport.send(captured);
+        for mut captured in captured {
+            match captured.cut.take() {
+                None => self.carry(captured),
+                // SAFETY: the caller vouches for the tensor.
+                Some(cutting) => unsafe { self.cut(captured, &cutting) },
             }
         }
+    }
+
+    fn carry(&self, captured: Captured) {
+        if captured.collective {
+            self.gather.take(captured);
+        } else {
+            self.transport.send(captured);
+        }
+    }
+
+    /// Captures a slice.
+    ///
+    /// # Safety
+    /// As for [`Capture::capture`].
+    unsafe fn cut(&self, mut captured: Captured, cutting: &Cutting) {
+        if cutting.bytes_tell {
+            let crc = self.transport.checksum(&captured);
+            match &mut captured.meta.slice {
+                Some(sliced) if crc.is_some() => sliced.crc = crc,
+                _ => without_crc(&mut captured.meta.axes),
+            }
+        }
+        // SAFETY: the caller vouches for the tensor.
+        let view = unsafe { View::of(captured.handle, &cutting.cuts, self.bridge) };
+        match &view {
+            Some(view) => captured.handle = view.handle(),
+            None => Refusal::Raised.reason().clone_into(&mut captured.meta.refused),
+        }
+        self.carry(captured);
     }
 
     /// The way of records to the agent.

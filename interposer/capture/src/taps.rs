@@ -56,8 +56,22 @@ pub struct Tap {
     pub optimizers: Vec<u32>,
     /// Its calls.
     pub calls: Calls,
-    /// Kinds of a parameter, with the last step in which each was captured, and whether that was one of training.
-    pub captured_in: HashMap<Kind, (bool, u64)>,
+    /// Kinds of a parameter, with what each was captured in last.
+    captured_in: HashMap<Kind, CapturedIn>,
+}
+
+/// What a kind of a parameter was captured in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct CapturedIn {
+    /// The model's pass.
+    pass: u64,
+    train: bool,
+    step: u64,
+    micro: u32,
+    /// How many of the same microbatch came before it.
+    repeat: u32,
+    /// Tells its value from others; 0: nothing does.
+    version: u64,
 }
 
 impl Tap {
@@ -66,11 +80,11 @@ impl Tap {
         self.plan.some(&self.clauses).filter(move |clause| clause.wants_step(step, turn))
     }
 
-    /// Its clauses that are active in a call of its module, or for a parameter.
+    /// Its clauses that are active in a call of its module, or for a parameter: what a step has once has no passes.
     pub fn active(&self, call: &Call) -> impl Iterator<Item = &Hook> {
-        let of_parameter = call.capture & Kind::OF_PARAMETERS != 0;
+        let of_step = call.capture & Kind::ONCE_A_STEP != 0;
         let Call { micro, train, .. } = *call;
-        self.in_step(call.step, call.turn).filter(move |clause| of_parameter || clause.wants_pass(micro, train))
+        self.in_step(call.step, call.turn).filter(move |clause| of_step || clause.wants_pass(micro, train))
     }
 
     /// Its clauses that mean this leaf of a call, by any of these kinds.
@@ -86,10 +100,25 @@ impl Tap {
         self.for_leaf(call, kind.bit(), path).min_by_key(|clause| clause.options.reduce == Reduce::Stats)
     }
 
-    /// Whether this kind of a parameter is wanted in this step and was not captured in it.
-    pub fn is_due(&self, now: &Call, kind: Kind) -> bool {
-        self.captured_in.get(&kind) != Some(&(now.train, now.step))
-            && self.in_step(now.step, now.turn).any(|clause| clause.kinds.contains(&kind))
+    /// Whether what a call is to capture of a parameter is wanted, and was not captured where a step has it once.
+    pub fn is_due(&self, now: &Call) -> bool {
+        let in_this = |last: &CapturedIn| (last.train, last.step) == (now.train, now.step);
+        let there =
+            Kind::in_mask(now.capture & Kind::ONCE_A_STEP).any(|kind| self.captured_in.get(&kind).is_some_and(in_this));
+        !there && self.active(now).any(|clause| clause.kind_mask() & now.capture != 0)
+    }
+
+    /// It is captured now: how many of the same microbatch came before it. `None` for what is there already.
+    pub fn begin(&mut self, kind: Kind, now: &Call, version: u64) -> Option<u32> {
+        let Call { pass, train, step, micro, .. } = *now;
+        let last = self.captured_in.get(&kind);
+        if last.is_some_and(|last| (last.pass, last.version) == (pass, version)) && version != 0 {
+            return None;
+        }
+        let same = last.filter(|last| (last.train, last.step, last.micro) == (train, step, micro));
+        let repeat = same.map_or(0, |last| last.repeat + 1);
+        self.captured_in.insert(kind, CapturedIn { pass, train, step, micro, repeat, version });
+        Some(repeat)
     }
 }
 

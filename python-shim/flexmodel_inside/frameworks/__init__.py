@@ -66,6 +66,7 @@ class Frameworks:
         # Those that are present and have an answer to a question, by the name of its method.
         self._answering: dict[str, list[Any]] = {}
         job.layouts.frameworks = self
+        job.parameter_taps.frameworks = self
 
     def watch(
         self,
@@ -126,6 +127,11 @@ class Frameworks:
             if answer is not NotImplemented:
                 return answer
         return NotImplemented
+
+    def tell(self, event: str, *about: Any) -> None:
+        """Something happened, for whoever follows it."""
+        for hear in self._who(event):
+            self._job.faults.of(_about(hear, "backward passes"), hear, *about)
 
     def stages(self) -> list[Stage]:
         """All stages whose modules live."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from .._bridge import KINDS_OF_GRADIENTS
+from .._bridge import KINDS_SCALED
 
 if TYPE_CHECKING:
     from ..caches import Caches
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..faults import Faults
     from ..layouts import AxisPlacement, Layouts
     from ..mesh import Axis, Meshes
-    from ..parameters import Parameter, Piece
+    from ..parameters import Parameter, ParameterTaps, Piece
 
 
 @dataclasses.dataclass
@@ -37,6 +37,7 @@ class Job:
     faults: Faults
     meshes: Meshes
     layouts: Layouts
+    parameter_taps: ParameterTaps
     # Models have to be looked at again.
     changed: Callable[[], None]
     # A module puts children into itself without torch's registration: know it from now on.
@@ -59,8 +60,8 @@ class Job:
         return self.faults.guard
 
     def wants_gradients(self) -> bool:
-        """Whether gradients of activations are to be captured at all."""
-        return bool(self.bridge.wants(KINDS_OF_GRADIENTS))
+        """Whether gradients that the scale of a loss is in are to be captured at all."""
+        return bool(self.bridge.wants(KINDS_SCALED))
 
     def loss_scale(self, scale: float) -> None:
         """From now on gradients are those of the job's loss times `scale`. `bridge.scaled` says it of one loss."""
@@ -159,8 +160,15 @@ class Adapter:
 
     def read(self, parameter: torch.Tensor, kind: int, model: ModelFacts) -> Piece | None:
         """What this process holds of a parameter that is in its module, or of its gradient; None if nothing now, and
-        `NotImplemented` where that is what the parameter itself says."""
+        `NotImplemented` where that is what the parameter itself says. May raise `ElsewhereError`."""
         return NotImplemented
+
+    def went_backward(self, ended: int) -> None:
+        """A backward pass has left gradients; `ended` counts the steps that optimizers have ended so far."""
+
+    def left_along_batch(self, model: ModelFacts) -> int | None:
+        """The placement, along the axes of the batch, of a gradient that backward passes have left in its parameter."""
+        return None
 
     def held_as(self, parameter: torch.Tensor, model: ModelFacts) -> list[torch.Tensor] | None:
         """The tensors that an optimizer has in a parameter's place."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from typing import Any
 
 import torch
 from torch import nn
 
+from .._bridge import PLACEMENT_PARTIAL as PARTIAL
+from .._bridge import PLACEMENT_REPLICATE as REPLICATE
+from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from ..mesh import DATA
 from ..naming import is_instance
-from .adapter import Adapter, ModelFacts
+from .adapter import Adapter, Job, ModelFacts
 
 _MODULE, _CLASS = "torch.nn.parallel.distributed", "DistributedDataParallel"
 
@@ -21,10 +26,34 @@ class Ddp(Adapter):
     wrappers = ((_MODULE, _CLASS),)
     subclass_prefixes = ("DDP",)
 
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        # Wrappers, with the number of steps that had ended when a backward pass last reduced their gradients.
+        self._reduced: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._ended = 0
+
     def see(self, module: nn.Module, model: ModelFacts) -> None:
         if is_instance(module, _MODULE, _CLASS):
             model.wrapped("DDP", replicated=True)
+            model.notes.setdefault(Ddp, weakref.ref(module))
+            self._reduced.setdefault(module, -1)
             model.axes.append(self.job.meshes.axis_of_group(module.process_group, "dp", DATA))
 
     def is_reducing(self) -> bool | None:
         return getattr(sys.modules[_MODULE], _CLASS)._active_ddp_module is not None and torch.is_grad_enabled() or None
+
+    def went_backward(self, ended: int) -> None:
+        self._ended = ended
+        for module in self._reduced:
+            if module.require_forward_param_sync:
+                self._reduced[module] = ended
+
+    def left_along_batch(self, model: ModelFacts) -> int | None:
+        where = model.notes.get(Ddp)
+        module = None if where is None else where()
+        if module is None:
+            return None
+        if module.require_forward_param_sync:  # since its last forward pass with gradients
+            return REPLICATE
+        # Beside what was reduced before, it is no addend of the whole.
+        return UNKNOWN if self._reduced.get(module) == self._ended else PARTIAL

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._bridge import KIND_GRAD, KIND_PARAM
+from .._bridge import KIND_GRAD, KIND_GRAD_UNCLIPPED, KIND_PARAM
 from ..mesh import DATA
 from ..naming import is_instance
-from ..parameters import Piece, flat_placement
+from ..parameters import ElsewhereError, Piece, flat_placement
 from ..patches import follow, given
 from .adapter import Adapter, ModelFacts
 
@@ -63,6 +63,8 @@ class DeepSpeed(Adapter):
         model.axes.append(self.job.meshes.axis_of_group(module.data_parallel_group, "dp", DATA))
 
     def read(self, parameter: torch.Tensor, kind: int, model: ModelFacts) -> Piece | None:
+        if kind == KIND_GRAD_UNCLIPPED and _engine(model) is not None:
+            raise ElsewhereError
         if hasattr(parameter, "ds_tensor"):
             return self._read_zero_3(parameter, kind, model)
         flats = self.held_as(parameter, model) if kind == KIND_GRAD else None

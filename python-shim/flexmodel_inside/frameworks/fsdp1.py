@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .._bridge import KIND_PARAM
+from .._bridge import KIND_GRAD_UNCLIPPED, KIND_PARAM
+from .._bridge import PLACEMENT_PARTIAL as PARTIAL
 from .._bridge import PLACEMENT_REPLICATE as REPLICATE
+from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from ..mesh import DATA, Axis
 from ..naming import authored, is_instance, own
 from ..parameters import Parameter, Piece, flat_placement
@@ -70,8 +72,14 @@ def _run(where: Any, number: int, outer: list[Axis], inner: Axis) -> Parameter:
         if flat is None:
             return None
         shape, piece = tuple(flat._shapes[number]), flat._shard_param_infos[number]
+        if kind == KIND_GRAD_UNCLIPPED and _is_unreduced(handle):
+            start, _ = handle._get_flat_param_offsets()[_at(flat, number)]
+            addend = flat.grad.detach()[start : start + flat._numels[number]].view(shape)
+            # Beside what was reduced before, it is no addend of the whole.
+            reduced = getattr(flat, "_saved_grad_shard", None) is not None or not handle.uses_sharded_strategy
+            return addend, [axis.placed(UNKNOWN if reduced else PARTIAL) for axis in (*outer, inner)]
         shard = flat._local_shard if kind == KIND_PARAM else handle.sharded_grad
-        if shard is None:
+        if shard is None or (kind == KIND_GRAD_UNCLIPPED and _is_zeroed(flat)):
             return None
         start = piece.offset_in_shard if piece.in_shard else 0
         run = shard.detach().reshape(-1)[start : start + (piece.numel_in_shard if piece.in_shard else 0)]
@@ -81,3 +89,27 @@ def _run(where: Any, number: int, outer: list[Axis], inner: Axis) -> Parameter:
         return run.view(shape), [*axes, inner.placed(REPLICATE)]
 
     return Parameter(read, is_in)
+
+
+def _is_unreduced(handle: Any) -> bool:
+    """Whether the flat parameter has this rank's own gradient, as under `no_sync`."""
+    flat, state = handle.flat_param, getattr(handle, "_fully_sharded_module", None)
+    if handle.uses_sharded_strategy:
+        return flat.grad is not None and flat.grad.size() == flat._unpadded_unsharded_size
+    return flat.grad is not None and not getattr(state, "_sync_gradients", True)
+
+
+def _is_zeroed(flat: Any) -> bool:
+    """Whether the job let go of the gradients of all parameters of which this rank has some. The flat one's is kept
+    until the next forward pass."""
+    if flat._params is None:
+        return False
+    pieces = zip(flat._params, flat._shard_param_infos, strict=True)
+    grads = [parameter.grad for parameter, piece in pieces if piece.in_shard]
+    return bool(grads) and all(grad is None for grad in grads)
+
+
+def _at(flat: Any, number: int) -> int:
+    """Where a parameter is among those of a flat one and what pads them."""
+    padding = flat._is_padding_mask
+    return [at for at, is_padding in enumerate(padding) if not is_padding][number]

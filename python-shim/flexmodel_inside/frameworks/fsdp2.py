@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .._bridge import KIND_GRAD
-from ..mesh import DATA
+from .._bridge import KIND_GRAD_UNCLIPPED, KIND_PARAM
+from .._bridge import PLACEMENT_PARTIAL as PARTIAL
+from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
+from ..mesh import DATA, Axis
 from ..naming import authored, is_instance
 from ..parameters import Parameter, Piece
 from .adapter import Adapter, ModelFacts
@@ -37,25 +39,40 @@ class Fsdp2(Adapter):
     def _parameters(self, group: Any) -> Iterator[tuple[tuple[int, str], Parameter]]:
         for fsdp_param in group.fsdp_params:
             info = fsdp_param._module_info
-            parameter = self._sharded(weakref.ref(fsdp_param))
+            axes = self.job.meshes.axes_of(group.mesh_info.mesh, DATA)
+            parameter = self._sharded(weakref.ref(fsdp_param), axes)
             places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
             for module, name in places:
                 yield (id(authored(module)), name), parameter
 
-    def _sharded(self, where: Any) -> Parameter:
+    def _sharded(self, where: Any, axes_of_batch: list[Axis]) -> Parameter:
         def sharded() -> Any:
             fsdp_param = where()
             return None if fsdp_param is None else fsdp_param.sharded_param
 
         def read(kind: int) -> Piece | None:
             value = sharded()
-            value = value.grad if kind == KIND_GRAD and value is not None else value
-            if value is None:
+            value = value.grad if kind != KIND_PARAM and value is not None else value
+            addend = _unreduced(where()) if kind == KIND_GRAD_UNCLIPPED else None
+            if value is None and addend is None:
                 return None
-            local, axes = self.job.layouts.describe(value) or (value, [])
-            return local.detach(), axes
+            if addend is None:
+                local, axes = self.job.layouts.describe(value) or (value, [])
+                return local.detach(), axes
+            local, axes = self.job.layouts.describe(addend) or (addend, [])
+            # Beside what was reduced before, it is no addend of the whole.
+            place = PARTIAL if value is None else UNKNOWN
+            return local.detach(), [*(axis.placed(place) for axis in axes_of_batch), *axes]
 
         return Parameter(read, lambda held: id(sharded()) in held)
+
+
+def _unreduced(fsdp_param: Any) -> Any:
+    """The gradient of the whole parameter that this rank has, and that is yet to be reduced; None if there is none."""
+    accumulated = getattr(fsdp_param, "unsharded_accumulated_grad", None)
+    if accumulated is not None:
+        return accumulated
+    return getattr(getattr(fsdp_param, "_unsharded_param", None), "grad", None)
 
 
 def _groups(module: Any) -> list[Any]:

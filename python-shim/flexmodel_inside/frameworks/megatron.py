@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._bridge import KIND_GRAD_UNCLIPPED
 from .._bridge import PLACEMENT_SHARD as SHARD
 from ..layouts import AxisPlacement
 from ..mesh import CONTEXT, DATA, PIPELINE, TENSOR
 from ..naming import is_instance, stored
 from ..orders import TURNED
+from ..parameters import ElsewhereError, Piece
 from ..patches import follow
 from .adapter import Adapter, Job, ModelFacts, Stage
 
@@ -101,6 +103,12 @@ class Megatron(Adapter):
             for what, name, role in _GROUPS:
                 group = getattr(_state(), f"get_{what}_parallel_group")()
                 model.axes.append(self.job.meshes.axis_of_group(group, name, role))
+
+    def read(self, parameter: torch.Tensor, kind: int, model: ModelFacts) -> Piece | None:
+        # Its own wrapper accumulates in buffers.
+        if kind == KIND_GRAD_UNCLIPPED and getattr(parameter, "main_grad", None) is not None:
+            raise ElsewhereError
+        return NotImplemented
 
     def placement_by_module(
         self, tensor: torch.Tensor, module: nn.Module, is_input: bool

@@ -59,11 +59,15 @@ class Optimizers(Adapter):
         register_optimizer_step_post_hook(guard(end, "the step of an optimizer"))
 
 
-def _followed(run: Callable[..., Any], ended: Callable[[], object]) -> Callable[..., Any]:
+def _followed(run: Callable[..., Any], ended: Callable[[bool], object]) -> Callable[..., Any]:
     def followed(*args: Any, **kwargs: Any) -> Any:
+        has_left = False
         try:
-            return run(*args, **kwargs)
+            result = run(*args, **kwargs)
+            # `torch.autograd.grad` gives gradients to who asks, and leaves none.
+            has_left = kwargs.get("accumulate_grad", False)
+            return result
         finally:
-            ended()
+            ended(has_left)
 
     return followed

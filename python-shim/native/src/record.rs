@@ -62,7 +62,9 @@ impl Record {
         let why = match error {
             LayoutError::Missing(missing) => return self.incomplete(name, &missing),
             LayoutError::Pending(_) => "it is not known yet whether these ranks made this pass together".to_owned(),
-            LayoutError::Unknown { axis, .. } => format!("how they lie along {axis} is not known"),
+            LayoutError::Unknown { axis, .. } => {
+                format!("how they lie along {axis} is not known, unless a clause says so with shard=DIM@{axis}")
+            }
             LayoutError::Apart(why) => why,
             LayoutError::Replicas(one, other) => format!("ranks {one} and {other} hold replicas that differ"),
             LayoutError::Conflict(why) => why,
@@ -118,6 +120,7 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "train"), id.train)?;
         fields.set_item(pyo3::intern!(py, "shape"), shape.map(|s| pyo3::types::PyTuple::new(py, s)).transpose()?)?;
         fields.set_item(pyo3::intern!(py, "dtype"), what.dtype.name())?;
+        fields.set_item(pyo3::intern!(py, "slice"), what.slice.as_ref().map(|slice| &slice.by))?;
         fields.set_item(pyo3::intern!(py, "model"), id.model)?;
         fields.set_item(pyo3::intern!(py, "repeat"), id.repeat)?;
         fields.set_item(pyo3::intern!(py, "class_name"), &what.class)?;

@@ -8,7 +8,6 @@ use std::{
 
 use flexmodel_run::{
     Record as Read, Run as Opened,
-    format::Identity,
     read::{Growing, Wanted, natural},
 };
 use pyo3::{exceptions::PyIndexError, prelude::*};

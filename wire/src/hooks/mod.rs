@@ -10,6 +10,7 @@ mod edit;
 mod error;
 mod parse;
 mod select;
+mod slice;
 mod toml_form;
 mod value;
 
@@ -19,6 +20,7 @@ pub use edit::Edit;
 pub use error::{HookError, Position};
 pub use parse::{parse, parse_clauses};
 pub use select::nearest;
+pub use slice::{Index, Slice};
 pub use toml_form::parse_toml;
 
 pub use crate::codes::Kind;
@@ -103,6 +105,8 @@ pub struct Options {
     pub shard: Option<ShardHint>,
     /// Only this leaf of the structure, such as `out[0]` or `in.states`.
     pub path: Option<String>,
+    /// Only these elements of a leaf are recorded; an edit is of all.
+    pub slice: Option<Slice>,
 }
 
 /// One clause.

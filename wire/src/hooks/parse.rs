@@ -84,7 +84,7 @@ fn clause(text: &str) -> Result<Hook, Fault<'_>> {
     };
     let mut options = Options::default();
     let mut seen = Vec::new();
-    for part in options_text.iter().flat_map(|list| list.split(',')) {
+    for part in options_text.iter().flat_map(|list| listed(list)) {
         let (name, value) = cut(part, '=');
         let name = option_name(name.trim())?;
         let Some(value) = value else {
@@ -98,6 +98,19 @@ fn clause(text: &str) -> Result<Hook, Fault<'_>> {
     }
     let edit = edit_text.map(|written| edit(written.trim(), &kinds)).transpose()?;
     Ok(Hook { text: text.to_string(), span: 0..0, selector, kinds, options, edit })
+}
+
+/// The items of a list that commas separate. Those within brackets, as of a slice, do not.
+fn listed(text: &str) -> impl Iterator<Item = &str> {
+    let mut depth = 0usize;
+    text.split(move |c| {
+        match c {
+            '[' => depth += 1,
+            ']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        c == ',' && depth == 0
+    })
 }
 
 /// `text` before and after the first `mark`.
@@ -256,6 +269,26 @@ mod tests {
     }
 
     #[test]
+    fn commas_in_brackets_do_not_separate_options() {
+        let hook = one("model.layers.*@slice=[:, -1],mode=eval");
+        assert_eq!(hook.options.slice.map(|slice| slice.to_string()).as_deref(), Some("[:,-1]"));
+        assert_eq!(hook.options.mode, Some(crate::hooks::Mode::Eval));
+        let hook = one("a:backward@path=in[0],slice=[...,::2]|zero");
+        assert!(hook.edit.is_some() && hook.options.path.is_some() && hook.options.slice.is_some());
+        for (text, reason) in [
+            ("a@slice=:,-1", "column 9 ('a@slice=:,-1'): ':' is not in brackets; write it like slice=[:,-1]"),
+            ("a@slice=[:,x],every=2", "column 12 ('a@slice=[:,x],every=2'): 'x' is no index"),
+            ("a@slice=[0,every=2", "'[0,every=2' is not in brackets"),
+            ("a@slice=", "option 'slice' has no value; write it like slice=[:,-1]"),
+            ("a@slice=[0@1]", "is not a value of option 'slice'"),
+            ("a@slice=[0],slice=[1]", "option 'slice' is given twice"),
+        ] {
+            let message = refused(text);
+            assert!(message.contains(reason), "{message}");
+        }
+    }
+
+    #[test]
     fn marks_within_values_do_not_separate_parts() {
         let hook = one("a.b:backward@shard=-1@tp,path=in[0]|scale(-2)");
         assert_eq!(hook.options.shard, Some(ShardHint { dim: -1, axis: "tp".into() }));
@@ -292,7 +325,7 @@ mod tests {
         assert_eq!(
             refused("a; layers.*.mlp:foward"),
             "FLEXMODEL_HOOKS clause 2, column 17 ('layers.*.mlp:foward'): 'foward' is not a kind; did you mean \
-             'forward'? (kinds: forward, forward_pre, backward, backward_pre, param, grad)"
+             'forward'? (kinds: forward, forward_pre, backward, backward_pre, param, grad, grad_unclipped)"
         );
         for (text, reason) in [
             ("a@evry=2", "column 3 ('a@evry=2'): 'evry' is not an option; did you mean 'every'?"),

@@ -218,6 +218,7 @@ mod tests {
             assemble = "agent"
             shard = "-1@tp"
             path = "out[0]"
+            slice = "[:, -1]"
             edit = "scale(0.5)"
 
             [[hook]]
@@ -254,7 +255,7 @@ mod tests {
         assert_eq!(
             refused(&format!("{hook}kinds = [\"grad\", \"foward\"]")),
             "hooks.toml line 4: 'foward' is not a kind; did you mean 'forward'? \
-             (kinds: forward, forward_pre, backward, backward_pre, param, grad)"
+             (kinds: forward, forward_pre, backward, backward_pre, param, grad, grad_unclipped)"
         );
         for (line, reason) in [
             ("evry = 1", "line 4: 'evry' is not a key of a hook; did you mean 'every'?"),
@@ -268,6 +269,7 @@ mod tests {
             ("kinds = []", "line 4: kinds is empty"),
             ("kinds = [1]", "line 4: a kind is not a string"),
             ("edit = 'zero'\nkinds = 'param'", "line 4: kind 'param' cannot be edited"),
+            ("slice = [0]", "line 4: slice cannot be array here; write it like slice = \"[:,-1]\""),
             ("path = 'x'", "line 4: 'x' starts with neither"),
             ("select = 'b'", "line 4: this is not TOML: duplicate key"),
             ("\n[hooks]", "line 5: 'hooks' is not a table of hooks; did you mean 'hook'?"),

@@ -5,11 +5,12 @@
 use std::collections::BTreeSet;
 
 use super::error::{Fault, nearest_word, quote};
+use super::slice::slice;
 use super::{Assemble, Kind, Mode, Options, Reduce, ShardHint};
 use crate::dtype::DType;
 
 /// Options by name, each with an example for messages.
-pub(super) const OPTIONS: [(&str, &str); 11] = [
+pub(super) const OPTIONS: [(&str, &str); 12] = [
     ("every", "every=10"),
     ("steps", "steps=100..200"),
     ("micro", "micro=0..3"),
@@ -21,6 +22,7 @@ pub(super) const OPTIONS: [(&str, &str); 11] = [
     ("assemble", "assemble=agent"),
     ("shard", "shard=0@tp"),
     ("path", "path=out[0]"),
+    ("slice", "slice=[:,-1]"),
 ];
 /// Mesh axes that `shard` may name.
 const AXES: [&str; 5] = ["dp", "tp", "cp", "pp", "ep"];
@@ -50,7 +52,12 @@ pub(super) fn set_option<'a>(options: &mut Options, name: &'static str, value: &
     if value.is_empty() {
         return Err(Fault::new(value, format!("option '{name}' has no value"), example(name)));
     }
-    if name != "shard" && value.contains(['@', ':']) {
+    let marks: &[char] = match name {
+        "shard" => &[],
+        "slice" => &['@'],
+        _ => &['@', ':'],
+    };
+    if value.contains(marks) {
         let reason = format!("{} is not a value of option '{name}'", quote(value));
         return Err(Fault::new(value, reason, "separate options with ','; kinds stand before '@'"));
     }
@@ -87,6 +94,7 @@ pub(super) fn set_option<'a>(options: &mut Options, name: &'static str, value: &
             _ => return Err(Fault::unknown(value, "a place to assemble", "places", &["agent", "collective"])),
         },
         "shard" => options.shard = Some(shard(value)?),
+        "slice" => options.slice = Some(slice(value)?),
         _ => options.path = Some(path(value)?.to_string()),
     }
     Ok(())

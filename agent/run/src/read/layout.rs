@@ -180,6 +180,12 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
             let (x, y) = (a.dtype.name(), b.dtype.name());
             return Err(LayoutError::Apart(format!("rank {} has {x} and rank {} has {y}", a.rank, b.rank)));
         }
+        let cut = |part: &Part| part.what.slice.as_ref().map(|slice| (slice.by.clone(), slice.of.clone()));
+        if cut(first) != cut(part) {
+            let one = |part: &Part| cut(part).map_or("all".to_owned(), |(by, of)| format!("{by} of {of:?}"));
+            let (x, y) = (clip(&one(first)), clip(&one(part)));
+            return Err(LayoutError::Apart(format!("rank {} has {x} and rank {} has {y}", a.rank, b.rank)));
+        }
         let same = |x: &Axis, y: &Axis| x.name == y.name && x.size == y.size;
         let differ = || format!("ranks {} and {} describe different layouts", a.rank, b.rank);
         if axes.len() != b.axes.len() || !axes.iter().zip(&b.axes).all(|(x, y)| same(x, y)) {
@@ -404,10 +410,15 @@ impl Planner<'_> {
         }
     }
 
-    /// Whether every group has what the first has, part by part: both are in order of their coordinates on further axes.
+    /// Whether every group has what the first has, part by part: both are in order of their coordinates on further axes. Of
+    /// slices, what they are of tells: they may be equal where that is not.
     fn all_alike(&self, groups: &[Vec<usize>]) -> bool {
         let first = &groups[0];
-        let same = |(&a, &b): (&usize, &usize)| alike(&self.parts[a], &self.parts[b]);
+        let whole = |part: &Part| part.what.slice.as_ref().map(|slice| slice.crc);
+        let same = |(&a, &b): (&usize, &usize)| {
+            let (a, b) = (&self.parts[a], &self.parts[b]);
+            alike(a, b) && whole(a) == whole(b) && whole(a) != Some(None)
+        };
         groups.iter().all(|group| group.len() == first.len() && group.iter().zip(first).all(same))
     }
 

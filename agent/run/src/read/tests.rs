@@ -3,7 +3,7 @@ use std::fs;
 use proptest::prelude::*;
 use wire::{
     dtype::DType,
-    record::{Axis, MICRO, Placement},
+    record::{Axis, MICRO, Placement, Sliced},
 };
 
 use super::*;
@@ -113,6 +113,42 @@ fn pieces_from_head_and_tail_come_out_in_the_order_of_the_whole() {
     assert_eq!(&*whole("columns").unwrap().bytes, [0, 1, 2, 3, 10, 11, 12, 13]);
     let e = whole("odd").unwrap_err().to_string();
     assert!(e.contains("have no halves of one length"), "{e}");
+}
+
+#[test]
+fn slices_are_of_tensors_that_go_together_and_equal_if_these_are() {
+    let mut f = Fixture::default();
+    let either = || Placement::ReplicateOrShard { dim: 0 };
+    let mut part = |name: &str, rank, place: Placement, by: &str, of: u64, crc, bytes: [u8; 2]| {
+        f.slice = Some(Sliced { by: by.into(), of: vec![of], crc });
+        f.part(id(name, 0), DType::UInt8, &[1, 2], rank, dp(rank, 2, place), &bytes);
+    };
+    for rank in [0, 1] {
+        let other = u64::from(rank);
+        part("joined", rank, shard(0), "[:,-1]", 9, None, [1, 2]);
+        part("ragged", rank, shard(0), "[:,-1]", 9 + other, None, [1, 2]);
+        part("other", rank, shard(0), ["[:,-1]", "[:,0]"][rank as usize], 9, None, [1, 2]);
+        part("rows", rank, either(), "[:,0]", 9, Some(rank), [1, 2]);
+        part("same", rank, either(), "[:,0]", 9, Some(7), [1, 2]);
+        part("known", rank, Placement::Unknown, "[:,0]", 9, Some(7), [1, 2]);
+        part("chance", rank, Placement::Unknown, "[:,0]", 9, Some(rank), [1, 2]);
+        part("unsummed", rank, Placement::Unknown, "[:,0]", 9, None, [1, 2]);
+    }
+    let dir = f.finish();
+    let run = open(&dir);
+    let whole = |name: &str| run.whole(run.records.iter().find(|r| r.id.module == name).unwrap());
+    for (name, shape) in [("joined", [2, 2]), ("rows", [2, 2]), ("same", [1, 2]), ("known", [1, 2])] {
+        assert_eq!(whole(name).unwrap().shape, shape, "{name}");
+    }
+    for (name, why) in [
+        ("ragged", "rank 0 has [:,-1] of [9] and rank 1 has [:,-1] of [10]"),
+        ("other", "rank 0 has [:,-1] of [9] and rank 1 has [:,0] of [9]"),
+        ("chance", "is not known"),
+        ("unsummed", "is not known"),
+    ] {
+        let e = whole(name).unwrap_err().to_string();
+        assert!(e.contains(why), "{name}: {e}");
+    }
 }
 
 #[test]

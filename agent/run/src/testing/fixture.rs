@@ -7,7 +7,7 @@ use wire::{
     dtype::DType,
     hooks::Kind,
     loss_scale::LossScale,
-    record::{Axis, Placement},
+    record::{Axis, Placement, Sliced},
 };
 
 use crate::format::{
@@ -23,6 +23,8 @@ pub struct Fixture {
     pub lines: Vec<u8>,
     /// Of the parts that are added next.
     pub loss_scale: LossScale,
+    /// What the parts that are added next are a slice by.
+    pub slice: Option<Sliced>,
 }
 
 /// `step` of a module's forward output.
@@ -71,6 +73,7 @@ impl Default for Fixture {
             entries: Vec::new(),
             lines: Vec::new(),
             loss_scale: LossScale::ONE,
+            slice: None,
         }
     }
 }
@@ -99,6 +102,7 @@ impl Fixture {
             group: String::new(),
             dtype,
             shape: shape.to_vec(),
+            slice: self.slice.clone(),
             rank,
             loss_scale: self.loss_scale,
             skipped: false,

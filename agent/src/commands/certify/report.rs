@@ -29,7 +29,7 @@ pub struct Report {
     pub rows: Vec<Row>,
     /// Records whose values differ.
     pub different: Vec<String>,
-    /// Records whose shape or dtype differs.
+    /// Records whose shape or dtype differs, or whose slice.
     pub unlike: Vec<Finding>,
     /// Records of the reference alone.
     pub missing: Vec<String>,

@@ -43,6 +43,9 @@ void scaled(const at::Tensor& loss, double scale);
 // No such backward pass is under way any more.
 void unscaled();
 
+// The scale of the loss of the last backward pass; 1 from then on.
+double take_last_scale();
+
 // A node that has another as an edge.
 struct Consumer {
   const torch::autograd::Node* node;

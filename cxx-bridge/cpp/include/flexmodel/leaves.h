@@ -3,7 +3,9 @@
 
 #include "flexmodel/py.h"
 
+#include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,5 +43,9 @@ Ref map_leaves(const std::string& name, PyObject* value, std::string& path, cons
 
 // The first tensor with a dimension among the first values in `value`, borrowed; null if there is none.
 PyObject* first_tensor(PyObject* value);
+
+// How many there are in the list of images, or of tensors of different lengths, that a module is given first: as many as are in
+// its batch. Nothing where it is given no such list.
+std::optional<int64_t> listed_batch(PyObject* args, PyObject* kwargs);
 
 }  // namespace flexmodel

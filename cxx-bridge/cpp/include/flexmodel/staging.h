@@ -12,11 +12,15 @@
 
 namespace flexmodel {
 
+// See ffi.rs.
+struct Cut;
+
 std::unique_ptr<at::Tensor> stage(const at::Tensor& tensor, uint8_t dtype);
 bool is_on_device(const at::Tensor& tensor);
 size_t elements_of(const at::Tensor& tensor);
 size_t address_of(const at::Tensor& tensor);
 size_t bytes_of(const at::Tensor& tensor);
+std::unique_ptr<at::Tensor> view_of(const at::Tensor& tensor, rust::Slice<const Cut> cuts);
 std::unique_ptr<at::Tensor> share(const at::Tensor& tensor);
 std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, int32_t device);
 size_t go_aside(int32_t index);

@@ -86,6 +86,7 @@ impl Calls {
             capture: 0,
             edit: 0,
             first: trigger.first,
+            repeat: 0,
             ask: false,
         }
     }

@@ -95,6 +95,11 @@ impl Clock {
         Call { step, turn, train, ..Call::default() }
     }
 
+    /// The last pass of a model that a backward pass can have gone through: its number and microbatch, and whether it trains.
+    pub fn went_backward(&self, model: u64) -> (u64, u32, bool) {
+        self.models.get(&model).and_then(|passes| passes.differentiable).unwrap_or((0, 0, true))
+    }
+
     /// Whether the parameters of a step are those of the pass under way.
     pub fn has_parameters(&self, model: u64) -> bool {
         self.models.get(&model).is_some_and(|passes| passes.train || !passes.has_trained)

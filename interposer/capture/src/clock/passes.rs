@@ -74,6 +74,8 @@ pub struct Passes {
     pub(super) microbatches: u32,
     pub(super) micro: u32,
     pub(super) train: bool,
+    /// Of the last pass in which gradients were enabled: its number and microbatch, and whether it trains.
+    pub(super) differentiable: Option<(u64, u32, bool)>,
     /// Some pass has trained.
     pub(super) has_trained: bool,
     pub(super) number: u64,
@@ -167,6 +169,9 @@ impl Passes {
         }
         self.called.insert(caller);
         self.grad_enabled |= trigger.grad_enabled;
+        if self.grad_enabled {
+            self.differentiable = Some((self.number, self.micro, self.train));
+        }
     }
 
     /// How many passes of each kind had the number of this step in inference. Those of training are other ones.

@@ -2,6 +2,7 @@
 
 mod record;
 mod select;
+pub mod slice;
 
 #[cfg(test)]
 mod tests;
@@ -21,7 +22,7 @@ use crate::{
     layout::MeshAxis,
     plan::{HookPlan, PlanInForce},
     process::Process,
-    taps::TapRegistry,
+    taps::{Tap, TapRegistry},
 };
 use select::Findings;
 
@@ -87,22 +88,23 @@ impl Engine {
         self.clock.last_step()
     }
 
-    /// Whether this kind of a parameter is wanted in this step and was not captured in it.
+    /// Whether this kind of a parameter is wanted now: in this step, if it was not captured in it, or in this microbatch.
     pub fn parameter_due(&mut self, tap: u32, kind: Kind) -> bool {
         let Self { taps, clock, .. } = self;
-        taps.in_force(tap).is_some_and(|(tap, _)| tap.is_due(&clock.now(tap.model, &tap.optimizers), kind))
+        taps.in_force(tap).is_some_and(|(tap, _)| tap.is_due(&now_of(clock, tap, kind)))
     }
 
-    /// What a parameter is captured under, if it is due; then it is not due in this step any more.
-    pub fn begin_parameter(&mut self, number: u32, kind: Kind) -> Option<Call> {
+    /// What a parameter is captured under, if it is due; then it is not due in this step any more. What there is after each
+    /// backward pass is not due twice under one `version` unless that is 0, or the model had another pass since.
+    pub fn begin_parameter(&mut self, number: u32, kind: Kind, version: u64) -> Option<Call> {
         let Self { taps, clock, .. } = self;
         let (tap, _) = taps.in_force(number)?;
-        let now = clock.now(tap.model, &tap.optimizers);
-        if !tap.is_due(&now, kind) {
-            return None;
-        }
-        tap.captured_in.insert(kind, (now.train, now.step));
-        Some(Call { tap: number, capture: kind.bit(), ..now })
+        let now = now_of(clock, tap, kind);
+        tap.is_due(&now).then(|| tap.begin(kind, &now, version)).flatten().map(|repeat| Call {
+            tap: number,
+            repeat,
+            ..now
+        })
     }
 
     /// From now on gradients of activations are `scale` times those of the loss that the script computes.
@@ -266,6 +268,14 @@ impl Engine {
             Some(Edit::Python { .. }) | None => edit,
         })
     }
+}
+
+/// The call that a kind of a parameter is captured under now.
+fn now_of(clock: &Clock, tap: &Tap, kind: Kind) -> Call {
+    let now = clock.now(tap.model, &tap.optimizers);
+    let (pass, micro, train) =
+        if kind.is_in(Kind::ONCE_A_STEP) { (0, 0, now.train) } else { clock.went_backward(tap.model) };
+    Call { capture: kind.bit(), pass, micro, train, ..now }
 }
 
 /// Kinds that can be captured where a tap is triggered.

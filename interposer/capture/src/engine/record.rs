@@ -9,10 +9,10 @@ use wire::{
     tap_abi::{self, Call},
 };
 
-use super::Engine;
+use super::{Engine, slice};
 use crate::{
     layout::{self, Known, Leaf},
-    transport::Captured,
+    transport::{Captured, Cutting},
 };
 
 impl Engine {
@@ -67,6 +67,22 @@ impl Engine {
         };
         // What a pipeline cuts comes out as one.
         let is_cut = axes.iter().any(|axis| axis.name == MICRO);
+        let taken = match &clause.options.slice {
+            // What cannot be read says nothing of its dimensions.
+            Some(by) if refusal == Refusal::None => slice::take(by, &shape, axes.clone()).map(Some),
+            _ => Ok(None),
+        };
+        let (taken, refused) = match taken {
+            Ok(taken) => (taken, refusal.reason().to_owned()),
+            Err(why) => (None, why),
+        };
+        let (shape, axes, slice, cut) = match taken {
+            Some(taken) => {
+                let cut = Some(Cutting { cuts: taken.cuts, bytes_tell: taken.bytes_tell });
+                (taken.shape, taken.axes, Some(taken.sliced), cut)
+            }
+            None => (shape, axes, None, None),
+        };
         let meta = RecordMeta {
             module: tap.name.clone(),
             class: tap.class.clone(),
@@ -83,15 +99,16 @@ impl Engine {
             stats_only: clause.options.reduce == Reduce::Stats,
             dtype,
             shape,
+            slice,
             rank: self.rank.rank,
             axes,
             dp_size: layout::data_size(&model.mesh),
             loss_scale: LossScale(if kind.is_in(Kind::GRADIENTS) { self.loss_scale } else { 1.0 }),
             same: None,
             time_ns: self.process.now_ns(),
-            refused: refusal.reason().to_owned(),
+            refused,
         };
         let collective = clause.options.assemble == Assemble::Collective;
-        Some(Captured { meta, handle: tensor.handle, on_device: tensor.on_device, staged: false, collective })
+        Some(Captured { meta, handle: tensor.handle, on_device: tensor.on_device, staged: false, collective, cut })
     }
 }

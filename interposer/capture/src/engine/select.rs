@@ -188,10 +188,11 @@ impl Engine {
                 let (Some(a), Some(b)) = (plan.clauses().get(first), plan.clauses().get(later)) else { continue };
                 let meet = a.kind_mask() & b.kind_mask() != 0
                     && (a.options.path.is_none() || a.options.path == b.options.path);
-                let differ = a.options.group != b.options.group || a.options.dtype != b.options.dtype;
+                let (x, y) = (&a.options, &b.options);
+                let differ = x.group != y.group || x.dtype != y.dtype || x.slice != y.slice;
                 if meet && differ && self.rank.rank == 0 && self.findings.disagree.insert((first, later)) {
                     self.reports.notice(format!(
-                        "'{}' and '{}' both tap {name}, with another group or dtype; where both do, the first decides",
+                        "'{}' and '{}' both tap {name}, with another group, dtype or slice; where both do, the first decides",
                         a.text, b.text
                     ));
                 }

@@ -155,13 +155,36 @@ fn a_parameter_is_due_once_in_a_step_that_its_clause_wants() {
     for _ in 0..3 {
         w.engine.pass(1, 0, true, &training());
         let due = [Kind::Grad, Kind::Param].map(|kind| w.engine.parameter_due(0, kind));
-        let begun = [(); 2].map(|()| w.engine.begin_parameter(0, Kind::Grad).map(|call| call.step));
+        let begun = [(); 2].map(|()| w.engine.begin_parameter(0, Kind::Grad, 0).map(|call| call.step));
         seen.push((due, begun));
         w.engine.pass(1, 0, false, &training());
         w.engine.stepped(0);
     }
     let nothing = ([false, false], [None, None]);
     assert_eq!(seen, [([true, false], [Some(0), None]), nothing, ([true, false], [Some(2), None])]);
+}
+
+#[test]
+fn gradients_so_far_are_due_after_each_backward_pass_of_a_microbatch_that_a_clause_wants() {
+    let mut w = engine("a.weight:grad_unclipped,grad@micro=1..2,mode=train");
+    w.taps(&Model { parameters: vec!["a.weight"], ..Model::of(1, &["", "a"]) });
+    let mut begun = Vec::new();
+    let eval = Trigger { train: false, ..training() };
+    for (trigger, versions) in
+        [(training(), [1, 1]), (training(), [2, 2]), (eval, [3, 4]), (training(), [5, 6]), (training(), [0, 0])]
+    {
+        w.engine.pass(1, 0, true, &trigger);
+        w.engine.pass(1, 0, false, &trigger);
+        for version in versions {
+            let call = w.engine.begin_parameter(0, Kind::GradUnclipped, version);
+            begun.push(call.map(|call| (call.micro, call.repeat)));
+        }
+    }
+    let none = None;
+    // The second backward pass of the second microbatch changed nothing; an evaluation's is not wanted.
+    let expected = [none, none, Some((1, 0)), none, none, none, Some((2, 0)), Some((2, 1)), none, none];
+    assert_eq!(begun, expected);
+    assert!(w.engine.parameter_due(0, Kind::Grad), "what a step has once has no microbatch");
 }
 
 #[test]

@@ -74,7 +74,7 @@ impl Staged {
 
     /// To be sent; this has to outlive it.
     pub fn captured(&self, meta: RecordMeta) -> Captured {
-        Captured { meta, handle: self.tensor, on_device: self.on_device, staged: true, collective: false }
+        Captured { meta, handle: self.tensor, on_device: self.on_device, staged: true, collective: false, cut: None }
     }
 }
 

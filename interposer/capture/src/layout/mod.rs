@@ -313,6 +313,9 @@ fn batch_first(shape: &[u64], [batch, length, _]: [Option<u64>; 3]) -> Placement
         shard(0)
     } else if shape.len() >= 3 && batch > 1 && Some(first) == length && second == Some(batch) {
         shard(1)
+    } else if shape.len() >= 2 && batch == 1 && Some(first) == tokens && second != Some(1) && second != length {
+        // The tokens of one sequence as rows, or a table with a row for each position. A column might be the batch.
+        Placement::ReplicateOrShard { dim: 0 }
     } else {
         Placement::Unknown
     }

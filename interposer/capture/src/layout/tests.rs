@@ -72,6 +72,17 @@ fn what_a_batch_looks_like_is_told_apart_by_its_bytes() {
 }
 
 #[test]
+fn tokens_of_one_sequence_are_rows_or_a_table() {
+    let one = Known { batch: [1, 16, -1], own: [16, 8, -1], ..DP };
+    assert_eq!(place(&[16, 4], "out", one), Placement::ReplicateOrShard { dim: 0 });
+    assert_eq!(place(&[16, 2, 4], "out", one), Placement::ReplicateOrShard { dim: 0 });
+    for shape in [&[16][..], &[16, 1], &[16, 16], &[4, 16]] {
+        assert_eq!(place(shape, "out", one), Placement::Unknown, "{shape:?}");
+    }
+    assert_eq!(place(&[16, 4], "out", Known { kind: Kind::BackwardPre, ..one }), Placement::Unknown);
+}
+
+#[test]
 fn attention_with_the_sequence_first_has_weights_with_the_batch_first() {
     let known = sequence_first([7, 5, 8]);
     assert_eq!(place(&[7, 5, 8], "out[0]", known), shard(1));

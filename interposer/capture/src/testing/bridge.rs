@@ -6,7 +6,7 @@ use wire::{
     codes::{CopyState, Refusal},
     dtype::DType,
     hooks::Kind,
-    tap_abi::{BridgeTable, Copied, Leaf, Move, Str, TAP_ABI},
+    tap_abi::{BridgeTable, Copied, Cut, Leaf, Move, Str, TAP_ABI},
 };
 
 /// A tensor of the CPU that the stand-in for the bridge can read.
@@ -46,6 +46,7 @@ pub static BRIDGE: BridgeTable = BridgeTable {
     size: size_of::<BridgeTable>() as u32,
     python_module,
     copy,
+    view,
     wait,
     checksum,
     stage,
@@ -69,6 +70,15 @@ unsafe extern "C" fn copy(handle: *const c_void, _: bool, _: u8, first: u64, cou
     // SAFETY: the caller has reserved room for them.
     unsafe { std::ptr::copy_nonoverlapping(floats.as_ptr().cast(), dst, size_of_val(floats)) };
     Copied { state: if tensor.fails { CopyState::Failed } else { CopyState::Done }, ticket: std::ptr::null_mut() }
+}
+
+/// Of one dimension.
+unsafe extern "C" fn view(handle: *const c_void, cuts: *const Cut, count: usize) -> *mut c_void {
+    // SAFETY: as in copy; the caller's cuts live through the call.
+    let (tensor, cuts) = unsafe { (&*handle.cast::<Tensor>(), wire::tap_abi::array(cuts, count)) };
+    let [cut] = cuts else { return std::ptr::null_mut() };
+    let floats = (0..cut.len).map(|n| tensor.floats[(cut.start + n * cut.step) as usize]).collect();
+    Box::into_raw(Box::new(Tensor { floats, fails: false })).cast()
 }
 
 unsafe extern "C" fn wait(_: *mut c_void) -> bool {

@@ -48,7 +48,7 @@ use wire::{
     counts::Counts,
     record::{Axis, Placement, RecordMeta},
     slab::{Mapping, Reservation},
-    tap_abi::{BridgeTable, Rank},
+    tap_abi::{BridgeTable, Cut, Rank},
 };
 
 use crate::{answers::Answers, engine::Reports, process::Process};
@@ -84,6 +84,14 @@ pub struct Settings {
     pub hello: Hello,
 }
 
+/// What a slice takes of a tensor.
+pub struct Cutting {
+    /// For each dimension.
+    pub cuts: Vec<Cut>,
+    /// The record needs a checksum of the whole tensor.
+    pub bytes_tell: bool,
+}
+
 /// A tensor to be sent, and the record that it becomes.
 pub struct Captured {
     /// What it is.
@@ -96,6 +104,8 @@ pub struct Captured {
     pub staged: bool,
     /// It is to be gathered from all ranks first.
     pub collective: bool,
+    /// A slice of the tensor is the record, and is yet to be taken.
+    pub cut: Option<Cutting>,
 }
 
 /// The way of records to the agent.
@@ -200,7 +210,8 @@ impl Transport {
         }
     }
 
-    fn checksum(&self, tensor: &Captured) -> Option<u32> {
+    /// crc32c of its elements; `None` where they are on a device, or cannot be read.
+    pub fn checksum(&self, tensor: &Captured) -> Option<u32> {
         let mut crc = 0;
         // SAFETY: the handle is the tensor of the tap that is trigger, or one that is staged.
         let known = unsafe { (self.bridge.checksum)(tensor.handle, tensor.meta.dtype as u8, &raw mut crc) };
