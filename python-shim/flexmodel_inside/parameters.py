@@ -23,10 +23,13 @@ from ._bridge import KIND_GRAD, KIND_PARAM, KINDS_OF_PARAMETERS
 from ._bridge import PLACEMENT_FLAT as FLAT
 from ._bridge import PLACEMENT_REPLICATE as REPLICATE
 from ._bridge import PLACEMENT_UNKNOWN as UNKNOWN
+from ._bridge import REFUSAL_PACKED as PACKED
+from ._bridge import REFUSAL_RAISED as RAISED
 from .faults import Faults
 from .layouts import Layouts
 from .mesh import DATA, Axis
 from .naming import stored
+from .packed import is_packed
 
 if TYPE_CHECKING:
     from .frameworks import Frameworks, ModelFacts
@@ -42,11 +45,27 @@ class Parameter(NamedTuple):
     read: Callable[[int], Piece | None]
     # Whether an optimizer has it that holds tensors with these ids.
     is_in: Callable[[Set[int]], bool]
+    # Whether the elements that were read are codes of values.
+    is_packed: Callable[[torch.Tensor], bool] = lambda local: False
 
 
 def flat_placement(axis: Axis, shape: tuple[int, ...]) -> tuple[Any, ...]:
     """A run of the flattened elements of what has this shape."""
     return (*axis.placed(FLAT), shape)
+
+
+def detached(local: torch.Tensor) -> torch.Tensor:
+    """The same without autograd. What answers for all operations itself is not asked: it may give its packed inside."""
+    is_plain = type(local).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return local.detach() if is_plain else local
+
+
+def _packed(where: weakref.ref[nn.Module], key: str) -> Callable[[torch.Tensor], bool]:
+    def packed(local: torch.Tensor) -> bool:
+        module = where()
+        return module is not None and is_packed(module, key, local)
+
+    return packed
 
 
 class Parameters:
@@ -65,7 +84,8 @@ class Parameters:
         for name, module in named:
             plain = {key: self._plain(module, key, model) for key in stored(module) if key != "_flat_param"}
             for key, parameter in (plain | elsewhere.get(id(module), {})).items():
-                by_name[f"{name}.{key}" if name else key] = parameter
+                checked = parameter._replace(is_packed=_packed(weakref.ref(module), key))
+                by_name[f"{name}.{key}" if name else key] = checked
         return by_name
 
     def _plain(self, module: nn.Module, key: str, model: ModelFacts) -> Parameter:
@@ -104,7 +124,7 @@ class Parameters:
         known = {axis[0] for axis in axes}
         of_batch = REPLICATE if model.replicated else UNKNOWN
         rest = [axis for axis in model.mesh if axis.name not in known]
-        return local.detach(), [*(axis.placed(of_batch if axis.role == DATA else UNKNOWN) for axis in rest), *axes]
+        return detached(local), [*(axis.placed(of_batch if axis.role == DATA else UNKNOWN) for axis in rest), *axes]
 
 
 @dataclasses.dataclass
@@ -146,12 +166,15 @@ class ParameterTaps:
             for tap, (name, parameter) in self._taps.get(serial, {}).items():
                 due = self._bridge.parameter_due(tap, kind)
                 if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, use):
-                    self._bridge.refuse_parameter(tap, kind)
+                    self._bridge.refuse_parameter(tap, kind, RAISED)
 
     def _capture_one(self, tap: int, kind: int, parameter: Parameter, use: _Use | None) -> bool:
         piece = parameter.read(kind) if use is None or parameter.is_in(use.held) else None
         if piece is not None:
             local, axes = piece
+            if kind == KIND_PARAM and parameter.is_packed(local):
+                self._bridge.refuse_parameter(tap, kind, PACKED)
+                return True
             skipped = use is not None and kind == KIND_GRAD and use.is_skipped()
             if use is not None and kind == KIND_GRAD and use.scale is not None:
                 local = local / use.scale.to(local.device)

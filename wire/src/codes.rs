@@ -123,6 +123,7 @@ pub enum Refusal {
     Returned = 11,
     Split = 12,
     Raised = 13,
+    Packed = 14,
 }
 
 /// A bit of the flags that a compiled graph passes to the operations `tap` and `forward_pass`.
@@ -264,6 +265,10 @@ impl Refusal {
             Self::Device => "a device that is neither CPU nor CUDA",
             Self::SharedInput => "an input whose gradient through this module alone is not known",
             Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
+            Self::Packed => {
+                "a packed or quantized parameter: its elements are codes, and what they stand for is kept beside it; \
+                 the module's output has what they make"
+            }
             Self::Raised => "a tensor that raised when it was looked at; a notice says what",
             Self::Split => {
                 "an input of a module that torch.compile put into several graphs, as it does for DDP unless \

@@ -11,7 +11,7 @@ from torch import nn
 from .._bridge import KIND_GRAD
 from ..mesh import DATA
 from ..naming import authored, is_instance
-from ..parameters import Parameter, Piece
+from ..parameters import Parameter, Piece, detached
 from .adapter import Adapter, ModelFacts
 
 _MODULE, _CLASS = "torch.distributed.fsdp", "FSDPModule"
@@ -53,7 +53,7 @@ class Fsdp2(Adapter):
             if value is None:
                 return None
             local, axes = self.job.layouts.describe(value) or (value, [])
-            return local.detach(), axes
+            return detached(local), axes
 
         return Parameter(read, lambda held: id(sharded()) in held)
 
