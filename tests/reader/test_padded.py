@@ -98,6 +98,18 @@ def test_a_nested_tensor_has_every_row_as_it_is(run_dir: Writer, shapes: list[tu
     assert all(map(torch.equal, found.unbind(), rows))
 
 
+def test_one_sequence_a_rank_is_a_row_whatever_else_it_might_be(run_dir: Writer):
+    either = {"replicate_or_shard": {"dim": 0}}
+    for name, rows in (("all", 1), ("one", 2)):
+        for rank, part in enumerate(pieces((1, 3), (rows, 5))):
+            axes = [axis(rank, 2, either if len(part) == 1 else shard(0))]
+            run_dir.part(name, part, rank=rank, axes=axes)
+    run = flexmodel.open(run_dir.root)
+    assert run.get("all", pad=0).tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]
+    assert run.get("one", pad=0, side="left")[0].tolist() == [0, 0, 1, 2, 3]
+    assert run["one"][0].padded_shape == (3, 5)
+
+
 def test_where_rows_are_of_one_size_there_is_nothing_to_fill_up(run_dir: Writer):
     write(run_dir, "m", pieces((2, 3), (1, 3)))
     write(run_dir, "weight", pieces((2, 3), (2, 3)), "replicate")
