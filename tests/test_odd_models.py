@@ -114,7 +114,6 @@ def test_what_is_odd_is_counted(run):
 
 WHY = {
     "secret.weight": "Rude: tensor_model_parallel",
-    "wrapper.weight": "Rude: aten.detach",
     "giving.keyed out": "Rude: a key without a name",
     "giving.shy out.hidden": "Rude: hidden",
     "Proud.training": "Rude: training",

@@ -10,7 +10,7 @@ use std::{
 
 use serde::Serialize;
 
-pub use flexmodel_run::text::{clip, count, is_hidden, plain, safe, total};
+pub use flexmodel_run::text::{clip, count, is_hidden, plain, range, safe, total};
 
 use crate::say;
 
@@ -79,12 +79,6 @@ pub fn number(x: f64) -> String {
 /// The same for a statistic that may not exist.
 pub fn optional(x: Option<f64>) -> String {
     x.map_or_else(|| "-".into(), number)
-}
-
-/// A shape whose dimensions may vary: `[8, 16..32, 64]`.
-pub fn shape_range(low: &[u64], high: &[u64]) -> String {
-    let dim = |(a, b): (&u64, &u64)| if a == b { a.to_string() } else { format!("{a}..{b}") };
-    format!("[{}]", low.iter().zip(high).map(dim).collect::<Vec<_>>().join(", "))
 }
 
 /// Rows under a header, columns as wide as their longest cell; those in `right` are aligned to the right.
@@ -160,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_shape_shows_where_it_varies() {
-        assert_eq!(shape_range(&[8, 16, 64], &[8, 32, 64]), "[8, 16..32, 64]");
-        assert_eq!(shape_range(&[], &[]), "[]");
+        assert_eq!(range(&[8, 16, 64], &[8, 32, 64]), "[8, 16..32, 64]");
+        assert_eq!(range(&[], &[]), "[]");
     }
 }

@@ -338,3 +338,29 @@ fn bad_use_is_one_line_and_exit_code_2() {
         assert!(line.contains(words) && line.trim_end().lines().count() == 1, "{line}");
     }
 }
+
+#[test]
+fn rows_that_ranks_padded_are_certified_where_they_are() {
+    let mut f = Fixture::default();
+    f.part(id("m", 0), DType::Float32, &[1, 2], 0, dp(0, 2, shard(0)), &f32s(&[1.0, 2.0]));
+    f.part(id("m", 0), DType::Float32, &[1, 3], 1, dp(1, 2, shard(0)), &f32s(&[3.0, 4.0, 5.0]));
+    let run = f.finish();
+    let one = |values: &[f32]| {
+        let mut f = Fixture::default();
+        f.part(id("m", 0), DType::Float32, &[2, 3], 0, Vec::new(), &f32s(values));
+        f.finish()
+    };
+    // What the one process has where a row has ended is no value of the run's.
+    let right = one(&[1.0, 2.0, 9.0, 3.0, 4.0, 5.0]);
+    let out = certified(&run, &right, &["--exact"]);
+    assert!(out.contains("1 record compared without what would pad rows"), "{out}");
+    certified(&right, &run, &["--exact"]);
+    certified(&run, &run, &["--exact"]);
+    certified(&run, &one(&[9.0, 1.0, 2.0, 3.0, 4.0, 5.0]), &["--exact", "--side", "left"]);
+    refused(&run, &right, &["--side", "left"]);
+    refused(&run, &one(&[1.0, 2.5, 9.0, 3.0, 4.0, 5.0]), &[]);
+    let mut f = Fixture::default();
+    f.part(id("m", 0), DType::Float32, &[2, 2], 0, Vec::new(), &f32s(&[1.0, 2.0, 3.0, 4.0]));
+    let out = refused(&run, &f.finish(), &[]);
+    assert!(out.contains("another shape"), "{out}");
+}

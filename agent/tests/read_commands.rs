@@ -219,7 +219,8 @@ fn parts_that_only_do_not_go_together_are_no_damage() {
     let dir = f.finish();
     assert!(ok(&["verify", at(&dir)]).starts_with("ok"));
     let line = refused(&["show", at(&dir), "padded"]);
-    assert!(line.contains("do not go together"), "{line}");
+    assert!(line.contains("its own longest") && line.contains("--rank N"), "{line}");
+    assert!(ok(&["ls", at(&dir)]).contains("[2, 2..3]"));
 }
 
 #[test]

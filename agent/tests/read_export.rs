@@ -170,3 +170,28 @@ fn filters_choose_and_damage_costs_only_its_own_tensor() {
     );
     assert_eq!(written, 8);
 }
+
+#[test]
+fn rows_that_ranks_padded_are_exported_once_it_is_said_with_what() {
+    let mut f = Fixture::default();
+    f.part(id("m", 0), DType::Int64, &[1, 1], 0, dp(0, 2, shard(0)), &7i64.to_le_bytes());
+    f.part(id("m", 0), DType::Int64, &[1, 2], 1, dp(1, 2, shard(0)), &[8i64, 9].map(i64::to_le_bytes).concat());
+    let run = f.finish();
+    let out = tempfile::tempdir().unwrap();
+    let left_out = export(&run, "npy", &out.path().join("none"), &[]);
+    assert!(left_out.status.success() && text(&left_out.stderr).contains("--pad 0"), "{}", text(&left_out.stderr));
+    for (to, read) in [("npy", "numpy.load(sys.argv[1])"), ("torch", "*torch.load(sys.argv[1]).values(),")] {
+        let dest = out.path().join(to);
+        let done = export(&run, to, &dest, &["--pad", "-100", "--side", "left"]);
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        let file = match to {
+            "npy" => dest.join("m-forward-out-model0-step0-micro0-call0.npy"),
+            _ => dest,
+        };
+        let script =
+            format!("import sys, numpy, torch\nx = {read}\nprint((x if type(x) is not tuple else x[0]).tolist())");
+        assert_eq!(python(&script, &file), "[[-100, 7], [8, 9]]\n");
+    }
+    let wrong = export(&run, "npy", &out.path().join("wrong"), &["--pad", "0.5"]);
+    assert!(text(&wrong.stderr).contains("--pad: 0.5 is no int64"), "{}", text(&wrong.stderr));
+}

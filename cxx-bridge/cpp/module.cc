@@ -217,15 +217,15 @@ PyObject* py_capture_parameter(PyObject*, PyObject* args) {
   });
 }
 
-// refuse_parameter(tap, kind, why)
+// refuse_parameter(tap, kind, refusal)
 PyObject* py_refuse_parameter(PyObject*, PyObject* args) {
   unsigned int tap = 0;
-  unsigned char kind = 0, why = 0;
-  if (PyArg_ParseTuple(args, "Ibb", &tap, &kind, &why) == 0) return nullptr;
+  unsigned char kind = 0, refusal = 0;
+  if (PyArg_ParseTuple(args, "Ibb", &tap, &kind, &refusal) == 0) return nullptr;
   return into_python([&] {
     Part part;
     part.local = at::empty({0});
-    part.refusal = static_cast<Refusal>(why);
+    part.refusal = static_cast<Refusal>(refusal);
     capture_parameter(tap, kind, 0, part);
     Py_RETURN_NONE;
   });
@@ -332,7 +332,7 @@ PyMethodDef functions[] = {
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
     {"parameter_due", py_parameter_due, METH_VARARGS, "Whether a parameter or its gradient is to be captured now."},
     {"capture_parameter", py_capture_parameter, METH_VARARGS, "Captures a parameter, or its gradient."},
-    {"refuse_parameter", py_refuse_parameter, METH_VARARGS, "Counts a parameter, or its gradient, that cannot be read."},
+    {"refuse_parameter", py_refuse_parameter, METH_VARARGS, "Counts a parameter, or its gradient, that is not captured."},
     {"faults_with", py_faults_with, METH_VARARGS, "Keeps the functions that say why something raised, and that report it."},
     {"describe_with", py_describe_with, METH_O, "Keeps the function that describes how a tensor lies over the ranks."},
     {"capture_parameters_with", py_capture_parameters_with, METH_O, "Keeps the function that captures what is due of a model's parameters."},

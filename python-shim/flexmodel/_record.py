@@ -13,6 +13,7 @@ from . import _native
 from ._dtypes import as_numpy, as_torch, numpy_dtype, torch_or_none
 from ._errors import RunError
 from ._native import clip, safe
+from ._nested import nested_rows
 from ._types import Axis, Part, Stats, layout, part
 
 
@@ -25,7 +26,9 @@ class Record:
     `step` counts optimizer steps, `micro` the model's forward passes within a step, `call` the module's calls within a
     pass, `repeat` backward passes over the same forward.
 
-    `shape` is the whole tensor's, or None where the parts make no whole (yet); `dtype` is torch's name of it;
+    `shape` is the whole tensor's, or None where the parts make no whole (yet). Where each rank padded its rows to its
+    own longest, `padded_shape` is that of `tensor(pad=...)`, and `shape` is None and `complete` False: `tensor()` alone
+    is not told what shall fill up the shorter ones. Elsewhere `padded_shape` is None. `dtype` is torch's name of it;
     `slice` is what a `slice=` left of it, as `[:,-1]`, or None: then shape and values are those of the slice;
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
     `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
@@ -50,6 +53,7 @@ class Record:
     call: int
     train: bool
     shape: tuple[int, ...] | None
+    padded_shape: tuple[int, ...] | None
     dtype: str
     slice: str | None
     model: int
@@ -71,7 +75,9 @@ class Record:
     # Not fields: they follow from the parts, and few records are asked for them.
     @cached_property
     def stats(self) -> Stats | None:
-        """Statistics of the whole; None for dtypes without, for sums of partials, and where there is no whole."""
+        """Statistics of the whole, without what `pad=` would fill up; None for dtypes without, for sums of partials,
+        and where there is no whole.
+        """
         raw = self._reader.stats()
         return None if raw is None else Stats(*raw)
 
@@ -80,27 +86,34 @@ class Record:
         """What each rank captured, in rank order."""
         return tuple(map(part, json.loads(self._reader.parts())))
 
-    def tensor(self) -> Any:
+    def tensor(self, *, pad: complex | None = None, side: str = "right", nested: bool = False) -> Any:
         """The whole tensor: a torch.Tensor of `shape` and `dtype` if torch is installed, else a numpy array.
+
+        Where each rank padded its rows to its own longest, all rows are there in order once it is said what they shall
+        look like. `pad`, a number that `dtype` has, fills up the shorter ones as far as the longest, on their `side`
+        "right" or "left": the one on which the job pads, too. `nested` gives a torch nested tensor that has each row as
+        long as it is on its rank; its layout is torch.jagged, or strided where several dimensions differ. `pad` changes
+        nothing where rows are of one size.
 
         It is the caller's own: writing to it changes neither the run nor another call's result. Where its bytes lie in
         one piece it is mapped, not copied. Bytes are not checked against their crc; `flexmodel verify` does that.
 
         NotCapturedError (a KeyError) where ranks are missing or the parts make no whole; RunError where the run is
-        damaged; TypeError for a dtype that numpy lacks when neither torch nor ml_dtypes is installed.
+        damaged; ValueError for a `pad` that `dtype` has not; TypeError for a dtype that numpy lacks when neither torch
+        nor ml_dtypes is installed, and for `nested` without torch.
         """
-        return self._make(None, torch_or_none())
+        return self._make(None, torch_or_none(), pad, side, nested)
 
-    def numpy(self) -> Any:
+    def numpy(self, *, pad: complex | None = None, side: str = "right") -> Any:
         """As `tensor()`, always as a numpy array; torch is not imported. bfloat16 and float8 need ml_dtypes."""
-        return self._make(None, None)
+        return self._make(None, None, pad, side)
 
-    def part(self, rank: int) -> Any:
+    def part(self, rank: int, *, pad: complex | None = None, side: str = "right", nested: bool = False) -> Any:
         """What `rank` alone captured, as `tensor()` gives it: the microbatches of a pipeline laid side by side.
 
         NotCapturedError if its part is not stored.
         """
-        return self._make(rank, torch_or_none())
+        return self._make(rank, torch_or_none(), pad, side, nested)
 
     def __str__(self) -> str:
         name = safe(f"{clip(self.module) or '(root)'} {self.kind} {clip(self.path)}".rstrip())
@@ -112,15 +125,31 @@ class Record:
         return " ".join([name, where, *marks])
 
     def __repr__(self) -> str:
+        if self.padded_shape is not None:
+            return f"<Record {self}: {self.dtype}, rows of several sizes, padded {list(self.padded_shape)}>"
         shape = "shape unknown" if self.shape is None else f"{self.dtype}{list(self.shape)}"
         missing = "" if self.complete else ", pending" if self.pending else ", incomplete" if self.shape is None else ", statistics only"
         return f"<Record {self}: {shape}{missing}>"
 
-    def _make(self, rank: int | None, torch: Any) -> Any:
+    def _make(
+        self, rank: int | None, torch: Any, pad: complex | None = None, side: str = "right", nested: bool = False
+    ) -> Any:
+        if nested:
+            return self._nested(rank, torch, pad)
         if torch is None:
             numpy_dtype(self.dtype)  # before bytes are moved for nothing
         # What one rank captured may be of another type than the whole.
-        memory, dims, dtype = self._reader.bytes(str(self), rank)
+        return self._of_bytes(torch, self._reader.bytes(str(self), rank, pad, side))
+
+    def _nested(self, rank: int | None, torch: Any, pad: complex | None) -> Any:
+        if pad is not None:
+            raise ValueError("pad= fills rows up, and nested=True leaves them as they are: give one of both")
+        if torch is None:
+            raise TypeError("nested=True gives a nested tensor of torch's, which is not installed: pad= needs no torch")
+        return nested_rows(torch, [self._of_bytes(torch, of) for of in self._reader.pieces(str(self), rank)])
+
+    def _of_bytes(self, torch: Any, of: tuple[_native.Memory, list[int], str]) -> Any:
+        memory, dims, dtype = of
         raw, shape = np.asarray(memory), tuple(dims)
         try:
             if torch is None:

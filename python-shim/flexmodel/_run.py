@@ -68,12 +68,17 @@ class Run:
         repeat: int | None = None,
         apart: int | None = None,
         rank: int | None = None,
+        pad: complex | None = None,
+        side: str = "right",
+        nested: bool = False,
     ) -> Any:
         """The whole tensor of the one record that these fields mean; with `rank`, that rank's part of it.
 
         A field may be left out where there is one value of it. Without `apart` a pass of all ranks is meant, if there is
         one (`Record.apart`). `module` is '' or '(root)' for the model itself.
-        Returns what `Record.tensor()` returns: a torch.Tensor if torch is installed, else a numpy array.
+        Returns what `Record.tensor()` returns: a torch.Tensor if torch is installed, else a numpy array. Where each
+        rank padded its rows to its own longest, `pad=0` fills the shorter ones up on that `side`, and `nested=True`
+        gives a nested tensor; see there.
 
         NotCapturedError (a KeyError) if there is no such record or more than one: it names what is there.
         """
@@ -82,7 +87,8 @@ class Run:
             repeat=repeat, apart=apart,
         )  # fmt: skip
         record = _record.make(reader)
-        return record.tensor() if rank is None else record.part(rank)
+        how = {"pad": pad, "side": side, "nested": nested}
+        return record.tensor(**how) if rank is None else record.part(rank, **how)
 
     def __getitem__(self, module: str) -> list[Record]:
         """Every record of `module`, in order of step, microbatch and call. NotCapturedError (a KeyError) if none."""

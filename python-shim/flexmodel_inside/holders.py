@@ -67,15 +67,21 @@ class Holders:
         if not self._changed:
             return
         self._changed = False
-        held = []
-        for reference, number in list(self._optimizers.values()):
+        optimizers = list(self._optimizers.values())
+        # By the id of a parameter. One optimizer alone steps in every step.
+        holding: dict[int, set[int]] = {}
+        for reference, number in optimizers if len(optimizers) > 1 else ():
             optimizer = reference()
-            groups = () if optimizer is None else optimizer.param_groups
-            held.append((number, {id(parameter) for group in groups for parameter in group["params"]}))
-        # One alone steps in every step.
-        several = sorted(held, key=lambda each: each[0]) if len(held) > 1 else []
+            for group in () if optimizer is None else optimizer.param_groups:
+                for parameter in group["params"]:
+                    holding.setdefault(id(parameter), set()).add(number)
+        # Taps without parameters of their own share their model's.
+        known: dict[int, list[int]] = {}
         for tap in itertools.chain.from_iterable(self._taps.values()):
-            numbers = [number for number, parameters in several if not parameters.isdisjoint(tap.parameters)]
+            numbers = known.get(id(tap.parameters))
+            if numbers is None:
+                of_tap = (holding[key] for key in tap.parameters if key in holding)
+                numbers = known[id(tap.parameters)] = sorted(set().union(*of_tap))
             if numbers != tap.told:
                 self._bridge.optimizers_of(tap.number, numbers)
                 tap.told = numbers

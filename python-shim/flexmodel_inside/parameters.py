@@ -26,6 +26,7 @@ from ._bridge import (
     KINDS_OF_ACCUMULATED_GRADIENTS,
     KINDS_OF_PARAMETERS,
     REFUSAL_ELSEWHERE,
+    REFUSAL_PACKED,
     REFUSAL_RAISED,
 )
 from ._bridge import PLACEMENT_FLAT as FLAT
@@ -35,6 +36,7 @@ from .faults import Faults
 from .layouts import Layouts
 from .mesh import DATA, Axis
 from .naming import stored
+from .packed import is_packed
 
 if TYPE_CHECKING:
     from .frameworks import Frameworks, ModelFacts
@@ -55,11 +57,27 @@ class Parameter(NamedTuple):
     read: Callable[[int], Piece | None]
     # Whether an optimizer has it that holds tensors with these ids.
     is_in: Callable[[Set[int]], bool]
+    # Whether the elements that were read are codes of values.
+    is_packed: Callable[[torch.Tensor], bool] = lambda local: False
 
 
 def flat_placement(axis: Axis, shape: tuple[int, ...]) -> tuple[Any, ...]:
     """A run of the flattened elements of what has this shape."""
     return (*axis.placed(FLAT), shape)
+
+
+def detached(local: torch.Tensor) -> torch.Tensor:
+    """The same without autograd. What answers for all operations itself is not asked: it may give its packed inside."""
+    is_plain = type(local).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return local.detach() if is_plain else local
+
+
+def _packed(where: weakref.ref[nn.Module], key: str) -> Callable[[torch.Tensor], bool]:
+    def packed(local: torch.Tensor) -> bool:
+        module = where()
+        return module is not None and is_packed(module, key, local)
+
+    return packed
 
 
 class Parameters:
@@ -78,7 +96,8 @@ class Parameters:
         for name, module in named:
             plain = {key: self._plain(module, key, model) for key in stored(module) if key != "_flat_param"}
             for key, parameter in (plain | elsewhere.get(id(module), {})).items():
-                by_name[f"{name}.{key}" if name else key] = parameter
+                checked = parameter._replace(is_packed=_packed(weakref.ref(module), key))
+                by_name[f"{name}.{key}" if name else key] = checked
         return by_name
 
     def _plain(self, module: nn.Module, key: str, model: ModelFacts) -> Parameter:
@@ -120,7 +139,7 @@ class Parameters:
             left = self._frameworks.first("left_along_batch", model)
             of_batch = of_batch if left is None else left
         rest = [axis for axis in model.mesh if axis.name not in known]
-        return local.detach(), [*(axis.placed(of_batch if axis.role == DATA else UNKNOWN) for axis in rest), *axes]
+        return detached(local), [*(axis.placed(of_batch if axis.role == DATA else UNKNOWN) for axis in rest), *axes]
 
 
 @dataclasses.dataclass
@@ -181,6 +200,9 @@ class ParameterTaps:
             return True
         if piece is not None:
             local, axes = piece
+            if kind == KIND_PARAM and parameter.is_packed(local):
+                self._bridge.refuse_parameter(tap, kind, REFUSAL_PACKED)
+                return True
             version = _version(local) if kind == KIND_GRAD_UNCLIPPED else 0
             if kind != KIND_PARAM:
                 local = use.unscaled(local)

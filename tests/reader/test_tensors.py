@@ -208,7 +208,7 @@ def test_a_sum_is_rounded_once(run_dir: Writer):
     [
         (["unknown", "unknown"], [(2,), (2,)], "how they lie along dp is not known"),
         (["replicate", shard(0)], [(2,), (2,)], "different layouts"),
-        ([shard(0), shard(0)], [(2, 3), (2, 4)], "do not go together on dimension 0"),
+        ([shard(1), shard(1)], [(2, 3), (3, 3)], "do not go together on dimension 1"),
     ],
 )
 def test_parts_that_make_no_whole_are_kept_apart(run_dir: Writer, places, shapes, reason):

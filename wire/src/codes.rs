@@ -128,6 +128,7 @@ pub enum Refusal {
     Split = 12,
     Raised = 13,
     Elsewhere = 14,
+    Packed = 15,
 }
 
 /// A bit of the flags that a compiled graph passes to the operations `tap` and `forward_pass`.
@@ -285,6 +286,10 @@ impl Refusal {
             Self::Device => "a device that is neither CPU nor CUDA",
             Self::SharedInput => "an input whose gradient through this module alone is not known",
             Self::Returned => "a parameter or another leaf of autograd that the module returns as it is",
+            Self::Packed => {
+                "a packed or quantized parameter: its elements are codes, and what they stand for is kept beside it; \
+                 the module's output has what they make"
+            }
             Self::Raised => "a tensor that raised when it was looked at; a notice says what",
             Self::Elsewhere => {
                 "a gradient that the framework keeps in buffers of its own until the optimizer steps; kind grad has it then"

@@ -36,6 +36,14 @@ pub const MAX_PASSES: usize = 4096;
 /// Most models that a rank tells of and a run takes.
 pub const MAX_MODELS: usize = 1024;
 
+/// What is said once there are more.
+pub fn too_many_models() -> String {
+    format!(
+        "there are more than {MAX_MODELS} models: run.json and the page list the modules of the first; what is captured of \
+         others is stored"
+    )
+}
+
 /// Who attaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {

@@ -32,6 +32,8 @@ pub const OWNED: usize = 1 << 24;
 pub const SHARDS: u32 = 99_999_999;
 /// Problems of one kind that are named one by one; others are counted.
 pub const PROBLEMS: usize = 1000;
+/// How many times the elements of rows are made of them by padding.
+pub const PADDED: u64 = 1024;
 /// Ranks, pieces or values that a message names one by one.
 pub const NAMED: usize = 16;
 /// Characters of somebody else's text in a message.

@@ -60,6 +60,12 @@ pub fn few<T: Display>(values: impl IntoIterator<Item = T>) -> String {
     out
 }
 
+/// A shape whose dimensions may vary: `[8, 16..32, 64]`.
+pub fn range(low: &[u64], high: &[u64]) -> String {
+    let dim = |(a, b): (&u64, &u64)| if a == b { a.to_string() } else { format!("{a}..{b}") };
+    format!("[{}]", low.iter().zip(high).map(dim).collect::<Vec<_>>().join(", "))
+}
+
 /// The sum of numbers that a file may have made up.
 pub fn total(numbers: impl IntoIterator<Item = u64>) -> u64 {
     numbers.into_iter().fold(0, u64::saturating_add)

@@ -9,15 +9,19 @@ use std::{
 };
 
 use flexmodel_run::{
-    OpenError, Record, Run,
+    OpenError, ReadError, Record, Run, Whole,
     compare::{Difference, EQUAL, Side, Tolerance, compare, largest},
     format::Identity,
-    read::in_order,
+    read::{
+        assemble::Bytes,
+        in_order,
+        rows::{self, Pad},
+    },
 };
 use report::{Finding, Report, Row, WorstRecord};
 use wire::{dtype::DType, hooks::Kind};
 
-use super::selection::Selection;
+use super::selection::{Selection, parse_side};
 use crate::{cli::Usage, text};
 
 /// Options of `flexmodel certify`.
@@ -40,6 +44,9 @@ pub struct Args {
     /// Only equal bytes will do.
     #[arg(long, conflicts_with_all = ["rtol", "atol"])]
     pub exact: bool,
+    /// Where each rank padded its rows to its own longest: on which side, right or left.
+    #[arg(long, default_value = "right", value_parser = parse_side)]
+    pub side: rows::Side,
     /// Print JSON, with every record that differs.
     #[arg(long)]
     pub json: bool,
@@ -107,6 +114,11 @@ impl<'a> Half<'a> {
             (None, Some(reason)) => Has::Refused(reason),
             (None, None) => Has::Nothing,
         }
+    }
+
+    /// The whole of a record, with zeros where a row is shorter than others.
+    fn whole(&self, record: &Record, pad: &Pad) -> Result<Whole, ReadError> {
+        self.run.padded(record, pad)
     }
 
     /// A reason with what the job itself said of the record, which is nearer to the cause.
@@ -178,8 +190,8 @@ impl<'a> Certifier<'a> {
             return;
         }
         // The plans first: shapes that differ need no bytes.
-        let (shape, wanted) = (a.shape(), b.shape());
-        if let (Ok(shape), Ok(wanted)) = (&shape, &wanted)
+        let shape = |record: &Record| record.padded_shape().or_else(|| record.shape().ok());
+        if let (Some(shape), Some(wanted)) = (shape(a), shape(b))
             && (shape != wanted || of_run.dtype != of_reference.dtype)
         {
             let what = format!(
@@ -195,7 +207,8 @@ impl<'a> Certifier<'a> {
             self.report.not_comparable.push(Finding { record: b.id.to_string(), what });
             return;
         }
-        let (whole, wanted) = match (self.run.run.whole(a), self.reference.run.whole(b)) {
+        let pad = Pad::zero(self.args.side);
+        let (mut whole, mut wanted) = match (self.run.whole(a, &pad), self.reference.whole(b, &pad)) {
             (Ok(whole), Ok(wanted)) => (whole, wanted),
             (Err(_), Err(_)) if self.run.refused.contains_key(&a.id) && self.reference.refused.contains_key(&b.id) => {
                 self.report.refused_in_both += 1;
@@ -214,6 +227,16 @@ impl<'a> Certifier<'a> {
                 return;
             }
         };
+        if a.padded_shape().is_some() || b.padded_shape().is_some() {
+            // What one run padded to another length is no value of the module's on both sides.
+            self.report.rows_of_their_own += 1;
+            for record in [a, b] {
+                if let Ok(filled) = rows::filled(&record.parts, &pad) {
+                    blank(&mut whole, &filled);
+                    blank(&mut wanted, &filled);
+                }
+            }
+        }
         let divisors = self.divisors(a, b);
         let sides =
             (Side { bytes: &whole.bytes, divisor: divisors.0 }, Side { bytes: &wanted.bytes, divisor: divisors.1 });
@@ -283,6 +306,14 @@ impl<'a> Certifier<'a> {
 fn is_divided(record: &Record) -> bool {
     let (kind, dtype) = (record.id.kind, record.what().dtype);
     kind.is_in(Kind::GRADIENTS) && (dtype.is_float() || dtype.is_complex())
+}
+
+/// Zeros for the elements that no row has.
+fn blank(whole: &mut Whole, filled: &[u8]) {
+    let mut bytes = whole.bytes.to_vec();
+    let elements = bytes.chunks_exact_mut(whole.dtype.size()).zip(filled);
+    elements.filter(|(_, has)| **has == 0).for_each(|(element, _)| element.fill(0));
+    whole.bytes = Bytes::Owned(bytes);
 }
 
 /// Why two gradients cannot be brought to one loss, if they cannot.

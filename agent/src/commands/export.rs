@@ -14,9 +14,15 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use flexmodel_run::{ReadError, Record, Run, read::in_order};
+use flexmodel_run::{
+    ReadError, Record, Run, Whole,
+    read::{
+        LayoutError, in_order,
+        rows::{Number, Pad, Side},
+    },
+};
 
-use super::selection::Selection;
+use super::selection::{Selection, parse_side};
 use crate::text;
 
 /// Options of `flexmodel export`.
@@ -32,9 +38,32 @@ pub struct Args {
     /// Which records.
     #[command(flatten)]
     pub selection: Selection,
+    /// What fills up rows that each rank padded to its own longest, such as 0; without it they are left out.
+    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true, value_parser = parse_number)]
+    pub pad: Option<Number>,
+    /// On which side of a row: right or left.
+    #[arg(long, default_value = "right", requires = "pad", value_parser = parse_side)]
+    pub side: Side,
     /// Write over what is there.
     #[arg(long)]
     pub force: bool,
+}
+
+fn parse_number(word: &str) -> Result<Number, String> {
+    Number::parse(word).ok_or_else(|| format!("'{word}' is not a number such as 0"))
+}
+
+impl Args {
+    /// The whole of a record, as it is to be written.
+    fn whole(&self, run: &Run, record: &Record) -> Result<Whole, ReadError> {
+        match (self.pad, record.shape()) {
+            (Some(number), Err(LayoutError::Ragged { .. })) => {
+                let pad = Pad::new(number, record.what().dtype, self.side);
+                run.padded(record, &pad.map_err(|e| ReadError::Layout(format!("{}: --pad: {e}", record.id)))?)
+            }
+            _ => run.whole(record),
+        }
+    }
 }
 
 /// What can be written.
@@ -88,8 +117,8 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     records.sort_by_cached_key(|r| in_order(&r.id));
     check_dest(&args)?;
     let outcome = match args.to {
-        Format::Npy => npy::export(&run, &records, &args.dest),
-        _ => torch::export(&run, &records, &args.dest),
+        Format::Npy => npy::export(&run, &records, &args),
+        _ => torch::export(&run, &records, &args),
     }
     .with_context(|| format!("export to {}", args.dest.display()))?;
     report(&args, &outcome)

@@ -34,7 +34,8 @@ struct Row {
     last_step: u64,
     records: u64,
     incomplete: u64,
-    /// Smallest and largest size of each dimension of the whole; `null` where no whole can be made.
+    /// Smallest and largest size of each dimension of the whole, and of rows that each rank padded to its own longest;
+    /// `null` where no whole can be made.
     shape: Option<(Vec<u64>, Vec<u64>)>,
     /// Why there is no whole, for the first record that has none.
     reason: Option<String>,
@@ -106,21 +107,22 @@ fn row(run: &Run, records: &[&Record]) -> Row {
     let mut shape: Option<(Vec<u64>, Vec<u64>)> = None;
     let (mut incomplete, mut reason, mut uneven) = (0, None, false);
     for record in records {
-        match record.shape() {
-            Ok(s) => match &mut shape {
-                None => shape = Some((s.clone(), s)),
-                Some((low, high)) if low.len() == s.len() => {
-                    for (d, &n) in s.iter().enumerate() {
-                        low[d] = low[d].min(n);
-                        high[d] = high[d].max(n);
-                    }
-                }
-                Some(_) => uneven = true,
-            },
+        let sizes = match record.shape() {
+            Ok(s) => (s.clone(), s),
             Err(e) => {
                 incomplete += u64::from(matches!(e, LayoutError::Missing(_) | LayoutError::Pending(_)));
                 reason.get_or_insert_with(|| run.explain(&e));
+                let LayoutError::Ragged { low, high } = e else { continue };
+                (low, high)
             }
+        };
+        match &mut shape {
+            None => shape = Some(sizes),
+            Some((low, high)) if low.len() == sizes.0.len() => {
+                low.iter_mut().zip(sizes.0).for_each(|(low, n)| *low = n.min(*low));
+                high.iter_mut().zip(sizes.1).for_each(|(high, n)| *high = n.max(*high));
+            }
+            Some(_) => uneven = true,
         }
     }
     if uneven {
@@ -203,7 +205,7 @@ fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
         0 => row.records.to_string(),
         n => format!("{} ({n} incomplete)", row.records),
     };
-    let shape = row.shape.as_ref().map_or_else(|| "-".into(), |(low, high)| text::shape_range(low, high));
+    let shape = row.shape.as_ref().map_or_else(|| "-".into(), |(low, high)| text::range(low, high));
     let mut cells = vec![
         display_module(&row.module).to_owned(),
         row.kind.into(),

@@ -1,6 +1,6 @@
 //! Which records of a run a command is about: options that `export` and `certify` share.
 
-use flexmodel_run::format::What;
+use flexmodel_run::{format::What, read::rows::Side};
 use wire::hooks::{Kind, Selector};
 
 use super::show::parse_kind;
@@ -37,6 +37,11 @@ fn parse_selector(word: &str) -> Result<Selector, String> {
         (Some(hook), true) if hook.text.trim() == hook.selector.to_string() => Ok(hook.selector),
         _ => Err("a selector alone, such as layers.*.mlp; kinds have --kind".into()),
     }
+}
+
+/// The side on which rows are filled up, of an option of the command itself.
+pub fn parse_side(word: &str) -> Result<Side, String> {
+    Side::from_name(word).ok_or_else(|| format!("'{word}' is neither right nor left"))
 }
 
 fn parse_steps(word: &str) -> Result<(u64, u64), String> {

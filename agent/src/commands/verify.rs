@@ -77,7 +77,7 @@ fn verify(run: &Run) -> Report {
         match record.shape() {
             Err(LayoutError::Missing(_) | LayoutError::Pending(_)) => report.incomplete += 1,
             // Parts that are kept apart are what was asked for.
-            Ok(_) | Err(LayoutError::Unknown { .. } | LayoutError::Apart(_)) => {}
+            Ok(_) | Err(LayoutError::Unknown { .. } | LayoutError::Ragged { .. } | LayoutError::Apart(_)) => {}
             Err(_) if damaged.contains(&number) => {}
             // Differing replicas were recorded as such when they came: a finding about the job, not damage.
             Err(e) if diverged.contains(&record.id) => report.notes.push(format!("{}: {e}", record.id)),

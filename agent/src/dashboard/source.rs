@@ -4,8 +4,9 @@ use std::cell::RefCell;
 
 use flexmodel_run::{
     read::{
-        layout::{self, Node, Piece},
         number::component,
+        rows::Pad,
+        tree::{self, Node, Piece},
     },
     stats,
 };
@@ -42,9 +43,10 @@ impl<'a, P: Parts> Source<'a, P> {
         match node {
             Node::Leaf { part, shape } => self.leaf(*part, shape, row, start, half, out),
             Node::Concat { dim, children, .. } | Node::HeadTail { dim, children, .. } => {
-                let pieces = layout::pieces(children, *dim, matches!(node, Node::HeadTail { .. }));
+                let pieces = tree::pieces(children, *dim, matches!(node, Node::HeadTail { .. }));
                 self.fill_from(&pieces, *dim, row, start, half, out)
             }
+            Node::Rows { children, shape, pad } => self.rows(children, shape, pad, row, start, half, out),
             Node::Flat { child, shape } => self.fill(child, &mut [], element(shape, row, start), half, out),
             Node::Sum { children, .. } => {
                 let mut addend = vec![0.0; out.len()];
@@ -93,6 +95,50 @@ impl<'a, P: Parts> Source<'a, P> {
             begin += piece.len;
         }
         row[dim] = at;
+        Ok(())
+    }
+
+    /// Of rows that are filled up.
+    #[allow(clippy::too_many_arguments)]
+    fn rows(
+        &self,
+        children: &[Node],
+        whole: &[u64],
+        pad: &Pad,
+        row: &mut [u64],
+        start: u64,
+        half: usize,
+        out: &mut [f64],
+    ) -> Result<(), String> {
+        let real = component(self.dtype);
+        let element = pad.element(self.dtype).get(half * real.size()..(half + 1) * real.size()).unwrap_or_default();
+        out.fill(stats::to_f64(real, element));
+        let Some((&number, inner)) = row.split_first() else { return Ok(()) };
+        let mut begin = 0;
+        for child in children {
+            let rows = child.shape().first().copied().unwrap_or_default();
+            if number >= begin + rows {
+                begin += rows;
+                continue;
+            }
+            // Where the piece has this row, and from where on, along the last dimension.
+            let mut own = vec![number - begin];
+            let sizes: Vec<(u64, u64)> = whole.iter().copied().zip(child.shape().iter().copied()).skip(1).collect();
+            for (&at, &(all, size)) in inner.iter().zip(&sizes) {
+                match at.checked_sub(pad.offset(all, size)).filter(|&at| at < size) {
+                    Some(at) => own.push(at),
+                    None => return Ok(()),
+                }
+            }
+            let Some(&(all, size)) = sizes.last() else { return Ok(()) };
+            let first = pad.offset(all, size);
+            let (from, to) = (start.max(first), (start + out.len() as u64).min(first + size));
+            if from < to {
+                let out = &mut out[(from - start) as usize..(to - start) as usize];
+                self.fill(child, &mut own, from - first, half, out)?;
+            }
+            break;
+        }
         Ok(())
     }
 

@@ -15,7 +15,10 @@ use flexmodel_run::{
     Record,
     format::{Identity, Line, MANIFEST_FILE, Part},
     manifest,
-    read::{AssemblyPlan, Shards},
+    read::{
+        AssemblyPlan, Shards,
+        rows::{self, Pad},
+    },
     text,
 };
 use serde::Serialize;
@@ -80,17 +83,22 @@ impl Tensors {
         let whole = whole.ok_or_else(|| format!("{id} was not captured, or not yet"))?;
         let own = rank.map(|rank| whole.of_rank(rank).ok_or_else(|| no_part(&whole))).transpose()?;
         let shown = own.as_ref().unwrap_or(&whole);
-        let plan = AssemblyPlan::new(&shown.parts).map_err(|e| self.shards.refusal(&e).to_string())?;
+        let plan =
+            AssemblyPlan::padded(&shown.parts, &Pad::default()).map_err(|e| self.shards.refusal(&e).to_string())?;
         let (shape, bytes) = (plan.shape(), plan.bytes());
         let source = Source::new(&plan.tree, plan.dtype, Windows::new(&self.shards, plan.sources.clone())?);
         let first = shown.what();
+        let mut layout = layout_lines(&whole.what().axes);
+        if rows::sizes(&plan.tree).is_some() {
+            layout.push("rows that ranks padded to their own longest: filled up with 0 here".to_owned());
+        }
         Ok(Look {
             id: id.clone(),
             name: id.to_string(),
             class: first.class.clone(),
             dtype: plan.dtype.name(),
             shape: shape.to_vec(),
-            layout: layout_lines(&whole.what().axes),
+            layout,
             dp_size: whole.data_size(),
             bytes,
             time_ms: first.time_ns as f64 / 1e6,

@@ -15,7 +15,7 @@ use flexmodel_run::{
     ownership::{self, MAX_MODULES},
     write::Store,
 };
-use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, StepRule, clip};
+use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, StepRule, clip, too_many_models};
 
 use super::listed::Listed;
 use crate::{live::Live, say, secrets};
@@ -183,10 +183,7 @@ impl Board {
         let at = info.models.iter().position(|m| m.model == model);
         if at.is_none() && info.models.len() >= MAX_MODELS {
             drop(guard);
-            self.notice(&format!(
-                "there are more than {MAX_MODELS} models: run.json and the page list the modules of the first; what is \
-                 captured of others is stored"
-            ));
+            self.notice(&too_many_models());
             return;
         }
         let at = at.unwrap_or_else(|| {

@@ -13,7 +13,7 @@ from .._bridge import PLACEMENT_PARTIAL as PARTIAL
 from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from ..mesh import DATA, Axis
 from ..naming import authored, is_instance
-from ..parameters import Parameter, Piece
+from ..parameters import Parameter, Piece, detached
 from .adapter import Adapter, ModelFacts
 
 _MODULE, _CLASS = "torch.distributed.fsdp", "FSDPModule"
@@ -58,11 +58,11 @@ class Fsdp2(Adapter):
                 return None
             if addend is None:
                 local, axes = self.job.layouts.describe(value) or (value, [])
-                return local.detach(), axes
+                return detached(local), axes
             local, axes = self.job.layouts.describe(addend) or (addend, [])
             # Beside what was reduced before, it is no addend of the whole.
             place = PARTIAL if value is None else UNKNOWN
-            return local.detach(), [*(axis.placed(place) for axis in axes_of_batch), *axes]
+            return detached(local), [*(axis.placed(place) for axis in axes_of_batch), *axes]
 
         return Parameter(read, lambda held: id(sharded()) in held)
 

@@ -1,10 +1,13 @@
 //! What Python asks for: a value that equals one of a record's is that one, as in Python itself, whatever type it is of.
 
-use flexmodel_run::read::shown;
+use flexmodel_run::read::{
+    rows::{Number, Side},
+    shown,
+};
 use pyo3::{
-    exceptions::PyTypeError,
+    exceptions::{PyTypeError, PyValueError},
     prelude::*,
-    types::{PyBool, PyFloat, PyString},
+    types::{PyBool, PyComplex, PyFloat, PyString},
 };
 
 use crate::NotCapturedError;
@@ -48,6 +51,28 @@ pub fn text(field: &str, asked: Asked<'_, '_>) -> PyResult<Option<String>> {
         let lossy = shown(&text.to_string_lossy());
         NotCapturedError::new_err(format!("there is no {field} {lossy}: it has lone surrogates, which no name has"))
     })
+}
+
+/// What rows are filled up with: any number, also numpy's, or a tensor of one element.
+pub fn pad(asked: Asked<'_, '_>) -> PyResult<Option<Number>> {
+    let Some(asked) = asked else { return Ok(None) };
+    let number = if let Ok(float) = asked.cast::<PyFloat>() {
+        Number::Real(float.value())
+    } else if let Ok(complex) = asked.cast::<PyComplex>() {
+        Number::Complex(complex.real(), complex.imag())
+    } else if let Ok(integer) = asked.extract::<i128>() {
+        Number::Integer(integer)
+    } else if let Ok(float) = asked.extract::<f64>() {
+        Number::Real(float)
+    } else {
+        return Err(wrong("pad", "a number", asked));
+    };
+    Ok(Some(number))
+}
+
+/// The side on which rows are filled up.
+pub fn side(asked: &str) -> PyResult<Side> {
+    Side::from_name(asked).ok_or_else(|| PyValueError::new_err(format!("side is 'right' or 'left', not '{asked}'")))
 }
 
 fn wrong(field: &str, expected: &str, asked: &Bound<'_, PyAny>) -> PyErr {

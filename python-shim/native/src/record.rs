@@ -1,6 +1,6 @@
 //! A record: what it says, and its bytes.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use flexmodel_run::{
     ReadError, Record as Read, Run,
@@ -8,13 +8,24 @@ use flexmodel_run::{
     read::{
         AssemblyPlan, LayoutError, PlanError, Source, fill,
         layout::{self, byte_len},
+        rows::{self, Pad},
+        tree::Node,
     },
     text::{clip, few, total},
 };
-use pyo3::{exceptions::PyTypeError, prelude::*, types::PyDict};
+use pyo3::{
+    exceptions::{PyTypeError, PyValueError},
+    prelude::*,
+    types::PyDict,
+};
 use serde::Serialize;
 
-use crate::{NotCapturedError, RunError, asked::number, bounded, memory::Memory};
+use crate::{
+    NotCapturedError, RunError,
+    asked::{self, number},
+    bounded,
+    memory::Memory,
+};
 
 /// One record of a run as it was then. It keeps what it says, and with the run's other records what reads its bytes; neither
 /// the other records nor what the run said of itself.
@@ -23,6 +34,9 @@ pub struct Record {
     record: Arc<Read>,
     source: Arc<Source>,
 }
+
+/// Bytes, their shape, and the name of their type.
+type Tensor = (Memory, Vec<u64>, &'static str);
 
 type StatsFields = (u64, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, u64, u64, u64);
 pub fn identity(id: &Identity) -> (String, &'static str, String, u32, u64, u32, u32, u32, bool) {
@@ -65,6 +79,7 @@ impl Record {
             LayoutError::Unknown { axis, .. } => {
                 format!("how they lie along {axis} is not known, unless a clause says so with shard=DIM@{axis}")
             }
+            error @ LayoutError::Ragged { .. } => error.to_string(),
             LayoutError::Apart(why) => why,
             LayoutError::Replicas(one, other) => format!("ranks {one} and {other} hold replicas that differ"),
             LayoutError::Conflict(why) => why,
@@ -106,7 +121,8 @@ impl Record {
         let record = &self.record;
         let (id, what) = (&record.id, record.what());
         // A record may have thousands of parts.
-        let (shape, ranks, data_size) = py.detach(|| (record.shape().ok(), record.ranks(), record.data_size()));
+        let (shape, padded, ranks, data_size) =
+            py.detach(|| (record.shape().ok(), record.padded_shape(), record.ranks(), record.data_size()));
         let stored = || total(record.parts.iter().filter_map(|part| Some(part.at.as_ref()?.len)));
         let nbytes = shape.as_deref().and_then(|shape| byte_len(what.dtype, shape)).unwrap_or_else(stored);
         let complete = shape.is_some() && record.parts.iter().all(|part| part.at.is_some());
@@ -119,6 +135,8 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "call"), id.call)?;
         fields.set_item(pyo3::intern!(py, "train"), id.train)?;
         fields.set_item(pyo3::intern!(py, "shape"), shape.map(|s| pyo3::types::PyTuple::new(py, s)).transpose()?)?;
+        let padded = padded.map(|s| pyo3::types::PyTuple::new(py, s)).transpose()?;
+        fields.set_item(pyo3::intern!(py, "padded_shape"), padded)?;
         fields.set_item(pyo3::intern!(py, "dtype"), what.dtype.name())?;
         fields.set_item(pyo3::intern!(py, "slice"), what.slice.as_ref().map(|slice| &slice.by))?;
         fields.set_item(pyo3::intern!(py, "model"), id.model)?;
@@ -156,40 +174,71 @@ impl Record {
         py.detach(|| self.record.stats().as_ref().map(stats))
     }
 
-    /// The bytes of the whole, or of one rank's part of it, their shape and type; `name` is the record's, for errors.
+    /// The bytes of the whole, or of one rank's part of it, their shape and type; `name` is the record's, for errors. Rows
+    /// that ranks padded to their own longest are filled up by `pad` on this `side`, if it is given.
+    #[pyo3(signature = (name, rank, pad, side))]
     fn bytes(
         &self,
         py: Python<'_>,
         name: &str,
         rank: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<(Memory, Vec<u64>, &'static str)> {
+        pad: Option<&Bound<'_, PyAny>>,
+        side: &str,
+    ) -> PyResult<Tensor> {
+        let (rank, pad, side) = (number("rank", rank)?, asked::pad(pad)?, asked::side(side)?);
+        py.detach(|| {
+            bounded(|| {
+                let parts = self.parts_of(name, rank)?;
+                let plan = match (AssemblyPlan::new(&parts), pad) {
+                    (Err(PlanError::Layout(LayoutError::Ragged { .. })), Some(number)) => {
+                        let dtype = parts.first().map_or(self.record.what().dtype, |part| part.what.dtype);
+                        let pad =
+                            Pad::new(number, dtype, side).map_err(|e| PyValueError::new_err(format!("pad: {e}")))?;
+                        AssemblyPlan::padded(&parts, &pad)
+                    }
+                    (plan, _) => plan,
+                };
+                let plan = plan.map_err(|e| self.no_plan(name, e))?;
+                self.carried_out(name, &plan, &plan.tree)
+            })
+        })
+    }
+
+    /// As `bytes`, the pieces that make the whole one after the other on dimension 0, each as it is.
+    fn pieces(&self, py: Python<'_>, name: &str, rank: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<Tensor>> {
         let rank = number("rank", rank)?;
         py.detach(|| {
             bounded(|| {
-                let record = &self.record;
-                let own: Vec<Part>;
-                let parts = match rank {
-                    None => &record.parts,
-                    Some(rank) => {
-                        let of = |part: &&Part| i128::from(part.what.rank) == rank;
-                        own = layout::of_one_rank(record.parts.iter().filter(of).cloned().collect());
-                        &own
-                    }
-                };
-                if parts.is_empty() {
-                    let (rank, stored) = (rank.unwrap_or_default(), few(self.record.ranks()));
-                    return Err(NotCapturedError::new_err(format!(
-                        "{name} has no part of rank {rank}, only of {stored}"
-                    )));
-                }
-                let shards = self.source.shards();
-                let plan = AssemblyPlan::new(parts).map_err(|e| match e {
-                    PlanError::Layout(e) => self.no_whole(name, e),
-                    e => unread(name, shards.refusal(&e)),
-                })?;
-                let own = fill::own(&plan, shards).map_err(|e| unread(name, e))?;
-                Ok((Memory::new(own), plan.shape().to_vec(), plan.dtype.name()))
+                let parts = self.parts_of(name, rank)?;
+                let plan = AssemblyPlan::padded(&parts, &Pad::default()).map_err(|e| self.no_plan(name, e))?;
+                rows::pieces(&plan.tree).into_iter().map(|node| self.carried_out(name, &plan, node)).collect()
             })
         })
+    }
+}
+
+impl Record {
+    /// All parts, or those of one rank.
+    fn parts_of(&self, name: &str, rank: Option<i128>) -> PyResult<Cow<'_, [Part]>> {
+        let Some(rank) = rank else { return Ok(Cow::Borrowed(&self.record.parts)) };
+        let of = |part: &&Part| i128::from(part.what.rank) == rank;
+        let own = layout::of_one_rank(self.record.parts.iter().filter(of).cloned().collect());
+        if own.is_empty() {
+            let stored = few(self.record.ranks());
+            return Err(NotCapturedError::new_err(format!("{name} has no part of rank {rank}, only of {stored}")));
+        }
+        Ok(Cow::Owned(own))
+    }
+
+    fn no_plan(&self, name: &str, error: PlanError) -> PyErr {
+        match error {
+            PlanError::Layout(e) => self.no_whole(name, e),
+            e => unread(name, self.source.shards().refusal(&e)),
+        }
+    }
+
+    fn carried_out(&self, name: &str, plan: &AssemblyPlan, node: &Node) -> PyResult<Tensor> {
+        let own = fill::own_of(node, plan, self.source.shards()).map_err(|e| unread(name, e))?;
+        Ok((Memory::new(own), node.shape().to_vec(), plan.dtype.name()))
     }
 }

@@ -12,7 +12,7 @@ use flexmodel_fuzz::{
 };
 use flexmodel_run::{
     Run,
-    read::{in_order, sealed},
+    read::{in_order, rows::Pad, sealed},
     text,
 };
 use libfuzzer_sys::{Corpus, fuzz_crossover, fuzz_mutator, fuzz_target};
@@ -47,6 +47,9 @@ fn open(path: &Path) {
         let _ =
             (record.shape().map_err(|e| run.explain(&e)), record.stats(), record.stats_only(), record.stored_bytes());
         let _ = run.whole(record).map_err(|e| text::safe(&e.to_string()));
+        if record.padded_shape().is_some_and(|shape| shape.iter().product::<u64>() < 1 << 20) {
+            let _ = run.padded(record, &Pad::default()).map_err(|e| e.to_string());
+        }
         let _ = run.part(record, record.what().rank).map_err(|e| e.to_string());
     }
     for part in run.records.iter().flat_map(|record| &record.parts).chain(&run.replaced) {

@@ -8,9 +8,11 @@ use std::{ops::Range, sync::Arc};
 use wire::dtype::DType;
 
 use super::{
-    layout::{Node, byte_len},
+    fill::{self, Block},
+    layout::byte_len,
     number,
     shards::{Map, ReadError},
+    tree::Node,
 };
 
 /// Bytes of a tensor: a range of a mapped shard where they lie there in one piece, else a copy.
@@ -81,6 +83,19 @@ pub fn assemble(
             // No prefix of the shape overflows once all of it does not.
             let total = total(dtype, shape)?;
             concat(&pieces, shape.iter().take(*dim).product::<u64>() as usize, total)
+        }
+        Node::Rows { children, shape, pad } => {
+            let (mut out, mut start) = (Vec::new(), 0);
+            let total = total(dtype, shape)?;
+            out.try_reserve_exact(total).map_err(|_| no_memory(total))?;
+            out.extend(pad.element(dtype).iter().cycle().take(total));
+            for child in children {
+                let bytes = assemble(child, dtype, leaf)?;
+                let to = Block::whole(shape, dtype).rows(start, shape, child.shape(), pad);
+                fill::scatter(&bytes, child.shape(), &to, dtype.size(), &mut out)?;
+                start += child.shape().first().copied().unwrap_or_default();
+            }
+            Ok(Bytes::Owned(out))
         }
         Node::HeadTail { dim, children, shape } => {
             let pieces = children.iter().map(|c| assemble(c, dtype, leaf)).collect::<Result<Vec<_>, ReadError>>()?;

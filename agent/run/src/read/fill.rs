@@ -6,13 +6,7 @@ use std::{io, os::unix::fs::FileExt};
 use memmap2::{MmapMut, MmapOptions};
 use wire::dtype::DType;
 
-use super::{
-    Shards,
-    layout::{Node, byte_len},
-    number,
-    plan::AssemblyPlan,
-    shards::ReadError,
-};
+use super::{Shards, layout::byte_len, number, plan::AssemblyPlan, rows::Pad, shards::ReadError, tree::Node};
 use crate::format::Location;
 
 /// Bytes from which on mapping a tensor is quicker than reading it.
@@ -47,12 +41,17 @@ impl std::ops::DerefMut for Own {
 
 /// The bytes of the whole. Checksums are not compared: `flexmodel verify` does that.
 pub fn own(plan: &AssemblyPlan, shards: &Shards) -> Result<Own, ReadError> {
+    own_of(&plan.tree, plan, shards)
+}
+
+/// The bytes of a node of the plan's tree, as those of the whole.
+pub fn own_of(node: &Node, plan: &AssemblyPlan, shards: &Shards) -> Result<Own, ReadError> {
     let from = From { plan, shards };
-    let len = from.bytes(&plan.tree)?;
+    let len = from.bytes(node)?;
     if len == 0 {
         return Ok(Own::Read(Vec::new()));
     }
-    if let Some(at) = from.one_piece(&plan.tree)?
+    if let Some(at) = from.one_piece(node)?
         && at.len >= MAP_FROM
     {
         let file = shards.holding(&at)?;
@@ -66,7 +65,7 @@ pub fn own(plan: &AssemblyPlan, shards: &Shards) -> Result<Own, ReadError> {
         // No more maps are to be had: it is read.
     }
     let mut out = room(len)?;
-    from.fill(&plan.tree, &Block::whole(plan.shape(), plan.dtype), &mut out)?;
+    from.fill(node, &Block::whole(node.shape(), plan.dtype), &mut out)?;
     Ok(out)
 }
 
@@ -81,14 +80,14 @@ fn room(len: usize) -> Result<Own, ReadError> {
 }
 
 /// Where the elements of a tensor lie in memory: that of the first, and how far it is to the next along each dimension.
-struct Block {
+pub struct Block {
     offset: usize,
     strides: Vec<usize>,
 }
 
 impl Block {
     /// Side by side. The bytes of the shape fit into memory.
-    fn whole(shape: &[u64], dtype: DType) -> Self {
+    pub fn whole(shape: &[u64], dtype: DType) -> Self {
         let mut stride = dtype.size();
         let mut strides: Vec<usize> = Vec::with_capacity(shape.len());
         for &len in shape.iter().rev() {
@@ -103,6 +102,12 @@ impl Block {
     fn from(&self, dim: usize, start: u64) -> Self {
         let step = self.strides.get(dim).copied().unwrap_or_default();
         Self { offset: self.offset + start as usize * step, strides: self.strides.clone() }
+    }
+
+    /// Of a piece from row `start` on, among rows of the shape of `whole`.
+    pub fn rows(&self, start: u64, whole: &[u64], piece: &[u64], pad: &Pad) -> Self {
+        let sizes = whole.iter().zip(piece).enumerate().skip(1);
+        sizes.fold(self.from(0, start), |block, (dim, (&all, &own))| block.from(dim, pad.offset(all, own)))
     }
 
     /// The last dimensions of `shape` that lie side by side: where they begin, and their bytes.
@@ -138,7 +143,7 @@ impl From<'_> {
         match node {
             Node::Leaf { part, .. } => self.at(*part).cloned().map(Some),
             Node::Flat { child, .. } => self.one_piece(child),
-            Node::Sum { .. } | Node::HeadTail { .. } => Ok(None),
+            Node::Rows { .. } | Node::Sum { .. } | Node::HeadTail { .. } => Ok(None),
             Node::Concat { dim, children, shape } => {
                 if shape.iter().take(*dim).any(|&len| len != 1) {
                     return Ok(None);
@@ -178,6 +183,21 @@ impl From<'_> {
                 for child in children {
                     self.fill(child, &to.from(*dim, start), out)?;
                     start += child.shape().get(*dim).copied().unwrap_or_default();
+                }
+                Ok(())
+            }
+            Node::Rows { children, pad, .. } => {
+                // Memory is new, so it has the zeros that are not written.
+                if !pad.is_zero() {
+                    let element = pad.element(self.plan.dtype);
+                    each_run(shape, to, element.len(), out, &mut |run| {
+                        run.chunks_exact_mut(element.len()).for_each(|to| to.copy_from_slice(element));
+                    })?;
+                }
+                let mut start = 0;
+                for child in children {
+                    self.fill(child, &to.rows(start, shape, child.shape(), pad), out)?;
+                    start += child.shape().first().copied().unwrap_or_default();
                 }
                 Ok(())
             }
@@ -269,15 +289,32 @@ fn piece(out: &mut [u8], offset: usize, len: usize) -> Result<&mut [u8], ReadErr
 }
 
 /// Writes elements that lie side by side to their places in `out`.
-fn scatter(bytes: &[u8], shape: &[u64], to: &Block, element: usize, out: &mut [u8]) -> Result<(), ReadError> {
+pub fn scatter(bytes: &[u8], shape: &[u64], to: &Block, element: usize, out: &mut [u8]) -> Result<(), ReadError> {
     if bytes.is_empty() {
         return Ok(());
     }
+    let mut left = bytes;
+    each_run(shape, to, element, out, &mut |run| {
+        // There are as many bytes as the shape says.
+        let (next, rest) = left.split_at_checked(run.len()).unwrap_or((&[], &[]));
+        run.iter_mut().zip(next).for_each(|(to, from)| *to = *from);
+        left = rest;
+    })
+}
+
+/// Gives every stretch of `out` in which elements of a block lie side by side, in order. The shape has elements.
+fn each_run(
+    shape: &[u64],
+    to: &Block,
+    element: usize,
+    out: &mut [u8],
+    write: &mut dyn FnMut(&mut [u8]),
+) -> Result<(), ReadError> {
     let (depth, width) = to.run(shape, element);
     let mut index = vec![0u64; depth];
     let mut offset = to.offset;
-    for row in bytes.chunks_exact(width) {
-        piece(out, offset, width)?.copy_from_slice(row);
+    for _ in 0..shape.iter().take(depth).product::<u64>() {
+        write(piece(out, offset, width)?);
         for dim in (0..depth).rev() {
             index[dim] += 1;
             offset += to.strides[dim];

@@ -12,105 +12,19 @@ use wire::{
     record::{Axis, MICRO, Placement},
 };
 
+use super::{
+    rows::{self, Pad},
+    tree::Node,
+};
 use crate::{
     check::is_possible,
     format::{Joined, Location, Part, Stats},
     limits::NAMED,
-    text::{clip, few},
+    text::{clip, few, range},
 };
 
 /// Coordinates on a mesh: axis name, index, size.
 pub type Coordinates = Vec<(String, u32, u32)>;
-
-/// The tree of a plan: what makes the whole tensor.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Node {
-    /// One part's bytes as they are.
-    Leaf {
-        /// Index into the record's parts.
-        part: usize,
-        /// Its shape.
-        shape: Vec<u64>,
-    },
-    /// Children one after the other on `dim`.
-    Concat {
-        /// The dimension.
-        dim: usize,
-        /// In order; their shapes agree but for `dim`.
-        children: Vec<Node>,
-        /// Of the result.
-        shape: Vec<u64>,
-    },
-    /// The first halves of the children on `dim` in order, then their second halves in the opposite order.
-    HeadTail {
-        /// The dimension.
-        dim: usize,
-        /// Of one shape.
-        children: Vec<Node>,
-        /// Of the result.
-        shape: Vec<u64>,
-    },
-    /// The elements of a vector in another shape.
-    Flat {
-        /// The vector.
-        child: Box<Node>,
-        /// Of the result, with as many elements.
-        shape: Vec<u64>,
-    },
-    /// The sum of children of one shape.
-    Sum {
-        /// The addends.
-        children: Vec<Node>,
-        /// Of the result.
-        shape: Vec<u64>,
-    },
-}
-
-impl Node {
-    /// Shape of what this node makes.
-    pub fn shape(&self) -> &[u64] {
-        match self {
-            Node::Leaf { shape, .. }
-            | Node::Concat { shape, .. }
-            | Node::HeadTail { shape, .. }
-            | Node::Flat { shape, .. }
-            | Node::Sum { shape, .. } => shape,
-        }
-    }
-
-    /// The parts that it is made of.
-    pub fn leaves(&self) -> Vec<usize> {
-        match self {
-            Node::Leaf { part, .. } => vec![*part],
-            Node::Flat { child, .. } => child.leaves(),
-            Node::Concat { children, .. } | Node::HeadTail { children, .. } | Node::Sum { children, .. } => {
-                children.iter().flat_map(Node::leaves).collect()
-            }
-        }
-    }
-}
-
-/// `len` of `node` from `start` on, along one dimension.
-#[derive(Clone, Copy, Debug)]
-pub struct Piece<'a> {
-    /// Of what.
-    pub node: &'a Node,
-    /// From where.
-    pub start: u64,
-    /// How much.
-    pub len: u64,
-}
-
-/// The pieces on `dim` of a [`Node::Concat`], or of a [`Node::HeadTail`], in the order of the whole.
-pub fn pieces(children: &[Node], dim: usize, halves: bool) -> Vec<Piece<'_>> {
-    let len = |node: &Node| node.shape().get(dim).copied().unwrap_or(1);
-    if !halves {
-        return children.iter().map(|node| Piece { node, start: 0, len: len(node) }).collect();
-    }
-    let heads = children.iter().map(|node| Piece { node, start: 0, len: len(node) / 2 });
-    let tails = children.iter().rev().map(|node| Piece { node, start: len(node) / 2, len: len(node) / 2 });
-    heads.chain(tails).collect()
-}
 
 /// Why parts do not make a whole.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -132,6 +46,17 @@ pub enum LayoutError {
     /// Two ranks should have the same, and have not.
     #[error("ranks {0} and {1} hold replicas that differ; read them one by one")]
     Replicas(u32, u32),
+    /// Rows of sizes of their own, which need something to fill them up: not damage.
+    #[error(
+        "each rank padded its rows to its own longest ({}): `pad=0` (of `flexmodel export`, --pad 0) fills up the \
+         shorter ones, `nested=True` keeps them as they are", range(.low, .high)
+    )]
+    Ragged {
+        /// Smallest size of each dimension.
+        low: Vec<u64>,
+        /// Largest; of dimension 0, of all rows together.
+        high: Vec<u64>,
+    },
     /// Parts that are sound, each by itself, and do not go together: not damage.
     #[error("{0}; read them one by one")]
     Apart(String),
@@ -169,6 +94,15 @@ pub fn of_one_rank(mut parts: Vec<Part>) -> Vec<Part> {
 
 /// The tree that makes the whole of a record's parts. Takes hostile parts.
 pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
+    let tree = padded(parts, &Pad::default())?;
+    match rows::sizes(&tree) {
+        Some((low, high)) => Err(LayoutError::Ragged { low, high }),
+        None => Ok(tree),
+    }
+}
+
+/// The tree that makes the whole, with rows that ranks padded to their own longest filled up by `pad`.
+pub fn padded(parts: &[Part], pad: &Pad) -> Result<Node, LayoutError> {
     let first = parts.first().ok_or_else(|| LayoutError::Conflict("a record without parts".into()))?;
     if parts.iter().any(|part| part.what.joined == Joined::Pending) {
         return Err(LayoutError::Pending(few(parts.iter().map(|part| part.what.rank))));
@@ -204,14 +138,14 @@ pub fn plan(parts: &[Part]) -> Result<Node, LayoutError> {
         axis.place = Placement::Unknown;
     }
     let one_each = unique(parts)?;
-    Planner { parts, axes: &axes }.group(&one_each, 0, &mut Vec::new())
+    Planner { parts, axes: &axes, pad }.group(&one_each, 0, true, &mut Vec::new())
 }
 
 /// Statistics of the whole from those of its parts; `None` for sums, and where a part has none.
 pub fn stats(node: &Node, parts: &[Part]) -> Option<Stats> {
     match node {
         Node::Leaf { part, .. } => parts.get(*part)?.stats,
-        Node::Concat { children, .. } | Node::HeadTail { children, .. } => {
+        Node::Concat { children, .. } | Node::Rows { children, .. } | Node::HeadTail { children, .. } => {
             children.iter().map(|c| stats(c, parts)).reduce(|a, b| Some(a?.merge(&b?))).flatten()
         }
         Node::Flat { child, .. } => stats(child, parts),
@@ -333,17 +267,19 @@ fn alike(a: &Part, b: &Part) -> bool {
 struct Planner<'a> {
     parts: &'a [Part],
     axes: &'a [Axis],
+    pad: &'a Pad,
 }
 
 impl Planner<'_> {
-    /// `members` is not empty, and has one part for each set of coordinates on axes that are not replicas.
-    fn group(&self, members: &[usize], depth: usize, at: &mut Coordinates) -> Result<Node, LayoutError> {
+    /// `members` is not empty, and has one part for each set of coordinates on axes that are not replicas. `rows`: nothing
+    /// but rows is put together outside of them, so that they may be padded.
+    fn group(&self, members: &[usize], depth: usize, rows: bool, at: &mut Coordinates) -> Result<Node, LayoutError> {
         let Some(axis) = self.axes.get(depth) else {
             let part = members[0];
             return Ok(Node::Leaf { part, shape: self.parts[part].what.shape.clone() });
         };
         if axis.place == Placement::Replicate {
-            return self.group(members, depth + 1, at);
+            return self.group(members, depth + 1, rows, at);
         }
         let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         for &m in members {
@@ -352,9 +288,10 @@ impl Planner<'_> {
         }
         let mut missing = self.missing(&groups, axis, at);
         let mut nodes = Vec::with_capacity(groups.len());
+        let rows_inside = rows && (groups.len() == 1 || has_rows(&axis.place));
         for (&index, group) in &groups {
             at.push((axis.name.clone(), index, axis.size));
-            match self.group(group, depth + 1, at) {
+            match self.group(group, depth + 1, rows_inside, at) {
                 Ok(node) => nodes.push(node),
                 Err(LayoutError::Missing(more)) => missing.extend(more.into_iter().take(NAMED - missing.len())),
                 Err(other) => return Err(other),
@@ -364,7 +301,7 @@ impl Planner<'_> {
         if !missing.is_empty() {
             return Err(LayoutError::Missing(missing));
         }
-        self.combine(axis, nodes, &groups.into_values().collect::<Vec<_>>())
+        self.combine(axis, nodes, rows, &groups.into_values().collect::<Vec<_>>())
     }
 
     fn missing(&self, groups: &BTreeMap<u32, Vec<usize>>, axis: &Axis, at: &Coordinates) -> Vec<Coordinates> {
@@ -380,7 +317,13 @@ impl Planner<'_> {
     }
 
     /// `groups` are the parts that each of `nodes` was made of.
-    fn combine(&self, axis: &Axis, mut nodes: Vec<Node>, groups: &[Vec<usize>]) -> Result<Node, LayoutError> {
+    fn combine(
+        &self,
+        axis: &Axis,
+        mut nodes: Vec<Node>,
+        rows: bool,
+        groups: &[Vec<usize>],
+    ) -> Result<Node, LayoutError> {
         if let Placement::Flat { shape } = &axis.place {
             return flat(nodes, shape, axis);
         }
@@ -389,9 +332,13 @@ impl Planner<'_> {
             return Ok(nodes.remove(0));
         }
         match axis.place {
-            Placement::Shard { dim } => concat(dim as usize, nodes, axis),
             Placement::ReplicateOrShard { .. } if self.all_alike(groups) => Ok(nodes.swap_remove(0)),
-            Placement::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
+            Placement::Shard { dim: 0 } | Placement::ReplicateOrShard { dim: 0 }
+                if rows && rows::are_ragged(&nodes) =>
+            {
+                rows::join(nodes, axis, self.pad)
+            }
+            Placement::Shard { dim } | Placement::ReplicateOrShard { dim } => concat(dim as usize, nodes, axis),
             Placement::HeadTail { dim } => head_tail(dim as usize, nodes, axis),
             Placement::Partial => {
                 let shape = nodes[0].shape().to_vec();
@@ -427,6 +374,11 @@ impl Planner<'_> {
         let one = |&m: &usize| format!("rank {} {:?}", self.parts[m].what.rank, self.parts[m].what.shape);
         few(members.iter().map(one))
     }
+}
+
+/// Whether what lies so along an axis has rows that are put one after the other, or one member's.
+fn has_rows(place: &Placement) -> bool {
+    matches!(place, Placement::Shard { dim: 0 } | Placement::ReplicateOrShard { dim: 0 } | Placement::Unknown)
 }
 
 fn flat(nodes: Vec<Node>, shape: &[u64], axis: &Axis) -> Result<Node, LayoutError> {

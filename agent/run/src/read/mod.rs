@@ -17,10 +17,12 @@ mod passes;
 mod plan;
 mod problem;
 mod records;
+pub mod rows;
 pub mod sealed;
 mod select;
 mod shards;
 mod source;
+pub mod tree;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -40,7 +42,7 @@ pub use select::{Filter, display_module, in_order, natural, nearest};
 pub use shards::{ReadError, Shards};
 pub use source::Source;
 
-use self::gathered::Gathered;
+use self::{gathered::Gathered, rows::Pad};
 use crate::{
     format::{Identity, Part, RunInfo, Stats, What},
     limits::PROBLEMS,
@@ -91,9 +93,18 @@ impl Record {
         layout::plan(&self.parts).map(|node| node.shape().to_vec())
     }
 
-    /// Statistics of the whole, as far as those of the parts tell them.
+    /// Shape of the whole once rows that ranks padded to their own longest are filled up; `None` where nothing is to be
+    /// filled up, or there is no whole.
+    pub fn padded_shape(&self) -> Option<Vec<u64>> {
+        match self.shape() {
+            Err(LayoutError::Ragged { high, .. }) => Some(high),
+            _ => None,
+        }
+    }
+
+    /// Statistics of the whole, as far as those of the parts tell them; without what would fill up rows.
     pub fn stats(&self) -> Option<Stats> {
-        layout::plan(&self.parts).ok().and_then(|node| layout::stats(&node, &self.parts))
+        layout::padded(&self.parts, &Pad::default()).ok().and_then(|node| layout::stats(&node, &self.parts))
     }
 
     /// Over how many ranks the batch lies: a gradient of a mean loss is that many times one process's.
@@ -201,8 +212,17 @@ impl Run {
 
     /// The whole tensor of a record, checksums compared; one range of the mapped shard where it lies there in one piece.
     pub fn whole(&self, record: &Record) -> Result<Whole, ReadError> {
+        self.carried_out(record, AssemblyPlan::new(&record.parts))
+    }
+
+    /// As [`Run::whole`], with rows that ranks padded to their own longest filled up by `pad`.
+    pub fn padded(&self, record: &Record, pad: &Pad) -> Result<Whole, ReadError> {
+        self.carried_out(record, AssemblyPlan::padded(&record.parts, pad))
+    }
+
+    fn carried_out(&self, record: &Record, plan: Result<AssemblyPlan, PlanError>) -> Result<Whole, ReadError> {
         let name = record.id.to_string();
-        let plan = AssemblyPlan::new(&record.parts).map_err(|e| match e {
+        let plan = plan.map_err(|e| match e {
             PlanError::Layout(e) => self.layout_error(record, e),
             e => self.shards().refusal(&e).about(&name),
         })?;

@@ -75,7 +75,7 @@ fn sum_integers(size: usize, addends: &[&[u8]], out: &mut [u8]) {
 }
 
 /// Appends `x` as a real floating `dtype`, rounded to nearest, ties to even.
-fn encode(dtype: DType, x: f64, out: &mut Vec<u8>) {
+pub fn encode(dtype: DType, x: f64, out: &mut Vec<u8>) {
     match dtype {
         DType::Float64 => out.extend_from_slice(&x.to_le_bytes()),
         DType::Float32 => out.extend_from_slice(&(x as f32).to_le_bytes()),
@@ -85,7 +85,7 @@ fn encode(dtype: DType, x: f64, out: &mut Vec<u8>) {
         DType::Float8E4M3Fn => out.push(small(x, 4, 3, 7, Top::Finite) as u8),
         DType::Float8E5M2Fnuz => out.push(small(x, 5, 2, 16, Top::FiniteUnsigned) as u8),
         DType::Float8E4M3Fnuz => out.push(small(x, 4, 3, 8, Top::FiniteUnsigned) as u8),
-        // `sum` lets no other type through.
+        // Neither sums nor pads are of another type.
         _ => out.extend(std::iter::repeat_n(0, dtype.size())),
     }
 }

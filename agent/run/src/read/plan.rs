@@ -6,7 +6,11 @@
 
 use wire::dtype::DType;
 
-use super::layout::{self, LayoutError, Node, byte_len};
+use super::{
+    layout::{self, LayoutError, byte_len},
+    rows::Pad,
+    tree::Node,
+};
 use crate::format::{Location, Part, Stats};
 
 /// How the parts of a record make the whole.
@@ -61,7 +65,15 @@ pub enum PlanError {
 impl AssemblyPlan {
     /// Plans the whole of a record's parts. Takes hostile parts.
     pub fn new(parts: &[Part]) -> Result<Self, PlanError> {
-        let tree = layout::plan(parts)?;
+        Self::of(layout::plan(parts)?, parts)
+    }
+
+    /// The same, with rows that ranks padded to their own longest filled up by `pad`.
+    pub fn padded(parts: &[Part], pad: &Pad) -> Result<Self, PlanError> {
+        Self::of(layout::padded(parts, pad)?, parts)
+    }
+
+    fn of(tree: Node, parts: &[Part]) -> Result<Self, PlanError> {
         // There is a first part where there is a layout.
         let dtype = parts.first().map_or(DType::UInt8, |part| part.what.dtype);
         expect_apart(&tree, parts)?;

@@ -42,6 +42,8 @@ pub struct Report {
     /// Gradients that were divided, by the data-parallel sizes of the run and the reference.
     #[serde(serialize_with = "divided")]
     pub divided: BTreeMap<(u32, u32), u64>,
+    /// Records whose rows each rank padded to its own longest: compared where both runs have rows.
+    pub rows_of_their_own: u64,
     /// Gradients that were divided by loss scales that differ.
     pub unscaled: u64,
     /// The record with the element that is furthest outside its tolerance; none where all bytes are equal.
@@ -186,6 +188,7 @@ impl Report {
             not_comparable: Vec::new(),
             refused_in_both: 0,
             divided: BTreeMap::new(),
+            rows_of_their_own: 0,
             unscaled: 0,
             worst: None,
         }
@@ -233,6 +236,10 @@ impl Report {
         if self.unscaled > 0 {
             let gradients = text::count(self.unscaled, "gradient");
             out.push_str(&format!("{gradients} divided by the job's loss scale before comparison\n"));
+        }
+        if self.rows_of_their_own > 0 {
+            let records = text::count(self.rows_of_their_own, "record");
+            out.push_str(&format!("{records} compared without what would pad rows to the longest of all ranks\n"));
         }
         let names = |found: &[Finding]| found.iter().map(|f| format!("{}: {}", f.record, f.what)).collect::<Vec<_>>();
         out += &list("different", &self.different);

@@ -11,7 +11,7 @@ use flexmodel_run::{Record, Run, format::Identity, unique::Unique};
 use serde::Serialize;
 use wire::dtype::DType;
 
-use super::Outcome;
+use super::{Args, Outcome};
 
 /// Longest file name before its ending; file systems allow 255 bytes.
 const NAME: usize = 180;
@@ -36,15 +36,16 @@ struct Manifest<'a> {
     left_out: &'a [String],
 }
 
-/// Writes `records` into the folder `dest`.
-pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Outcome> {
+/// Writes `records` into the folder `args.dest`.
+pub fn export(run: &Run, records: &[&Record], args: &Args) -> anyhow::Result<Outcome> {
+    let dest = &args.dest;
     fs::create_dir_all(dest)?;
     let mut outcome = Outcome::default();
     let mut names = Unique::ignoring_case();
     let mut entries = Vec::new();
     let mut renamed = BTreeSet::new();
     for record in records {
-        let whole = match run.whole(record) {
+        let whole = match args.whole(run, record) {
             Ok(whole) => whole,
             Err(e) => {
                 outcome.missed(&e);

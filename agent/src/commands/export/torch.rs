@@ -10,15 +10,16 @@ use std::{
 use flexmodel_run::{Record, Run};
 
 use super::{
-    Outcome,
+    Args, Outcome,
     pickle::{self, Tensor},
     zip::Zip,
 };
 
-/// Writes `records` into the file `dest`, which appears whole or not at all.
-pub fn export(run: &Run, records: &[&Record], dest: &Path) -> anyhow::Result<Outcome> {
+/// Writes `records` into the file `args.dest`, which appears whole or not at all.
+pub fn export(run: &Run, records: &[&Record], args: &Args) -> anyhow::Result<Outcome> {
+    let dest = &args.dest;
     let partial = beside(dest);
-    let made = write(run, records, &partial).and_then(|outcome| {
+    let made = write(run, records, args, &partial).and_then(|outcome| {
         fs::rename(&partial, dest)?;
         Ok(outcome)
     });
@@ -35,12 +36,12 @@ fn beside(dest: &Path) -> PathBuf {
     dest.with_file_name(name)
 }
 
-fn write(run: &Run, records: &[&Record], path: &Path) -> io::Result<Outcome> {
+fn write(run: &Run, records: &[&Record], args: &Args, path: &Path) -> io::Result<Outcome> {
     let mut zip = Zip::new(BufWriter::with_capacity(1 << 16, super::partial(path)?));
     let mut outcome = Outcome::default();
     let mut tensors: Vec<Tensor> = Vec::new();
     for record in records {
-        let whole = match run.whole(record) {
+        let whole = match args.whole(run, record) {
             Ok(whole) => whole,
             Err(e) => {
                 outcome.missed(&e);

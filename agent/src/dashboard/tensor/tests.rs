@@ -8,6 +8,7 @@ use flexmodel_run::{
         assemble::{self, Bytes},
         layout,
         number::component,
+        rows::{Number, Side},
     },
     stats::to_f64,
     testing::{self, fixture::*},
@@ -64,8 +65,13 @@ fn case(dtype: DType, ranks: &[(&[u64], &[Along<'_>])]) -> Case {
 }
 
 fn check(case: Case) {
-    let node = layout::plan(&case.parts).unwrap();
+    check_padded(case, Side::Right);
+}
+
+fn check_padded(case: Case, side: Side) {
     let dtype = case.parts[0].what.dtype;
+    let pad = Pad::new(Number::Integer(7), dtype, side).unwrap();
+    let node = layout::padded(&case.parts, &pad).unwrap();
     let leaf = |i: usize| Ok::<_, ReadError>(Bytes::Owned(case.bytes[i].clone()));
     let whole = assemble::assemble(&node, dtype, &mut { leaf }).unwrap();
     let expected: Vec<f64> = whole.chunks_exact(dtype.size()).map(|x| to_f64(dtype, x)).collect();
@@ -94,6 +100,23 @@ fn uneven_pieces_of_every_dimension_read_as_the_whole() {
     check(case(DType::Float32, &[(&[2, 3, 4], &[("dp", 0, 2, shard(0))]), (&[1, 3, 4], &[("dp", 1, 2, shard(0))])]));
     check(case(DType::Float32, &[(&[2, 3, 4], &[("dp", 0, 2, shard(1))]), (&[2, 2, 4], &[("dp", 1, 2, shard(1))])]));
     check(case(DType::Float32, &[(&[2, 3, 4], &[("tp", 0, 2, shard(2))]), (&[2, 3, 1], &[("tp", 1, 2, shard(2))])]));
+}
+
+#[test]
+fn rows_of_several_sizes_read_as_the_whole() {
+    for side in Side::ALL {
+        let axes = |i| [("dp", i, 3, shard(0))];
+        let place = [axes(0), axes(1), axes(2)];
+        let rows: [(DType, [&[u64]; 3]); 3] = [
+            (DType::Float32, [&[2, 3, 4], &[1, 5, 4], &[1, 1, 4]]),
+            (DType::Complex64, [&[1, 2, 3, 3], &[2, 2, 1, 4], &[1, 2, 2, 2]]),
+            (DType::Float32, [&[2, 3], &[0, 5], &[1, 4]]),
+        ];
+        for (dtype, shapes) in rows {
+            let ranks: Vec<_> = shapes.into_iter().zip(&place).map(|(shape, axes)| (shape, &axes[..])).collect();
+            check_padded(case(dtype, &ranks), side);
+        }
+    }
 }
 
 #[test]

@@ -36,7 +36,12 @@ impl Outbox {
                 self.messages.remove(old);
                 self.sent -= usize::from(old < self.sent);
             }
-            None if self.messages.iter().filter(|other| like(other)).count() >= keeping.most => return,
+            None if self.messages.iter().filter(|other| like(other)).count() >= keeping.most => {
+                if matches!(message, ToAgent::Model { .. }) {
+                    self.push(ToAgent::Notice(control::too_many_models()));
+                }
+                return;
+            }
             None => {}
         }
         self.messages.push(message);
@@ -218,6 +223,18 @@ mod tests {
             assert_eq!(messages(read(&mut outbox, 1000, 100)), [answer(id)]);
         }
         assert_eq!(outbox.messages.len(), 1);
+    }
+
+    #[test]
+    fn more_models_than_are_described_are_said_once() {
+        let mut outbox = Outbox::default();
+        for n in 0..MAX_MODELS as u32 {
+            outbox.push(model(n, "A"));
+        }
+        assert_eq!(outbox.messages.len(), MAX_MODELS);
+        outbox.push(model(MAX_MODELS as u32, "A"));
+        outbox.push(model(MAX_MODELS as u32 + 1, "A"));
+        assert_eq!(outbox.messages.split_off(MAX_MODELS), [notice(&control::too_many_models())]);
     }
 
     #[test]
