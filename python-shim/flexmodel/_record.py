@@ -23,7 +23,8 @@ class Record:
     `module` is the name in the model as it was written, empty for the model itself. `path` is the leaf: `out`,
     `out[0]`, `out.logits`, `in[0]`, `in.states`; a gradient has the path of the value it is the gradient of.
     `step` counts optimizer steps, `micro` the model's forward passes within a step, `call` the module's calls within a
-    pass, `repeat` backward passes over the same forward.
+    pass, `repeat` backward passes over the same forward. `job` and `attempt` say which of `Run.jobs` it is of; `again`
+    is 0 but for what is called as another record is and was kept beside it.
 
     `shape` is the whole tensor's, or None where the parts make no whole (yet); `dtype` is torch's name of it;
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
@@ -47,6 +48,9 @@ class Record:
     dtype: str
     model: int
     repeat: int
+    job: int
+    attempt: int
+    again: int
     class_name: str
     group: str
     layout: tuple[Axis, ...]
@@ -95,9 +99,11 @@ class Record:
     def __str__(self) -> str:
         name = safe(f"{clip(self.module) or '(root)'} {self.kind} {clip(self.path)}".rstrip())
         where = f"step {self.step} micro {self.micro} call {self.call}"
-        marks = [f"model {self.model}"] if self.model else []
+        numbered = {"job": self.job, "attempt": self.attempt, "model": self.model}
+        marks = [f"{name} {number}" for name, number in numbered.items() if number]
         marks += [f"repeat {self.repeat}"] if self.repeat else []
         marks += ["eval"] if not self.train else []
+        marks += [f"again {self.again}"] if self.again else []
         return " ".join([name, where, *marks])
 
     def __repr__(self) -> str:

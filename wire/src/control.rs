@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::env::OnFull;
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 6;
+pub const CONTROL_VERSION: u32 = 7;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most bytes of a [`FromAgent`] with its length prefix: a rank takes no longer one.
@@ -33,6 +33,9 @@ pub const MAX_NOTICES: usize = 200;
 pub const MAX_NOTICE: usize = 4096;
 /// Most models that a rank tells of and a run takes.
 pub const MAX_MODELS: usize = 1024;
+
+/// A [`JobSigns::launch`] that begins with this is of one process alone.
+pub const ALONE: &str = "process ";
 
 /// Who attaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +62,23 @@ pub struct Hello {
     pub on_full: OnFull,
     /// How the job wraps its model, such as `FSDP2` or `DDP`; empty if unknown yet.
     pub wrapper: String,
+    /// What tells its job from others.
+    pub job: JobSigns,
+}
+
+/// What tells the job of a rank from other jobs, and an attempt of it from others, as far as there is anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSigns {
+    /// The number that the ranks of the default process group have drawn; 0 where there is no group, or it has no store
+    /// to draw one in. All ranks of a group have the same, and no other group has.
+    pub group: u64,
+    /// What all ranks of the job have in common before they have a group. Another job may have the same, later or on other
+    /// ranks.
+    pub launch: String,
+    /// Who started the ranks of this node, and starts them again where an attempt failed.
+    pub launcher: String,
+    /// How often it has started them again; `None` where it does not say.
+    pub restarts: Option<u32>,
 }
 
 /// One module of a model, for the dashboard's tree.

@@ -18,7 +18,7 @@ use crate::{
     asked::{flag, number, text},
     bounded,
     open::{expect_run, problems, refused},
-    record::{Record, identity},
+    record::{IdentityFields, Record, identity},
 };
 
 /// A run as it was when it was last looked at, and what is made of it once it is asked for.
@@ -60,7 +60,7 @@ impl State {
         self.modules.get_or_init(|| self.run.modules_in_model_order().into_iter().map(str::to_owned).collect())
     }
 
-    /// By step, microbatch, module, and then as [`in_module`].
+    /// By job, step, microbatch, module, and then as [`in_module`].
     fn order(&self) -> &[usize] {
         self.order.get_or_init(|| {
             let position: HashMap<&str, usize> =
@@ -68,7 +68,7 @@ impl State {
             let mut all: Vec<usize> = (0..self.run.records.len()).collect();
             all.sort_by_cached_key(|&at| {
                 let id = &self.run.records[at].id;
-                (id.step, id.micro, position.get(id.module.as_str()).copied(), in_module(id))
+                (id.job, id.step, id.micro, position.get(id.module.as_str()).copied(), in_module(id))
             });
             all
         })
@@ -84,7 +84,7 @@ impl State {
 
 /// The order of a module's records.
 fn in_module(id: &Identity) -> impl Ord + use<'_> {
-    (id.step, id.micro, id.call, id.model, !id.train, id.kind, natural(&id.path), id.repeat)
+    (id.job, id.step, id.micro, id.call, id.model, !id.train, id.kind, natural(&id.path), (id.repeat, id.again))
 }
 
 /// A run directory.
@@ -99,8 +99,6 @@ impl Run {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
-
-type Identity9 = (String, &'static str, String, u32, u64, u32, u32, u32, bool);
 
 #[pymethods]
 impl Run {
@@ -142,6 +140,13 @@ impl Run {
     fn info(&self, py: Python<'_>) -> PyResult<String> {
         let state = self.state();
         py.detach(|| serde_json::to_string(&state.run.info))
+            .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
+    }
+
+    /// Its jobs and their attempts, as JSON.
+    fn jobs(&self, py: Python<'_>) -> PyResult<String> {
+        let state = self.state();
+        py.detach(|| serde_json::to_string(&state.run.jobs))
             .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
     }
 
@@ -187,11 +192,13 @@ impl Run {
 
     /// The one record that is meant.
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (module, *, kind, model, train, step, micro, call, path, repeat))]
+    #[pyo3(signature = (module, *, job, attempt, kind, model, train, step, micro, call, path, repeat, again))]
     fn one(
         &self,
         py: Python<'_>,
         module: &Bound<'_, PyAny>,
+        job: Option<&Bound<'_, PyAny>>,
+        attempt: Option<&Bound<'_, PyAny>>,
         kind: Option<&Bound<'_, PyAny>>,
         model: Option<&Bound<'_, PyAny>>,
         train: Option<&Bound<'_, PyAny>>,
@@ -200,10 +207,13 @@ impl Run {
         call: Option<&Bound<'_, PyAny>>,
         path: Option<&Bound<'_, PyAny>>,
         repeat: Option<&Bound<'_, PyAny>>,
+        again: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Record> {
         let state = self.state();
         let module = text("module", Some(module))?.unwrap_or_default();
         let wanted = Wanted {
+            job: number("job", job)?,
+            attempt: number("attempt", attempt)?,
             kind: text("kind", kind)?,
             model: number("model", model)?,
             train: flag("train", train)?,
@@ -212,6 +222,7 @@ impl Run {
             call: number("call", call)?,
             path: text("path", path)?,
             repeat: number("repeat", repeat)?,
+            again: number("again", again)?,
         };
         let at = py.detach(|| {
             bounded(|| {
@@ -222,13 +233,13 @@ impl Run {
         Ok(Record::new(&state.run, at))
     }
 
-    fn refused(&self, py: Python<'_>) -> Vec<(Identity9, u32, String)> {
+    fn refused(&self, py: Python<'_>) -> Vec<(IdentityFields, u32, String)> {
         let state = self.state();
         let all = state.run.lost.refused.iter();
         py.detach(|| all.map(|(what, why)| (identity(&what.id), what.rank, why.clone())).collect())
     }
 
-    fn divergences(&self, py: Python<'_>) -> Vec<(Identity9, u32, u32)> {
+    fn divergences(&self, py: Python<'_>) -> Vec<(IdentityFields, u32, u32)> {
         let state = self.state();
         let all = state.run.lost.divergences.iter();
         py.detach(|| all.map(|(what, against)| (identity(&what.id), what.rank, *against)).collect())

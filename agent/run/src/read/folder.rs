@@ -13,13 +13,14 @@ use wire::record::Placement;
 
 use super::{
     Found, Lost, Note, OpenError, Problem, Said,
+    jobs::Table,
     layout::{self, Coordinates},
     nodes,
 };
 use crate::{
     files::{open_to_read, read_whole},
     format::{FORMAT, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo},
-    limits::{PROBLEMS, RUN_FILE_BYTES},
+    limits::{self, PROBLEMS, RUN_FILE_BYTES},
     manifest::{self, LineError, Position},
     text,
 };
@@ -48,6 +49,8 @@ pub struct Folder {
     journal: Option<Journal>,
     /// What was not captured.
     pub lost: Lost,
+    /// The jobs that it tells of.
+    pub jobs: Table,
     /// Seals: shard and length.
     pub sealed: Vec<(String, u64)>,
     lines: Vec<Problem>,
@@ -188,6 +191,8 @@ impl Folder {
             Line::Refused { what, reason } => self.lost.refused.push((what, reason)),
             Line::Divergence { what, against } => self.lost.divergences.push((what, against)),
             Line::Dropped { rank, count, reason, .. } => self.lost.dropped.push((rank, count, reason)),
+            Line::Job(info) if self.jobs.len() < limits::JOBS => _ = self.jobs.insert(info.id, info),
+            Line::Job(_) => {}
             Line::Sealed { shard, len } => {
                 let shard = within(&self.name, shard);
                 needs(&mut self.ends, &shard, len);

@@ -11,7 +11,8 @@ use wire::{
 };
 
 use crate::format::{
-    FILLER, FORMAT, HEADER_SPACE, Identity, Line, Location, MANIFEST_FILE, Part, RUN_FILE, RunInfo, TENSOR_ALIGN, What,
+    FILLER, FORMAT, HEADER_SPACE, Identity, JobId, Line, Location, MANIFEST_FILE, Part, RUN_FILE, RunInfo,
+    TENSOR_ALIGN, What,
 };
 
 /// A run being made; [`Fixture::finish`] seals it.
@@ -28,6 +29,7 @@ pub struct Fixture {
 /// `step` of a module's forward output.
 pub fn id(module: &str, step: u64) -> Identity {
     Identity {
+        job: JobId::default(),
         module: module.into(),
         kind: Kind::Forward,
         path: "out".into(),
@@ -37,6 +39,7 @@ pub fn id(module: &str, step: u64) -> Identity {
         call: 0,
         repeat: 0,
         train: true,
+        again: 0,
     }
 }
 

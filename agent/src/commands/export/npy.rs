@@ -165,6 +165,7 @@ mod tests {
 
     fn id(module: &str, path: &str) -> Identity {
         Identity {
+            job: Default::default(),
             module: module.into(),
             kind: wire::hooks::Kind::Forward,
             path: path.into(),
@@ -174,6 +175,7 @@ mod tests {
             call: 1,
             repeat: 0,
             train: false,
+            again: 0,
         }
     }
 

@@ -13,7 +13,7 @@ use std::{
 
 use wire::{
     codes::Role,
-    control::{CONTROL_VERSION, Hello, ToAgent},
+    control::{CONTROL_VERSION, Hello, JobSigns, ToAgent},
     env::OnFull,
     hooks::Kind,
     tap_abi::{MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str, Trigger},
@@ -164,7 +164,7 @@ impl Model {
             axis_count: mesh.len(),
         };
         // SAFETY: the arrays have these lengths and live through the call.
-        unsafe { engine.select(&desc, Rank { rank, world }) }
+        unsafe { engine.select(&desc, Rank { rank, world, group: 0 }) }
     }
 }
 
@@ -192,5 +192,6 @@ pub fn hello(on_full: OnFull) -> Hello {
         hooks: "*".into(),
         on_full,
         wrapper: String::new(),
+        job: JobSigns::default(),
     }
 }
