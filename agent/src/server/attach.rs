@@ -176,8 +176,9 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
     };
     line.say(&FromAgent::Welcome).await;
     let number = rank.hello.rank;
-    let mut questions = server.ranks.join(number);
-    tokio::spawn(ranks::compare_plan(server.clone(), number));
+    let who = (rank.job.id, number);
+    let mut questions = server.ranks.join(who);
+    tokio::spawn(ranks::compare_plan(server.clone(), who));
     line.done();
     loop {
         tokio::select! {
