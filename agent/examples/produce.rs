@@ -105,7 +105,7 @@ impl Rank {
             hooks: "layers.*.mlp:forward,backward;layers.0.attn;lm_head".into(),
             on_full: OnFull::Wait,
             wrapper: "DDP".into(),
-            job: JobSigns { group: 1, ..JobSigns::default() },
+            job: Box::new(JobSigns { group: 1, ..JobSigns::default() }),
         };
         send_with_fd(&stream, &encode(&ToAgent::Hello(hello)), slab.mapping())?;
         stream.write_all(&encode(&ToAgent::Model { model: 0, modules: modules(args.layers) }))?;

@@ -26,7 +26,7 @@ fn set(name: &str) -> Option<String> {
 
 /// All that is known before there is a process group.
 pub fn signs() -> JobSigns {
-    signs_of(&set, |pid| started(pid), std::process::id(), std::os::unix::process::parent_id())
+    signs_of(&set, started, std::process::id(), std::os::unix::process::parent_id())
 }
 
 fn signs_of(set: &dyn Fn(&str) -> Option<String>, process: impl Fn(u32) -> String, own: u32, parent: u32) -> JobSigns {

@@ -53,7 +53,7 @@ pub fn transport(hooks: &str) -> Result<Settings, String> {
         hooks: hooks.to_owned(),
         on_full,
         wrapper: String::new(),
-        job: launch::signs(),
+        job: Box::new(launch::signs()),
     };
     let counts = set(env::COUNTS).and_then(|name| Counts::open(&name, &agent));
     Ok(Settings { socket: socket.to_owned(), slab_bytes, counts, hello })

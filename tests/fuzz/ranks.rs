@@ -384,7 +384,7 @@ fn hello(rank: u32, world: u32, pid: u32) -> Hello {
         hooks: "*".into(),
         on_full: OnFull::Wait,
         wrapper: String::new(),
-        job: JobSigns { group: u64::from(world > 1), launch: "here".into(), ..JobSigns::default() },
+        job: Box::new(JobSigns { group: u64::from(world > 1), launch: "here".into(), ..JobSigns::default() }),
     }
 }
 

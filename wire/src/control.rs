@@ -63,7 +63,7 @@ pub struct Hello {
     /// How the job wraps its model, such as `FSDP2` or `DDP`; empty if unknown yet.
     pub wrapper: String,
     /// What tells its job from others.
-    pub job: JobSigns,
+    pub job: Box<JobSigns>,
 }
 
 /// What tells the job of a rank from other jobs, and an attempt of it from others, as far as there is anything.

@@ -233,7 +233,7 @@ impl Rank {
             hooks: "layers.*.mlp".into(),
             on_full: OnFull::Wait,
             wrapper: "DDP".into(),
-            job: JobSigns { group: self.group, launch: "elastic test".into(), ..JobSigns::default() },
+            job: Box::new(JobSigns { group: self.group, launch: "elastic test".into(), ..JobSigns::default() }),
         }
     }
 

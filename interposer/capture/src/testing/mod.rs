@@ -13,7 +13,7 @@ use std::{
 
 use wire::{
     codes::Role,
-    control::{CONTROL_VERSION, Hello, JobSigns, ToAgent},
+    control::{CONTROL_VERSION, Hello, ToAgent},
     env::OnFull,
     hooks::Kind,
     tap_abi::{MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str, Trigger},
@@ -192,6 +192,6 @@ pub fn hello(on_full: OnFull) -> Hello {
         hooks: "*".into(),
         on_full,
         wrapper: String::new(),
-        job: JobSigns::default(),
+        job: Box::default(),
     }
 }
