@@ -12,11 +12,11 @@ from harness import FLEXMODEL, run
 from reference import Key
 
 
-def read(path: pathlib.Path, model: int | None = None) -> dict[Key, torch.Tensor]:
-    """Every whole tensor of a run, of one model where it has several."""
+def read(path: pathlib.Path, model: int | None = None, job: int | None = None) -> dict[Key, torch.Tensor]:
+    """Every whole tensor of a run, of one model and one job where it has several."""
     found: dict[Key, torch.Tensor] = {}
     for record in flexmodel.open(path).records:
-        if model is not None and record.model != model:
+        if model not in (None, record.model) or job not in (None, record.job):
             continue
         key = Key(record.module, record.kind, record.path, record.step, record.micro, record.call, record.train)
         assert key not in found, f"two records of {key}"

@@ -17,7 +17,7 @@ use std::{
 
 use clap::Parser;
 use wire::{
-    control::{self, CONTROL_VERSION, Hello, ModuleInfo, ToAgent},
+    control::{self, CONTROL_VERSION, Hello, JobSigns, ModuleInfo, ToAgent},
     dtype::DType,
     env::OnFull,
     hooks::Kind,
@@ -105,6 +105,7 @@ impl Rank {
             hooks: "layers.*.mlp:forward,backward;layers.0.attn;lm_head".into(),
             on_full: OnFull::Wait,
             wrapper: "DDP".into(),
+            job: Box::new(JobSigns { group: 1, ..JobSigns::default() }),
         };
         send_with_fd(&stream, &encode(&ToAgent::Hello(hello)), slab.mapping())?;
         stream.write_all(&encode(&ToAgent::Model { model: 0, modules: modules(args.layers) }))?;

@@ -191,7 +191,7 @@ impl Live {
         let inner = self.lock();
         let (owners, world) = (inner.info.owners.clone(), inner.info.world);
         drop(inner);
-        PartialOwnership::of_module(&owners, world, id.model, &id.module)
+        PartialOwnership::of_module(id.job, &owners, world, id.model, &id.module)
     }
 
     /// A rank connected. A run that was over goes on.

@@ -270,6 +270,10 @@ fn a_job_that_is_started_again_is_put_together_with_itself_only() {
     let offset = |part: &serde_json::Value| part["at"]["offset"].as_u64().unwrap();
     assert_eq!(again.len(), 2);
     assert_eq!(offset(&again[1]), offset(&again[0]) + 3 * 64, "the pieces of the second start lie side by side");
+    assert_eq!(parts(&out).iter().map(|part| part["job"].as_u64()).collect::<Vec<_>>(), [None, Some(1), Some(1)]);
+    let jobs = lines(&out, "job");
+    assert_eq!(jobs.iter().map(|job| &job["world"]).collect::<Vec<_>>(), [2, 2]);
+    assert_eq!(total(&out, "records"), 2);
 }
 
 /// A process of one rank that tapped before it knew that it is another one.
@@ -287,15 +291,14 @@ fn a_process_that_becomes_another_rank_goes_on_in_another_slab() {
         rank.ship("dry", 0, 3);
     }
     // Rank 0 stays what it is in a larger world; the other is rank 1, and comes first.
-    let mut late = Rank::new(1, 2, SLAB);
-    late.pid = early[1].pid;
-    early[1].say(&ToAgent::Bye);
-    early[1].stream = None;
-    assert_eq!(late.attach(&agent.socket), FromAgent::Welcome);
-    early[0].world = 2;
-    let hello = early[0].hello();
-    early[0].say(&ToAgent::Hello(hello));
-    let [mut first, _] = early;
+    let [mut late, mut first] = [1, 0].map(|n| {
+        let (before, mut rank) = (&mut early[n as usize], Rank::new(n, 2, SLAB));
+        rank.pid = before.pid;
+        before.say(&ToAgent::Bye);
+        before.stream = None;
+        assert_eq!(rank.attach(&agent.socket), FromAgent::Welcome);
+        rank
+    });
     late.ship("a", 1, 3);
     late.drained();
     first.ship("a", 1, 3);

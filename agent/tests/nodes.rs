@@ -6,7 +6,8 @@ use std::{fs, path::Path};
 
 use command::{flexmodel, text};
 use flexmodel_run::{
-    format::{FORMAT, Identity, RUN_FILE, RunInfo},
+    Run,
+    format::{FORMAT, Identity, JobId, JobInfo, Line, RUN_FILE, RunInfo},
     testing::fixture::*,
 };
 use tempfile::TempDir;
@@ -58,6 +59,22 @@ fn node(job: &TempDir, name: &str, ranks: &[u32], table: u8) {
         f.part(gradient(), DType::Float32, &[1, 2], rank, dp(rank, 4, shard(0)), &row);
         f.part(id("table", 0), DType::UInt8, &[2], rank, dp(rank, 4, Placement::Replicate), &[7, table]);
     }
+    put(job, name, f);
+}
+
+/// What a rank of two captured in jobs of these groups, which its agent numbers in this order: a row with a value.
+fn node_of(job: &TempDir, name: &str, rank: u32, jobs: &[(JobId, &str, f32)]) {
+    let mut f = Fixture::default();
+    for &(job, group, value) in jobs {
+        let info = JobInfo { id: job, group: group.into(), world: 2, ..JobInfo::default() };
+        f.line(&Line::Job(info));
+        let what = Identity { job, ..id("mlp", 0) };
+        f.part(what, DType::Float32, &[1, 1], rank, dp(rank, 2, shard(0)), &f32s(&[value]));
+    }
+    put(job, name, f);
+}
+
+fn put(job: &TempDir, name: &str, f: Fixture) {
     let made = f.finish();
     let place = job.path().join(name);
     fs::create_dir(&place).unwrap();
@@ -169,6 +186,34 @@ fn runs_of_several_jobs_are_refused_in_one_line_that_says_why() {
     node(&twice, "first", &[2, 0, 1], 8);
     node(&twice, "second", &[2, 1, 3], 8);
     assert!(refused(&["ls", at(twice.path())]).contains("first and second both have rank 1; open one of them"));
+}
+
+/// Whose agents met the jobs in another order, and one of them alone saw that ranks were started again.
+#[test]
+fn jobs_of_two_nodes_are_joined_by_their_groups() {
+    let of = |job, attempt| JobId { job, attempt };
+    let job = tempfile::tempdir().unwrap();
+    node_of(&job, "node-a", 0, &[(of(0, 0), "x", 1.0), (of(0, 1), "y", 2.0), (of(1, 0), "z", 3.0)]);
+    node_of(&job, "node-b", 1, &[(of(0, 0), "z", 30.0), (of(1, 0), "x", 10.0), (of(2, 0), "y", 20.0)]);
+    let run = Run::open(job.path()).unwrap();
+    let found: Vec<_> = run
+        .records
+        .iter()
+        .map(|record| (record.id.job.job, record.id.job.attempt, run.whole(record).unwrap().bytes.to_vec()))
+        .collect();
+    let rows = |a: f32, b: f32| f32s(&[a, b]);
+    assert_eq!(found, [(0, 0, rows(1.0, 10.0)), (0, 1, rows(2.0, 20.0)), (1, 0, rows(3.0, 30.0))]);
+    assert_eq!(run.jobs.iter().map(|info| (info.id, info.world)).collect::<Vec<_>>().len(), 3);
+    assert!(ends(0, &["show", at(job.path()), "mlp"]).contains("max 30 "), "the newest");
+    assert!(ends(0, &["show", at(job.path()), "mlp", "--job", "0"]).contains("max 20 "), "its last attempt");
+    assert!(ends(0, &["show", at(job.path()), "mlp", "--job", "0", "--attempt", "0"]).contains("max 10 "));
+    let out = ends(0, &["ls", at(job.path())]);
+    assert!(out.starts_with("job  attempt  module") && out.contains("2 jobs, 3 attempts, "), "{out}");
+    ends(0, &["verify", at(job.path())]);
+    let strangers = tempfile::tempdir().unwrap();
+    node_of(&strangers, "first", 0, &[(of(0, 0), "x", 1.0)]);
+    node_of(&strangers, "second", 0, &[(of(0, 0), "y", 2.0)]);
+    assert!(refused(&["ls", at(strangers.path())]).contains("first and second both have rank 0"));
 }
 
 #[test]

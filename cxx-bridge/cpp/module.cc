@@ -33,14 +33,15 @@ namespace {
 const HostTable* engine = nullptr;
 
 // select(serial, [(name, class, qualified class, order)], [parameter], wrapper, [(mesh axis, index, size, role, ranks)],
-// signature, rank, world) -> [(index, (before, after))], [(index of the parameter, tap)]
+// signature, rank, world, group's number) -> [(index, (before, after))], [(index of the parameter, tap)]
 PyObject* py_select(PyObject*, PyObject* args) {
   unsigned long long serial = 0;
   PyObject *entries = nullptr, *names = nullptr, *axes = nullptr;
   const char* wrapper = nullptr;
   unsigned int signature = 0, rank = 0, world = 1;
-  if (PyArg_ParseTuple(args, "KO!O!sO!III", &serial, &PyList_Type, &entries, &PyList_Type, &names, &wrapper, &PyList_Type,
-                       &axes, &signature, &rank, &world) == 0) {
+  unsigned long long group = 0;
+  if (PyArg_ParseTuple(args, "KO!O!sO!IIIK", &serial, &PyList_Type, &entries, &PyList_Type, &names, &wrapper, &PyList_Type,
+                       &axes, &signature, &rank, &world, &group) == 0) {
     return nullptr;
   }
   // Texts are borrowed of Python's, which the arguments hold.
@@ -86,7 +87,7 @@ PyObject* py_select(PyObject*, PyObject* args) {
   const ModelDesc model{serial, modules.data(), modules.size(), parameters.data(), parameters.size(),
                         str(wrapper), mesh.data(), mesh.size(), signature};
   std::vector<Selected> found(modules.size() + parameters.size());
-  found.resize(std::min(found.size(), host().select(&model, Rank{rank, world}, found.data(), found.size())));
+  found.resize(std::min(found.size(), host().select(&model, Rank{rank, world, group}, found.data(), found.size())));
   Ref out(PyList_New(0)), of_parameters(PyList_New(0));
   if (!out || !of_parameters) return nullptr;
   for (const Selected& selected : found) {

@@ -6,6 +6,7 @@
 //! | [`start`](mod@start) | the one exported function: the preload calls it when torch is about to be loaded |
 //! | [`python`] | the few functions of the Python C API we call, found by dlsym |
 //! | [`settings`] | reads the environment |
+//! | [`launch`] | which job this process is of, as far as its launcher says it |
 //! | [`boot`] | inside Python: finds the bridge for this torch, makes the capture engine, starts the shim |
 //! | [`instance`] | the one capture engine of this process |
 //! | [`state`] | the one atomic state, forks, and the switch that turns taps off |
@@ -29,6 +30,7 @@
 mod boot;
 mod host;
 mod instance;
+mod launch;
 mod log;
 mod python;
 mod settings;

@@ -9,6 +9,8 @@ use wire::{
     env::{self, OnFull},
 };
 
+use crate::launch;
+
 fn set(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
@@ -51,6 +53,7 @@ pub fn transport(hooks: &str) -> Result<Settings, String> {
         hooks: hooks.to_owned(),
         on_full,
         wrapper: String::new(),
+        job: Box::new(launch::signs()),
     };
     let counts = set(env::COUNTS).and_then(|name| Counts::open(&name, &agent));
     Ok(Settings { socket: socket.to_owned(), slab_bytes, counts, hello })

@@ -15,7 +15,7 @@ from ._errors import NotCapturedError, RunError, RunNotFoundError
 from ._record import Record
 from ._run import Run
 from ._run import open_run as open
-from ._types import Axis, Divergence, Dropped, ModelInfo, ModuleInfo, Part, Refusal, RunInfo, Stats, Totals
+from ._types import Axis, Divergence, Dropped, Job, ModelInfo, ModuleInfo, Part, Refusal, RunInfo, Stats, Totals
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "Axis",
     "Divergence",
     "Dropped",
+    "Job",
     "ModelInfo",
     "ModuleInfo",
     "NotCapturedError",

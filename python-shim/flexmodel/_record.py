@@ -24,7 +24,8 @@ class Record:
     `module` is the name in the model as it was written, empty for the model itself. `path` is the leaf: `out`,
     `out[0]`, `out.logits`, `in[0]`, `in.states`; a gradient has the path of the value it is the gradient of.
     `step` counts optimizer steps, `micro` the model's forward passes within a step, `call` the module's calls within a
-    pass, `repeat` backward passes over the same forward.
+    pass, `repeat` backward passes over the same forward. `job` and `attempt` say which of `Run.jobs` it is of; `again`
+    is 0 but for what is called as another record is and was kept beside it.
 
     `shape` is the whole tensor's, or None where the parts make no whole (yet). Where each rank padded its rows to its
     own longest, `padded_shape` is that of `tensor(pad=...)`, and `shape` is None and `complete` False: `tensor()` alone
@@ -58,6 +59,9 @@ class Record:
     slice: str | None
     model: int
     repeat: int
+    job: int
+    attempt: int
+    again: int
     class_name: str
     group: str
     layout: tuple[Axis, ...]
@@ -118,10 +122,12 @@ class Record:
     def __str__(self) -> str:
         name = safe(f"{clip(self.module) or '(root)'} {self.kind} {clip(self.path)}".rstrip())
         where = f"step {self.step} micro {self.micro} call {self.call}"
-        marks = [f"model {self.model}"] if self.model else []
+        numbered = {"job": self.job, "attempt": self.attempt, "model": self.model}
+        marks = [f"{name} {number}" for name, number in numbered.items() if number]
         marks += [f"repeat {self.repeat}"] if self.repeat else []
         marks += ["eval"] if not self.train else []
         marks += [f"rank {self.apart} apart"] if self.apart is not None else []
+        marks += [f"again {self.again}"] if self.again else []
         return " ".join([name, where, *marks])
 
     def __repr__(self) -> str:

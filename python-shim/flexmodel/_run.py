@@ -12,7 +12,7 @@ from typing import Any, overload
 from . import _native, _record
 from ._native import safe
 from ._record import Record
-from ._types import Divergence, Dropped, Identity, ModelInfo, Refusal, RunInfo, run_info
+from ._types import Divergence, Dropped, Identity, Job, ModelInfo, Refusal, RunInfo, jobs, run_info
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -67,6 +67,9 @@ class Run:
         model: int | None = None,
         repeat: int | None = None,
         apart: int | None = None,
+        again: int | None = None,
+        job: int | None = None,
+        attempt: int | None = None,
         rank: int | None = None,
         pad: complex | None = None,
         side: str = "right",
@@ -74,8 +77,10 @@ class Run:
     ) -> Any:
         """The whole tensor of the one record that these fields mean; with `rank`, that rank's part of it.
 
-        A field may be left out where there is one value of it. Without `apart` a pass of all ranks is meant, if there is
-        one (`Record.apart`). `module` is '' or '(root)' for the model itself.
+        A field may be left out where there is one value of it. `module` is '' or '(root)' for the model itself.
+        Without `job` it is the newest job that has the module, and without `attempt` the last attempt of that job:
+        steps of earlier ones are never mixed in. Without `apart` a pass of all ranks is meant, if there is one
+        (`Record.apart`). `again` tells apart what is called the same; the first is 0.
         Returns what `Record.tensor()` returns: a torch.Tensor if torch is installed, else a numpy array. Where each
         rank padded its rows to its own longest, `pad=0` fills the shorter ones up on that `side`, and `nested=True`
         gives a nested tensor; see there.
@@ -83,15 +88,18 @@ class Run:
         NotCapturedError (a KeyError) if there is no such record or more than one: it names what is there.
         """
         reader = self._reader.one(
-            _name(module), kind=kind, model=model, train=train, step=step, micro=micro, call=call, path=path,
-            repeat=repeat, apart=apart,
+            _name(module), job=job, attempt=attempt, kind=kind, model=model, train=train, step=step, micro=micro,
+            call=call, path=path, repeat=repeat, apart=apart, again=again,
         )  # fmt: skip
         record = _record.make(reader)
         how = {"pad": pad, "side": side, "nested": nested}
         return record.tensor(**how) if rank is None else record.part(rank, **how)
 
     def __getitem__(self, module: str) -> list[Record]:
-        """Every record of `module`, in order of step, microbatch and call. NotCapturedError (a KeyError) if none."""
+        """Every record of `module`, of all jobs, in order of job, step, microbatch and call.
+
+        NotCapturedError (a KeyError) if there is none.
+        """
         return [_record.make(reader) for reader in self._reader.of_module(_name(module))]
 
     def __contains__(self, module: object) -> bool:
@@ -110,8 +118,13 @@ class Run:
 
     @cached_property
     def records(self) -> Sequence[Record]:
-        """Every record, in order of step, microbatch, module, call; each is made when it is looked at."""
+        """Every record of all jobs, in order of job, step, microbatch, module, call; made when it is looked at."""
         return _Records(self._reader.records())
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs that wrote into this run, in turn or at once, and the attempts of each, in order."""
+        return jobs(self._reader.jobs())
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:

@@ -25,6 +25,9 @@ class Identity(NamedTuple):
     call: int
     repeat: int
     train: bool
+    job: int = 0
+    attempt: int = 0
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,8 @@ class Owners:
     model: int | None
     ranks: tuple[int, ...]
     modules: tuple[str, ...]
+    job: int = 0
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,26 @@ class Totals:
     dropped: int = 0
     refused: int = 0
     divergences: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """An attempt of a job that wrote into the run: `job` and `attempt` are those of its records.
+
+    Jobs are numbered in the order in which they were first seen. `attempt` is how often its launcher had started the
+    ranks again. `group`, `launch` and `launcher` are what it was told from others by: the number of its process group
+    in hexadecimal (empty where it has none), what the launcher calls it or where its ranks meet, and who started them.
+    """
+
+    job: int
+    attempt: int
+    world: int
+    command: tuple[str, ...]
+    hooks: str
+    started_ns: int
+    group: str
+    launch: str
+    launcher: str
 
 
 @dataclass(frozen=True)
@@ -255,10 +280,23 @@ def _axis(raw: dict[str, Any]) -> Axis:
     return Axis(raw["name"], raw["index"], raw["size"], name, details.get("dim", -1), shape, raw.get("input_digest"))
 
 
+def jobs(raw: str) -> list[Job]:
+    """From the JSON of the reader."""
+    own = ("job", "attempt")
+    return [
+        Job(**{name: each.get(name, 0) for name in own}, command=tuple(each["command"]),
+            **{name: value for name, value in each.items() if name not in (*own, "command")})
+        for each in json.loads(raw)
+    ]  # fmt: skip
+
+
 def run_info(raw: dict[str, Any]) -> RunInfo:
     """From what the reader took of `run.json`."""
     models = tuple([ModelInfo(model["model"], tuple(map(_module, model["modules"]))) for model in raw["models"]])
-    owners = tuple([Owners(own["model"], tuple(own["ranks"]), tuple(own["modules"])) for own in raw["owners"]])
+    owners = tuple([
+        Owners(own["model"], tuple(own["ranks"]), tuple(own["modules"]), own.get("job", 0), own.get("attempt", 0))
+        for own in raw["owners"]
+    ])  # fmt: skip
     return RunInfo(**{
         **raw, "command": tuple(raw["command"]), "models": models, "owners": owners,
         "steps": tuple(raw["steps"]), "notices": tuple(raw["notices"]), "totals": Totals(**raw["totals"]),

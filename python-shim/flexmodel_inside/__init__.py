@@ -23,7 +23,7 @@
 | `caches.py` | keeps what of ours is in graphs out of what others load |
 | `uniform_hooks.py` | gives modules that may share a graph the same hooks |
 | `communicators.py` | a communicator of our own, to gather tensors |
-| `ranks.py` | who this process is |
+| `ranks.py` | who this process is, and of which process group |
 
 It decides nothing that Rust decides too: which modules are tapped, and what a tap does, is asked of the interposer.
 What one of many raises costs that one (`faults.py`). Any other exception in here turns taps off in this process, and

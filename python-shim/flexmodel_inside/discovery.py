@@ -30,7 +30,7 @@ from .module_registry import ModuleRegistry
 from .naming import all_in, authored, authored_class, is_module, is_scripted, stored, walk
 from .orders import UNSTATED, orders
 from .parameters import Parameters, ParameterTaps
-from .ranks import rank_and_world, sign, started_by_rank
+from .ranks import Group, rank_and_world, sign, started_by_rank
 from .tapping import Tapping
 
 
@@ -48,12 +48,14 @@ class Discovery:
         self._parameter_taps = ParameterTaps(bridge, self._faults)
         self._holders = Holders(bridge)
         self._communicators = Communicators(bridge)
+        self._group = Group()
         job = Job(
             bridge=bridge,
             faults=self._faults,
             meshes=self._meshes,
             layouts=self._layouts,
             changed=self._registry.changed,
+            joined=self._joined,
             meet=self._registry.member,
             ignoring=self._registry.ignoring,
             pause=self._pause,
@@ -207,7 +209,8 @@ class Discovery:
             self._bridge.digest_inputs()
         self._collectives.put(known.serial, facts.mesh)
         selected, of_parameters = self._bridge.select(
-            known.serial, entries, list(parameters), facts.wrapper, facts.mesh, _signature(entries, facts), rank, world
+            known.serial, entries, list(parameters), facts.wrapper, facts.mesh, _signature(entries, facts), rank, world,
+            self._group.number(),
         )
         self._parameter_taps.drop(known.serial)
         self._holders.drop(known.serial)
@@ -240,6 +243,11 @@ class Discovery:
             group = stage.group or torch.distributed.group.WORLD
             axes = [self._meshes.axis_of_group(group, "pp", PIPELINE), *axes]
         return self._meshes.of_model(axes, rank, world)
+
+    def _joined(self) -> None:
+        self._group.joined()
+        self._meshes.forget()
+        self._registry.changed()
 
     def _forget(self, serial: int) -> None:
         self._parameter_taps.drop(serial)

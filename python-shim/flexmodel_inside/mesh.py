@@ -55,23 +55,33 @@ class Meshes:
         # Those whose members have pieces of sequences, whatever their names, and the meshes that they are of.
         self._cut: dict[tuple[int, ...], Any] = {}
 
+    def forget(self) -> None:
+        """This process is of another process group: meshes of the one before are equal to its own, but this process may
+        be elsewhere on them."""
+        self._axes.clear()
+        self._names.clear()
+        self.whole.clear()
+        self._cut.clear()
+
     def axes_of(self, mesh: Any, role: int = OTHER) -> list[Axis]:
         """The axes of a `DeviceMesh`, outermost first; none if this process is not on it.
 
         `role` is for axes whose names say nothing.
         """
-        if (mesh, role) not in self._axes:
-            coordinate = mesh.get_coordinate()
+        coordinate = mesh.get_coordinate()
+        # Meshes of the same ranks are equal, also where this process was another rank when one of them was made.
+        key = mesh, role, tuple(coordinate or ())
+        if key not in self._axes:
             names = mesh.mesh_dim_names or (None,) * mesh.ndim
             try:
                 groups = [group_ranks(mesh.get_group(dim)) for dim in range(mesh.ndim)] if coordinate else []
             except RuntimeError:  # a mesh for planning, without process groups
                 groups = []
-            self._axes[mesh, role] = [
+            self._axes[key] = [
                 self._axis(name, ranks, index, role)
                 for name, ranks, index in zip(names, groups, coordinate or (), strict=False)
             ]
-        return self._axes[mesh, role]
+        return self._axes[key]
 
     def axis_of_group(self, group: Any, name: str, role: int) -> Axis:
         """The axis whose members are a process group."""

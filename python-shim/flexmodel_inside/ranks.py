@@ -5,9 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import weakref
+from typing import Any
 
 # wire::env::RANK_PROCESS.
 _RANK_PROCESS = "FLEXMODEL_RANK_PROCESS"
+_MODULE = "torch.distributed.distributed_c10d"
+# Under which the ranks of a process group draw its number. A launcher that starts ranks again may keep the store, with
+# what the attempt before left in it.
+_DRAWN = "flexmodel/group/"
+# Stores that answer at once.
+_STORES = ("TCPStore", "FileStore", "HashStore")
 
 
 def rank_and_world() -> tuple[int, int] | None:
@@ -50,6 +58,43 @@ def started_by_rank(world: int) -> int | None:
         return None
     made_rank = os.environ.get("RANK", "") != its_rank or (multiprocessing.parent_process() is not None and _joined())
     return None if size == 1 and made_rank else pid
+
+
+class Group:
+    """The default process group of this process, and the number that its ranks have drawn: all have the same, whenever
+    they look, and no other group has. It tells their job from others, and an attempt of it from other attempts."""
+
+    def __init__(self) -> None:
+        # Weak: while anything holds a group that the job destroyed, its threads and sockets live on.
+        self._group: weakref.ref[Any] | None = None
+        self._number = 0
+
+    def joined(self) -> None:
+        """This process has joined one now: its store is there, and answers without a wait for any rank."""
+        self._number, self._group = 0, None
+        if _joined():
+            c10d: Any = sys.modules[_MODULE]
+            self._group = weakref.ref(c10d._get_default_group())
+            self._number = _draw(c10d)
+
+    def number(self) -> int:
+        """Its number; 0 where there is none."""
+        here = _joined() and self._group is not None and self._group() is sys.modules[_MODULE]._get_default_group()
+        return self._number if here else 0
+
+
+def _draw(c10d: Any) -> int:
+    """The number that the rank which came first has put into the store; 0 where there is no such store."""
+    store = bare = c10d._get_default_store()
+    while isinstance(bare, c10d.PrefixStore):
+        bare = bare.underlying_store
+    if type(bare).__name__ not in _STORES:
+        return 0
+    key = _DRAWN + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    try:
+        return int(store.compare_set(key, "", os.urandom(8).hex()), 16)
+    except (RuntimeError, ValueError):  # it went with another rank
+        return 0
 
 
 def _joined() -> bool:

@@ -17,7 +17,7 @@ use flexmodel_run::{Options, Run, Store};
 use libfuzzer_sys::arbitrary::{self, Arbitrary, Result, Unstructured};
 use tokio::runtime::{Builder, Runtime};
 use wire::{
-    control::{Answer, CONTROL_VERSION, Hello, ModuleInfo, ToAgent, encode},
+    control::{Answer, CONTROL_VERSION, Hello, JobSigns, ModuleInfo, ToAgent, encode},
     dtype::DType,
     env::OnFull,
     record::{Axis, Placement, RecordMeta},
@@ -47,9 +47,9 @@ impl Agent {
     /// That writes its run in `folder`.
     pub fn start(folder: &Path) -> Self {
         let options = Options { shard_bytes: 4 << 20, notify: Box::new(|_| {}) };
-        let (store, before) = Store::open(folder, options).expect("an empty folder");
+        let (store, before, jobs) = Store::open(folder, options).expect("an empty folder");
         let board = Arc::new(Board::new(before));
-        Self { server: Server::new(store, board).expect("a thread") }
+        Self { server: Server::new(store, board, jobs).expect("a thread") }
     }
 
     /// A process that connects.
@@ -384,6 +384,7 @@ fn hello(rank: u32, world: u32, pid: u32) -> Hello {
         hooks: "*".into(),
         on_full: OnFull::Wait,
         wrapper: String::new(),
+        job: Box::new(JobSigns { group: u64::from(world > 1), launch: "here".into(), ..JobSigns::default() }),
     }
 }
 

@@ -62,7 +62,7 @@ class Writer:
             "kind": "forward", "path": "out", "model": 0, "step": 0, "micro": 0, "call": 0, "repeat": 0,
             "train": True,
         }  # fmt: skip
-        assert identity.keys() <= own.keys()
+        assert identity.keys() <= own.keys() | {"job", "attempt"}
         return {
             "module": module, **own, **identity, "class": "MLP", "group": "", "dtype": dtype,
             "shape": list(shape or ()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import flexmodel
 import numpy as np
 import pytest
@@ -154,3 +156,42 @@ def test_a_coordinate_outside_of_its_axis_costs_its_part_and_is_named(run_dir: W
     assert len(run.problems) == 1 and run.problems[0].endswith("line 2 is skipped: it says dp 2 of 2")
     with raises("m forward out step 0 micro 0 call 0 is incomplete: no part of dp 1 of 2"):
         run.get("m")
+
+
+def test_what_is_asked_for_is_of_the_newest_attempt_that_has_the_module(tmp_path: Path):
+    writer = Writer(tmp_path / "run", world=1)
+    for job, attempt, steps in ((0, 0, 3), (0, 1, 2), (1, 0, 1)):
+        info = {"group": f"{job}{attempt}", "launch": "x", "launcher": "", "world": 1, "command": [], "hooks": ""}
+        writer.line({"t": "job", "job": job, "attempt": attempt, **info, "started_ns": 1})
+        for step in range(steps):
+            value = np.float32([100 * job + 10 * attempt + step])
+            writer.part("m", value, job=job, attempt=attempt, step=step)
+        if job == 0:
+            writer.part("old", np.zeros(1, np.float32), job=job, attempt=attempt)
+    run = flexmodel.open(tmp_path / "run")
+    assert [(job.job, job.attempt, job.group) for job in run.jobs] == [(0, 0, "00"), (0, 1, "01"), (1, 0, "10")]
+    expected = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (1, 0, 0)]
+    assert [(r.job, r.attempt, r.step) for r in run["m"]] == expected
+    assert run.get("m").item() == 100
+    assert run.get("m", job=0, step=1).item() == 11
+    assert run.get("m", job=0, attempt=0, step=2).item() == 2
+    assert (run["old"][-1].job, run.get("old").item()) == (0, 0)
+    with raises("step is 0 in the newest; job=0 attempt=0, job=0 attempt=1"):
+        run.get("m", step=1)
+    with raises("m has no forward with attempt=2; attempt is 0"):
+        run.get("m", attempt=2)
+    assert str(run["m"][3]) == "m forward out step 0 micro 0 call 0 attempt 1"
+
+
+def test_what_is_called_the_same_is_kept_beside_the_first(tmp_path: Path):
+    writer = Writer(tmp_path / "run", world=2)
+    for value in (1, 2):
+        for rank in (0, 1):
+            rows = np.full((2, 1), 10 * rank + value, np.float32)
+            writer.part("m", rows, rank=rank, axes=[axis(rank, 2, shard(0))])
+    run = flexmodel.open(tmp_path / "run")
+    assert [(r.again, r.tensor().flatten().tolist()) for r in run.records] == [(0, [1, 1, 11, 11]), (1, [2, 2, 12, 12])]
+    assert run.get("m")[0].item() == 1 and run.get("m", again=1)[0].item() == 2
+    writer.part("m", np.full((2, 1), 3, np.float32), axes=[axis(0, 2, shard(0))])
+    assert run.refresh() == 1
+    assert [(r.again, r.complete) for r in run["m"]] == [(0, True), (1, True), (2, False)]

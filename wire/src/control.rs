@@ -43,6 +43,8 @@ pub fn too_many_models() -> String {
          others is stored"
     )
 }
+/// A [`JobSigns::launch`] that begins with this is of one process alone.
+pub const ALONE: &str = "process ";
 
 /// Who attaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +71,23 @@ pub struct Hello {
     pub on_full: OnFull,
     /// How the job wraps its model, such as `FSDP2` or `DDP`; empty if unknown yet.
     pub wrapper: String,
+    /// What tells its job from others.
+    pub job: Box<JobSigns>,
+}
+
+/// What tells the job of a rank from other jobs, and an attempt of it from others, as far as there is anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSigns {
+    /// The number that the ranks of the default process group have drawn; 0 where there is no group, or it has no store
+    /// to draw one in. All ranks of a group have the same, and no other group has.
+    pub group: u64,
+    /// What all ranks of the job have in common before they have a group. Another job may have the same, later or on other
+    /// ranks.
+    pub launch: String,
+    /// Who started the ranks of this node, and starts them again where an attempt failed.
+    pub launcher: String,
+    /// How often it has started them again; `None` where it does not say.
+    pub restarts: Option<u32>,
 }
 
 /// One module of a model, for the dashboard's tree.

@@ -289,6 +289,8 @@ pub struct Rank {
     pub rank: u32,
     /// Number of ranks.
     pub world: u32,
+    /// The number that the ranks of its process group have drawn ([`crate::control::JobSigns::group`]); 0 where they have none.
+    pub group: u64,
 }
 
 /// The interposer's functions. Unless said otherwise, `false` or 0 means: do nothing.
@@ -492,7 +494,7 @@ layouts! {
     Selected { index, tap, kinds, edits, before }
     ModuleDesc { name, class_name, qualified, order }
     ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count, signature }
-    Rank { rank, world }
+    Rank { rank, world, group }
     HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, optimizers_of,
         stepped, backward_ended, triggered, parameter_due, begin_parameter, capture, edit, notice, fault, plan, joined, per_rank, finish, active }
 }

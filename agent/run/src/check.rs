@@ -6,7 +6,7 @@ use wire::{
 };
 
 use super::{
-    format::{Line, Location, Part, RunInfo, What},
+    format::{JobInfo, Line, Location, Part, RunInfo, What},
     limits,
 };
 
@@ -18,9 +18,16 @@ impl Line {
             Line::Refused { what, reason } => what.check().and_then(|()| text("a reason", reason)),
             Line::Divergence { what, .. } => what.check(),
             Line::Dropped { reason, .. } => text("a reason", reason),
+            Line::Job(info) => info.check(),
             Line::Sealed { shard, len } => text("a name", shard).and_then(|()| bytes(*len)),
             Line::Pass { pass, .. } => check_pass(pass),
         }
+    }
+}
+
+impl JobInfo {
+    fn check(&self) -> Result<(), String> {
+        [&self.group, &self.launch, &self.launcher].into_iter().try_for_each(|name| text("a sign", name))
     }
 }
 

@@ -12,6 +12,9 @@
 //! `{"crc":"1a2b3c4d","rec":{...}}`, crc32c (eight hex digits) over the bytes of the inner object as they stand.
 //! Offsets are from the start of the shard file and do not change when it is sealed.
 //!
+//! Several jobs may write into one run, in turn or at once, and each may have several attempts. A [`Line::Job`] says what is known
+//! of one; numbers of jobs are this directory's own.
+//!
 //! A *part* is what one rank captured of one tensor. The parts of a record share an [`Identity`]; their `axes` say how
 //! they make the whole. Parts that are consecutive pieces of dimension 0 are laid side by side in rank order, so that
 //! the whole is one contiguous range and one entry of the sealed shard.
@@ -29,8 +32,9 @@ use wire::{
 };
 
 /// Version of everything in this module. In 1, parts had a `recompute`, always false, and shards of a dimension an
-/// `offset`, always null: neither is read. Until 2, the `input_digest` of an axis was `given`, and is read as that.
-pub const FORMAT: u32 = 3;
+/// `offset`, always null: neither is read. Until 2, the `input_digest` of an axis was `given`, and is read as that. Until 3
+/// a run was of one job.
+pub const FORMAT: u32 = 4;
 /// `run.json`.
 pub const RUN_FILE: &str = "run.json";
 /// `manifest.jsonl`.
@@ -113,6 +117,9 @@ pub struct Module {
 /// Ranks that have the same modules of a model.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owners {
+    /// The job.
+    #[serde(flatten)]
+    pub job: JobId,
     /// Its number; `None`: of all models of which these ranks capture nothing.
     pub model: Option<u32>,
     /// Global ranks, in order.
@@ -173,6 +180,8 @@ pub enum Line {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         from: Option<Origin>,
     },
+    /// A job, or an attempt of one, as far as it is known: of several lines about it the last counts.
+    Job(JobInfo),
     /// A shard was sealed.
     Sealed {
         /// Its stem, such as `shard-00000`.
@@ -182,12 +191,60 @@ pub enum Line {
     },
     /// A rank made a forward pass of a model.
     Pass {
+        /// The job.
+        #[serde(flatten)]
+        job: JobId,
         /// The rank.
         rank: u32,
         /// Which, and what tells the passes of other ranks that are one with it.
         #[serde(flatten)]
         pass: Pass,
     },
+}
+
+/// Which job of a run, and which attempt of it: ranks that were started again make another attempt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct JobId {
+    /// Number of the job, in the order in which jobs were first seen.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub job: u32,
+    /// How often its ranks had been started again.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub attempt: u32,
+}
+
+impl JobId {
+    /// In words.
+    pub fn words(self) -> String {
+        format!("job={} attempt={}", self.job, self.attempt)
+    }
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+/// An attempt of a job.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobInfo {
+    /// Its number.
+    #[serde(flatten)]
+    pub id: JobId,
+    /// What all of its ranks have in common and no other attempt has, on whichever node: the number of their process group in
+    /// hexadecimal. Empty where they have none.
+    pub group: String,
+    /// What its launcher calls it, or where its ranks meet, or the process that it is.
+    pub launch: String,
+    /// Who started its ranks on this node.
+    pub launcher: String,
+    /// Number of ranks.
+    pub world: u32,
+    /// The command line of the rank that came first, without the values of secrets.
+    pub command: Vec<String>,
+    /// The hooks as the user wrote them.
+    pub hooks: String,
+    /// When its first rank came, nanoseconds since the Unix epoch.
+    pub started_ns: u64,
 }
 
 /// A stored part.
@@ -230,6 +287,9 @@ pub struct Location {
 /// What tells one record from every other. Displayed, it is the record's name in a sealed shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Identity {
+    /// The job and the attempt.
+    #[serde(flatten)]
+    pub job: JobId,
     /// Canonical module name; empty for the model itself.
     pub module: String,
     /// What of the module.
@@ -248,6 +308,10 @@ pub struct Identity {
     pub repeat: u32,
     /// The pass trains.
     pub train: bool,
+    /// Which it is of those that are called the same; readers number them. All but the first were captured when nobody
+    /// knew how to tell them apart.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub again: u32,
     /// Known by the reader alone: not all ranks that have the model made this pass, and this is the lowest that did.
     #[serde(skip)]
     pub apart: Option<u32>,
@@ -349,10 +413,11 @@ impl What {
         (self.rank, micro.map_or(0, |axis| axis.index))
     }
 
-    /// From what came through the slab.
+    /// From what came through a slab; of the run's first job, until it is told of which.
     pub fn from_meta(m: RecordMeta) -> Self {
         Self {
             id: Identity {
+                job: JobId::default(),
                 module: m.module,
                 kind: m.kind,
                 path: m.path,
@@ -362,6 +427,7 @@ impl What {
                 call: m.call,
                 repeat: m.repeat,
                 train: m.train,
+                again: 0,
                 apart: None,
                 own: false,
                 pending: false,
@@ -383,14 +449,28 @@ impl What {
     }
 }
 
+/// As names of records begin their place in a run: nothing of the first job's first attempt.
+impl std::fmt::Display for JobId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.job > 0 {
+            write!(f, "job{}.", self.job)?;
+        }
+        if self.attempt > 0 {
+            write!(f, "attempt{}.", self.attempt)?;
+        }
+        Ok(())
+    }
+}
+
 impl std::fmt::Display for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{}:{}:{}@model{}.step{}.micro{}.call{}",
+            "{}:{}:{}@{}model{}.step{}.micro{}.call{}",
             self.module,
             self.kind.name(),
             self.path,
+            self.job,
             self.model,
             self.step,
             self.micro,
@@ -401,6 +481,9 @@ impl std::fmt::Display for Identity {
         }
         if !self.train {
             write!(f, ".eval")?;
+        }
+        if self.again > 0 {
+            write!(f, ".again{}", self.again)?;
         }
         if let Some(rank) = self.apart {
             write!(f, "#rank{rank}")?;

@@ -18,6 +18,8 @@ pub const BYTES: u64 = i64::MAX as u64;
 pub const RUN_FILE_BYTES: u64 = 64 << 20;
 /// Models in `run.json`.
 pub const MODELS: usize = 1024;
+/// Jobs that a manifest tells of; what is captured of others is read all the same.
+pub const JOBS: usize = 1 << 16;
 /// Notices in `run.json`.
 pub const NOTICES: usize = 4096;
 /// Runs of nodes in one folder.

@@ -10,7 +10,7 @@ use std::{
 use wire::record::{Axis, DATA, MICRO, Placement};
 
 use super::{
-    format::{Identity, ModelInfo, Module, Owners, Part},
+    format::{Identity, JobId, ModelInfo, Module, Owners, Part},
     limits::{DEPTH, OWNED},
 };
 use crate::read::natural;
@@ -24,14 +24,22 @@ pub const MAX_OWNED_BYTES: usize = 32 << 20;
 
 /// A rank has these modules too; whether that is news. Lists that get too long are given up as a whole: a rank whose modules
 /// are not all listed must not be taken for one that lacks them.
-pub fn add(all: &mut Vec<Owners>, rank: u32, model: Option<u32>, modules: &[Arc<str>]) -> Result<bool, TooMany> {
-    let old = all.iter().position(|group| group.model == model && group.ranks.contains(&rank));
+/// Those of an earlier job go first: of it nothing is known then.
+pub fn add(
+    all: &mut Vec<Owners>,
+    job: JobId,
+    rank: u32,
+    model: Option<u32>,
+    modules: &[Arc<str>],
+) -> Result<bool, TooMany> {
+    let is_its = |group: &Owners| (group.job, group.model) == (job, model);
+    let old = all.iter().position(|group| is_its(group) && group.ranks.contains(&rank));
     let known = old.and_then(|at| all.get(at)).map(|group| group.modules.clone()).unwrap_or_default();
     if old.is_some() && modules.iter().all(|name| known.binary_search(name).is_ok()) {
         return Ok(false);
     }
     let wanted: BTreeSet<&Arc<str>> = modules.iter().chain(&*known).collect();
-    let same = |group: &Owners| group.model == model && group.modules.iter().eq(wanted.iter().copied());
+    let same = |group: &Owners| is_its(group) && group.modules.iter().eq(wanted.iter().copied());
     let there = all.iter().position(same);
     let text = |names: &mut dyn Iterator<Item = &Arc<str>>| names.map(|name| name.len()).sum::<usize>();
     let (mut count, mut bytes) =
@@ -44,14 +52,15 @@ pub fn add(all: &mut Vec<Owners>, rank: u32, model: Option<u32>, modules: &[Arc<
         }
     }
     if count > MAX_OWNED || bytes > MAX_OWNED_BYTES {
-        all.clear();
-        return Err(TooMany);
+        let earlier = all.iter().map(|group| group.job).min().filter(|earlier| *earlier != job);
+        all.retain(|group| earlier.is_some_and(|earlier| group.job != earlier));
+        return if earlier.is_some() { add(all, job, rank, model, modules) } else { Err(TooMany) };
     }
     let new = match there {
         Some(at) => at,
         None => {
             let modules = Arc::new(wanted.into_iter().cloned().collect());
-            all.push(Owners { model, ranks: Vec::new(), modules });
+            all.push(Owners { job, model, ranks: Vec::new(), modules });
             all.len() - 1
         }
     };
@@ -136,19 +145,20 @@ struct Unions {
 }
 
 impl PartialOwnership {
-    /// Nothing, unless every rank of `world` has said what it has.
-    pub fn new(owners: &[Owners], world: u32) -> Self {
-        Self::of(owners, world, |_, _| true)
+    /// Of a job: nothing, unless every rank of its `world` has said what it has.
+    pub fn new(job: JobId, owners: &[Owners], world: u32) -> Self {
+        Self::of(job, owners, world, |_, _| true)
     }
 
     /// Only what is to be known for one module.
-    pub fn of_module(owners: &[Owners], world: u32, model: u32, name: &str) -> Self {
+    pub fn of_module(job: JobId, owners: &[Owners], world: u32, model: u32, name: &str) -> Self {
         let holds =
             |module: &str| name.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        Self::of(owners, world, |other, module| other.is_none_or(|other| other == model) && holds(module))
+        Self::of(job, owners, world, |other, module| other.is_none_or(|other| other == model) && holds(module))
     }
 
-    fn of(owners: &[Owners], world: u32, wanted: impl Fn(Option<u32>, &str) -> bool) -> Self {
+    fn of(job: JobId, owners: &[Owners], world: u32, wanted: impl Fn(Option<u32>, &str) -> bool) -> Self {
+        let owners: Vec<&Owners> = owners.iter().filter(|group| group.job == job).collect();
         let told: BTreeSet<u32> = owners.iter().flat_map(|group| &group.ranks).copied().collect();
         if owners.len() < 2 || world < 2 || !(0..world).all(|rank| told.contains(&rank)) {
             return Self::default();
@@ -257,13 +267,8 @@ pub fn lie_among(parts: &mut [Part], only: &BTreeSet<u32>) {
 /// Makes parts of models that ranks have of their own lie on no mesh: one is whole, and several are one thing each.
 pub fn lie_alone(parts: &mut [Part]) {
     let several = parts.iter().any(|part| part.what.rank != parts[0].what.rank);
-    let axis = |rank| Axis {
-        name: "rank".into(),
-        index: rank,
-        size: u32::MAX,
-        place: Placement::Unknown,
-        input_digest: None,
-    };
+    let axis =
+        |rank| Axis { name: "rank".into(), index: rank, size: u32::MAX, place: Placement::Unknown, input_digest: None };
     for part in parts {
         let kept = part.what.axes.drain(..).filter(|axis| axis.name == MICRO);
         part.what.axes = several.then(|| axis(part.what.rank)).into_iter().chain(kept).collect();
@@ -281,11 +286,11 @@ mod tests {
     }
 
     fn group(ranks: &[u32], modules: &str) -> Owners {
-        Owners { model: Some(0), ranks: ranks.to_vec(), modules: Arc::new(names(modules)) }
+        Owners { job: JobId::default(), model: Some(0), ranks: ranks.to_vec(), modules: Arc::new(names(modules)) }
     }
 
     fn add(all: &mut Vec<Owners>, rank: u32, model: Option<u32>, modules: Vec<Arc<str>>) -> bool {
-        super::add(all, rank, model, &modules).unwrap()
+        super::add(all, JobId::default(), rank, model, &modules).unwrap()
     }
 
     #[test]
@@ -321,32 +326,40 @@ mod tests {
         let long = |from: usize| (from..from + MAX_OWNED / 2 + 1).map(|n| n.to_string().into()).collect::<Vec<_>>();
         assert!(add(&mut all, 0, Some(0), long(0)));
         assert!(add(&mut all, 1, Some(0), long(0)), "the same names are there once");
-        assert_eq!(super::add(&mut all, 2, Some(0), &long(1)), Err(TooMany));
+        let next = JobId { job: 1, attempt: 0 };
+        assert_eq!(super::add(&mut all, next, 2, Some(0), &long(1)), Ok(true), "those of an earlier job go for it");
+        assert_eq!(all.iter().map(|group| group.job).collect::<Vec<_>>(), [next]);
+        assert_eq!(super::add(&mut all, next, 3, Some(0), &long(2)), Err(TooMany));
         assert!(all.is_empty());
         let wide: Vec<Arc<str>> = (0..MAX_OWNED_BYTES / 4096 + 1).map(|n| format!("{n:04096}").into()).collect();
-        assert_eq!(super::add(&mut all, 0, Some(0), &wide), Err(TooMany));
+        assert_eq!(super::add(&mut all, next, 0, Some(0), &wide), Err(TooMany));
     }
 
     #[test]
     fn what_is_known_for_one_module_is_as_much_as_it_needs() {
         let all = [group(&[0], "a b b.c"), group(&[1], "a")];
-        let known = PartialOwnership::of_module(&all, 2, 0, "b.c.weight");
+        let known = PartialOwnership::of_module(JobId::default(), &all, 2, 0, "b.c.weight");
         assert_eq!(known.owners(0, "b.c.weight").as_deref(), Some(&BTreeSet::from([0])));
         for (model, name) in [(0, "a.b"), (0, "bc"), (1, "b")] {
-            assert_eq!(PartialOwnership::of_module(&all, 2, model, name).owners(model, name), None, "{name}");
+            assert_eq!(
+                PartialOwnership::of_module(JobId::default(), &all, 2, model, name).owners(model, name),
+                None,
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn nothing_is_known_before_all_ranks_have_spoken() {
         let all = [group(&[0], "a b"), group(&[1], "a")];
-        assert!(PartialOwnership::new(&all, 3).is_empty());
-        let known = PartialOwnership::new(&all, 2);
+        assert!(PartialOwnership::new(JobId::default(), &all, 3).is_empty());
+        assert!(PartialOwnership::new(JobId { job: 0, attempt: 1 }, &all, 2).is_empty(), "of another attempt");
+        let known = PartialOwnership::new(JobId::default(), &all, 2);
         assert_eq!(known.owners(0, "b.weight").as_deref(), Some(&BTreeSet::from([0])));
         assert_eq!(known.owners(0, "a.weight"), None);
         assert_eq!(known.owners(1, "b.weight"), None);
         let unnumbered = Owners { model: None, ..group(&[1], "b") };
-        let known = PartialOwnership::new(&[group(&[0], "a b"), group(&[1], "a"), unnumbered], 2);
+        let known = PartialOwnership::new(JobId::default(), &[group(&[0], "a b"), group(&[1], "a"), unnumbered], 2);
         assert_eq!(known.owners(0, "b.weight"), None);
     }
 
@@ -361,7 +374,7 @@ mod tests {
 
     #[test]
     fn what_one_rank_alone_has_is_no_piece() {
-        let known = PartialOwnership::new(&[group(&[1], "b"), group(&[0, 2, 3], "a")], 4);
+        let known = PartialOwnership::new(JobId::default(), &[group(&[1], "b"), group(&[0, 2, 3], "a")], 4);
         let mut alone = parts(&[1], 4);
         known.settle(&mut alone);
         assert!(alone[0].what.axes.is_empty());
@@ -369,7 +382,7 @@ mod tests {
 
     #[test]
     fn what_some_ranks_have_is_not_known_and_waits_for_all_of_them() {
-        let known = PartialOwnership::new(&[group(&[1, 3], "b"), group(&[0, 2], "a")], 4);
+        let known = PartialOwnership::new(JobId::default(), &[group(&[1, 3], "b"), group(&[0, 2], "a")], 4);
         let mut early = parts(&[1], 4);
         known.settle(&mut early);
         assert_eq!(early, parts(&[1], 4));

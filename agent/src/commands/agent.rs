@@ -120,14 +120,14 @@ impl Agent {
             None => say::line(text),
         };
         let options = Options { shard_bytes: args.shard_bytes, notify: Box::new(notify) };
-        let (store, before) = Store::open(&of_this_node(&args.out), options)?;
+        let (store, before, jobs) = Store::open(&of_this_node(&args.out), options)?;
         let board = board.get_or_init(|| Arc::new(Board::new(before.clone()))).clone();
         if let Err(e) = board.live().replay(store.dir().path(), store.totals()) {
             board.trouble(&format!("the dashboard does not show all of {}: {e}", store.dir().path().display()));
         }
         board.show_again(&before);
         save(&store, &board);
-        let server = Server::new(store, board).context("cannot start a thread")?;
+        let server = Server::new(store, board, jobs).context("cannot start a thread")?;
         Ok(Self { child: args.child, server, listening, dashboard, token })
     }
 
@@ -355,7 +355,7 @@ fn announce(line: &str) {
 /// `lost`.
 pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>, died: bool, lost: &ByRank) -> anyhow::Result<RunInfo> {
     let notify = Box::new(say::line);
-    let (store, before) = Store::open(run, Options { shard_bytes: DEFAULT_SHARD_BYTES, notify })?;
+    let (store, before, _) = Store::open(run, Options { shard_bytes: DEFAULT_SHARD_BYTES, notify })?;
     let board = Board::new(before);
     if died {
         board.notice("the agent died during the run; what came after is not captured");

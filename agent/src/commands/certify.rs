@@ -11,7 +11,7 @@ use std::{
 use flexmodel_run::{
     OpenError, ReadError, Record, Run, Whole,
     compare::{Difference, EQUAL, Side, Tolerance, compare, largest},
-    format::Identity,
+    format::{Identity, JobId},
     read::{
         assemble::Bytes,
         in_order,
@@ -87,11 +87,12 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     Ok(if report.same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// A run's chosen records and refusals, by identity.
+/// The chosen records and refusals of the newest attempt of a run's newest job that has such records, by identity within
+/// that.
 struct Half<'a> {
     run: &'a Run,
-    records: HashMap<&'a Identity, &'a Record>,
-    refused: HashMap<&'a Identity, &'a str>,
+    records: HashMap<Identity, &'a Record>,
+    refused: HashMap<Identity, &'a str>,
 }
 
 /// What a run has of an identity.
@@ -103,9 +104,14 @@ enum Has<'a> {
 
 impl<'a> Half<'a> {
     fn new(run: &'a Run, selection: &Selection) -> Self {
-        let records = run.records.iter().filter(|r| selection.wants(r.what())).map(|r| (&r.id, &**r)).collect();
+        let wanted: Vec<&Record> = run.records.iter().map(|r| &**r).filter(|r| selection.wants(r.what())).collect();
         let refused = run.lost.refused.iter().filter(|(what, _)| selection.wants(what));
-        Self { run, records, refused: refused.map(|(what, reason)| (&what.id, reason.as_str())).collect() }
+        let jobs = wanted.iter().map(|r| r.id.job).chain(refused.clone().map(|(what, _)| what.id.job));
+        let newest = jobs.max().unwrap_or_default();
+        let wanted = wanted.into_iter().filter(|r| r.id.job == newest).map(|r| (within_job(&r.id), r));
+        let refused = refused.filter(|(what, _)| what.id.job == newest);
+        let refused = refused.map(|(what, reason)| (within_job(&what.id), reason.as_str())).collect();
+        Self { run, records: wanted.collect(), refused }
     }
 
     fn has(&self, id: &Identity) -> Has<'a> {
@@ -123,8 +129,13 @@ impl<'a> Half<'a> {
 
     /// A reason with what the job itself said of the record, which is nearer to the cause.
     fn reason(&self, id: &Identity, reason: String) -> String {
-        self.refused.get(id).map_or(reason, |refused| format!("refused: {refused}"))
+        self.refused.get(&within_job(id)).map_or(reason, |refused| format!("refused: {refused}"))
     }
+}
+
+/// The same, whichever job it is of: runs number these by themselves.
+fn within_job(id: &Identity) -> Identity {
+    Identity { job: JobId::default(), ..id.clone() }
 }
 
 struct Certifier<'a> {
@@ -149,11 +160,11 @@ impl<'a> Certifier<'a> {
     /// One record after the other: no more than two wholes are in memory.
     fn certify(mut self) -> Report {
         let halves = [&self.run, &self.reference];
-        let ids: HashSet<&Identity> =
-            halves.iter().flat_map(|half| half.records.keys().chain(half.refused.keys()).copied()).collect();
-        let mut ids: Vec<&Identity> = ids.into_iter().collect();
-        ids.sort_by_cached_key(|id| in_order(id));
-        for id in ids {
+        let ids: HashSet<Identity> =
+            halves.iter().flat_map(|half| half.records.keys().chain(half.refused.keys()).cloned()).collect();
+        let mut ids: Vec<Identity> = ids.into_iter().collect();
+        ids.sort_by(|a, b| in_order(a).cmp(&in_order(b)));
+        for id in &ids {
             match (self.run.has(id), self.reference.has(id)) {
                 (Has::Record(a), Has::Record(b)) => self.pair(a, b),
                 (Has::Nothing, Has::Record(_)) => self.report.missing.push(id.to_string()),
@@ -210,7 +221,10 @@ impl<'a> Certifier<'a> {
         let pad = Pad::zero(self.args.side);
         let (mut whole, mut wanted) = match (self.run.whole(a, &pad), self.reference.whole(b, &pad)) {
             (Ok(whole), Ok(wanted)) => (whole, wanted),
-            (Err(_), Err(_)) if self.run.refused.contains_key(&a.id) && self.reference.refused.contains_key(&b.id) => {
+            (Err(_), Err(_))
+                if self.run.refused.contains_key(&within_job(&a.id))
+                    && self.reference.refused.contains_key(&within_job(&b.id)) =>
+            {
                 self.report.refused_in_both += 1;
                 return;
             }

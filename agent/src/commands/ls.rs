@@ -1,9 +1,14 @@
 //! `flexmodel ls`: what a run holds.
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use flexmodel_run::{
     Record, Run,
+    format::{JobId, JobInfo},
     read::{LayoutError, Note, display_module, natural},
 };
 use serde::Serialize;
@@ -24,6 +29,8 @@ pub struct Args {
 /// Records that differ only in when they were captured.
 #[derive(Serialize)]
 struct Row {
+    #[serde(flatten)]
+    job: JobId,
     model: u32,
     module: String,
     kind: &'static str,
@@ -49,6 +56,8 @@ struct Listing<'a> {
     world: u32,
     /// Folders of its nodes, where there are several.
     nodes: &'a [String],
+    /// Its jobs, and the attempts of each.
+    jobs: &'a [JobInfo],
     rows: Vec<Row>,
     records: u64,
     bytes: u64,
@@ -73,22 +82,24 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-type Key<'a> = (u32, &'a str, Kind, &'a str, bool, u8);
+type Key<'a> = (JobId, u32, &'a str, Kind, &'a str, bool, u8);
 
 fn list(run: &Run) -> Listing<'_> {
     let mut groups: BTreeMap<Key<'_>, Vec<&Record>> = BTreeMap::new();
     for record in &run.records {
         let id = &record.id;
-        let key = (id.model, id.module.as_str(), id.kind, id.path.as_str(), !id.train, record.what().dtype as u8);
+        let key =
+            (id.job, id.model, id.module.as_str(), id.kind, id.path.as_str(), !id.train, record.what().dtype as u8);
         groups.entry(key).or_default().push(record);
     }
     let mut rows: Vec<Row> = groups.values().map(|records| row(run, records)).collect();
-    rows.sort_by(|a, b| (a.model, natural(&a.module)).cmp(&(b.model, natural(&b.module))));
+    rows.sort_by(|a, b| (a.job, a.model, natural(&a.module)).cmp(&(b.job, b.model, natural(&b.module))));
     Listing {
         run: run.path.display().to_string(),
         finished: run.finished(),
         world: run.info.world,
         nodes: &run.nodes,
+        jobs: &run.jobs,
         records: run.records.len() as u64,
         bytes: text::total(rows.iter().map(|r| r.bytes)),
         incomplete: rows.iter().map(|r| r.incomplete).sum(),
@@ -131,6 +142,7 @@ fn row(run: &Run, records: &[&Record]) -> Row {
     }
     let dtype: DType = records[0].what().dtype;
     Row {
+        job: id.job,
         model: id.model,
         module: id.module.clone(),
         kind: id.kind.name(),
@@ -154,11 +166,15 @@ fn table(listing: &Listing<'_>) -> String {
     if several_models {
         header.insert(0, "model");
     }
+    let several_jobs = listing.rows.iter().any(|r| r.job != listing.rows[0].job);
+    if several_jobs {
+        header.splice(0..0, ["job", "attempt"]);
+    }
     if modes {
         header.insert(header.len() - 4, "mode");
     }
     let right = [header.iter().position(|h| *h == "records").unwrap_or(0), header.len() - 1];
-    let rows: Vec<Vec<String>> = listing.rows.iter().map(|r| cells(r, several_models, modes)).collect();
+    let rows: Vec<Vec<String>> = listing.rows.iter().map(|r| cells(r, several_jobs, several_models, modes)).collect();
     let mut out = match rows.is_empty() {
         true => format!("no records in {}\n", text::safe(&listing.run)),
         false => text::table(&header, &rows, &right),
@@ -172,6 +188,11 @@ fn table(listing: &Listing<'_>) -> String {
     ];
     totals.extend(more.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")));
     totals.push(text::count(u64::from(listing.world), "rank"));
+    if listing.jobs.len() > 1 {
+        let jobs: BTreeSet<u32> = listing.jobs.iter().map(|info| info.id.job).collect();
+        totals.push(text::count(jobs.len() as u64, "job"));
+        totals.push(text::count(listing.jobs.len() as u64, "attempt"));
+    }
     if !listing.nodes.is_empty() {
         totals.push(text::count(listing.nodes.len() as u64, "node"));
     }
@@ -196,7 +217,7 @@ fn notes(run: &Run, listing: &Listing<'_>) {
     text::complain_of("problem", &run.problems, 5, "; `flexmodel verify` lists them");
 }
 
-fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
+fn cells(row: &Row, several_jobs: bool, several_models: bool, modes: bool) -> Vec<String> {
     let steps = match (row.first_step, row.last_step) {
         (a, b) if a == b => a.to_string(),
         (a, b) => format!("{a}..{b}"),
@@ -218,6 +239,9 @@ fn cells(row: &Row, several_models: bool, modes: bool) -> Vec<String> {
     ];
     if several_models {
         cells.insert(0, row.model.to_string());
+    }
+    if several_jobs {
+        cells.splice(0..0, [row.job.job.to_string(), row.job.attempt.to_string()]);
     }
     if modes {
         let mode = if row.train { "train" } else { "eval" };

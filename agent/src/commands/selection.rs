@@ -14,6 +14,12 @@ pub struct Selection {
     /// Only this kind.
     #[arg(long, value_parser = parse_kind)]
     pub kind: Option<Kind>,
+    /// Only this job, where several wrote into the run.
+    #[arg(long)]
+    pub job: Option<u32>,
+    /// Only this attempt.
+    #[arg(long)]
+    pub attempt: Option<u32>,
     /// Only this step, or steps `a..b` (both included).
     #[arg(long, value_parser = parse_steps)]
     pub step: Option<(u64, u64)>,
@@ -24,6 +30,8 @@ impl Selection {
     pub fn wants(&self, what: &What) -> bool {
         (self.module.is_empty() || self.module.iter().any(|s| s.matches(&what.id.module, &what.class, &what.class)))
             && self.kind.is_none_or(|kind| kind == what.id.kind)
+            && self.job.is_none_or(|job| job == what.id.job.job)
+            && self.attempt.is_none_or(|attempt| attempt == what.id.job.attempt)
             && self.step.is_none_or(|(first, last)| (first..=last).contains(&what.id.step))
     }
 }

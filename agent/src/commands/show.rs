@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, io::IsTerminal, path::PathBuf, process::ExitCod
 use anyhow::bail;
 use flexmodel_run::{
     ReadError, Record, Run, Whole,
-    format::{Identity, Stats},
+    format::{Identity, JobId, Stats},
     read::{Filter, display_module, natural, nearest},
     stats,
 };
@@ -32,6 +32,12 @@ pub struct Args {
     /// Step; without it, the last one that is complete.
     #[arg(long)]
     pub step: Option<u64>,
+    /// Job, where several wrote into the run; without it, the newest that has the module.
+    #[arg(long)]
+    pub job: Option<u32>,
+    /// Attempt of the job; without it, the last that has the module.
+    #[arg(long)]
+    pub attempt: Option<u32>,
     /// Microbatch within the step.
     #[arg(long)]
     pub micro: Option<u32>,
@@ -122,7 +128,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         text::emit_json(&shown)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut out = heading(record, &shape, whole.as_ref(), args.rank);
+    let mut out = heading(record, run.jobs.len() > 1, &shape, whole.as_ref(), args.rank);
     if let Some(measured) = measured {
         out += &statistics(&measured);
     }
@@ -141,7 +147,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
 
 fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&'a Record>> {
     let mut filter = Filter { module: Some(module.to_owned()), ..Filter::default() };
-    let of_module: Vec<&Record> = run.records.iter().map(|r| &**r).filter(|r| filter.wants(r)).collect();
+    let mut of_module: Vec<&Record> = run.records.iter().map(|r| &**r).filter(|r| filter.wants(r)).collect();
     if of_module.is_empty() {
         let names = run.modules();
         let near = nearest(module, &names, 3).into_iter().map(|name| text::safe(&text::clip(display_module(name))));
@@ -157,8 +163,15 @@ fn matching<'a>(run: &'a Run, args: &Args, module: &str) -> anyhow::Result<Vec<&
             ),
         }
     }
+    // Steps of an earlier attempt are never shown for those of the newest.
+    let fits = |id: JobId| args.job.is_none_or(|n| n == id.job) && args.attempt.is_none_or(|n| n == id.attempt);
+    if let Some(newest) = of_module.iter().map(|r| r.id.job).filter(|&id| fits(id)).max() {
+        of_module.retain(|r| r.id.job == newest);
+    }
     filter = Filter {
         module: filter.module,
+        job: args.job,
+        attempt: args.attempt,
         kind: args.kind,
         path: args.path.clone(),
         model: args.model,
@@ -205,6 +218,8 @@ fn choices(records: &[&Record], shown: Option<&Record>) -> String {
         one("model", &|r| vec![r.id.model.to_string()]),
         one("micro", &|r| vec![r.id.micro.to_string()]),
         one("call", &|r| vec![r.id.call.to_string()]),
+        one("job", &|r| vec![r.id.job.job.to_string()]),
+        one("attempt", &|r| vec![r.id.job.attempt.to_string()]),
         one("repeat", &|r| vec![r.id.repeat.to_string()]),
         one("mode", &|r| vec![if r.id.train { "train" } else { "eval" }.into()]),
         one("rank", &|r| r.parts.iter().map(|p| p.what.rank.to_string()).collect()),
@@ -214,9 +229,9 @@ fn choices(records: &[&Record], shown: Option<&Record>) -> String {
 
 /// Last step first; within a step what most people mean first.
 #[allow(clippy::type_complexity)]
-fn order(r: &Record) -> (std::cmp::Reverse<u64>, bool, Kind, u32, u32, u32, &str, u32) {
+fn order(r: &Record) -> (std::cmp::Reverse<u64>, bool, Kind, u32, u32, u32, &str, (u32, u32)) {
     let id = &r.id;
-    (std::cmp::Reverse(id.step), !id.train, id.kind, id.model, id.micro, id.call, &id.path, id.repeat)
+    (std::cmp::Reverse(id.step), !id.train, id.kind, id.model, id.micro, id.call, &id.path, (id.repeat, id.again))
 }
 
 /// What is shown.
@@ -262,13 +277,16 @@ fn shape_of(record: &Record, rank: Option<u32>) -> Vec<u64> {
     }
 }
 
-fn heading(record: &Record, shape: &[u64], whole: Option<&Whole>, rank: Option<u32>) -> String {
+fn heading(record: &Record, several_jobs: bool, shape: &[u64], whole: Option<&Whole>, rank: Option<u32>) -> String {
     let (id, what) = (&record.id, record.what());
     let mut when = format!("step {}, micro {}, call {}", id.step, id.micro, id.call);
     if id.repeat > 0 {
         when += &format!(", backward pass {}", id.repeat);
     }
     when += if id.train { ", train" } else { ", eval" };
+    if several_jobs {
+        when += &format!(", job {}, attempt {}", id.job.job, id.job.attempt);
+    }
     let ranks = text::count(record.ranks().len() as u64, "rank");
     let from = match rank {
         Some(rank) => format!("rank {rank}'s part, of {ranks}"),

@@ -106,8 +106,8 @@ fn check_parts(run: &Run, report: &mut Report) -> BTreeSet<usize> {
     let mut read: HashMap<(&Location, DType, &[u64]), Result<usize, ReadError>> = HashMap::new();
     let mut damaged = BTreeSet::new();
     let mut left: HashMap<&str, u64> = HashMap::new();
-    let served = run.records.iter().enumerate().flat_map(|(number, r)| r.parts.iter().map(move |p| (Some(number), p)));
-    for (number, part) in served.chain(run.replaced.iter().map(|p| (None, p))) {
+    let parts = run.records.iter().enumerate().flat_map(|(number, r)| r.parts.iter().map(move |p| (number, p)));
+    for (number, part) in parts {
         report.parts += 1;
         let Some(at) = part.at.as_ref() else { continue };
         spans.entry(&at.shard).or_default().insert(Span::of(at));
@@ -128,7 +128,7 @@ fn check_parts(run: &Run, report: &mut Report) -> BTreeSet<usize> {
         match found {
             Ok(bytes) => report.bytes = report.bytes.saturating_add(*bytes as u64),
             Err(e) => {
-                damaged.extend(number);
+                damaged.insert(number);
                 report.problems.push(part_problem(run, at, part, e));
             }
         }

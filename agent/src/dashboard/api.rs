@@ -8,7 +8,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use flexmodel_run::format::Identity;
+use flexmodel_run::format::{Identity, JobId};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use wire::hooks::Kind;
@@ -131,6 +131,10 @@ impl RecordView {
 #[derive(Deserialize)]
 pub struct WantedTensor {
     #[serde(default)]
+    job: u32,
+    #[serde(default)]
+    attempt: u32,
+    #[serde(default)]
     model: u32,
     module: String,
     kind: Kind,
@@ -160,8 +164,24 @@ pub async fn tensor(
         Ok(wanted) => wanted,
         Err(refusal) => return refusal.into_response(),
     };
-    let WantedTensor { model, module, kind, path, step, micro, call, repeat, train, rank } = wanted;
-    let id = Identity { module, kind, path, model, step, micro, call, repeat, train, apart: None, own: false, pending: false };
+    let WantedTensor { job, attempt, model, module, kind, path, step, micro, call, repeat, train, rank } = wanted;
+    let job = JobId { job, attempt };
+    let id = Identity {
+        job,
+        module,
+        kind,
+        path,
+        model,
+        step,
+        micro,
+        call,
+        repeat,
+        train,
+        again: 0,
+        apart: None,
+        own: false,
+        pending: false,
+    };
     // Closed only with the server.
     let Ok(permit) = shared.reads.clone().acquire_owned().await else {
         return Refusal(StatusCode::SERVICE_UNAVAILABLE, "the agent is ending".into()).into_response();

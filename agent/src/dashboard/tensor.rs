@@ -108,7 +108,7 @@ impl Tensors {
         })
     }
 
-    /// The parts of a record that is no longer among the newest, the last of each seat. No more than these and a line of
+    /// The parts of a record that is no longer among the newest, the first of each seat. No more than these and a line of
     /// the manifest is held.
     fn older(&self, id: &Identity) -> Result<Vec<Part>, String> {
         let path = self.run_dir.join(MANIFEST_FILE);
@@ -127,7 +127,7 @@ fn scan(path: &Path, id: &Identity) -> io::Result<Vec<Part>> {
         if let Ok(Line::Part(part)) = entry.line
             && part.what.id == *id
         {
-            found.insert(part.what.seat(), part);
+            found.entry(part.what.seat()).or_insert(part);
         }
     }
     Ok(found.into_values().collect())

@@ -145,7 +145,22 @@ impl Recent {
         let Coord { step, micro, call, repeat } = self.coord;
         let key = &series.key;
         let (module, path) = (key.module.to_string(), key.path.to_string());
-        Identity { module, kind: key.kind, path, model: key.model, step, micro, call, repeat, train: key.train, apart: None, own: false, pending: false }
+        Identity {
+            job: key.job,
+            module,
+            kind: key.kind,
+            path,
+            model: key.model,
+            step,
+            micro,
+            call,
+            repeat,
+            train: key.train,
+            again: 0,
+            apart: None,
+            own: false,
+            pending: false,
+        }
     }
 
     /// Its parts, as they were journalled.

@@ -25,7 +25,7 @@ impl Live {
                 Line::Refused { what, reason } => inner.refused(what, reason),
                 Line::Divergence { what, against } => inner.diverged(what, *against),
                 Line::Dropped { rank, count, .. } => inner.dropped(*rank, *count),
-                Line::Sealed { .. } | Line::Pass { .. } => {}
+                Line::Job(_) | Line::Pass { .. } | Line::Sealed { .. } => {}
             });
         }
         self.change(|inner| {

@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use flexmodel_run::{
-    format::{Identity, Part, Stats, What},
+    format::{Identity, JobId, Part, Stats, What},
     names::Names,
 };
 use wire::{
@@ -15,6 +15,7 @@ use wire::{
 /// What tells one series from another, and what all of its records have in common.
 #[derive(Clone, Debug)]
 pub(super) struct Key {
+    pub job: JobId,
     pub model: u32,
     pub module: Arc<str>,
     pub kind: Kind,
@@ -29,6 +30,7 @@ impl Key {
     pub fn new(what: &What, names: &mut Names) -> Option<Self> {
         let id = &what.id;
         Some(Self {
+            job: id.job,
             model: id.model,
             module: names.keep(&id.module)?,
             kind: id.kind,
@@ -43,6 +45,7 @@ impl Key {
     pub fn is_of(&self, id: &Identity) -> bool {
         self.kind == id.kind
             && self.train == id.train
+            && self.job == id.job
             && self.model == id.model
             && *self.path == *id.path
             && *self.module == *id.module

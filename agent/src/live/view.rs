@@ -70,6 +70,10 @@ pub struct ModuleView {
 pub struct Summary {
     /// Its number in this run of the agent.
     pub id: usize,
+    /// Job.
+    pub job: u32,
+    /// Attempt of it.
+    pub attempt: u32,
     /// Model number.
     pub model: u32,
     /// Canonical module name.
@@ -300,6 +304,8 @@ fn words<S: Serializer>(mask: &u32, to: S) -> Result<S::Ok, S::Error> {
 fn summary(id: usize, s: &Series) -> Summary {
     Summary {
         id,
+        job: s.key.job.job,
+        attempt: s.key.job.attempt,
         model: s.key.model,
         module: s.key.module.clone(),
         kind: s.key.kind.name(),

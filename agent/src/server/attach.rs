@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use flexmodel_run::format::JobId;
 use tokio::{
     io::Interest,
     net::UnixStream,
@@ -21,6 +22,7 @@ use wire::{
 
 use super::{
     Arrival, Server, ingest,
+    jobs::Member,
     listed::Heard,
     ranks,
     session::{Session, inode_of},
@@ -116,6 +118,8 @@ impl Line {
 /// A rank's connection, and the slabs that came over it.
 struct Attached {
     hello: Hello,
+    /// The job that it is of.
+    job: Member,
     /// With the number of this connection among each one's. A slab that was read to its end is unmapped.
     slabs: Vec<(Weak<Session>, u32)>,
     /// Some slab is damaged.
@@ -123,8 +127,8 @@ struct Attached {
 }
 
 impl Attached {
-    fn new(hello: Hello) -> Self {
-        Self { hello, slabs: Vec::new(), damaged: Arc::default() }
+    fn new(hello: Hello, job: Member) -> Self {
+        Self { hello, job, slabs: Vec::new(), damaged: Arc::default() }
     }
 
     /// Starts reading a slab of this rank, or goes on with it.
@@ -132,7 +136,7 @@ impl Attached {
         let who = format!("rank {} (process {})", self.hello.rank, self.hello.pid);
         let fd = fd.ok_or_else(|| format!("{who} brought no shared memory"))?;
         let (session, connection) =
-            attach(server, &self.hello, fd, id, &self.damaged).map_err(|why| format!("{who}: {why}"))?;
+            attach(server, &self.hello, self.job.id, fd, id, &self.damaged).map_err(|why| format!("{who}: {why}"))?;
         self.slabs.retain(|(session, _)| session.strong_count() > 0);
         self.slabs.push((Arc::downgrade(&session), connection));
         Ok(())
@@ -172,8 +176,9 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
     };
     line.say(&FromAgent::Welcome).await;
     let number = rank.hello.rank;
-    let mut questions = server.ranks.join(number);
-    tokio::spawn(ranks::compare_plan(server.clone(), number));
+    let who = (rank.job.id, number);
+    let mut questions = server.ranks.join(who);
+    tokio::spawn(ranks::compare_plan(server.clone(), who));
     line.done();
     loop {
         tokio::select! {
@@ -188,11 +193,11 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
             }
             message = line.next() => {
                 match message {
-                Ok(Some(Heard::Model { model, modules })) => server.board.model(number, model, &modules),
-                Ok(Some(Heard::Others { modules })) => server.board.others(number, &modules),
+                Ok(Some(Heard::Model { model, modules })) => server.board.model(rank.job.id, number, model, &modules),
+                Ok(Some(Heard::Others { modules })) => server.board.others(rank.job.id, number, &modules),
                 Ok(Some(Heard::Notice(text))) => _ = server.board.notice(&text),
                 Ok(Some(Heard::Steps(rule))) => server.board.steps(rule),
-                Ok(Some(Heard::Passed(pass))) => server.store.passed(number, pass),
+                Ok(Some(Heard::Passed(pass))) => server.store.passed(rank.job.id, number, pass),
                 Ok(Some(Heard::Bye)) => rank.each(Session::part),
                 Ok(Some(Heard::Hello(hello))) if hello.rank == number => server.board.attached(&hello),
                 Ok(Some(Heard::Hello(_) | Heard::Lost { .. })) => {}
@@ -253,7 +258,12 @@ async fn arrive(server: &Arc<Server>, line: &mut Line) -> Result<Option<Attached
             hello.version
         ));
     }
-    let mut rank = Attached::new(hello);
+    let mut job = server.jobs.join(&hello).map_err(|why| format!("{who}: {why}"))?;
+    // Before there is a part of it.
+    if let Some(info) = job.news.take() {
+        server.store.job(&info);
+    }
+    let mut rank = Attached::new(hello, job);
     rank.take(server, line.fds.pop_front(), None)?;
     Ok(Some(rank))
 }
@@ -266,6 +276,7 @@ fn too_many(ranks: usize) -> String {
 fn attach(
     server: &Arc<Server>,
     hello: &Hello,
+    job: JobId,
     fd: OwnedFd,
     id: Option<u64>,
     damaged: &Arc<Notify>,
@@ -286,14 +297,11 @@ fn attach(
             server.max_slabs
         ));
     }
-    if server.board.is_another_job(hello) {
-        server.store.forget_job();
-    }
     let reader = SlabReader::attach(fd).map_err(|e| e.to_string())?;
     if id.is_some_and(|id| id != reader.mapping().header().id) {
         return Err("the memory that it brought is not the slab that it told of".into());
     }
-    let session = Arc::new(Session::new(hello.rank, reader.mapping().clone(), damaged.clone()));
+    let session = Arc::new(Session::new(hello.rank, job, reader.mapping().clone(), damaged.clone()));
     // Before anything is read: what is gathered names other ranks of the job.
     server.board.attached(hello);
     ingest::start(server.clone(), session.clone(), reader).map_err(|e| format!("no thread for it: {e}"))?;

@@ -1,7 +1,6 @@
 //! What people see of the run: `run.json`, notices, and the dashboard's live state.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -10,7 +9,7 @@ use std::{
 };
 
 use flexmodel_run::{
-    format::{FORMAT, ModelInfo, Module, Owners, RunInfo},
+    format::{FORMAT, JobId, ModelInfo, Module, Owners, RunInfo},
     names::{MAX_NAME_BYTES, MAX_NAMES, Names},
     ownership::{self, MAX_MODULES},
     write::Store,
@@ -22,16 +21,12 @@ use crate::{live::Live, say, secrets};
 
 /// Most bytes of the command, and of the hooks, that are kept.
 const MAX_TEXT: usize = 128 << 10;
-/// Most ranks whose process is remembered.
-const MAX_RANKS: usize = 1 << 16;
 
 /// Collects what is known of the run.
 pub struct Board {
     info: Mutex<Known>,
     live: Arc<Live>,
     changed: AtomicBool,
-    /// Process of each rank that attached last.
-    pids: Mutex<HashMap<u32, u32>>,
 }
 
 /// What is known of the run, and the names in it.
@@ -46,7 +41,7 @@ impl Board {
     /// Of a run that is begun or continued; `before` is what its `run.json` says.
     pub fn new(before: RunInfo) -> Self {
         let mut info = RunInfo { format: FORMAT, flexmodel: env!("CARGO_PKG_VERSION").into(), ..before };
-        info.command = short(secrets::hidden(&info.command));
+        info.command = short(secrets::hidden(&info.command), MAX_TEXT);
         (info.finished_ns, info.exit_code) = (None, None);
         if info.started_ns == 0 {
             info.started_ns = now_ns();
@@ -54,12 +49,7 @@ impl Board {
         let mut names = Names::new(MAX_NAMES, MAX_NAME_BYTES);
         let without_owners = !within(&mut info, &mut names);
         let live = Live::new(info.clone());
-        Self {
-            info: Mutex::new(Known { info, names, without_owners }),
-            live,
-            changed: AtomicBool::new(true),
-            pids: Mutex::default(),
-        }
+        Self { info: Mutex::new(Known { info, names, without_owners }), live, changed: AtomicBool::new(true) }
     }
 
     /// The dashboard's live state.
@@ -128,24 +118,10 @@ impl Board {
     /// What `flexmodel run` started.
     pub fn job(&self, command: Vec<String>, hooks: String) {
         let mut known = self.known();
-        known.info.command = short(secrets::hidden(&command));
+        known.info.command = short(secrets::hidden(&command), MAX_TEXT);
         known.info.hooks = start_of(&hooks, MAX_TEXT).to_owned();
         drop(known);
         self.change();
-    }
-
-    /// Whether another job begins with this rank: it attached before from another process.
-    pub fn is_another_job(&self, hello: &Hello) -> bool {
-        let mut pids = self.pids.lock().unwrap_or_else(PoisonError::into_inner);
-        // A process that knew its rank too late has left the one it had.
-        pids.retain(|rank, pid| *pid != hello.pid || *rank == hello.rank);
-        let another = pids.get(&hello.rank).is_some_and(|before| *before != hello.pid);
-        if another || pids.len() >= MAX_RANKS {
-            // Its other ranks are no surprise.
-            pids.clear();
-        }
-        pids.insert(hello.rank, hello.pid);
-        another
     }
 
     /// A rank attached.
@@ -164,7 +140,7 @@ impl Board {
         fill(&mut info.wrapper, &hello.wrapper, MAX_NOTICE);
         fill(&mut info.hooks, &hello.hooks, MAX_TEXT);
         if info.command.is_empty() && hello.rank == 0 {
-            info.command = short(secrets::hidden(&hello.command));
+            info.command = short(secrets::hidden(&hello.command), MAX_TEXT);
         }
         drop(known);
         self.live.attached(hello.rank, hello.pid);
@@ -177,7 +153,7 @@ impl Board {
     }
 
     /// A model was found on a rank. Others may have other modules of it.
-    pub fn model(&self, rank: u32, model: u32, listed: &Listed<ModuleInfo>) {
+    pub fn model(&self, job: JobId, rank: u32, model: u32, listed: &Listed<ModuleInfo>) {
         let mut guard = self.known();
         let Known { info, names, .. } = &mut *guard;
         let at = info.models.iter().position(|m| m.model == model);
@@ -203,7 +179,7 @@ impl Board {
             left_out |= known.add(modules, room) > 0;
         }
         let found = (before.is_empty() || before != known.modules).then(|| known.clone());
-        let owners_changed = guard.owned(rank, Some(model), &owned, listed.is_cut());
+        let owners_changed = guard.owned(job, rank, Some(model), &owned, listed.is_cut());
         drop(guard);
         if let Some(found) = &found {
             self.live.model(found);
@@ -215,11 +191,11 @@ impl Board {
     }
 
     /// Modules of a model that a rank has and captures nothing of.
-    pub fn others(&self, rank: u32, listed: &Listed<String>) {
+    pub fn others(&self, job: JobId, rank: u32, listed: &Listed<String>) {
         let mut known = self.known();
         let owned: Vec<Arc<str>> = listed.iter().filter_map(|(name, ..)| known.names.keep(name)).collect();
         let left_out = owned.len() < listed.sent();
-        let changed = known.owned(rank, None, &owned, listed.is_cut());
+        let changed = known.owned(job, rank, None, &owned, listed.is_cut());
         drop(known);
         if changed == Ok(true) {
             self.change();
@@ -289,6 +265,7 @@ impl Known {
     /// names is missing for all ranks.)
     fn owned(
         &mut self,
+        job: JobId,
         rank: u32,
         model: Option<u32>,
         modules: &[Arc<str>],
@@ -298,7 +275,7 @@ impl Known {
             return Ok(false);
         }
         let owners = &mut self.info.owners;
-        let added = if cut { Err(ownership::TooMany) } else { ownership::add(owners, rank, model, modules) };
+        let added = if cut { Err(ownership::TooMany) } else { ownership::add(owners, job, rank, model, modules) };
         if added.is_err() {
             (self.info.owners, self.without_owners) = (Vec::new(), true);
         }
@@ -318,9 +295,9 @@ fn within(info: &mut RunInfo, names: &mut Names) -> bool {
         model.modules = Arc::new(model.modules.iter().filter_map(keep).take(room).collect());
         room -= model.modules.len();
     }
-    for Owners { model, ranks, modules } in std::mem::take(&mut info.owners) {
+    for Owners { job, model, ranks, modules } in std::mem::take(&mut info.owners) {
         let kept: Vec<Arc<str>> = modules.iter().filter_map(|name| names.keep(name)).collect();
-        let added = |rank| ownership::add(&mut info.owners, rank, model, &kept);
+        let added = |rank| ownership::add(&mut info.owners, job, rank, model, &kept);
         if ranks.into_iter().map(added).any(|added| added.is_err()) {
             info.owners.clear();
             return false;
@@ -329,9 +306,9 @@ fn within(info: &mut RunInfo, names: &mut Names) -> bool {
     true
 }
 
-/// A command line as far as it is kept.
-fn short(command: Vec<String>) -> Vec<String> {
-    let (mut out, mut room, count) = (Vec::new(), MAX_TEXT, command.len());
+/// A command line as far as it is kept: about `most` bytes of it.
+pub(super) fn short(command: Vec<String>, most: usize) -> Vec<String> {
+    let (mut out, mut room, count) = (Vec::new(), most, command.len());
     for (at, word) in command.into_iter().enumerate() {
         if word.len() + size_of::<String>() > room {
             out.push(format!("... ({} more arguments)", count - at));
@@ -344,7 +321,7 @@ fn short(command: Vec<String>) -> Vec<String> {
 }
 
 /// The start of a text, `most` bytes of it at most.
-fn start_of(text: &str, most: usize) -> &str {
+pub(super) fn start_of(text: &str, most: usize) -> &str {
     &text[..text.floor_char_boundary(most)]
 }
 
@@ -354,7 +331,7 @@ impl std::fmt::Debug for Board {
     }
 }
 
-fn now_ns() -> u64 {
+pub(super) fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
@@ -373,7 +350,12 @@ mod tests {
         let modules = Arc::new((0..MAX_NAMES).map(module).collect::<Vec<_>>());
         let names = Arc::new(modules.iter().map(|m| m.name.clone()).collect());
         let models = (0..1100).map(|model| ModelInfo { model, modules: modules.clone() }).collect();
-        let owners = (0..9).map(|rank| Owners { model: Some(rank), ranks: vec![rank], modules: Arc::clone(&names) });
+        let owners = (0..9).map(|rank| Owners {
+            job: JobId::default(),
+            model: Some(rank),
+            ranks: vec![rank],
+            modules: Arc::clone(&names),
+        });
         let board = Board::new(RunInfo { models, owners: owners.collect(), ..RunInfo::default() });
         let known = board.known();
         assert_eq!((known.info.models.len(), known.info.owners.len(), known.without_owners), (MAX_MODELS, 0, true));
@@ -384,11 +366,11 @@ mod tests {
     #[test]
     fn a_rank_that_could_not_tell_of_all_modules_makes_owners_unknown_for_good() {
         let board = Board::new(RunInfo::default());
-        board.model(0, 0, &modules(0, 10));
-        board.others(1, &["a".to_owned()].into_iter().collect());
+        board.model(JobId::default(), 0, 0, &modules(0, 10));
+        board.others(JobId::default(), 1, &["a".to_owned()].into_iter().collect());
         assert_eq!(board.known().info.owners.len(), 2);
-        board.model(1, 0, &modules(0, MAX_NAMES + 1));
-        board.model(2, 0, &modules(0, 10));
+        board.model(JobId::default(), 1, 0, &modules(0, MAX_NAMES + 1));
+        board.model(JobId::default(), 2, 0, &modules(0, 10));
         let known = board.known();
         assert!(known.info.owners.is_empty(), "{:?}", known.info.owners.len());
         assert_eq!(known.info.notices.len(), 2, "{:?}", known.info.notices);
@@ -397,8 +379,8 @@ mod tests {
     #[test]
     fn what_every_rank_says_alike_is_there_once() {
         let board = Board::new(RunInfo::default());
-        (0..4).for_each(|rank| board.model(rank, 0, &modules(0, 10)));
-        board.model(4, 0, &modules(5, 10));
+        (0..4).for_each(|rank| board.model(JobId::default(), rank, 0, &modules(0, 10)));
+        board.model(JobId::default(), 4, 0, &modules(5, 10));
         let known = board.known();
         let (all, owners) = (&known.info.models[0].modules, &known.info.owners);
         assert_eq!((all.len(), owners.len(), owners[0].ranks.len()), (15, 2, 4));
@@ -407,8 +389,11 @@ mod tests {
 
     #[test]
     fn a_command_line_is_kept_as_far_as_it_fits() {
-        assert_eq!(short(vec!["a".into(), "b".into()]), ["a", "b"]);
-        assert_eq!(short(vec!["a".into(), "b".repeat(MAX_TEXT), "c".into()]), ["a", "... (2 more arguments)"]);
+        assert_eq!(short(vec!["a".into(), "b".into()], MAX_TEXT), ["a", "b"]);
+        assert_eq!(
+            short(vec!["a".into(), "b".repeat(MAX_TEXT), "c".into()], MAX_TEXT),
+            ["a", "... (2 more arguments)"]
+        );
         assert_eq!(start_of("aé", 2), "a");
     }
 }

@@ -207,7 +207,8 @@ impl Ingest {
                 }
                 Ok(meta) if !meta.refused.is_empty() => {
                     self.account.settled += 1;
-                    let (what, reason) = self.server.store.refused(meta, Some(Origin(self.slab, record)));
+                    let (what, reason) =
+                        self.server.store.refused(self.session.job, meta, Some(Origin(self.slab, record)));
                     return self.server.board.live().refused(&what, &reason);
                 }
                 Ok(meta) if meta.payload_len() != Some(frame.total_len) || frame.piece_offset != 0 => {
@@ -235,7 +236,8 @@ impl Ingest {
         while self.open.len() >= MAX_OPEN {
             self.open.pop_front();
         }
-        self.open.push_back((record, self.server.store.begin(meta).out_of(Origin(self.slab, record))));
+        let part = self.server.store.begin(self.session.job, meta).out_of(Origin(self.slab, record));
+        self.open.push_back((record, part));
     }
 
     fn finish(&mut self, part: PartWriter) {

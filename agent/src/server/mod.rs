@@ -5,6 +5,7 @@
 //! | [`socket`] | the listening socket, and messages with descriptors off it |
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
 //! | [`ranks`] | the ranks that are attached, and what they are asked |
+//! | [`jobs`] | which job a rank is of, and which attempt |
 //! | [`session`] | one slab of a rank and how far along it is |
 //! | [`listed`] | lists of modules, as they come over it |
 //! | [`ingest`] | the thread that empties a slab into the store |
@@ -34,6 +35,7 @@
 pub mod attach;
 pub mod board;
 pub mod ingest;
+pub mod jobs;
 pub mod listed;
 pub mod parent;
 pub mod ranks;
@@ -50,7 +52,7 @@ use std::{
 };
 
 use flexmodel_run::{
-    format::Origin,
+    format::{JobInfo, Origin},
     write::{Store, account},
 };
 use tokio::sync::Semaphore;
@@ -61,6 +63,7 @@ use crate::{
     newcomers::{Newcomer, Newcomers},
 };
 use board::Board;
+use jobs::Jobs;
 use ranks::Ranks;
 use session::Session;
 
@@ -78,6 +81,8 @@ pub struct Server {
     pub store: Arc<Store>,
     /// What people see.
     pub board: Arc<Board>,
+    /// The jobs of the run.
+    pub jobs: Jobs,
     sessions: Mutex<Sessions>,
     /// Slabs whose heart beats. A list of its own: nobody holds this lock for longer than a list takes.
     beating: Mutex<Vec<Arc<Session>>>,
@@ -97,12 +102,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts the heart as well.
-    pub fn new(store: Arc<Store>, board: Arc<Board>) -> std::io::Result<Arc<Self>> {
+    /// Starts the heart as well. `jobs` are those that the run has already.
+    pub fn new(store: Arc<Store>, board: Arc<Board>, jobs: Vec<JobInfo>) -> std::io::Result<Arc<Self>> {
         let shares = Shares::now();
         let server = Arc::new(Self {
             store,
             board,
+            jobs: Jobs::new(jobs),
             sessions: Mutex::default(),
             beating: Mutex::default(),
             arriving: AtomicUsize::new(0),

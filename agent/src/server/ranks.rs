@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use flexmodel_run::format::JobId;
 use tokio::sync::{mpsc, oneshot};
 use wire::control::{self, FromAgent, MAX_QUESTIONS, Question};
 
@@ -34,6 +35,9 @@ struct Asked {
     reply: oneshot::Sender<Answer>,
 }
 
+/// A rank of a job: several jobs may have one of a number.
+pub type Who = (JobId, u32);
+
 struct Peer {
     /// Tells this connection from the rank's others.
     connection: u64,
@@ -45,7 +49,7 @@ struct Peer {
 #[derive(Default)]
 struct Known {
     connections: u64,
-    peers: BTreeMap<u32, Peer>,
+    peers: BTreeMap<Who, Peer>,
 }
 
 /// The ranks that are attached, each by its last connection.
@@ -64,7 +68,7 @@ impl Ranks {
     }
 
     /// A rank is welcomed on a connection. What it is asked comes to that until it ends.
-    pub fn join(self: &Arc<Self>, rank: u32) -> Questions {
+    pub fn join(self: &Arc<Self>, rank: Who) -> Questions {
         let (questions, asked) = mpsc::channel(MAX_QUESTIONS);
         let mut known = self.lock();
         known.connections += 1;
@@ -77,7 +81,7 @@ impl Ranks {
     ///
     /// # Errors
     /// The rank is not there, leaves, or does not answer in time.
-    pub async fn ask(&self, rank: u32, question: Question, limit: Duration) -> Result<Answer, NoAnswer> {
+    pub async fn ask(&self, rank: Who, question: Question, limit: Duration) -> Result<Answer, NoAnswer> {
         let questions = self.lock().peers.get(&rank).map(|peer| peer.questions.clone()).ok_or(NoAnswer::Absent)?;
         let (reply, answer) = oneshot::channel();
         let asked = async {
@@ -87,18 +91,19 @@ impl Ranks {
         tokio::time::timeout(limit, asked).await.unwrap_or(Err(NoAnswer::Late))
     }
 
-    /// A rank says which revision of the plan it has: the rank that has another one, with that.
-    fn has_revision(&self, rank: u32, revision: u64) -> Option<(u32, u64)> {
+    /// A rank says which revision of the plan it has: the rank of its job that has another one, with that.
+    fn has_revision(&self, rank: Who, revision: u64) -> Option<(u32, u64)> {
         let mut known = self.lock();
         known.peers.get_mut(&rank)?.revision = Some(revision);
-        known.peers.iter().find_map(|(other, peer)| Some((*other, peer.revision.filter(|has| *has != revision)?)))
+        let of_job = known.peers.range((rank.0, 0)..=(rank.0, u32::MAX));
+        of_job.into_iter().find_map(|((_, other), peer)| Some((*other, peer.revision.filter(|has| *has != revision)?)))
     }
 }
 
 /// The questions for one connection of a rank, and those that it has not answered.
 pub struct Questions {
     ranks: Arc<Ranks>,
-    rank: u32,
+    rank: Who,
     connection: u64,
     asked: mpsc::Receiver<Asked>,
     next: u64,
@@ -136,12 +141,13 @@ impl Drop for Questions {
 }
 
 /// Asks a rank that has just attached for its plan, and names it where another rank has another revision.
-pub async fn compare_plan(server: Arc<Server>, rank: u32) {
+pub async fn compare_plan(server: Arc<Server>, rank: Who) {
     let Ok(Answer::Plan { revision, .. }) = server.ranks.ask(rank, Question::Plan, PATIENCE).await else { return };
     if let Some((other, its)) = server.ranks.has_revision(rank, revision) {
         server.board.trouble_once(&format!(
-            "rank {rank} has revision {revision} of the hooks and rank {other} has revision {its}: what they capture \
-             may not go together"
+            "rank {} has revision {revision} of the hooks and rank {other} has revision {its}: what they capture \
+             may not go together",
+            rank.1
         ));
     }
 }
@@ -149,6 +155,10 @@ pub async fn compare_plan(server: Arc<Server>, rank: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn of(rank: u32) -> Who {
+        (JobId::default(), rank)
+    }
 
     fn plan(revision: u64) -> Answer {
         Answer::Plan { revision, clauses: ["a".to_owned()].into_iter().collect() }
@@ -162,8 +172,8 @@ mod tests {
     #[tokio::test]
     async fn answers_come_to_who_asked_in_whatever_order() {
         let ranks = Arc::new(Ranks::default());
-        let mut questions = ranks.join(3);
-        let ask = || ranks.ask(3, Question::Plan, PATIENCE);
+        let mut questions = ranks.join(of(3));
+        let ask = || ranks.ask(of(3), Question::Plan, PATIENCE);
         let rank = async {
             let (first, second) = (questions.next().await, questions.next().await);
             questions.answered(number(&second), plan(2));
@@ -180,27 +190,27 @@ mod tests {
     async fn who_asks_learns_that_the_rank_is_absent_or_has_left_or_is_late() {
         let ranks = Arc::new(Ranks::default());
         let failed = |answer: Result<Answer, NoAnswer>| answer.unwrap_err();
-        assert_eq!(failed(ranks.ask(3, Question::Plan, PATIENCE).await), NoAnswer::Absent);
-        let mut questions = ranks.join(3);
-        assert_eq!(failed(ranks.ask(3, Question::Plan, Duration::ZERO).await), NoAnswer::Late);
+        assert_eq!(failed(ranks.ask(of(3), Question::Plan, PATIENCE).await), NoAnswer::Absent);
+        let mut questions = ranks.join(of(3));
+        assert_eq!(failed(ranks.ask(of(3), Question::Plan, Duration::ZERO).await), NoAnswer::Late);
         let leaves = async {
             let _ = (questions.next().await, questions.next().await);
             drop(questions);
         };
-        let (answer, ()) = tokio::join!(ranks.ask(3, Question::Plan, PATIENCE), leaves);
+        let (answer, ()) = tokio::join!(ranks.ask(of(3), Question::Plan, PATIENCE), leaves);
         assert_eq!(failed(answer), NoAnswer::Left);
-        assert_eq!(failed(ranks.ask(3, Question::Plan, PATIENCE).await), NoAnswer::Absent);
+        assert_eq!(failed(ranks.ask(of(3), Question::Plan, PATIENCE).await), NoAnswer::Absent);
     }
 
     #[tokio::test]
     async fn a_rank_that_answers_nothing_has_a_bounded_number_of_open_questions() {
         let ranks = Arc::new(Ranks::default());
-        let mut questions = ranks.join(3);
+        let mut questions = ranks.join(of(3));
         for _ in 0..MAX_QUESTIONS {
-            assert_eq!(ranks.ask(3, Question::Plan, Duration::ZERO).await.unwrap_err(), NoAnswer::Late);
+            assert_eq!(ranks.ask(of(3), Question::Plan, Duration::ZERO).await.unwrap_err(), NoAnswer::Late);
             questions.next().await;
         }
-        assert_eq!(ranks.ask(3, Question::Plan, Duration::ZERO).await.unwrap_err(), NoAnswer::Late);
+        assert_eq!(ranks.ask(of(3), Question::Plan, Duration::ZERO).await.unwrap_err(), NoAnswer::Late);
         let more = tokio::time::timeout(Duration::from_millis(1), questions.next());
         assert!(more.await.is_err());
         questions.answered(0, plan(0));
@@ -210,16 +220,19 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_an_old_connection_is_not_that_of_the_new_one() {
         let ranks = Arc::new(Ranks::default());
-        let (old, mut new) = (ranks.join(3), ranks.join(3));
+        let (old, mut new) = (ranks.join(of(3)), ranks.join(of(3)));
         drop(old);
         let answers = async {
             let id = number(&new.next().await);
             new.answered(id, plan(5));
         };
-        let (answer, ()) = tokio::join!(ranks.ask(3, Question::Plan, PATIENCE), answers);
+        let (answer, ()) = tokio::join!(ranks.ask(of(3), Question::Plan, PATIENCE), answers);
         assert!(answer.is_ok());
-        assert_eq!(ranks.has_revision(3, 5), None);
-        let _other = ranks.join(4);
-        assert_eq!(ranks.has_revision(4, 6), Some((3, 5)));
+        assert_eq!(ranks.has_revision(of(3), 5), None);
+        let _other = ranks.join(of(4));
+        assert_eq!(ranks.has_revision(of(4), 6), Some((3, 5)));
+        let another = (JobId { job: 1, attempt: 0 }, 4);
+        let _another = ranks.join(another);
+        assert_eq!(ranks.has_revision(another, 7), None, "of another job");
     }
 }

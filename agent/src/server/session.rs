@@ -8,6 +8,7 @@ use std::{
     },
 };
 
+use flexmodel_run::format::JobId;
 use tokio::sync::Notify;
 use wire::slab::Mapping;
 
@@ -16,6 +17,8 @@ use wire::slab::Mapping;
 pub struct Session {
     /// Global rank.
     pub rank: u32,
+    /// The job that it is of.
+    pub job: JobId,
     mapping: Arc<Mapping>,
     phase: Mutex<Phase>,
     /// Connections so far, but for the first.
@@ -40,9 +43,10 @@ enum Phase {
 
 impl Session {
     /// Of a rank that just attached; `damaged` wakes its connection.
-    pub fn new(rank: u32, mapping: Arc<Mapping>, damaged: Arc<Notify>) -> Self {
+    pub fn new(rank: u32, job: JobId, mapping: Arc<Mapping>, damaged: Arc<Notify>) -> Self {
         Self {
             rank,
+            job,
             mapping,
             phase: Mutex::new(Phase::Attached(0)),
             connections: AtomicU32::new(0),
@@ -170,7 +174,7 @@ mod tests {
     use super::*;
 
     fn session_of(slab: &SlabWriter) -> Session {
-        Session::new(0, slab.mapping().clone(), Arc::default())
+        Session::new(0, JobId::default(), slab.mapping().clone(), Arc::default())
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::{
 
 use serde_json::Value;
 use wire::{
-    control::{self, CONTROL_VERSION, FromAgent, Hello, ToAgent},
+    control::{self, CONTROL_VERSION, FromAgent, Hello, JobSigns, ToAgent},
     dtype::DType,
     env::OnFull,
     record::{Axis, Placement, RecordMeta},
@@ -194,6 +194,8 @@ pub struct Rank {
     pub rank: u32,
     pub world: u32,
     pub pid: u32,
+    /// Number of its process group.
+    pub group: u64,
     pub slab: SlabWriter,
     pub stream: Option<UnixStream>,
 }
@@ -201,7 +203,14 @@ pub struct Rank {
 impl Rank {
     pub fn new(rank: u32, world: u32, slab: u64) -> Self {
         // Ranks are told apart by their process; here they share one.
-        Self { rank, world, pid: 1_000_000 + rank, slab: SlabWriter::create(slab, rank).unwrap(), stream: None }
+        Self {
+            rank,
+            world,
+            pid: 1_000_000 + rank,
+            group: u64::from(world > 1),
+            slab: SlabWriter::create(slab, rank).unwrap(),
+            stream: None,
+        }
     }
 
     /// Attached to `agent`.
@@ -224,6 +233,7 @@ impl Rank {
             hooks: "layers.*.mlp".into(),
             on_full: OnFull::Wait,
             wrapper: "DDP".into(),
+            job: Box::new(JobSigns { group: self.group, launch: "elastic test".into(), ..JobSigns::default() }),
         }
     }
 

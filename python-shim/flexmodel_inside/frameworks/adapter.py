@@ -40,6 +40,8 @@ class Job:
     parameter_taps: ParameterTaps
     # Models have to be looked at again.
     changed: Callable[[], None]
+    # This process has joined a process group.
+    joined: Callable[[], None]
     # A module puts children into itself without torch's registration: know it from now on.
     meet: Callable[[nn.Module], None]
     # While in it, modules that this thread makes are a library's own.

@@ -25,7 +25,7 @@ class Distributed(Adapter):
         first: Any
         first, *others = map(sys.modules.__getitem__, _MODULES)
         original = first.init_process_group
-        follow(first, "init_process_group", self.job.guard, after=lambda *_: self.job.changed())
+        follow(first, "init_process_group", self.job.guard, after=lambda *_: self.job.joined())
         for module in others:
             if getattr(module, "init_process_group", None) is original:
                 replace(module, "init_process_group", first.init_process_group)

@@ -4,7 +4,7 @@ use std::{borrow::Cow, sync::Arc};
 
 use flexmodel_run::{
     ReadError, Record as Read, Run,
-    format::{Identity, Joined, Part, Stats},
+    format::{Identity, JobId, Joined, Part, Stats},
     read::{
         AssemblyPlan, LayoutError, PlanError, Source, fill,
         layout::{self, byte_len},
@@ -39,9 +39,13 @@ pub struct Record {
 type Tensor = (Memory, Vec<u64>, &'static str);
 
 type StatsFields = (u64, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, Option<f64>, u64, u64, u64);
-pub fn identity(id: &Identity) -> (String, &'static str, String, u32, u64, u32, u32, u32, bool) {
+/// Those of Python's `Identity`, in order.
+pub type IdentityFields = (String, &'static str, String, u32, u64, u32, u32, u32, bool, u32, u32, u32);
+
+pub fn identity(id: &Identity) -> IdentityFields {
     let name = (id.module.clone(), id.kind.name(), id.path.clone());
-    (name.0, name.1, name.2, id.model, id.step, id.micro, id.call, id.repeat, id.train)
+    let JobId { job, attempt } = id.job;
+    (name.0, name.1, name.2, id.model, id.step, id.micro, id.call, id.repeat, id.train, job, attempt, id.again)
 }
 
 /// As the format has it: Python's types take it apart, and whatever the format says more is passed on.
@@ -139,6 +143,9 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "padded_shape"), padded)?;
         fields.set_item(pyo3::intern!(py, "dtype"), what.dtype.name())?;
         fields.set_item(pyo3::intern!(py, "slice"), what.slice.as_ref().map(|slice| &slice.by))?;
+        fields.set_item(pyo3::intern!(py, "job"), id.job.job)?;
+        fields.set_item(pyo3::intern!(py, "attempt"), id.job.attempt)?;
+        fields.set_item(pyo3::intern!(py, "again"), id.again)?;
         fields.set_item(pyo3::intern!(py, "model"), id.model)?;
         fields.set_item(pyo3::intern!(py, "repeat"), id.repeat)?;
         fields.set_item(pyo3::intern!(py, "class_name"), &what.class)?;

@@ -17,7 +17,7 @@ use crate::{
     asked::{flag, number, text},
     bounded,
     open::{expect_run, problems, refused},
-    record::{Record, identity},
+    record::{IdentityFields, Record, identity},
 };
 
 /// A run as it was when it was last looked at, and what is made of it once it is asked for.
@@ -59,7 +59,7 @@ impl State {
         self.modules.get_or_init(|| self.run.modules_in_model_order().into_iter().map(str::to_owned).collect())
     }
 
-    /// By step, microbatch, module, and then as [`in_module`].
+    /// By job, step, microbatch, module, and then as [`in_module`].
     fn order(&self) -> &[usize] {
         self.order.get_or_init(|| {
             let position: HashMap<&str, usize> =
@@ -68,7 +68,7 @@ impl State {
             all.sort_by_cached_key(|&at| {
                 let record = &self.run.records[at];
                 let id = &record.id;
-                (id.step, id.micro, position.get(id.module.as_str()).copied(), in_module(record))
+                (id.job, id.step, id.micro, position.get(id.module.as_str()).copied(), in_module(record))
             });
             all
         })
@@ -86,7 +86,8 @@ impl State {
 /// on the first rank.
 fn in_module(record: &Read) -> impl Ord + use<'_> {
     let (id, began) = (&record.id, record.what().time_ns);
-    (id.step, id.micro, id.call, id.model, id.kind, natural(&id.path), id.repeat, began, !id.train, id.apart)
+    let first = (id.job, id.step, id.micro, id.call, id.model, id.kind, natural(&id.path));
+    (first, id.repeat, began, !id.train, id.apart, id.again)
 }
 
 /// A run directory.
@@ -101,8 +102,6 @@ impl Run {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
-
-type Identity9 = (String, &'static str, String, u32, u64, u32, u32, u32, bool);
 
 #[pymethods]
 impl Run {
@@ -144,6 +143,13 @@ impl Run {
     fn info(&self, py: Python<'_>) -> PyResult<String> {
         let state = self.state();
         py.detach(|| serde_json::to_string(&state.run.info))
+            .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
+    }
+
+    /// Its jobs and their attempts, as JSON.
+    fn jobs(&self, py: Python<'_>) -> PyResult<String> {
+        let state = self.state();
+        py.detach(|| serde_json::to_string(&state.run.jobs))
             .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
     }
 
@@ -189,11 +195,13 @@ impl Run {
 
     /// The one record that is meant.
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (module, *, kind, model, train, step, micro, call, path, repeat, apart))]
+    #[pyo3(signature = (module, *, job, attempt, kind, model, train, step, micro, call, path, repeat, apart, again))]
     fn one(
         &self,
         py: Python<'_>,
         module: &Bound<'_, PyAny>,
+        job: Option<&Bound<'_, PyAny>>,
+        attempt: Option<&Bound<'_, PyAny>>,
         kind: Option<&Bound<'_, PyAny>>,
         model: Option<&Bound<'_, PyAny>>,
         train: Option<&Bound<'_, PyAny>>,
@@ -203,10 +211,13 @@ impl Run {
         path: Option<&Bound<'_, PyAny>>,
         repeat: Option<&Bound<'_, PyAny>>,
         apart: Option<&Bound<'_, PyAny>>,
+        again: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Record> {
         let state = self.state();
         let module = text("module", Some(module))?.unwrap_or_default();
         let wanted = Wanted {
+            job: number("job", job)?,
+            attempt: number("attempt", attempt)?,
             kind: text("kind", kind)?,
             model: number("model", model)?,
             train: flag("train", train)?,
@@ -216,6 +227,7 @@ impl Run {
             path: text("path", path)?,
             repeat: number("repeat", repeat)?,
             apart: number("apart", apart)?,
+            again: number("again", again)?,
         };
         let at = py.detach(|| {
             bounded(|| {
@@ -226,13 +238,13 @@ impl Run {
         Ok(Record::new(&state.run, at))
     }
 
-    fn refused(&self, py: Python<'_>) -> Vec<(Identity9, u32, String)> {
+    fn refused(&self, py: Python<'_>) -> Vec<(IdentityFields, u32, String)> {
         let state = self.state();
         let all = state.run.lost.refused.iter();
         py.detach(|| all.map(|(what, why)| (identity(&what.id), what.rank, why.clone())).collect())
     }
 
-    fn divergences(&self, py: Python<'_>) -> Vec<(Identity9, u32, u32)> {
+    fn divergences(&self, py: Python<'_>) -> Vec<(IdentityFields, u32, u32)> {
         let state = self.state();
         let all = state.run.lost.divergences.iter();
         py.detach(|| all.map(|(what, against)| (identity(&what.id), what.rank, *against)).collect())

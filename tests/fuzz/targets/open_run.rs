@@ -52,7 +52,7 @@ fn open(path: &Path) {
         }
         let _ = run.part(record, record.what().rank).map_err(|e| e.to_string());
     }
-    for part in run.records.iter().flat_map(|record| &record.parts).chain(&run.replaced) {
+    for part in run.records.iter().flat_map(|record| &record.parts) {
         let _ = run.shards().part(part).map_err(|e| e.to_string());
     }
     let mut problems = Vec::new();

@@ -1,13 +1,16 @@
 //! The one record that a call means, or in one line what there is instead.
 
-use std::{collections::HashSet, fmt::Display};
+use std::{
+    collections::{BTreeSet, HashSet},
+    fmt::Display,
+};
 
 use wire::hooks::Kind;
 
 use super::{Run, display_module, natural, select};
 use crate::{
-    format::Identity,
-    text::{clip, safe},
+    format::{Identity, JobId},
+    text::{clip, few, safe},
 };
 
 /// Values of a field that a message lists one by one.
@@ -16,6 +19,10 @@ const SPELLED: usize = 6;
 /// The fields of the record that is asked for, besides its module; `None`: any.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
+    /// Job; `None`: the newest that has the module.
+    pub job: Option<i128>,
+    /// Attempt; `None`: the last of that job that has the module.
+    pub attempt: Option<i128>,
     /// Kind, by its word.
     pub kind: Option<String>,
     /// Model number.
@@ -34,6 +41,8 @@ pub struct Wanted {
     pub repeat: Option<i128>,
     /// Of passes that not all ranks made: the lowest rank that did. `None`: that of all ranks, if there is one.
     pub apart: Option<i128>,
+    /// Which of those that are called the same; `None`: the first.
+    pub again: Option<i128>,
 }
 
 /// The value of one field.
@@ -66,7 +75,9 @@ impl Value {
 type Field = (&'static str, fn(&Identity) -> Value);
 
 /// In the order in which they are looked at.
-const FIELDS: [Field; 9] = [
+const FIELDS: [Field; 12] = [
+    ("job", |id| Value::Number(id.job.job.into())),
+    ("attempt", |id| Value::Number(id.job.attempt.into())),
     ("kind", |id| Value::Text(id.kind.name().into())),
     ("model", |id| Value::Number(id.model.into())),
     ("train", |id| Value::Flag(id.train)),
@@ -76,13 +87,25 @@ const FIELDS: [Field; 9] = [
     ("path", |id| Value::Text(id.path.clone())),
     ("repeat", |id| Value::Number(id.repeat.into())),
     ("apart", |id| id.apart.map_or(Value::Nothing, |rank| Value::Number(rank.into()))),
+    ("again", |id| Value::Number(id.again.into())),
 ];
 
+/// Of a field that was not asked for: which of its values is meant where there are several; `None`: nobody knows.
+fn meant(field: &str, values: impl Iterator<Item = Value>) -> Option<Value> {
+    match field {
+        "job" | "attempt" => values.max(),
+        "again" => values.min(),
+        _ => None,
+    }
+}
+
 impl Wanted {
-    fn values(&self) -> [Option<Value>; 9] {
+    fn values(&self) -> [Option<Value>; 12] {
         let number = |n: Option<i128>| n.map(Value::Number);
         let text = |text: &Option<String>| text.clone().map(Value::Text);
         [
+            number(self.job),
+            number(self.attempt),
             text(&self.kind),
             number(self.model),
             self.train.map(Value::Flag),
@@ -92,6 +115,7 @@ impl Wanted {
             text(&self.path),
             number(self.repeat),
             number(self.apart),
+            number(self.again),
         ]
     }
 }
@@ -99,15 +123,19 @@ impl Wanted {
 impl Run {
     /// The one of the records `candidates` (indexes, all of `module`, at least one) that is meant, or why none is.
     pub fn one(&self, module: &str, candidates: &[usize], wanted: &Wanted) -> Result<usize, String> {
-        let values = wanted.values();
+        let mut values = wanted.values();
         let mut left: Vec<usize> = candidates.to_vec();
         let id = |&i: &usize| &self.records[i].id;
-        for ((field, get), value) in FIELDS.iter().zip(&values) {
-            let Some(value) = value else { continue };
+        for (at, (field, get)) in FIELDS.iter().enumerate() {
+            if values[at].is_none() {
+                values[at] = meant(field, left.iter().map(|i| get(id(i))));
+            }
+            let Some(value) = &values[at] else { continue };
             let kept: Vec<usize> = left.iter().copied().filter(|i| get(id(i)) == *value).collect();
             if kept.is_empty() {
                 let there: Vec<&Identity> = left.iter().map(id).collect();
-                return Err(self.none(module, (field, *get), value, &there, &values));
+                let why = self.none(module, (field, *get), value, &there, &values);
+                return Err(why + &self.elsewhere(candidates, wanted));
             }
             left = kept;
         }
@@ -133,13 +161,30 @@ impl Run {
         Err(format!("{} has {count} records {kind}; say which: {}", shown(module), choices.join(", ")))
     }
 
+    /// Which jobs and attempts have what is asked for, where the newest has not and nobody said which.
+    fn elsewhere(&self, candidates: &[usize], wanted: &Wanted) -> String {
+        let values = wanted.values();
+        if values[0].is_some() || values[1].is_some() {
+            return String::new();
+        }
+        let asked = |id: &&Identity| {
+            FIELDS.iter().zip(&values).all(|((_, get), value)| value.as_ref().is_none_or(|value| get(id) == *value))
+        };
+        let found: BTreeSet<JobId> =
+            candidates.iter().map(|&i| &self.records[i].id).filter(asked).map(|id| id.job).collect();
+        match found.is_empty() {
+            true => String::new(),
+            false => format!(" in the newest; {}", few(found.iter().map(|id| id.words()))),
+        }
+    }
+
     fn none(
         &self,
         module: &str,
         (field, get): (&str, fn(&Identity) -> Value),
         value: &Value,
         left: &[&Identity],
-        wanted: &[Option<Value>; 9],
+        wanted: &[Option<Value>; 12],
     ) -> String {
         let there = spell(left.iter().map(|id| get(id)).collect());
         let name = shown(module);
@@ -164,7 +209,7 @@ impl Run {
             };
         }
         let root = text.split(['[', '.']).next().unwrap_or_default();
-        let hint = match (&wanted[0], root) {
+        let hint = match (&wanted[2], root) {
             (Some(Value::Text(kind)), "out") if kind == Kind::Backward.name() => {
                 "; kind 'backward' is the gradient of the inputs, that of the outputs is kind 'backward_pre'"
             }

@@ -16,13 +16,14 @@ use wire::{passes::Pass, record::Placement};
 
 use super::{
     Found, Lost, Note, OpenError, Problem, Said,
+    jobs::Table,
     layout::{self, Coordinates},
     nodes,
 };
 use crate::{
     files::{open_to_read, read_whole},
-    format::{FORMAT, LOCK_FILE, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo},
-    limits::{PROBLEMS, RUN_FILE_BYTES},
+    format::{FORMAT, JobId, LOCK_FILE, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo},
+    limits::{self, PROBLEMS, RUN_FILE_BYTES},
     manifest::{self, LineError, Position},
     text,
 };
@@ -51,10 +52,12 @@ pub struct Folder {
     journal: Option<Journal>,
     /// What was not captured.
     pub lost: Lost,
+    /// The jobs that it tells of.
+    pub jobs: Table,
     /// Seals: shard and length.
     pub sealed: Vec<(String, u64)>,
     /// What ranks said of passes since this was last taken.
-    pub passes: Vec<(u32, Pass)>,
+    pub passes: Vec<(JobId, u32, Pass)>,
     lines: Vec<Problem>,
     unread: u64,
     /// The ranks that sit at coordinates.
@@ -193,12 +196,14 @@ impl Folder {
             Line::Refused { what, reason } => self.lost.refused.push((what, reason)),
             Line::Divergence { what, against } => self.lost.divergences.push((what, against)),
             Line::Dropped { rank, count, reason, .. } => self.lost.dropped.push((rank, count, reason)),
+            Line::Job(info) if self.jobs.len() < limits::JOBS => _ = self.jobs.insert(info.id, info),
+            Line::Job(_) => {}
             Line::Sealed { shard, len } => {
                 let shard = within(&self.name, shard);
                 needs(&mut self.ends, &shard, len);
                 self.sealed.push((shard, len));
             }
-            Line::Pass { rank, pass } => self.passes.push((rank, pass)),
+            Line::Pass { job, rank, pass } => self.passes.push((job, rank, pass)),
         }
     }
 

@@ -14,11 +14,13 @@ use wire::hooks::Kind;
 use super::{
     Lost, OpenError, Record, Records, Run, Shards, Source,
     folder::{Change, Folder},
-    in_seats, layout, nodes,
+    in_seats,
+    jobs::{Numbers, Table},
+    layout, nodes,
     passes::{Joint, Local, Passes, Verdict},
 };
 use crate::{
-    format::{Identity, Joined, Owners, Part, What},
+    format::{Identity, JobId, JobInfo, Joined, Owners, Part, RunInfo, What},
     ownership::{PartialOwnership, lie_alone, lie_among},
 };
 
@@ -35,15 +37,23 @@ pub struct Gathered {
     records: Records,
     /// Slots that have got parts and are not settled.
     changed: Vec<usize>,
-    replaced: Vec<Part>,
+    /// Slots of parts that are called as another one.
+    again: Vec<usize>,
+    /// How many there are of a slot's seat, but for the first.
+    doubles: HashMap<(usize, (u32, u32)), u32>,
     parts: u64,
-    /// Of several nodes: the folder that has a rank's parts.
-    folder_of: BTreeMap<u32, usize>,
+    /// Bytes of manifests that were read before all was read anew.
+    before: u64,
+    /// Of several nodes: what the jobs of their folders are in the run.
+    numbers: Numbers,
+    /// Of several nodes: the folders that have parts of a rank of a job.
+    folder_of: BTreeMap<(JobId, u32), BTreeSet<usize>>,
     /// By which slots are settled.
-    owners: (Vec<Owners>, u32),
+    owners: (Vec<Owners>, BTreeMap<JobId, u32>),
     /// Of several nodes: replicas that differ and whose difference no agent saw.
     differing: BTreeMap<usize, Vec<(What, u32)>>,
-    passes: Passes,
+    /// Of each job.
+    passes: BTreeMap<JobId, Passes>,
     /// Ranks have told of some.
     has_passes: bool,
     /// Slots with parts of passes that are not decided.
@@ -61,6 +71,8 @@ pub struct Gathered {
 
 struct Slot {
     record: Arc<Record>,
+    /// That of the first which is called the same.
+    base: Option<usize>,
     /// As it was written, where that is another and is needed once more is read.
     written: Option<Arc<Record>>,
     /// Of several nodes: the folders with parts of it, and which of their parts the first one is.
@@ -105,12 +117,15 @@ impl Gathered {
             by_id: HashMap::new(),
             records: Records::default(),
             changed: Vec::new(),
-            replaced: Vec::new(),
+            again: Vec::new(),
+            doubles: HashMap::new(),
             parts: 0,
+            before: 0,
+            numbers: Numbers::default(),
             folder_of: BTreeMap::new(),
-            owners: (Vec::new(), 0),
+            owners: Default::default(),
             differing: BTreeMap::new(),
-            passes: Passes::default(),
+            passes: BTreeMap::new(),
             has_passes: false,
             waiting: HashMap::new(),
             empty: BTreeSet::new(),
@@ -131,14 +146,14 @@ impl Gathered {
         &self.nodes
     }
 
-    /// Parts that were written, also those that a later one took the place of.
+    /// Parts that were written.
     pub fn parts(&self) -> u64 {
         self.parts
     }
 
     /// Bytes of manifests that were read.
     pub fn read(&self) -> u64 {
-        self.folders.iter().map(|folder| folder.read).sum()
+        self.before + self.folders.iter().map(|folder| folder.read).sum::<u64>()
     }
 
     /// Reads what is new. With [`Change::Other`], and after an error, nothing more is to be had here.
@@ -154,20 +169,78 @@ impl Gathered {
         if !self.nodes.is_empty() && change != Change::None {
             nodes::expect_one_job(&self.path, &self.folders)?;
         }
-        // Of the lowest rank, since the order of a manifest is chance.
-        let mut conflict: Option<(u32, usize, usize)> = None;
-        let before = self.parts;
+        let known = self.parts;
+        loop {
+            change = change.max(self.read_folders()?);
+            if change == Change::Other {
+                return Ok(change);
+            }
+            if !self.is_renumbered() {
+                break;
+            }
+        }
+        self.expect_ranks_apart()?;
+        for (number, folder) in self.folders.iter_mut().enumerate() {
+            for (job, rank, pass) in std::mem::take(&mut folder.passes) {
+                let job = self.numbers.number(number, job);
+                self.passes.entry(job).or_default().add(job, rank, &pass);
+            }
+        }
+        Ok(if self.decided_early && self.parts > known { Change::Other } else { change })
+    }
+
+    /// Whether jobs turned out to have other numbers in the run than was thought. Then nothing is read any more.
+    fn is_renumbered(&mut self) -> bool {
+        if self.nodes.is_empty() {
+            return false;
+        }
+        let tables: Vec<&Table> = self.folders.iter().map(|folder| &folder.jobs).collect();
+        let numbers = Numbers::of(&tables);
+        if numbers == self.numbers {
+            return false;
+        }
+        let before = self.read();
+        let fresh = self.nodes.iter().map(|name| Folder::new(self.path.join(name), name)).collect();
+        *self = Self { numbers, growing: self.growing, before, ..Self::new(&self.path, self.nodes.clone(), fresh) };
+        self.folders.iter_mut().for_each(|folder| _ = folder.look_at_info());
+        true
+    }
+
+    /// Puts the parts of records that have changed in order. Those that are called as another one are records of their own.
+    fn seat(&mut self) {
+        let mut at = 0;
+        while let Some(&slot) = self.changed.get(at) {
+            at += 1;
+            for mut part in in_seats(&mut Arc::make_mut(&mut self.slots[slot].record).parts) {
+                let count = self.doubles.entry((slot, part.what.seat())).or_default();
+                *count = count.saturating_add(1);
+                part.what.id.again = *count;
+                let known = self.by_id.get(&part.what.id).copied();
+                let at = known.unwrap_or_else(|| {
+                    self.again.push(self.slots.len());
+                    self.by_id.insert(part.what.id.clone(), self.slots.len());
+                    self.slots.push(Slot { base: Some(slot), ..Slot::new(part.what.id.clone()) });
+                    self.slots.len() - 1
+                });
+                let slot = &mut self.slots[at];
+                slot.change(at, &mut self.changed);
+                Arc::make_mut(&mut slot.record).parts.push(part);
+            }
+        }
+    }
+
+    fn read_folders(&mut self) -> Result<Change, OpenError> {
+        let mut change = Change::None;
         for number in 0..self.folders.len() {
-            let Self { folders, slots, by_id, changed, folder_of, nodes, parts, .. } = self;
+            let Self { folders, slots, by_id, changed, folder_of, nodes, parts, numbers, .. } = self;
             let of_several = !nodes.is_empty();
-            change = change.max(folders[number].read_on(&mut |part| {
+            change = change.max(folders[number].read_on(&mut |mut part| {
                 *parts += 1;
+                // Readers number those that are called the same.
+                part.what.id.again = 0;
                 if of_several {
-                    let owner = *folder_of.entry(part.what.rank).or_insert(number);
-                    if owner != number {
-                        let found = (part.what.rank, owner, number);
-                        conflict = Some(conflict.map_or(found, |known| known.min(found)));
-                    }
+                    part.what.id.job = numbers.number(number, part.what.id.job);
+                    folder_of.entry((part.what.id.job, part.what.rank)).or_default().insert(number);
                 }
                 let at = slot_of(&part.what.id, slots, by_id);
                 let slot = &mut slots[at];
@@ -178,20 +251,8 @@ impl Gathered {
                 Arc::make_mut(&mut slot.record).parts.push(part);
             })?);
             if change == Change::Other {
-                return Ok(change);
+                break;
             }
-        }
-        if let Some((rank, one, other)) = conflict {
-            let (one, other) = (&self.nodes[one], &self.nodes[other]);
-            return Err(nodes::refusal(&self.path, &format!("{one} and {other} both have rank {rank}")));
-        }
-        for folder in &mut self.folders {
-            for (rank, pass) in std::mem::take(&mut folder.passes) {
-                self.passes.add(rank, &pass);
-            }
-        }
-        if self.decided_early && self.parts > before {
-            return Ok(Change::Other);
         }
         Ok(change)
     }
@@ -199,7 +260,7 @@ impl Gathered {
     /// Puts parts into the records of the passes that they are of.
     fn join(&mut self) {
         let over = self.folders.iter().all(Folder::is_over);
-        let decided = self.passes.decide(over);
+        let decided: Vec<Local> = self.passes.values_mut().flat_map(|passes| passes.decide(over)).collect();
         let closed = self.folders.iter().all(Folder::is_closed);
         self.decided_early |= over && !closed && !self.passes.is_empty();
         let mut again: BTreeSet<usize> = self.changed.iter().copied().collect();
@@ -217,9 +278,7 @@ impl Gathered {
             }
             self.place(again, over);
         }
-        for &at in &self.changed {
-            in_seats(&mut Arc::make_mut(&mut self.slots[at].record).parts, &mut self.replaced);
-        }
+        self.seat();
     }
 
     /// Finds the records of those parts in some slots of which that is not decided.
@@ -229,7 +288,11 @@ impl Gathered {
         let mut undecided = Vec::new();
         for (at, mut part) in taken {
             let (local, is_parameter) = (Local::of(&part.what), part.what.id.kind.is_in(Kind::OF_PARAMETERS));
-            let verdict = if is_parameter { self.passes.of_parameter(local, over) } else { self.passes.verdict(local) };
+            let verdict = match self.passes.get(&part.what.id.job) {
+                Some(passes) if is_parameter => passes.of_parameter(local, over),
+                Some(passes) => passes.verdict(local),
+                None => Verdict::Unsaid,
+            };
             let Verdict::Joint(joint) = verdict else {
                 undecided.push((at, part));
                 continue;
@@ -292,13 +355,52 @@ impl Gathered {
         }
     }
 
+    /// Refuses folders that have ranks in common: they are not of one job. Of the lowest rank, since the order of a manifest
+    /// is chance.
+    fn expect_ranks_apart(&self) -> Result<(), OpenError> {
+        let mut of_rank: BTreeMap<u32, BTreeSet<usize>> = BTreeMap::new();
+        let mut conflict: Option<(u32, usize, usize)> = None;
+        let mut found = |rank: u32, one: usize, other: usize| {
+            let found = (rank, one.min(other), one.max(other));
+            conflict = Some(conflict.map_or(found, |known| known.min(found)));
+        };
+        for ((_, rank), folders) in &self.folder_of {
+            if let (Some(&one), Some(&other)) = (folders.first(), folders.iter().nth(1)) {
+                found(*rank, one, other);
+            }
+            of_rank.entry(*rank).or_default().extend(folders);
+        }
+        for (rank, folders) in &of_rank {
+            let strangers = folders.first().zip(
+                folders.iter().find(|&&other| folders.first().is_some_and(|&one| !self.numbers.are_kin(one, other))),
+            );
+            if let Some((&one, &other)) = strangers {
+                found(*rank, one, other);
+            }
+        }
+        match conflict {
+            None => Ok(()),
+            Some((rank, one, other)) => {
+                let (one, other) = (&self.nodes[one], &self.nodes[other]);
+                Err(nodes::refusal(&self.path, &format!("{one} and {other} both have rank {rank}")))
+            }
+        }
+    }
+
     /// Gives parts their bytes that another rank sent, and makes those of modules that some ranks lack lie among those
     /// that have them.
-    fn settle(&mut self, owners: &[Owners], world: u32) {
-        let partial = PartialOwnership::new(owners, world);
-        if self.owners.0 != owners || self.owners.1 != world {
-            let known = PartialOwnership::new(&self.owners.0, self.owners.1);
-            self.owners = (owners.to_vec(), world);
+    fn settle(&mut self, owners: &[Owners], jobs: &[JobInfo]) {
+        let worlds: BTreeMap<JobId, u32> = jobs.iter().map(|info| (info.id, info.world)).collect();
+        let partial_of = |(owners, worlds): &(Vec<Owners>, BTreeMap<JobId, u32>)| {
+            let of = |(&job, &world): (&JobId, &u32)| (job, PartialOwnership::new(job, owners, world));
+            let known = worlds.iter().map(of).filter(|(_, partial)| !partial.is_empty());
+            known.collect::<BTreeMap<JobId, PartialOwnership>>()
+        };
+        let now = (owners.to_vec(), worlds);
+        let partial = partial_of(&now);
+        if self.owners != now {
+            let known = partial_of(&self.owners);
+            self.owners = now;
             if !(known.is_empty() && partial.is_empty()) {
                 for (at, slot) in self.slots.iter_mut().enumerate() {
                     slot.change(at, &mut self.changed);
@@ -310,14 +412,19 @@ impl Gathered {
         for at in changed {
             let slot = &mut self.slots[at];
             slot.changed = false;
-            if layout::borrows(&slot.record.parts) || partial.knows(&slot.record.id) || slot.apart.is_some() {
+            let partial = partial.get(&slot.record.id.job).filter(|partial| partial.knows(&slot.record.id));
+            if layout::borrows(&slot.record.parts) || partial.is_some() || slot.apart.is_some() {
                 slot.written = self.growing.then(|| slot.record.clone());
                 let Record { id, parts } = Arc::make_mut(&mut slot.record);
                 layout::lend(parts);
                 match &slot.apart {
                     Some(_) if id.own => lie_alone(parts),
                     Some(joint) => lie_among(parts, &joint.ranks),
-                    None => partial.settle(parts),
+                    None => {
+                        if let Some(partial) = partial {
+                            partial.settle(parts);
+                        }
+                    }
                 }
             }
             self.records.set(at, slot.record.clone());
@@ -339,8 +446,13 @@ impl Gathered {
         self.join();
         let (mut infos, mut problems, mut notes) = (Vec::new(), Vec::new(), Vec::new());
         for (number, folder) in self.folders.iter().enumerate() {
-            let is_its = |part: &&Part| self.nodes.is_empty() || self.folder_of.get(&part.what.rank) == Some(&number);
-            let (info, its_problems, its_notes) = folder.opened(self.replaced.iter().filter(is_its).count() as u64)?;
+            let is_its = |part: &&Part| {
+                let of = || self.folder_of.get(&(part.what.id.job, part.what.rank));
+                self.nodes.is_empty() || of().is_some_and(|folders| folders.contains(&number))
+            };
+            let again = self.again.iter().flat_map(|&at| &self.slots[at].record.parts).filter(is_its).count();
+            let (mut info, its_problems, its_notes) = folder.opened(again as u64)?;
+            info.owners.iter_mut().for_each(|group| group.job = self.numbers.number(number, group.job));
             infos.push(info);
             problems.extend(its_problems);
             notes.extend(its_notes);
@@ -349,16 +461,23 @@ impl Gathered {
             true => infos.pop().unwrap_or_default(),
             false => nodes::joined(infos, self.slots.len() as u64),
         };
-        self.settle(&info.owners, info.world);
-        let order = (!self.nodes.is_empty()).then(|| self.order());
+        let jobs = self.jobs(&info);
+        self.settle(&info.owners, &jobs);
+        let order = (!self.nodes.is_empty() || !self.again.is_empty()).then(|| self.order());
         let mut lost = Lost::default();
-        for folder in &self.folders {
-            lost.refused.extend_from_slice(&folder.lost.refused);
-            lost.divergences.extend_from_slice(&folder.lost.divergences);
+        for (number, folder) in self.folders.iter().enumerate() {
+            let own = |what: &What| {
+                let job = self.numbers.number(number, what.id.job);
+                What { id: Identity { job, ..what.id.clone() }, ..what.clone() }
+            };
+            lost.refused.extend(folder.lost.refused.iter().map(|(what, why)| (own(what), why.clone())));
+            lost.divergences.extend(folder.lost.divergences.iter().map(|(what, against)| (own(what), *against)));
             lost.dropped.extend_from_slice(&folder.lost.dropped);
         }
         let before = lost.divergences.len();
-        lost.divergences.retain(|(what, against)| !self.passes.are_two(what, *against));
+        lost.divergences.retain(|(what, against)| {
+            !self.passes.get(&what.id.job).is_some_and(|passes| passes.are_two(what, *against))
+        });
         info.totals.divergences = info.totals.divergences.saturating_sub((before - lost.divergences.len()) as u64);
         if !self.differing.is_empty() {
             // No agent saw these side by side, as replicas of two nodes: it is noticed here where they differ.
@@ -378,7 +497,7 @@ impl Gathered {
                 Some(order) => order.into_iter().map(|at| self.records[at].clone()).collect(),
                 None => self.records.clone(),
             },
-            replaced: self.replaced.clone(),
+            jobs,
             lost,
             sealed: self.folders.iter().flat_map(|folder| folder.sealed.iter().cloned()).collect(),
             problems,
@@ -388,10 +507,13 @@ impl Gathered {
         })
     }
 
-    /// Of several nodes: slots in the order of the run, that of their first part, node after node.
+    /// Slots in the order of the run: that of their first part, node after node; what is called as another one after that.
     fn order(&self) -> Vec<usize> {
         let mut order = self.there();
-        order.sort_by_key(|&at| self.slots[at].folders.iter().min().copied());
+        order.sort_by_key(|&at| {
+            let first = self.slots[at].base.unwrap_or(at);
+            (self.slots[first].folders.iter().min().copied(), first, self.slots[at].record.id.again)
+        });
         order
     }
 
@@ -400,10 +522,21 @@ impl Gathered {
         (0..self.slots.len()).filter(|at| !self.empty.contains(at)).collect()
     }
 
+    /// The jobs of the run. One that says nothing of any is of one.
+    fn jobs(&self, info: &RunInfo) -> Vec<JobInfo> {
+        let tables: Vec<&Table> = self.folders.iter().map(|folder| &folder.jobs).collect();
+        let jobs: Vec<JobInfo> = self.numbers.joined(&tables).into_values().collect();
+        if !jobs.is_empty() || info.world == 0 {
+            return jobs;
+        }
+        let (command, hooks) = (info.command.clone(), info.hooks.clone());
+        vec![JobInfo { world: info.world, command, hooks, started_ns: info.started_ns, ..JobInfo::default() }]
+    }
+
     /// Lets go of the records of a run that is over. Should its files change all the same, it is read anew.
     pub fn let_go(&mut self) {
         self.over = true;
-        (self.slots, self.by_id, self.records, self.replaced) = Default::default();
+        (self.slots, self.by_id, self.records, self.again, self.doubles) = Default::default();
     }
 }
 
@@ -425,7 +558,8 @@ fn slot_of(id: &Identity, slots: &mut Vec<Slot>, by_id: &mut HashMap<Identity, u
 impl Slot {
     fn new(id: Identity) -> Self {
         let record = Arc::new(Record { id, parts: Vec::new() });
-        Self { record, written: None, folders: Vec::new(), changed: false, apart: None, has_moved: false }
+        let folders = Vec::new();
+        Self { record, base: None, written: None, folders, changed: false, apart: None, has_moved: false }
     }
 
     /// As it was written, and to be settled again.

@@ -10,6 +10,7 @@ pub mod fill;
 mod folder;
 mod gathered;
 pub mod growing;
+mod jobs;
 pub mod layout;
 pub mod nodes;
 pub mod number;
@@ -44,7 +45,7 @@ pub use source::Source;
 
 use self::{gathered::Gathered, rows::Pad};
 use crate::{
-    format::{Identity, Part, RunInfo, Stats, What},
+    format::{Identity, JobInfo, Part, RunInfo, Stats, What},
     limits::PROBLEMS,
     ownership::PartialOwnership,
     text,
@@ -60,11 +61,11 @@ pub struct Record {
 }
 
 impl Record {
-    /// The record of parts that came in this order; `None` of none. Where one was captured again, its last counts, and
+    /// The record of parts that came in this order; `None` of none. Where one was captured again, the first counts, and
     /// otherwise they are settled as those of [`Run::open`] are.
     pub fn new(mut parts: Vec<Part>, partial: &PartialOwnership) -> Option<Self> {
         let id = parts.first()?.what.id.clone();
-        in_seats(&mut parts, &mut Vec::new());
+        in_seats(&mut parts);
         layout::lend(&mut parts);
         partial.settle(&mut parts);
         Some(Self { id, parts })
@@ -149,8 +150,8 @@ pub struct Run {
     pub info: RunInfo,
     /// In the order of their first part in the manifest.
     pub records: Records,
-    /// Parts that a later one of the same rank took the place of; nothing is served from them.
-    pub replaced: Vec<Part>,
+    /// The jobs and their attempts, in order.
+    pub jobs: Vec<JobInfo>,
     /// What is not there, and why.
     pub lost: Lost,
     /// Seals the manifest tells of: shard and length.
@@ -246,7 +247,9 @@ impl Run {
 
     fn layout_error(&self, record: &Record, e: LayoutError) -> ReadError {
         match e {
-            LayoutError::Missing(_) | LayoutError::Pending(_) => ReadError::Incomplete(format!("{}: {}", record.id, self.explain(&e))),
+            LayoutError::Missing(_) | LayoutError::Pending(_) => {
+                ReadError::Incomplete(format!("{}: {}", record.id, self.explain(&e)))
+            }
             _ => ReadError::Layout(format!("{}: {e}", record.id)),
         }
     }
@@ -287,21 +290,22 @@ impl Run {
     }
 }
 
-/// Puts parts in order of their seats; one that a later one of the same seat takes the place of goes to `replaced`.
-fn in_seats(parts: &mut Vec<Part>, replaced: &mut Vec<Part>) {
+/// Puts parts in order of their seats. Of those with one seat the first that came stays, and the others are given back.
+fn in_seats(parts: &mut Vec<Part>) -> Vec<Part> {
     if parts.is_sorted_by(|a, b| a.what.seat() < b.what.seat()) {
-        return;
+        return Vec::new();
     }
-    // Stable: of one seat the last that came is the last.
+    // Stable: of one seat the first that came is the first.
     parts.sort_by_key(|part| part.what.seat());
-    let mut kept: Vec<Part> = Vec::with_capacity(parts.len());
+    let (mut kept, mut again): (Vec<Part>, Vec<Part>) = (Vec::with_capacity(parts.len()), Vec::new());
     for part in parts.drain(..) {
-        match kept.last_mut().filter(|last| last.what.seat() == part.what.seat()) {
-            Some(last) => replaced.push(std::mem::replace(last, part)),
-            None => kept.push(part),
+        match kept.last().is_some_and(|last| last.what.seat() == part.what.seat()) {
+            true => again.push(part),
+            false => kept.push(part),
         }
     }
     *parts = kept;
+    again
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ use wire::{
 };
 
 use crate::{
-    format::{Identity, What},
+    format::{Identity, JobId, What},
     limits,
 };
 
@@ -34,6 +34,7 @@ const PASSES_OF_STEP: u32 = 64;
 /// A forward pass, as its rank counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Local {
+    job: JobId,
     rank: u32,
     model: u32,
     step: u64,
@@ -49,11 +50,11 @@ impl Local {
 
     /// The pass that a part is of.
     pub fn of(what: &What) -> Self {
-        let Identity { model, step, micro, train, .. } = what.id;
+        let Identity { job, model, step, micro, train, .. } = what.id;
         // Of a pipeline, which cuts a batch into several passes, parts of these are parts of one record.
         let cut = what.axes.iter().find(|axis| axis.name == MICRO);
         let micro = cut.map_or(micro, |axis| micro.wrapping_mul(axis.size).wrapping_add(axis.index));
-        Self { rank: what.rank, model, step, micro, train }
+        Self { job, rank: what.rank, model, step, micro, train }
     }
 }
 
@@ -168,15 +169,10 @@ enum Others {
 }
 
 impl Passes {
-    /// Whether no rank has told of any.
-    pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty()
-    }
-
-    /// A rank tells of a pass.
-    pub fn add(&mut self, rank: u32, pass: &Pass) {
+    /// A rank of the job tells of a pass.
+    pub fn add(&mut self, job: JobId, rank: u32, pass: &Pass) {
         let Pass { model, step, micro, train, inference, signature, among, reduces, .. } = *pass;
-        let local = Local { rank, model, step, micro, train };
+        let local = Local { job, rank, model, step, micro, train };
         let size = pass.groups.iter().flat_map(|group| &group.ranks).map(|run| run.count as usize).sum::<usize>();
         self.spent = self.spent.saturating_add(size);
         if self.by_local.contains_key(&local) || self.spent > limits::OWNED {
@@ -237,7 +233,8 @@ impl Passes {
                         let node = &mut self.nodes[member];
                         node.joint = Some(joint.clone());
                         decided.push(node.local);
-                        let model = self.models.entry((node.local.rank, node.local.model)).or_insert_with(|| joint.clone());
+                        let model =
+                            self.models.entry((node.local.rank, node.local.model)).or_insert_with(|| joint.clone());
                         if joint.by_all && !model.by_all {
                             *model = joint.clone();
                         }

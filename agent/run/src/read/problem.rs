@@ -138,7 +138,7 @@ impl fmt::Display for Note {
             Said::HalfALine => write!(f, "the last line of {MANIFEST_FILE} is half a line; its part is not served"),
             Said::CapturedAgain(parts) => write!(
                 f,
-                "{} captured again later (the job was started again?); the last is served",
+                "{} captured under a name that another one has: kept beside it, as again=1 and so on",
                 text::count(parts, "part")
             ),
         }

@@ -32,7 +32,7 @@ pub fn check(run: &Run, problems: &mut Vec<Problem>) {
     let files = file_stems(&run.path);
     stems.extend(files.iter().map(String::as_str));
     let mut parts: BTreeMap<&str, Vec<&Location>> = BTreeMap::new();
-    let all = run.records.iter().flat_map(|r| &r.parts).chain(&run.replaced);
+    let all = run.records.iter().flat_map(|r| &r.parts);
     for at in all.filter_map(|p| p.at.as_ref()) {
         parts.entry(&at.shard).or_default().push(at);
     }

@@ -16,6 +16,10 @@ pub struct Filter {
     pub path: Option<String>,
     /// Model number.
     pub model: Option<u32>,
+    /// Job.
+    pub job: Option<u32>,
+    /// Attempt of it.
+    pub attempt: Option<u32>,
     /// Step.
     pub step: Option<u64>,
     /// Microbatch.
@@ -39,6 +43,8 @@ impl Filter {
             && fits(&self.kind, &id.kind)
             && fits(&self.path, &id.path)
             && fits(&self.model, &id.model)
+            && fits(&self.job, &id.job.job)
+            && fits(&self.attempt, &id.job.attempt)
             && fits(&self.step, &id.step)
             && fits(&self.micro, &id.micro)
             && fits(&self.call, &id.call)

@@ -202,7 +202,9 @@ impl Shards {
     /// Why there is no plan, in words, with the name of the file where that is damage.
     pub fn refusal(&self, e: &PlanError) -> ReadError {
         match e {
-            PlanError::Layout(LayoutError::Missing(_) | LayoutError::Pending(_)) => ReadError::Incomplete(e.to_string()),
+            PlanError::Layout(LayoutError::Missing(_) | LayoutError::Pending(_)) => {
+                ReadError::Incomplete(e.to_string())
+            }
             PlanError::Layout(_) | PlanError::NoBytes { .. } => ReadError::Layout(e.to_string()),
             PlanError::Length { rank, at, .. } => self.damage(at, *rank, &e.to_string()),
             PlanError::Overlap { .. } => ReadError::Damage(e.to_string()),

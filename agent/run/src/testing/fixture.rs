@@ -11,7 +11,8 @@ use wire::{
 };
 
 use crate::format::{
-    FILLER, FORMAT, HEADER_SPACE, Identity, Joined, Line, Location, MANIFEST_FILE, Part, RUN_FILE, RunInfo, TENSOR_ALIGN, What,
+    FILLER, FORMAT, HEADER_SPACE, Identity, JobId, Joined, Line, Location, MANIFEST_FILE, Part, RUN_FILE, RunInfo,
+    TENSOR_ALIGN, What,
 };
 
 /// A run being made; [`Fixture::finish`] seals it.
@@ -30,6 +31,7 @@ pub struct Fixture {
 /// `step` of a module's forward output.
 pub fn id(module: &str, step: u64) -> Identity {
     Identity {
+        job: JobId::default(),
         module: module.into(),
         kind: Kind::Forward,
         path: "out".into(),
@@ -42,6 +44,7 @@ pub fn id(module: &str, step: u64) -> Identity {
         apart: None,
         own: false,
         pending: false,
+        again: 0,
     }
 }
 

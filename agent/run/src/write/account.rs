@@ -98,7 +98,7 @@ impl Account {
                     accounts.entry(*slab).or_default().cut_off = *record;
                 }
             }
-            Line::Divergence { .. } | Line::Sealed { .. } | Line::Pass { .. } => {}
+            Line::Divergence { .. } | Line::Job(_) | Line::Pass { .. } | Line::Sealed { .. } => {}
         }
     }
 

@@ -10,7 +10,7 @@ use super::{
     writer::{Store, reason_of},
 };
 use crate::{
-    format::{Line, Location, Origin, Part, What},
+    format::{JobId, Line, Location, Origin, Part, What},
     stats::Accumulator,
 };
 
@@ -52,9 +52,10 @@ pub struct PartWriter {
 }
 
 impl PartWriter {
-    pub(super) fn new(store: Arc<Store>, meta: RecordMeta) -> Self {
+    pub(super) fn new(store: Arc<Store>, job: JobId, meta: RecordMeta) -> Self {
         let (len, stats_only, same) = (meta.payload_len(), meta.stats_only, meta.same);
-        let what = What::from_meta(meta);
+        let mut what = What::from_meta(meta);
+        what.id.job = job;
         Self {
             name: what.id.to_string().into(),
             replicas: replica_key(&what),

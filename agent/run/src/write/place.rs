@@ -180,15 +180,6 @@ impl Allocator {
         self.replicas.insert(key, replica, bytes);
     }
 
-    /// Another job begins: its records are not to be compared or put together with those of the last one.
-    pub fn forget_job(&mut self) {
-        for gone in self.reservations.drain() {
-            self.close(&gone);
-        }
-        self.replicas.drain();
-        self.members.clear();
-    }
-
     /// Gives a part of `len` bytes its place.
     pub fn place(&mut self, what: &What, name: &str, len: u64) -> io::Result<Slot> {
         let cost = header_cost(name, what);

@@ -73,13 +73,6 @@ impl<K: Eq + Hash, V> Recent<K, V> {
         self.entries.get(key).is_some_and(|entry| entry.clock == clock)
     }
 
-    /// Takes every entry out.
-    pub fn drain(&mut self) -> Vec<V> {
-        self.order.clear();
-        self.bytes = 0;
-        self.entries.drain().map(|(_, entry)| entry.value).collect()
-    }
-
     /// Takes every entry out for which `gone` holds.
     pub fn remove_if(&mut self, gone: impl Fn(&V) -> bool) {
         let bytes = &mut self.bytes;
@@ -131,7 +124,5 @@ mod tests {
         map.remove_if(|&v| v == 5);
         assert!(map.insert('e', 6, 80).is_empty());
         assert_eq!(map.insert('f', 7, 1000), [4, 6], "the newest stays");
-        map.drain();
-        assert!(map.insert('g', 8, 100).is_empty() && map.bytes == 100);
     }
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     files::{ToWrite, open_to_write},
-    format::{HEADER_SPACE, Line, Location, MANIFEST_FILE, Part, Totals},
+    format::{HEADER_SPACE, JobId, JobInfo, Line, Location, MANIFEST_FILE, Part, Totals},
     manifest::{LineError, Reader, Source, encode_line},
 };
 
@@ -31,6 +31,8 @@ pub struct Found {
     pub accounts: Accounts,
     /// Records there are.
     pub seen: Seen,
+    /// Jobs there are.
+    pub jobs: BTreeMap<JobId, JobInfo>,
     /// Some lines do not read.
     pub damaged: bool,
 }
@@ -44,6 +46,7 @@ pub fn recover(dir: &Path, shown: &Path) -> anyhow::Result<Found> {
         totals: Totals::default(),
         accounts: Accounts::new(),
         seen: Seen::new(),
+        jobs: BTreeMap::new(),
         damaged: false,
     };
     let mut unsealed = BTreeMap::new();
@@ -121,6 +124,7 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
             Line::Divergence { .. } => totals.divergences += 1,
             Line::Dropped { count, .. } => totals.dropped = totals.dropped.saturating_add(count),
             Line::Pass { .. } => {}
+            Line::Job(info) => _ = found.jobs.insert(info.id, info),
             Line::Sealed { shard, .. } => {
                 if let Some(number) = number_of(&shard) {
                     found.next_shard = found.next_shard.max(number.saturating_add(1));

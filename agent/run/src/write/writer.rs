@@ -23,7 +23,7 @@ use super::{
     seal,
     shard::{Shard, stem},
 };
-use crate::format::{Line, Origin, RunInfo, Totals, What};
+use crate::format::{JobId, JobInfo, Line, Origin, RunInfo, Totals, What};
 
 /// Bytes of tensors in a shard before the next one is begun.
 pub const DEFAULT_SHARD_BYTES: u64 = 512 << 20;
@@ -60,11 +60,11 @@ pub struct Store {
 
 impl Store {
     /// Makes the run directory, or takes over one whose agent is gone: then everything journalled is recovered first.
-    /// Also returns what its `run.json` says.
-    pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo)> {
+    /// Also returns what its `run.json` says, and the jobs in it, each as it was last journalled.
+    pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo, Vec<JobInfo>)> {
         let dir = RunDir::claim(path)?;
         let info = dir.read_info();
-        let Found { next_shard, totals, accounts, seen, damaged: _ } =
+        let Found { next_shard, totals, accounts, seen, jobs, damaged: _ } =
             recover::recover(dir.folder().place(), dir.path())?;
         let journal = Arc::new(Journal::open(dir.folder().place()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
         let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
@@ -81,7 +81,7 @@ impl Store {
             unsealed,
             dir,
         });
-        Ok((store, info))
+        Ok((store, info, jobs.into_values().collect()))
     }
 
     /// The run directory.
@@ -89,15 +89,23 @@ impl Store {
         &self.dir
     }
 
-    /// Begins a part.
-    pub fn begin(self: &Arc<Self>, meta: RecordMeta) -> PartWriter {
-        PartWriter::new(self.clone(), meta)
+    /// Begins a part that a rank of `job` captured.
+    pub fn begin(self: &Arc<Self>, job: JobId, meta: RecordMeta) -> PartWriter {
+        PartWriter::new(self.clone(), job, meta)
     }
 
-    /// Journals that a tensor was refused, for the reason in `meta`.
-    pub fn refused(&self, meta: RecordMeta, from: Option<Origin>) -> (What, String) {
+    /// Journals what is known of a job.
+    pub fn job(&self, info: &JobInfo) {
+        if let Err(e) = self.journal.append(&Line::Job(info.clone())) {
+            self.trouble(&e);
+        }
+    }
+
+    /// Journals that a tensor of a job was refused, for the reason in `meta`.
+    pub fn refused(&self, job: JobId, meta: RecordMeta, from: Option<Origin>) -> (What, String) {
         let reason = meta.refused.clone();
-        let what = What { from, ..What::from_meta(meta) };
+        let mut what = What { from, ..What::from_meta(meta) };
+        what.id.job = job;
         if let Err(e) = self.journal.append(&Line::Refused { what: what.clone(), reason: reason.clone() }) {
             self.trouble(&e);
         }
@@ -106,8 +114,8 @@ impl Store {
     }
 
     /// Journals what a rank says of a forward pass. One that cannot be is left out, and so are ranks that are not there.
-    pub fn passed(&self, rank: u32, pass: Pass) {
-        let line = Line::Pass { rank, pass };
+    pub fn passed(&self, job: JobId, rank: u32, pass: Pass) {
+        let line = Line::Pass { job, rank, pass };
         if line.check().is_ok()
             && let Err(e) = self.journal.append(&line)
         {
@@ -125,12 +133,6 @@ impl Store {
         {
             self.trouble(&e);
         }
-    }
-
-    /// Another job attached: nothing of it belongs together with the last one's.
-    pub fn forget_job(&self) {
-        self.alloc().forget_job();
-        self.seal_complete();
     }
 
     /// What the manifest has of a slab that is to be read now.

@@ -166,6 +166,7 @@ mod tests {
 
     fn id(module: &str, path: &str) -> Identity {
         Identity {
+            job: Default::default(),
             module: module.into(),
             kind: wire::hooks::Kind::Forward,
             path: path.into(),
@@ -176,8 +177,9 @@ mod tests {
             repeat: 0,
             train: false,
             apart: None,
-        own: false,
-        pending: false,
+            own: false,
+            pending: false,
+            again: 0,
         }
     }
 

@@ -1,7 +1,7 @@
 // The page: keeps in step with the agent, and puts header, tree and panel together.
 
 import { get, h, text, throttle } from "./dom.js";
-import { bytes, count, natural, number } from "./format.js";
+import { bytes, count, inJobs, natural, number, ofJob } from "./format.js";
 import { ModulePanel } from "./module.js";
 import { Tree, shown } from "./tree.js";
 
@@ -177,11 +177,11 @@ function buildOverview() {
     const link = h("a", { href: address(one.model, one.module, `${one.kind} ${one.path}`) }, shown(one.module));
     cells[0].append(link);
     cells[1].append(one.kind.replace("_", " "), " ", h("code", {}, one.path));
-    cells[2].append(one.train ? "train" : "eval");
+    cells[2].append(one.train ? "train" : "eval", ofJob(one));
     return { line: h("tr", {}, cells), cells };
   };
   const draw = () => {
-    const all = [...series.values()].sort((a, b) => a.model - b.model || natural(a.module, b.module) || natural(a.kind, b.kind) || natural(a.path, b.path) || Number(b.train) - Number(a.train));
+    const all = [...series.values()].sort((a, b) => inJobs(b, a) || a.model - b.model || natural(a.module, b.module) || natural(a.kind, b.kind) || natural(a.path, b.path) || Number(b.train) - Number(a.train));
     const lines = all.slice(0, MOST_ROWS).map((one) => {
       if (!rows.has(one.id)) rows.set(one.id, row(one));
       const { line, cells } = rows.get(one.id);

@@ -69,3 +69,13 @@ export function ticks(low, high, wanted) {
 
 /** Orders names as people do: layer 2 before layer 10. */
 export const natural = new Intl.Collator("en", { numeric: true }).compare;
+
+/** Orders what has a job and an attempt: the newest last. */
+export function inJobs(a, b) {
+  return a.job - b.job || a.attempt - b.attempt;
+}
+
+/** The job and attempt of a series, but for the first. */
+export function ofJob({ job, attempt }) {
+  return job || attempt ? ` · job ${job} attempt ${attempt}` : "";
+}

@@ -2,7 +2,7 @@
 
 import { Charts } from "./charts.js";
 import { get, h, text, throttle } from "./dom.js";
-import { bytes, count } from "./format.js";
+import { bytes, count, inJobs, ofJob } from "./format.js";
 import { Picture } from "./picture.js";
 import { shown } from "./tree.js";
 
@@ -78,6 +78,9 @@ export class ModulePanel {
       grew ||= one.points.step.length > 0;
       this.series.set(one.id, { ...one, points: merge(known.points, one.points) });
     }
+    // Steps of an earlier job or attempt are not those of the newest: they are for who reads the run.
+    const newest = [...this.series.values()].reduce((a, b) => (a && inJobs(a, b) >= 0 ? a : b), null);
+    for (const one of this.series.values()) if (inJobs(one, newest) < 0) this.series.delete(one.id);
     this.drawTabs();
     if (grew) this.drawTab();
   }
@@ -107,7 +110,7 @@ export class ModulePanel {
   drawTabs() {
     const groups = this.groups();
     const first = [...this.series.values()][0];
-    text(this.about, first ? `${first.class}${first.group ? ` · group ${first.group}` : ""} · ${first.dtype}` : "");
+    text(this.about, first ? `${first.class}${first.group ? ` · group ${first.group}` : ""} · ${first.dtype}${ofJob(first)}` : "");
     if (groups.length === 0) {
       this.say("Nothing was captured of this module yet.");
       return;
@@ -217,9 +220,10 @@ export class ModulePanel {
     this.asked += 1;
     const [tab, mine] = [this.tab, this.asked];
     const { step, micro, call, repeat, train } = record;
+    const { job, attempt } = record.series;
     const rank = this.rank.value === "" ? undefined : this.rank.value;
     try {
-      const look = await get("/api/tensor", { model: this.model, module: this.module, kind, path, step, micro, call, repeat, train, rank });
+      const look = await get("/api/tensor", { job, attempt, model: this.model, module: this.module, kind, path, step, micro, call, repeat, train, rank });
       if (this.gone || this.tab !== tab || this.asked !== mine) return;
       this.shownRecord = record;
       this.shownTab = tab;

@@ -136,7 +136,8 @@ impl Clock {
 
     /// Passes that have ended and of which other ranks have to know, by model.
     pub fn ended(&mut self) -> Vec<(u64, Ended)> {
-        let of = |(&model, passes): (&u64, &mut Passes)| passes.together.take().into_iter().map(move |pass| (model, pass));
+        let of =
+            |(&model, passes): (&u64, &mut Passes)| passes.together.take().into_iter().map(move |pass| (model, pass));
         self.models.iter_mut().flat_map(of).collect()
     }
 

@@ -4,7 +4,10 @@ use std::collections::{HashSet, VecDeque};
 
 use wire::tap_abi::Trigger;
 
-use super::{Rule, Steps, together::{Made, Together}};
+use super::{
+    Rule, Steps,
+    together::{Made, Together},
+};
 
 /// Passes whose inputs are remembered, for gradients that come late.
 const REMEMBERED: usize = 64;

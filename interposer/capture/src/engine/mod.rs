@@ -62,7 +62,7 @@ impl Engine {
             plans,
             taps: TapRegistry::default(),
             clock: Clock::default(),
-            rank: Rank { rank: 0, world: 1 },
+            rank: Rank { rank: 0, world: 1, group: 0 },
             rules: Vec::new(),
             loss_scale: 1.0,
             process,

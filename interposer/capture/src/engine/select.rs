@@ -159,7 +159,7 @@ impl Engine {
         if seen.is_empty() {
             return;
         }
-        let Rank { rank, world } = self.rank;
+        let Rank { rank, world, .. } = self.rank;
         for (clause, said) in plan.clauses().iter().zip(nowhere) {
             let nowhere = clause.options.ranks.as_ref().is_some_and(|ranks| ranks.iter().all(|&r| r >= world));
             if nowhere && rank == 0 && !std::mem::replace(said, true) {

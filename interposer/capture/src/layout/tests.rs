@@ -222,7 +222,7 @@ fn a_context_axis_cuts_sequences_in_an_order_that_is_not_known() {
 
 #[test]
 fn some_ranks_are_an_axis_of_their_own() {
-    let me = Rank { rank: 2, world: 4 };
+    let me = Rank { rank: 2, world: 4, group: 0 };
     let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data]), Vec::new()), me, &[0, 2, 9]);
     assert_eq!(axes, [Axis { name: "dp".into(), index: 1, size: 2, place: shard(0), input_digest: None }]);
     let axes = of_some(OUT, DP, None, (&mesh(&[Role::Data, Role::Tensor]), Vec::new()), me, &[0, 2]);

@@ -170,7 +170,7 @@ impl Model {
             signature: 0,
         };
         // SAFETY: the arrays have these lengths and live through the call.
-        unsafe { engine.select(&desc, Rank { rank, world }) }
+        unsafe { engine.select(&desc, Rank { rank, world, group: 0 }) }
     }
 }
 
@@ -198,5 +198,6 @@ pub fn hello(on_full: OnFull) -> Hello {
         hooks: "*".into(),
         on_full,
         wrapper: String::new(),
+        job: Box::default(),
     }
 }

@@ -85,7 +85,7 @@ impl Link {
     pub fn describe(&mut self, rank: Rank, wrapper: &str, slabs: &Slabs) {
         let before = self.hello.clone();
         let hello = &mut self.hello;
-        (hello.rank, hello.world) = (rank.rank, rank.world);
+        (hello.rank, hello.world, hello.job.group) = (rank.rank, rank.world, rank.group);
         if !wrapper.is_empty() {
             hello.wrapper = wrapper.to_owned();
         }
@@ -102,6 +102,11 @@ impl Link {
     /// This process's rank.
     pub fn rank(&self) -> u32 {
         self.hello.rank
+    }
+
+    /// Whether this process has become another rank, or one of another process group.
+    pub fn is_another(&self, rank: Rank) -> bool {
+        (self.hello.rank, self.hello.job.group) != (rank.rank, rank.group)
     }
 
     /// Says something now, or when an agent is there and takes it.

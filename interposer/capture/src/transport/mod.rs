@@ -282,9 +282,10 @@ impl Transport {
 
 impl Reports for Transport {
     /// Says who this process is: before it attaches, and again when more is known. A process that captured before it knew
-    /// its rank leaves the slabs it has and begins another one.
+    /// its rank, or that goes on in another process group, leaves the slabs it has and begins another one: a slab is of one
+    /// rank of one job.
     fn describe(&self, rank: Rank, wrapper: &str) {
-        let is_another = |state: &mut State| state.slabs.current().is_some() && state.link.rank() != rank.rank;
+        let is_another = |state: &mut State| state.slabs.current().is_some() && state.link.is_another(rank);
         if is_another(&mut self.lock()) {
             self.copies.drain(MOVE);
             self.lock().leave_slabs();

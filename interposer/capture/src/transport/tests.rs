@@ -66,7 +66,7 @@ fn modules(count: usize) -> Vec<ModuleInfo> {
 }
 
 fn rank(rank: u32, world: u32) -> Rank {
-    Rank { rank, world }
+    Rank { rank, world, group: 0 }
 }
 
 fn hellos(messages: &[ToAgent]) -> Vec<(u32, u32)> {

@@ -8,7 +8,7 @@ use wire::{
 
 use super::*;
 use crate::{
-    format::{FORMAT, Line, MANIFEST_FILE, Owners, RUN_FILE, RunInfo},
+    format::{FORMAT, JobId, JobInfo, Line, MANIFEST_FILE, Owners, RUN_FILE, RunInfo},
     manifest::encode_line,
     read::{AssemblyPlan, fill},
     testing::fixture::*,
@@ -161,16 +161,9 @@ fn append(path: &Path, bytes: &[u8]) {
 /// What was read on is what is read anew.
 fn assert_same(growing: &Growing, path: &Path) {
     let (one, other) = (growing.run(), Run::open(path).unwrap());
-    assert_eq!((&one.path, &one.nodes, &one.info), (&other.path, &other.nodes, &other.info));
+    assert_eq!((&one.path, &one.nodes, &one.info, &one.jobs), (&other.path, &other.nodes, &other.info, &other.jobs));
     let records = |run: &Run| run.records.iter().map(|r| (r.id.clone(), r.parts.clone())).collect::<Vec<_>>();
     assert_eq!(records(&one), records(&other));
-    // Those of a record, and of one read, lie together.
-    let replaced = |run: &Run| {
-        let mut all: Vec<String> = run.replaced.iter().map(|part| format!("{part:?}")).collect();
-        all.sort();
-        all
-    };
-    assert_eq!(replaced(&one), replaced(&other));
     assert_eq!((&one.lost, &one.sealed), (&other.lost, &other.sealed));
     assert_eq!((&one.problems, &one.notes), (&other.problems, &other.notes));
     assert_eq!(one.shard_problems(), other.shard_problems());
@@ -182,7 +175,7 @@ fn assert_same(growing: &Growing, path: &Path) {
 
 /// A line of a manifest: parts of some modules on one of two ranks, also again, and all else that there is.
 fn line(node: u32) -> impl Strategy<Value = Vec<u8>> {
-    let part = (0..3u8, 0..3u64, 0..2u32, 0..4u8).prop_map(move |(module, step, index, how)| {
+    let part = (0..3u8, 0..3u64, 0..2u32, 0..4u8, 0..2u32).prop_map(move |(module, step, index, how, job)| {
         let rank = 2 * node + index;
         let axis = |name: &str, index, place| Axis { name: name.into(), index, size: 2, place, input_digest: None };
         let axes = match how {
@@ -191,7 +184,7 @@ fn line(node: u32) -> impl Strategy<Value = Vec<u8>> {
             _ => vec![axis("dp", node, Placement::Replicate), axis("tp", index, Placement::Replicate)],
         };
         let mut part = crate::testing::part(&format!("m{module}"), step, 1);
-        (part.what.rank, part.what.axes) = (rank, axes);
+        (part.what.rank, part.what.axes, part.what.id.job.job) = (rank, axes, job);
         if how == 3 {
             part.same = part.at.take().map(|at| at.crc);
         }
@@ -200,6 +193,10 @@ fn line(node: u32) -> impl Strategy<Value = Vec<u8>> {
     let what = move || crate::format::What::from_meta(crate::testing::meta("m1", 0, 1));
     prop_oneof![
         12 => part,
+        1 => (0..2u32, 0..3u8).prop_map(|(job, group)| {
+            let id = JobId { job, attempt: 0 };
+            encode_line(&Line::Job(JobInfo { id, group: format!("{group}"), world: 4, ..JobInfo::default() }))
+        }),
         1 => Just(encode_line(&Line::Refused { what: what(), reason: "why".into() })),
         1 => Just(encode_line(&Line::Divergence { what: what(), against: 1 })),
         1 => Just(encode_line(&Line::Dropped { rank: 2 * node, count: 1, reason: "slow".into(), from: None })),
@@ -211,6 +208,7 @@ fn line(node: u32) -> impl Strategy<Value = Vec<u8>> {
 
 fn info(known: u8) -> RunInfo {
     let owners = |ranks: &[u32], modules: &[&str]| Owners {
+        job: JobId::default(),
         model: Some(0),
         ranks: ranks.to_vec(),
         modules: Arc::new(modules.iter().map(|&name| name.into()).collect()),

@@ -8,7 +8,7 @@ use wire::{
 
 use crate::{
     Run,
-    format::{Identity, Joined, Line, MANIFEST_FILE},
+    format::{Identity, JobId, Joined, Line, MANIFEST_FILE},
     manifest::encode_line,
     read::{Growing, Record},
     testing::fixture::*,
@@ -117,7 +117,7 @@ fn lines(events: &[Event]) -> (Fixture, Vec<Vec<u8>>) {
             f.lines.clear();
             f.part(id, DType::UInt8, &[1], rank, dp(rank, WORLD, shard(0)), &[number as u8]);
             lines.push(f.lines.clone());
-            lines.push(encode_line(&Line::Pass { rank, pass }));
+            lines.push(encode_line(&Line::Pass { job: JobId::default(), rank, pass }));
             if matches!(event, Event::Train(true)) {
                 counting.collective();
             }
@@ -176,7 +176,7 @@ proptest! {
         let run = Run::open(dir.path()).unwrap();
         expect_no_wrong_whole(&run);
         prop_assert_eq!(run.records.iter().map(|record| record.parts.len()).sum::<usize>(), parts);
-        prop_assert!(run.replaced.is_empty());
+        prop_assert!(run.records.iter().all(|record| record.id.again == 0));
         // Where each rank did the same between two collectives, all that was reduced is whole.
         let alone = events.iter().any(|event| matches!(event, Event::Alone(_, true, true)));
         for (number, event) in events.iter().enumerate() {
@@ -221,7 +221,8 @@ fn a_pass_of_one_rank_is_whole_and_apart() {
     let dir = f.kill();
     fs::write(dir.path().join(MANIFEST_FILE), all.concat()).unwrap();
     let run = Run::open(dir.path()).unwrap();
-    let mut told: Vec<_> = run.records.iter().map(|r| (r.id.step, r.id.train, r.id.apart, r.shape().unwrap())).collect();
+    let mut told: Vec<_> =
+        run.records.iter().map(|r| (r.id.step, r.id.train, r.id.apart, r.shape().unwrap())).collect();
     told.sort();
     assert_eq!(told, [(0, false, Some(1), vec![1]), (0, true, None, vec![3]), (1, true, None, vec![3])]);
 }

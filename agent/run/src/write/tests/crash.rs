@@ -18,7 +18,7 @@ fn killed(dir: &Path) {
             put(&store, &record, &bytes_of(&record, rank as u8));
         }
     }
-    std::mem::forget(store.begin(meta("never finished", 0, 5)));
+    std::mem::forget(store.begin(JobId::default(), meta("never finished", 0, 5)));
     // The kernel drops a dead process's lock; here the process lives on.
     fs::remove_file(dir.join(crate::format::LOCK_FILE)).unwrap();
     std::mem::forget(store);
@@ -106,16 +106,16 @@ fn what_a_dead_agent_had_of_a_slab_is_known_to_the_next() {
     let dir = tempfile::tempdir().unwrap();
     let first = store(dir.path());
     let stored = |store: &Arc<Store>, record: u64| {
-        let mut part = store.begin(meta("m", record, 5)).out_of(Origin(9, record));
+        let mut part = store.begin(JobId::default(), meta("m", record, 5)).out_of(Origin(9, record));
         part.write(0, &bytes_of(&meta("m", record, 5), 1));
         part.finish()
     };
     assert!(matches!(stored(&first, 1), Outcome::Stored { .. }));
     let refused = RecordMeta { refused: "a sparse tensor".into(), ..meta("m", 2, 5) };
-    first.refused(refused, Some(Origin(9, 2)));
+    first.refused(JobId::default(), refused, Some(Origin(9, 2)));
     assert!(matches!(stored(&first, 4), Outcome::Stored { .. }));
     // A tensor whose pieces do not come is lost.
-    assert!(matches!(first.begin(meta("m", 3, 5)).out_of(Origin(9, 3)).finish(), Outcome::Lost));
+    assert!(matches!(first.begin(JobId::default(), meta("m", 3, 5)).out_of(Origin(9, 3)).finish(), Outcome::Lost));
     first.dropped(0, 5, LOST_BY_JOB, Some(Origin(9, 0)));
     first.dropped(0, 2, CUT_OFF, Some(Origin(9, 11)));
     first.dropped(0, 7, "no slab", None);

@@ -154,7 +154,7 @@ fn equal_replicas_in_pieces_share_their_bytes_too() {
     let bytes = bytes_of(&meta("w", 0, 64), 9);
     let mut places = Vec::new();
     for rank in 0..2 {
-        let mut part = store.begin(on_rank(meta("w", 0, 64), rank, 2, Placement::Replicate));
+        let mut part = store.begin(JobId::default(), on_rank(meta("w", 0, 64), rank, 2, Placement::Replicate));
         part.write(0, &bytes[..100]);
         part.write(100, &bytes[100..]);
         let Outcome::Stored { part, .. } = part.finish() else { panic!() };
@@ -179,7 +179,7 @@ fn an_equal_replica_that_came_in_pieces_gives_back_its_own_bytes_and_nobody_else
                     let record = on_rank(meta("same", step, 4096), rank, 4, Placement::Replicate);
                     let bytes = bytes_of(&record, step as u8);
                     let (head, tail) = bytes.split_at(1000);
-                    let mut part = store.begin(record);
+                    let mut part = store.begin(JobId::default(), record);
                     part.write(0, head);
                     put(store, &meta(&format!("other{rank}"), step, 512), &vec![rank as u8 + 1; 8192]);
                     part.write(1000, tail);
@@ -335,7 +335,7 @@ fn pieces_that_do_not_follow_each_other_are_a_counted_loss() {
     let store = store(dir.path());
     let record = meta("x", 0, 8);
     for offsets in [&[(0, 64), (32, 64)][..], &[(64, 64)], &[(0, 64)], &[(0, 64), (64, 65)]] {
-        let mut part = store.begin(record.clone());
+        let mut part = store.begin(JobId::default(), record.clone());
         for &(offset, len) in offsets {
             part.write(offset, &[0; 65][..len]);
         }
@@ -352,7 +352,7 @@ fn pieces_that_do_not_follow_each_other_are_a_counted_loss() {
 fn a_part_that_is_never_finished_holds_up_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (store, _) = store_with(dir.path(), 4096);
-    let mut abandoned = store.begin(on_rank(meta("gone", 0, 8), 1, 2, batch()));
+    let mut abandoned = store.begin(JobId::default(), on_rank(meta("gone", 0, 8), 1, 2, batch()));
     abandoned.write(0, &[1; 64]);
     for step in 0..20 {
         put(&store, &meta("a", step, 64), &[1; 1024]);

@@ -19,7 +19,7 @@ use super::{
     *,
 };
 use crate::{
-    format::{Line, Location, MANIFEST_FILE, Part},
+    format::{JobId, Line, Location, MANIFEST_FILE, Part},
     manifest::Reader,
 };
 
@@ -28,7 +28,7 @@ fn store_with(dir: &Path, shard_bytes: u64) -> (Arc<Store>, Arc<Mutex<Vec<String
     let notices = Arc::new(Mutex::new(Vec::new()));
     let told = notices.clone();
     let notify = Box::new(move |text: &str| told.lock().unwrap().push(text.to_owned()));
-    let (store, _) = Store::open(dir, Options { shard_bytes, notify }).unwrap();
+    let (store, ..) = Store::open(dir, Options { shard_bytes, notify }).unwrap();
     (store, notices)
 }
 
@@ -43,7 +43,7 @@ fn bytes_of(meta: &RecordMeta, seed: u8) -> Vec<u8> {
 
 #[track_caller]
 fn put(store: &Arc<Store>, meta: &RecordMeta, bytes: &[u8]) -> (Part, Option<u32>) {
-    let mut part = store.begin(meta.clone());
+    let mut part = store.begin(JobId::default(), meta.clone());
     part.write(0, bytes);
     match part.finish() {
         Outcome::Stored { part, apart } => (*part, apart.map(|apart| apart.1)),
