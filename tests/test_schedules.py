@@ -1,12 +1,12 @@
-"""Ranks that do not all do the same: what is one pass of theirs is one record, what is not is apart, nothing is missing."""
+"""Ranks that do not all do the same: one pass of theirs is one record, what is not is apart, and nothing is missing."""
 
 import collections
 
+import flexmodel
 import pytest
 import schedules
 import torch
 
-import flexmodel
 import harness
 
 SEEDS = range(6)

@@ -41,8 +41,8 @@ class Record:
     model was called, and some module of it was in training mode.
 
     Parts are put together where the ranks are known to have made the pass together. One that not all ranks made is a
-    record by itself, whole for those that did: `apart` is the lowest of these, and None of a pass of all. `assumed` says
-    that nothing shows that the ranks' passes are one but that all made equally many. While that is not known yet,
+    record by itself, whole for those that did: `apart` is the lowest of these, and None of a pass of all. `assumed`
+    says that nothing shows that the ranks' passes are one but that all made equally many. While that is not known yet,
     `pending` is True and there is no whole.
     """
 
@@ -134,7 +134,8 @@ class Record:
         if self.padded_shape is not None:
             return f"<Record {self}: {self.dtype}, rows of several sizes, padded {list(self.padded_shape)}>"
         shape = "shape unknown" if self.shape is None else f"{self.dtype}{list(self.shape)}"
-        missing = "" if self.complete else ", pending" if self.pending else ", incomplete" if self.shape is None else ", statistics only"
+        missing = ", pending" if self.pending else ", incomplete" if self.shape is None else ", statistics only"
+        missing = "" if self.complete else missing
         return f"<Record {self}: {shape}{missing}>"
 
     def _make(

@@ -48,8 +48,8 @@ class Collectives:
         self._axes.pop(serial, None)
 
     def now(self, serial: int) -> tuple[int, ...]:
-        """Whether a model that is called now is called through a wrapper that reduces gradients, and for each of its axes
-        how many collectives its members have called together, -1 where that is not known."""
+        """Whether a model that is called now is called through a wrapper that reduces gradients, and for each of its
+        axes how many collectives its members have called together, -1 where that is not known."""
         axes = self._axes.get(serial, ())
         if not axes:
             return (False,)

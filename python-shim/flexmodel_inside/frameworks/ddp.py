@@ -40,7 +40,8 @@ class Ddp(Adapter):
             model.axes.append(self.job.meshes.axis_of_group(module.process_group, "dp", DATA))
 
     def is_reducing(self) -> bool | None:
-        return getattr(sys.modules[_MODULE], _CLASS)._active_ddp_module is not None and torch.is_grad_enabled() or None
+        under_way = getattr(sys.modules[_MODULE], _CLASS)._active_ddp_module
+        return True if under_way is not None and torch.is_grad_enabled() else None
 
     def went_backward(self, ended: int) -> None:
         self._ended = ended
