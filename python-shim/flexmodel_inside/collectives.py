@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import patches
-from .mesh import Axis
+from .mesh import Axis, Meshes
 
 MODULE = "torch.distributed.distributed_c10d"
 # Methods of a process group that not all members call alike.
@@ -23,14 +23,12 @@ _UNKNOWN = -1
 class Collectives:
     """Counts them for the axes of each model."""
 
-    def __init__(self, is_reducing: Callable[[], bool]) -> None:
+    def __init__(self, meshes: Meshes, is_reducing: Callable[[], bool]) -> None:
+        self._meshes = meshes
         self._is_reducing = is_reducing
         self._axes: dict[int, tuple[tuple[int, ...], ...]] = {}
-        # By the id of a process group: no group is held, since one that the job destroyed would live on.
-        self._between_members: dict[int, int] = {}
-        # The ids of the groups that each axis lies in, as long as torch has made no other one.
-        self._groups: dict[tuple[int, ...], list[int]] = {}
-        self._made: Any = None
+        # By the name of a process group: no group is held, since one that the job destroyed would live on.
+        self._between_members: dict[str, int] = {}
 
     def follow(self, guard: Callable[..., Any]) -> None:
         """Follow what is sent between members."""
@@ -59,20 +57,16 @@ class Collectives:
         c10d = sys.modules.get(MODULE)
         if c10d is None or not c10d.is_initialized():
             return _UNKNOWN
-        known = c10d._world.pg_group_ranks
-        made = (c10d._world.group_count, tuple(map(id, known)))
-        if made != self._made:
-            self._made = made
-            self._groups.clear()
-            self._between_members = {at: n for at, n in self._between_members.items() if at in made[1]}
-        holding = self._groups.get(ranks)
-        if holding is None:
-            holding = [id(group) for group, members in known.items() if members.keys() >= set(ranks)]
-            self._groups[ranks] = holding
-        if not holding:
+        # Those alone over which models are distributed: in others a thread of the job's may call collectives meanwhile.
+        names = self._meshes.groups.get(ranks) or {c10d._get_default_group().group_name}
+        groups = [
+            group
+            for group, members in c10d._world.pg_group_ranks.items()
+            if group.group_name in names and len(members) == len(ranks)
+        ]
+        if not groups:
             return _UNKNOWN
-        numbered = (group for group in known if id(group) in holding)
-        return sum(_number(group) - self._between_members.get(id(group), 0) for group in numbered)
+        return sum(_number(group) - self._between_members.get(group.group_name, 0) for group in groups)
 
     def _counted(self, original: Any, guard: Callable[..., Any]) -> Callable[..., Any]:
         count = guard(self._add, "counting what is sent between ranks")
@@ -90,7 +84,8 @@ class Collectives:
     def _add(self, group: Any, before: int) -> None:
         sent = _number(group) - before
         if sent:
-            self._between_members[id(group)] = self._between_members.get(id(group), 0) + sent
+            name = group.group_name
+            self._between_members[name] = self._between_members.get(name, 0) + sent
 
 
 def _number(group: Any) -> int:

@@ -67,7 +67,7 @@ class Discovery:
         )
         self._frameworks = Frameworks(job)
         self._parameters = Parameters(self._layouts, self._frameworks)
-        self._collectives = Collectives(lambda: bool(self._frameworks.first("is_reducing")))
+        self._collectives = Collectives(self._meshes, lambda: bool(self._frameworks.first("is_reducing")))
         self._look_at = guarded(bridge, self._look)
         self._armed = False
         self._paused = False

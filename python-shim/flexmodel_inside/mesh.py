@@ -52,6 +52,8 @@ class Meshes:
         self._names: dict[tuple[int, ...], str] = {}
         # The axes of those of the job's own that have names and reach all ranks.
         self.whole: list[list[Axis]] = []
+        # Names of the process groups over which frameworks distribute models, by their members. No group is kept.
+        self.groups: dict[tuple[int, ...], set[str]] = {}
         # Those whose members have pieces of sequences, whatever their names, and the meshes that they are of.
         self._cut: dict[tuple[int, ...], Any] = {}
 
@@ -61,6 +63,7 @@ class Meshes:
         self._axes.clear()
         self._names.clear()
         self.whole.clear()
+        self.groups.clear()
         self._cut.clear()
 
     def axes_of(self, mesh: Any, role: int = OTHER) -> list[Axis]:
@@ -74,7 +77,7 @@ class Meshes:
         if key not in self._axes:
             names = mesh.mesh_dim_names or (None,) * mesh.ndim
             try:
-                groups = [group_ranks(mesh.get_group(dim)) for dim in range(mesh.ndim)] if coordinate else []
+                groups = [self._met(mesh.get_group(dim)) for dim in range(mesh.ndim)] if coordinate else []
             except RuntimeError:  # a mesh for planning, without process groups
                 groups = []
             self._axes[key] = [
@@ -85,8 +88,16 @@ class Meshes:
 
     def axis_of_group(self, group: Any, name: str, role: int) -> Axis:
         """The axis whose members are a process group."""
-        ranks = group_ranks(group)
+        ranks = self._met(group)
         return self._axis(name, ranks, ranks.index(sys.modules["torch.distributed"].get_rank()), role)
+
+    def _met(self, group: Any) -> tuple[int, ...]:
+        """The global ranks of a process group over which something is distributed."""
+        ranks = group_ranks(group)
+        # None stands for the group of all ranks.
+        if getattr(group, "group_name", None):
+            self.groups.setdefault(ranks, set()).add(group.group_name)
+        return ranks
 
     def cut_along(self, mesh: Any) -> tuple[Axis | None, bool]:
         """The job cuts sequences over a mesh: its axis, if it has one alone, and whether that was not known."""

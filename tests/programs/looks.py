@@ -33,7 +33,7 @@ def watch(home: str) -> None:
         pass
 
     names = ("forget", "resolved", "stepped", "finish", "faults_with", "wants", "plan")
-    names += ("describe_with", "capture_parameters_with", "undo_with")
+    names += ("describe_with", "capture_parameters_with", "undo_with", "count_collectives_with")
     told = {"fault": print, "notice": print}
     bridge = types.SimpleNamespace(select=select, active=lambda: True, **told, **dict.fromkeys(names, nothing))
     Discovery(bridge).watch()

@@ -31,8 +31,8 @@ pub const MAX_QUESTIONS: usize = 16;
 pub const MAX_NOTICES: usize = 200;
 /// Longest notice in bytes, see [`clip`].
 pub const MAX_NOTICE: usize = 4096;
-/// Most passes that a rank keeps until an agent takes them.
-pub const MAX_PASSES: usize = 4096;
+/// Most passes that a rank keeps for agents to come: the last ones.
+pub const MAX_PASSES: usize = 1024;
 /// Most models that a rank tells of and a run takes.
 pub const MAX_MODELS: usize = 1024;
 
@@ -179,6 +179,8 @@ pub struct Keeping {
     pub subject: Option<u32>,
     /// Most messages of this variant that are kept; those after are left out.
     pub most: usize,
+    /// The last ones are kept instead.
+    pub last: bool,
     /// The next agent hears it too. What is only for this one is forgotten once it is sent.
     pub for_next_agent: bool,
 }
@@ -186,7 +188,7 @@ pub struct Keeping {
 impl<M, N> FromRank<M, N> {
     /// How long a rank keeps this message.
     pub fn keeping(&self) -> Keeping {
-        let forever = Keeping { subject: None, most: usize::MAX, for_next_agent: true };
+        let forever = Keeping { subject: None, most: usize::MAX, last: false, for_next_agent: true };
         let once = Keeping { for_next_agent: false, ..forever };
         match self {
             // Each connection begins with a hello and slabs of its own.
@@ -197,7 +199,7 @@ impl<M, N> FromRank<M, N> {
             Self::Others { .. } => Keeping { most: MAX_MODELS, ..forever },
             Self::Notice(_) | Self::OutOfReach { .. } => Keeping { most: MAX_NOTICES, ..forever },
             Self::Lost { .. } | Self::Steps(_) => forever,
-            Self::Passed(_) => Keeping { most: MAX_PASSES, ..once },
+            Self::Passed(_) => Keeping { most: MAX_PASSES, last: true, ..forever },
         }
     }
 }

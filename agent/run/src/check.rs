@@ -21,6 +21,7 @@ impl Line {
             Line::Job(info) => info.check(),
             Line::Sealed { shard, len } => text("a name", shard).and_then(|()| bytes(*len)),
             Line::Pass { pass, .. } => check_pass(pass),
+            Line::Left { .. } => Ok(()),
         }
     }
 }

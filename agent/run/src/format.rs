@@ -189,6 +189,14 @@ pub enum Line {
         /// Its length in bytes.
         len: u64,
     },
+    /// A rank is gone, for all that is known, and tells of no more passes.
+    Left {
+        /// The job.
+        #[serde(flatten)]
+        job: JobId,
+        /// The rank.
+        rank: u32,
+    },
     /// A rank made a forward pass of a model.
     Pass {
         /// The job.

@@ -25,7 +25,7 @@ impl Live {
                 Line::Refused { what, reason } => inner.refused(what, reason),
                 Line::Divergence { what, against } => inner.diverged(what, *against),
                 Line::Dropped { rank, count, .. } => inner.dropped(*rank, *count),
-                Line::Job(_) | Line::Pass { .. } | Line::Sealed { .. } => {}
+                Line::Job(_) | Line::Left { .. } | Line::Pass { .. } | Line::Sealed { .. } => {}
             });
         }
         self.change(|inner| {

@@ -224,6 +224,7 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
         }
     }
     rank.each(Session::hang_up);
+    server.store.left(rank.job.id, number);
 }
 
 /// Takes the hello and the slab. `None`: somebody looked whether an agent is there, or had one thing to say, and left.

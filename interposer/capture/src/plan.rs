@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use wire::{
     env,
     hooks::{Assemble, Hook},
+    passes::{self, Run},
 };
 
 /// What the clauses of one revision say.
@@ -55,6 +56,15 @@ impl HookPlan {
     /// Whether every clause is for every rank.
     pub fn is_for_all_ranks(&self) -> bool {
         self.clauses.iter().all(|clause| clause.options.ranks.is_none())
+    }
+
+    /// Of some ranks those for which there is a clause.
+    pub fn of_those_that_capture(&self, ranks: &[Run]) -> Vec<Run> {
+        if self.clauses.iter().any(|clause| clause.options.ranks.is_none()) {
+            return ranks.to_vec();
+        }
+        let captures = |rank: &u32| self.clauses.iter().any(|c| c.options.ranks.iter().flatten().any(|r| r == rank));
+        passes::runs(&ranks.iter().flat_map(|run| run.ranks()).filter(captures).collect::<Vec<_>>())
     }
 
     /// What all ranks must agree on to gather tensors: their clauses. Empty where none wants that.

@@ -24,7 +24,9 @@ pub struct TappedModel {
     /// The axes over which it is distributed.
     pub mesh: Vec<MeshAxis>,
     /// See [`wire::passes::Pass::signature`].
-    pub signature: u32,
+    pub signature: Option<u32>,
+    /// How many of this signature there were before it.
+    pub nth: u32,
     /// Into how many microbatches a pipeline cuts the batch of a step; 1 for a model that is no stage.
     pub microbatches: u32,
     /// Batch and length of one, as the pipeline says; negative where it does not.
@@ -143,6 +145,8 @@ pub struct TapRegistry {
     /// By the shim's serial.
     models: HashMap<u64, TappedModel>,
     taps: HashMap<u32, Tap>,
+    /// Models of each signature that there ever were.
+    alike: HashMap<u32, u32>,
     /// Models and taps there ever were: the numbers of the next ones.
     next_model: u32,
     next_tap: u32,
@@ -159,7 +163,8 @@ impl TapRegistry {
             TappedModel {
                 number: *next_model - 1,
                 mesh: Vec::new(),
-                signature: 0,
+                signature: None,
+                nth: 0,
                 microbatches: 1,
                 microbatch: [-1; 2],
                 by_name: HashMap::new(),
@@ -206,10 +211,19 @@ impl TapRegistry {
         self.taps.values().any(|tap| tap.optimizers == optimizers)
     }
 
-    /// Models of a signature that there are: those with a lower number, and all.
-    pub fn among(&self, number: u32, signature: u32) -> (u32, u32) {
-        let alike = || self.models.values().filter(|model| model.signature == signature);
-        (alike().filter(|model| model.number < number).count() as u32, alike().count() as u32)
+    /// A model is made of modules and distributed as its signature says.
+    pub fn sign(&mut self, serial: u64, signature: u32) {
+        let Some(model) = self.models.get_mut(&serial) else { return };
+        if model.signature != Some(signature) {
+            let count = self.alike.entry(signature).or_default();
+            (model.signature, model.nth) = (Some(signature), *count);
+            *count += 1;
+        }
+    }
+
+    /// Models of a signature that there ever were.
+    pub fn alike(&self, signature: Option<u32>) -> u32 {
+        signature.and_then(|signature| self.alike.get(&signature)).copied().unwrap_or_default()
     }
 
     /// A model that has taps.

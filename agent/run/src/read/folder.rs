@@ -56,8 +56,8 @@ pub struct Folder {
     pub jobs: Table,
     /// Seals: shard and length.
     pub sealed: Vec<(String, u64)>,
-    /// What ranks said of passes since this was last taken.
-    pub passes: Vec<(JobId, u32, Pass)>,
+    /// What ranks said of passes since this was last taken; `None`: that they say no more.
+    pub passes: Vec<(JobId, u32, Option<Pass>)>,
     lines: Vec<Problem>,
     unread: u64,
     /// The ranks that sit at coordinates.
@@ -203,7 +203,8 @@ impl Folder {
                 needs(&mut self.ends, &shard, len);
                 self.sealed.push((shard, len));
             }
-            Line::Pass { job, rank, pass } => self.passes.push((job, rank, pass)),
+            Line::Pass { job, rank, pass } => self.passes.push((job, rank, Some(pass))),
+            Line::Left { job, rank } => self.passes.push((job, rank, None)),
         }
     }
 

@@ -183,7 +183,11 @@ impl Gathered {
         for (number, folder) in self.folders.iter_mut().enumerate() {
             for (job, rank, pass) in std::mem::take(&mut folder.passes) {
                 let job = self.numbers.number(number, job);
-                self.passes.entry(job).or_default().add(job, rank, &pass);
+                let passes = self.passes.entry(job).or_default();
+                match pass {
+                    Some(pass) => passes.add(job, rank, &pass),
+                    None => passes.left(rank),
+                }
             }
         }
         Ok(if self.decided_early && self.parts > known { Change::Other } else { change })
@@ -339,12 +343,18 @@ impl Gathered {
     /// Puts a part where it waits until it is known of which pass it is: in the slot of the numbers that its rank says, unless
     /// that has the parts of another pass.
     fn wait(&mut self, at: usize, mut part: Part, over: bool) {
-        // A model of which a rank says nothing is on that rank alone, and so is what has no pieces.
-        let is_alone = part.what.axes.is_empty() || (over && part.what.id.kind.is_in(Kind::OF_PARAMETERS));
-        part.what.joined = if is_alone { Joined::ByNumber } else { Joined::Pending };
+        // Of a model of which a rank says nothing, its numbers are all that is known: it is on no mesh, or the rank's agent is
+        // another node's.
+        let passes = self.passes.get(&part.what.id.job);
+        let by_number = part.what.axes.is_empty()
+            || (over && part.what.id.kind.is_in(Kind::OF_PARAMETERS))
+            || !passes.is_some_and(|passes| passes.has_told(part.what.rank, part.what.id.model));
+        part.what.joined = if by_number { Joined::ByNumber } else { Joined::Pending };
         let plain = Identity { pending: false, ..part.what.id.clone() };
         let own = slot_of(&plain, &mut self.slots, &mut self.by_id);
-        let is_taken = self.slots[own].record.parts.iter().any(|other| !is_undecided(other));
+        let seat = part.what.seat();
+        let takes = |other: &Part| !is_undecided(other) && (!by_number || other.what.seat() == seat);
+        let is_taken = self.slots[own].record.parts.iter().any(takes);
         let id = Identity { pending: is_taken, ..plain };
         let local = Local::of(&part.what);
         let place = slot_of(&id, &mut self.slots, &mut self.by_id);

@@ -13,6 +13,7 @@
 //! apart, and is whole for the ranks that made it.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
@@ -141,20 +142,29 @@ pub struct Passes {
     by_local: HashMap<Local, usize>,
     groups: Vec<Arc<[u32]>>,
     by_runs: HashMap<Vec<Run>, usize>,
-    /// Those in which collectives were called, by the clock of the group and the models' signature.
-    together: HashMap<(usize, u64, u32), BTreeMap<u32, usize>>,
+    /// Those in which collectives were called, by the clock of the group and whether they train: of each rank mostly one, and
+    /// more where one model calls another.
+    together: HashMap<(usize, u64, bool), BTreeMap<u32, Vec<usize>>>,
     /// Others, with how many came before each.
     segments: HashMap<Segment, BTreeMap<u32, Vec<(u32, usize)>>>,
     /// How far a rank is by the clock of a group.
     clocks: HashMap<(u32, usize), u64>,
     /// How far it is in steps: of training, and of each kind of model in inference.
-    steps: HashMap<(u32, Option<u32>), u64>,
+    steps: HashMap<(u32, Option<(u32, u32)>), u64>,
+    /// Ranks that have told of some.
+    told: BTreeSet<u32>,
+    /// With the models whose passes these are.
+    told_of: HashSet<(u32, u32)>,
+    /// Ranks that are gone.
+    left: BTreeSet<u32>,
+    /// Whether all made equally many of a segment that all are past.
+    even: RefCell<HashMap<Segment, bool>>,
     /// Ranks and the signatures of models that they have called.
     called: HashSet<(u32, u32)>,
     undecided: Vec<usize>,
     /// The model of a rank, as the lowest of those that have it counts.
     models: HashMap<(u32, u32), Arc<Joint>>,
-    /// Ranks gone through.
+    /// Ranks in groups.
     spent: usize,
 }
 
@@ -169,20 +179,28 @@ enum Others {
 }
 
 impl Passes {
+    /// A rank of the job tells of no more passes, unless it does.
+    pub fn left(&mut self, rank: u32) {
+        self.left.insert(rank);
+    }
+
+    /// Whether a rank has told of any pass of a model.
+    pub fn has_told(&self, rank: u32, model: u32) -> bool {
+        self.told_of.contains(&(rank, model))
+    }
+
     /// A rank of the job tells of a pass.
     pub fn add(&mut self, job: JobId, rank: u32, pass: &Pass) {
         let Pass { model, step, micro, train, inference, signature, among, reduces, .. } = *pass;
         let local = Local { job, rank, model, step, micro, train };
-        let size = pass.groups.iter().flat_map(|group| &group.ranks).map(|run| run.count as usize).sum::<usize>();
-        self.spent = self.spent.saturating_add(size);
-        if self.by_local.contains_key(&local) || self.spent > limits::OWNED {
+        if self.by_local.contains_key(&local) {
             return;
         }
         let kind = Kind { signature, among, train, inference, reduces };
         let at = self.nodes.len();
         let mut along = Vec::with_capacity(pass.groups.len());
         for said in &pass.groups {
-            let group = self.group(&said.ranks);
+            let Some(group) = self.group(&said.ranks) else { continue };
             if !self.groups[group].contains(&rank) {
                 continue;
             }
@@ -192,7 +210,10 @@ impl Passes {
             }
             let one = Along { group, begin: said.begin, together: said.together && said.begin.is_some() };
             match said.begin.filter(|_| one.together) {
-                Some(begin) => _ = self.together.entry((group, begin, signature)).or_default().insert(rank, at),
+                Some(begin) => {
+                    let there = self.together.entry((group, begin, train)).or_default();
+                    there.entry(rank).or_default().push(at);
+                }
                 None => {
                     let made = self.segments.entry(one.segment(kind, step)).or_default().entry(rank).or_default();
                     let place = made.partition_point(|&other| other < (said.since, at));
@@ -201,7 +222,10 @@ impl Passes {
             }
             along.push(one);
         }
-        let of = inference.then_some(signature);
+        self.told.insert(rank);
+        self.told_of.insert((rank, model));
+        self.left.remove(&rank);
+        let of = inference.then_some((signature, among.0));
         let reached = self.steps.entry((rank, of)).or_default();
         *reached = step.max(*reached);
         self.called.insert((rank, signature));
@@ -210,13 +234,19 @@ impl Passes {
         self.undecided.push(at);
     }
 
-    fn group(&mut self, runs: &[Run]) -> usize {
-        let next = self.groups.len();
-        let number = *self.by_runs.entry(runs.to_vec()).or_insert(next);
-        if number == next {
-            self.groups.push(runs.iter().flat_map(|run| run.ranks()).collect());
+    /// The number of a group; `None` where there are too many.
+    fn group(&mut self, runs: &[Run]) -> Option<usize> {
+        if let Some(&known) = self.by_runs.get(runs) {
+            return Some(known);
         }
-        number
+        let size = runs.iter().fold(0usize, |sum, run| sum.saturating_add(run.count as usize));
+        self.spent = self.spent.saturating_add(size);
+        if self.spent > limits::OWNED {
+            return None;
+        }
+        self.by_runs.insert(runs.to_vec(), self.groups.len());
+        self.groups.push(runs.iter().flat_map(|run| run.ranks()).collect());
+        Some(self.groups.len() - 1)
     }
 
     /// Decides what can be; `over`: no rank will tell of more. Those that were decided now.
@@ -268,7 +298,8 @@ impl Passes {
                 Some(joint) if joint.by_all || over => {
                     let Joint { first, ranks, by_all, own, assumed } = &**joint;
                     let first = Local { rank: first.rank, model: first.model, ..local };
-                    let (by_all, own, assumed) = (*by_all, *own, *assumed);
+                    // That ranks count the same steps is all that is known of this one.
+                    let (by_all, own, assumed) = (*by_all, *own, *assumed || !own);
                     Verdict::Joint(Arc::new(Joint { first, ranks: ranks.clone(), by_all, own, assumed }))
                 }
                 Some(_) => Verdict::Pending,
@@ -291,11 +322,12 @@ impl Passes {
 
     /// The passes that are one with this one, and who made them; `None` while that is not known.
     fn joint(&self, at: usize, over: bool) -> Option<(Vec<usize>, Joint)> {
-        let (mut members, mut seen) = (vec![at], BTreeSet::from([at]));
+        // With the group along which a pass was found: that says the same of its members again.
+        let (mut members, mut seen) = (vec![(at, None)], BTreeSet::from([at]));
         let (mut by_all, mut own, mut assumed, mut next) = (true, true, false, 0);
-        while let Some(&member) = members.get(next) {
+        while let Some(&(member, from)) = members.get(next) {
             next += 1;
-            for along in &self.nodes[member].along {
+            for along in self.nodes[member].along.iter().filter(|along| Some(along.group) != from) {
                 match self.others(member, along, over) {
                     Others::Pending => return None,
                     Others::Apart => {
@@ -306,14 +338,17 @@ impl Passes {
                     }
                     Others::Are(others, by_order) => {
                         assumed |= by_order;
-                        members.extend(others.into_iter().filter(|&other| seen.insert(other)));
+                        let new = others.into_iter().filter(|&other| seen.insert(other));
+                        members.extend(new.map(|other| (other, Some(along.group))));
                     }
                 }
             }
         }
+        let members: Vec<usize> = members.into_iter().map(|(member, _)| member).collect();
         let ranks: BTreeSet<u32> = members.iter().map(|&member| self.nodes[member].local.rank).collect();
-        if ranks.len() < members.len() {
-            // No rank makes a pass twice: what its ranks say does not go together.
+        let is_decided = |&member: &usize| self.nodes[member].joint.is_some();
+        if ranks.len() < members.len() || members.iter().any(is_decided) {
+            // No rank makes a pass twice, and what is decided stays: what its ranks say does not go together.
             let first = self.nodes[at].local;
             let ranks = BTreeSet::from([first.rank]);
             return Some((vec![at], Joint { first, ranks, by_all: false, own: false, assumed: false }));
@@ -325,40 +360,65 @@ impl Passes {
 
     fn others(&self, at: usize, along: &Along, over: bool) -> Others {
         let Node { local, kind, .. } = &self.nodes[at];
-        let ranks = &self.groups[along.group];
+        // Once no rank tells of more, ranks that never told of any have no such model.
+        let counts = |rank: &&u32| !over || self.told.contains(rank);
+        let ranks = || self.groups[along.group].iter().filter(counts);
+        let nobody = BTreeMap::new();
         if let Some(begin) = along.begin.filter(|_| along.together) {
-            let there = self.together.get(&(along.group, begin, kind.signature));
-            let there: Vec<usize> = there.into_iter().flatten().map(|(_, &other)| other).collect();
-            return if there.len() == ranks.len() || over { Others::Are(there, false) } else { Others::Pending };
+            let there = self.together.get(&(along.group, begin, kind.train)).unwrap_or(&nobody);
+            let own = there.get(&local.rank).map_or(&[][..], Vec::as_slice);
+            let Some(place) = own.iter().position(|&other| other == at) else { return Others::Apart };
+            let even = there.len() == ranks().count() && there.values().all(|of| of.len() == own.len());
+            let may_come = |rank: &u32| !there.contains_key(rank) && !self.left.contains(rank);
+            if !even && !over && ranks().any(may_come) {
+                return Others::Pending;
+            }
+            // All of them made it. What one has not told of is missing, and is found by its number.
+            let those = there.values().filter_map(|of| of.get(place).copied()).collect();
+            return Others::Are(those, !even);
         }
         let segment = along.segment(*kind, local.step);
-        if !over && !ranks.iter().all(|&rank| self.is_past(rank, &segment, local.step)) {
-            return Others::Pending;
-        }
         let Some(made) = self.segments.get(&segment) else { return Others::Apart };
-        let Some(own) = made.get(&local.rank).and_then(|own| own.iter().position(|(_, other)| *other == at)) else {
-            return Others::Apart;
+        let known = self.even.borrow().get(&segment).copied();
+        let even = match known {
+            Some(even) => even,
+            None => {
+                if !over && !ranks().all(|&rank| self.is_past(rank, &segment, local.step)) {
+                    return Others::Pending;
+                }
+                let count = made.values().next().map_or(0, Vec::len);
+                let alike = |of: &Vec<(u32, usize)>| of.len() == count && are_in_order(of);
+                let even = made.len() == ranks().count() && made.values().all(alike);
+                self.even.borrow_mut().insert(segment, even);
+                even
+            }
         };
-        let own_all = made.get(&local.rank).map_or(&[][..], Vec::as_slice);
-        let alike = |all: &Vec<(u32, usize)>| all.len() == own_all.len() && are_in_order(all);
-        if made.len() != ranks.len() || !made.values().all(alike) {
-            return Others::Apart;
-        }
-        Others::Are(made.values().map(|all| all[own].1).collect(), !kind.reduces)
+        let own = made.get(&local.rank).and_then(|own| own.iter().position(|(_, other)| *other == at));
+        let Some(own) = own.filter(|_| even) else { return Others::Apart };
+        let those = made.values().filter_map(|of| of.get(own).map(|(_, other)| *other)).collect();
+        Others::Are(those, !kind.is_reduced())
     }
 
     /// Whether a rank makes no more passes of a segment.
     fn is_past(&self, rank: u32, segment: &Segment, step: u64) -> bool {
         let past = |reached: Option<&u64>, this: u64| reached.is_some_and(|&reached| reached > this);
         let by_clock = segment.begin.is_some_and(|begin| past(self.clocks.get(&(rank, segment.group)), begin));
-        let of = segment.kind.inference.then_some(segment.kind.signature);
-        by_clock || (segment.step.is_some() && past(self.steps.get(&(rank, of)), step))
+        let Kind { signature, among, inference, .. } = segment.kind;
+        let of = inference.then_some((signature, among.0));
+        self.left.contains(&rank) || by_clock || (segment.step.is_some() && past(self.steps.get(&(rank, of)), step))
+    }
+}
+
+impl Kind {
+    /// Gradients are reduced after it, so that all ranks make it.
+    fn is_reduced(&self) -> bool {
+        self.reduces && self.train
     }
 }
 
 impl Along {
     fn segment(&self, kind: Kind, step: u64) -> Segment {
-        let by_clock_alone = kind.reduces && self.begin.is_some();
+        let by_clock_alone = kind.is_reduced() && self.begin.is_some();
         Segment { group: self.group, begin: self.begin, step: (!by_clock_alone).then_some(step), kind }
     }
 }

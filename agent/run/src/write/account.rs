@@ -98,7 +98,7 @@ impl Account {
                     accounts.entry(*slab).or_default().cut_off = *record;
                 }
             }
-            Line::Divergence { .. } | Line::Job(_) | Line::Pass { .. } | Line::Sealed { .. } => {}
+            Line::Divergence { .. } | Line::Job(_) | Line::Left { .. } | Line::Pass { .. } | Line::Sealed { .. } => {}
         }
     }
 

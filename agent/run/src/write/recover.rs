@@ -123,7 +123,7 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
             Line::Refused { .. } => totals.refused += 1,
             Line::Divergence { .. } => totals.divergences += 1,
             Line::Dropped { count, .. } => totals.dropped = totals.dropped.saturating_add(count),
-            Line::Pass { .. } => {}
+            Line::Left { .. } | Line::Pass { .. } => {}
             Line::Job(info) => _ = found.jobs.insert(info.id, info),
             Line::Sealed { shard, .. } => {
                 if let Some(number) = number_of(&shard) {

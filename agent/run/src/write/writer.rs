@@ -123,6 +123,13 @@ impl Store {
         }
     }
 
+    /// Journals that a rank is gone.
+    pub fn left(&self, job: JobId, rank: u32) {
+        if let Err(e) = self.journal.append(&Line::Left { job, rank }) {
+            self.trouble(&e);
+        }
+    }
+
     /// Counts parts that are lost.
     pub fn dropped(&self, rank: u32, count: u64, reason: &str, from: Option<Origin>) {
         self.count(|totals| totals.dropped = totals.dropped.saturating_add(count));

@@ -47,6 +47,8 @@ pub struct Together {
     since: [Since; MAX_GROUPS],
     /// The one under way, and whether anybody has to know of it.
     open: Option<(Ended, bool)>,
+    /// Somebody has to know of the next one too: it shows that those before have ended.
+    follows: bool,
     ended: Vec<Ended>,
 }
 
@@ -70,13 +72,13 @@ impl Together {
         }
         let begin = trigger.collectives;
         let pass = Ended { made, reduces: trigger.reduces, begin, since, together: [false; MAX_GROUPS] };
-        self.open = Some((pass, false));
+        self.open = Some((pass, std::mem::take(&mut self.follows)));
     }
 
     /// Somebody has to know of the pass under way. Which it is.
     pub fn keep(&mut self) {
         if let Some((_, keep)) = &mut self.open {
-            *keep = true;
+            (*keep, self.follows) = (true, true);
         }
     }
 
@@ -142,6 +144,9 @@ mod tests {
         assert_eq!(passes.open(), Some(made(1, true)));
         let ended: Vec<_> = passes.take().iter().map(|pass| (pass.made.micro, pass.together[0])).collect();
         assert_eq!(ended, [(0, false)]);
+        passes.end(None);
+        assert_eq!(passes.take().len(), 1, "it shows that the one before has ended");
+        passes.begin(made(2, true), &at(9));
         passes.end(None);
         assert!(passes.take().is_empty(), "nobody has to know of it");
     }

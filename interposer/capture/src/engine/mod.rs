@@ -12,7 +12,7 @@ use std::sync::Arc;
 use wire::{
     codes::{Role, Subject},
     control::{StepRule, ToAgent},
-    hooks::{Edit, Hook, Kind},
+    hooks::{Edit, Hook, Kind, Mode},
     passes::{Group, Pass},
     tap_abi::{Call, LeafEdit, Rank, Trigger},
 };
@@ -219,7 +219,10 @@ impl Engine {
     fn keep_pass(&mut self, serial: u64) {
         let Some(made) = self.clock.under_way(serial) else { return };
         let turns: Vec<u64> = if made.inference { vec![made.step] } else { self.clock.steps().all_turns().collect() };
-        let wanted = |clause: &Hook| turns.iter().any(|&turn| clause.wants_step(made.step, turn));
+        let wanted = |clause: &Hook| {
+            clause.options.mode.is_none_or(|mode| (mode == Mode::Train) == made.train)
+                && turns.iter().any(|&turn| clause.wants_step(made.step, turn))
+        };
         if self.plans.get().clauses().iter().any(wanted) {
             self.clock.keep(serial);
         }
@@ -227,21 +230,21 @@ impl Engine {
 
     /// Says what other ranks have to know of passes that have ended: for models that are distributed.
     fn say_passes(&mut self) {
+        let plan = self.plans.get();
         for (serial, ended) in self.clock.ended() {
-            let Some((number, signature)) = self.taps.model(serial).map(|model| (model.number, model.signature)) else {
-                continue;
-            };
-            let among = self.taps.among(number, signature);
             let Some(model) = self.taps.model(serial) else { continue };
+            let (number, signature, nth) = (model.number, model.signature, model.nth);
             let group = |axis: &MeshAxis| {
                 Some(Group {
-                    ranks: axis.ranks.clone(),
+                    ranks: plan.of_those_that_capture(&axis.ranks),
                     begin: u64::try_from(*ended.begin.get(axis.position)?).ok(),
                     since: *ended.since.get(axis.position)?,
                     together: *ended.together.get(axis.position)?,
                 })
             };
             let groups: Vec<Group> = model.mesh.iter().filter_map(group).collect();
+            let among = (nth, self.taps.alike(signature));
+            let signature = signature.unwrap_or_default();
             let Ended { made: Made { step, micro, train, inference }, reduces, .. } = ended;
             if !groups.is_empty() {
                 let model = number;

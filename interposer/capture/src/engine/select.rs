@@ -140,11 +140,11 @@ impl Engine {
         // SAFETY: the string lives through the call (caller).
         let wrapper = unsafe { desc.wrapper.get() };
         self.reports.describe(rank, wrapper);
+        self.taps.sign(desc.serial, desc.signature);
         if let Some(model) = self.taps.model(desc.serial) {
             // The process may have become a rank since the last time.
             // SAFETY: the array has `axis_count` entries, whose names live through the call (caller).
             model.mesh = unsafe { layout::mesh_of(desc) };
-            model.signature = desc.signature;
             self.reports.say(ToAgent::Model { model: model.number, modules });
         }
         out

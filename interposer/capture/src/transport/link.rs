@@ -164,6 +164,7 @@ impl Link {
     /// Starts anew, as another rank with another slab.
     pub fn leave(&mut self) {
         self.stream = None;
+        self.outbox.forget_passes();
         self.outbox.restart(Vec::new(), std::iter::empty());
         (self.tried, self.pause, self.refused) = (None, LOOK, false);
     }

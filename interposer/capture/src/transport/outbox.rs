@@ -32,9 +32,10 @@ impl Outbox {
         let same = |other: &ToAgent| like(other) && other.keeping().subject == keeping.subject;
         let old = keeping.subject.and_then(|_| self.messages.iter().position(same));
         match old {
-            Some(old) => {
-                self.messages.remove(old);
-                self.sent -= usize::from(old < self.sent);
+            Some(old) => self.forget(old),
+            None if keeping.last && self.messages.iter().filter(|other| like(other)).count() >= keeping.most => {
+                let oldest = self.messages.iter().position(like);
+                oldest.into_iter().for_each(|oldest| self.forget(oldest));
             }
             None if self.messages.iter().filter(|other| like(other)).count() >= keeping.most => {
                 if matches!(message, ToAgent::Model { .. }) {
@@ -45,6 +46,18 @@ impl Outbox {
             None => {}
         }
         self.messages.push(message);
+    }
+
+    fn forget(&mut self, at: usize) {
+        self.messages.remove(at);
+        self.sent -= usize::from(at < self.sent);
+    }
+
+    /// The process is of another job: nobody has to hear any more what it did in the one before.
+    pub fn forget_passes(&mut self) {
+        while let Some(at) = self.messages.iter().position(|message| matches!(message, ToAgent::Passed(_))) {
+            self.forget(at);
+        }
     }
 
     /// Whether as many answers wait to be sent as an agent may have questions.
