@@ -160,7 +160,7 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "nbytes"), nbytes)?;
         fields.set_item(pyo3::intern!(py, "complete"), complete)?;
         let some = |joined: Joined| record.parts.iter().any(|part| part.what.joined == joined);
-        let own = id.own.then(|| what.rank);
+        let own = id.own.then_some(what.rank);
         fields.set_item(pyo3::intern!(py, "apart"), id.apart.or(own))?;
         fields.set_item(pyo3::intern!(py, "assumed"), some(Joined::Assumed))?;
         fields.set_item(pyo3::intern!(py, "pending"), some(Joined::Pending))?;
