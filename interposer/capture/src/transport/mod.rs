@@ -297,7 +297,12 @@ impl Reports for Transport {
     }
 
     fn say(&self, message: ToAgent) {
-        let State { link, slabs, .. } = &mut *self.lock();
+        let mut state = self.lock();
+        // A slab is how a rank attaches. One whose tensors other ranks send has passes to tell of all the same.
+        if matches!(message, ToAgent::Passed(_)) {
+            state.make_slab();
+        }
+        let State { link, slabs, .. } = &mut *state;
         link.say(message, slabs);
     }
 
