@@ -121,8 +121,8 @@ def test_what_was_gathered_before_a_rank_gave_up_is_there_and_the_job_ends_as_it
             return set()
 
     with harness.Job(argv, harness.environment(GO=str(go))) as job:
-        # The job waits for the file: what is there now was gathered while it ran. That the last pass is of both ranks is
-        # known once they are past it.
+        # The job waits for the file: what is there now was gathered while it ran. That the last pass is of both ranks
+        # is known once they are past it.
         harness.wait_until(lambda: steps() == {0} and steps(pending=True) == {0, 1}, "two steps", job=job)
         go.touch()
         if what == "stop":
