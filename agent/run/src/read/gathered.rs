@@ -56,6 +56,8 @@ pub struct Gathered {
     passes: BTreeMap<JobId, Passes>,
     /// Ranks have told of some.
     has_passes: bool,
+    /// Of how many models of ranks.
+    told: usize,
     /// Slots with parts of passes that are not decided.
     waiting: HashMap<Local, BTreeSet<usize>>,
     /// Slots that have lost their last part to another.
@@ -127,6 +129,7 @@ impl Gathered {
             differing: BTreeMap::new(),
             passes: BTreeMap::new(),
             has_passes: false,
+            told: 0,
             waiting: HashMap::new(),
             empty: BTreeSet::new(),
             decided_early: false,
@@ -273,7 +276,9 @@ impl Gathered {
                 again.extend(self.waiting.remove(&local).unwrap_or_default());
             }
         }
-        if over {
+        // What is known by its numbers alone while nothing is said of its model is not, once something is.
+        let told = self.passes.values().map(Passes::models_told).sum();
+        if over || told > std::mem::replace(&mut self.told, told) {
             again.extend(std::mem::take(&mut self.waiting).into_values().flatten());
         }
         if !self.passes.is_empty() {

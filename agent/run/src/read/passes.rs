@@ -184,6 +184,11 @@ impl Passes {
         self.left.insert(rank);
     }
 
+    /// Models of which a rank has told of any pass, on all ranks together.
+    pub fn models_told(&self) -> usize {
+        self.told_of.len()
+    }
+
     /// Whether a rank has told of any pass of a model.
     pub fn has_told(&self, rank: u32, model: u32) -> bool {
         self.told_of.contains(&(rank, model))
