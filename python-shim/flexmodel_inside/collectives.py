@@ -62,7 +62,8 @@ class Collectives:
         groups = [
             group
             for group, members in c10d._world.pg_group_ranks.items()
-            if group.group_name in names and len(members) == len(ranks)
+            # What stands for a group that this process is no member of has no name.
+            if getattr(group, "group_name", None) in names and len(members) == len(ranks)
         ]
         if not groups:
             return _UNKNOWN
