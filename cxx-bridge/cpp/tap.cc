@@ -1,4 +1,4 @@
-// The callables that the shim registers as hooks. Each is a vectorcall object: trigger one runs no Python.
+// The callables that the shim registers as hooks. Each is a vectorcall object: triggering one runs no Python.
 #include "flexmodel/tap.h"
 
 #include <ATen/TracerMode.h>

@@ -65,7 +65,7 @@ unsafe extern "C" fn copy(
     dst: *mut u8,
 ) -> Copied {
     let failed = Copied { state: CopyState::Failed, ticket: std::ptr::null_mut() };
-    // SAFETY: the handle is the tensor of the tap that is trigger (tap_abi::Leaf), or a staged one.
+    // SAFETY: the handle is the tensor of the tap that is triggered (tap_abi::Leaf), or a staged one.
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return failed };
     // SAFETY: the interposer reserved room for `count` elements at `dst` and keeps it until `wait`.
     match unsafe { bridge::copy_out(tensor, staged, dtype, first, count, dst) } {
@@ -98,7 +98,7 @@ unsafe extern "C" fn view(handle: *const c_void, cuts: *const Cut, count: usize)
 const CHUNK: usize = 1 << 15;
 
 unsafe extern "C" fn checksum(handle: *const c_void, dtype: u8, out: *mut u32) -> bool {
-    // SAFETY: the handle is the tensor of the tap that is trigger (tap_abi::Leaf).
+    // SAFETY: the handle is the tensor of the tap that is triggered (tap_abi::Leaf).
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return false };
     let Some(item) = DType::from_code(dtype).map(DType::size).filter(|_| !bridge::is_on_device(tensor)) else {
         return false;
@@ -127,7 +127,7 @@ unsafe extern "C" fn checksum(handle: *const c_void, dtype: u8, out: *mut u32) -
 }
 
 unsafe extern "C" fn stage(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void {
-    // SAFETY: the handle is the tensor of the tap that is trigger (tap_abi::Leaf).
+    // SAFETY: the handle is the tensor of the tap that is triggered (tap_abi::Leaf).
     let Some(tensor) = (unsafe { handle.cast::<Tensor>().as_ref() }) else { return std::ptr::null_mut() };
     match bridge::stage(tensor, dtype) {
         Ok(staged) => {

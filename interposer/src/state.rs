@@ -13,7 +13,7 @@ pub fn on() {
     SWITCH.turn_on();
 }
 
-/// Whether taps may fire.
+/// Whether taps may be triggered.
 pub fn is_on() -> bool {
     SWITCH.is_on()
 }

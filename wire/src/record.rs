@@ -100,7 +100,7 @@ pub struct RecordMeta {
     pub loss_scale: LossScale,
     /// crc32c of the bytes, which do not follow: a replica that another rank sends.
     pub same: Option<u32>,
-    /// Nanoseconds since the Unix epoch when the tap triggered.
+    /// Nanoseconds since the Unix epoch when the tap was triggered.
     pub time_ns: u64,
     /// Not empty: the tensor was refused for this reason and no bytes follow.
     pub refused: String,

@@ -3,7 +3,7 @@
 //! The bridge is built against one torch and knows tensors; the interposer knows hooks, steps and the slab, and
 //! decides. They are separate shared objects, so they meet in two tables of C functions:
 //!
-//! - [`HostTable`], the interposer's, which taps call when they fire;
+//! - [`HostTable`], the interposer's, which taps call when they are triggered;
 //! - [`BridgeTable`], the bridge's, which the interposer calls to read tensors.
 //!
 //! Both halves have these structs from here: Rust as they are, C++ by the header that `cxx-bridge/build.rs` generates. C++

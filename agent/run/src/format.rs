@@ -361,7 +361,7 @@ pub struct What {
     /// The optimizer did not use this gradient, since it is not finite.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,
-    /// When the tap triggered, nanoseconds since the Unix epoch.
+    /// When the tap was triggered, nanoseconds since the Unix epoch.
     pub time_ns: u64,
     /// The slab that it came through. An agent that takes a run over tells by this what is in it already.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -7,7 +7,7 @@
 //! | [`manifest`] | lines of the manifest, read and written |
 //! | [`files`], [`owner_only`] | opening files that somebody may have planted; making files that are ours alone |
 //! | [`names`], [`unique`], [`text`] | the names of modules, each kept once; names that differ; text in messages |
-//! | [`owners`] | which ranks have which modules |
+//! | [`ownership`] | which ranks have which modules |
 //! | [`stats`] | statistics of tensors |
 //! | [`read`] | [`Run`]: a finished, live, killed or damaged run, or several nodes' runs of one job |
 //! | [`write`] | [`Store`]: where a part goes, its bytes, its line; recovery |

@@ -14,7 +14,7 @@ pub trait Process: Send + Sync {
     /// Number of ranks on this machine, where the launcher says it.
     fn ranks_of_node(&self) -> Option<u32>;
 
-    /// Whether taps may fire.
+    /// Whether taps may be triggered.
     fn is_on(&self) -> bool;
 
     /// Turns everything off for good, with one line that says why (OPEN-1).

@@ -17,7 +17,7 @@ impl Switch {
         self.0.store(true, Ordering::Release);
     }
 
-    /// Whether taps may fire.
+    /// Whether taps may be triggered.
     pub fn is_on(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }

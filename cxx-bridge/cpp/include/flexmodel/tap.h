@@ -18,7 +18,7 @@ bool ready_types();
 // Keeps the shim's `undo() -> bool`, which takes out of torch what is ours once taps are off, and says whether it has.
 void undo_with(PyObject* function);
 
-// Has it do so: taps are off, and one of them would have triggered. Throws PyError.
+// Has it do so: taps are off, and one of them would have been triggered. Throws PyError.
 void undo();
 
 // While paused, hooks do nothing.

@@ -33,7 +33,7 @@ impl Staged {
         let within = |staged: u64| staged.checked_add(bytes).filter(|&sum| sum <= most);
         budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).ok()?;
         let mut on_device = false;
-        // SAFETY: the handle is the tensor of the tap that is trigger.
+        // SAFETY: the handle is the tensor of the tap that is triggered.
         let tensor = unsafe { (bridge.stage)(captured.handle, captured.meta.dtype as u8, &raw mut on_device) };
         if tensor.is_null() {
             budget.fetch_sub(bytes, Ordering::Relaxed);

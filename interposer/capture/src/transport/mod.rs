@@ -213,7 +213,7 @@ impl Transport {
     /// crc32c of its elements; `None` where they are on a device, or cannot be read.
     pub fn checksum(&self, tensor: &Captured) -> Option<u32> {
         let mut crc = 0;
-        // SAFETY: the handle is the tensor of the tap that is trigger, or one that is staged.
+        // SAFETY: the handle is the tensor of the tap that is triggered, or one that is staged.
         let known = unsafe { (self.bridge.checksum)(tensor.handle, tensor.meta.dtype as u8, &raw mut crc) };
         known.then_some(crc)
     }
@@ -221,7 +221,7 @@ impl Transport {
     /// Copies elements into a reserved frame and commits it. A copy from a device is finished by another thread.
     fn fill(&self, slot: Reservation, tensor: &Captured, first: u64, elements: u64, record: &Arc<InFlight>) {
         let dtype = tensor.meta.dtype as u8;
-        // SAFETY: the handle is the tensor of the tap that is trigger, or is staged; the slot holds elements * item bytes.
+        // SAFETY: the handle is the tensor of the tap that is triggered, or is staged; the slot holds elements * item bytes.
         let copied =
             unsafe { (self.bridge.copy)(tensor.handle, tensor.staged, dtype, first, elements, slot.payload()) };
         match copied.state {
