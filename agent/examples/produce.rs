@@ -21,6 +21,7 @@ use wire::{
     dtype::DType,
     env::OnFull,
     hooks::Kind,
+    passes::{Group, Pass, Run},
     record::{Axis, Placement, RecordMeta},
     slab::{Mapping, SlabWriter},
 };
@@ -105,7 +106,11 @@ impl Rank {
             hooks: "layers.*.mlp:forward,backward;layers.0.attn;lm_head".into(),
             on_full: OnFull::Wait,
             wrapper: "DDP".into(),
-            job: Box::new(JobSigns { group: 1, ..JobSigns::default() }),
+            job: Box::new(JobSigns {
+                group: 1,
+                here: Some(Run { first: args.first_rank, by: 1, count: args.ranks }),
+                ..JobSigns::default()
+            }),
         };
         send_with_fd(&stream, &encode(&ToAgent::Hello(hello)), slab.mapping())?;
         stream.write_all(&encode(&ToAgent::Model { model: 0, modules: modules(args.layers) }))?;
@@ -137,6 +142,7 @@ impl Rank {
                     Placement::Shard { dim: 0 },
                 );
             }
+            self.tell_of_pass(step)?;
             std::thread::sleep(Duration::from_millis(self.args.pause));
         }
         let end = Instant::now() + Duration::from_secs(60);
@@ -144,6 +150,23 @@ impl Rank {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.stream.write_all(&encode(&ToAgent::Bye))
+    }
+
+    /// All ranks have made it together.
+    fn tell_of_pass(&mut self, step: u64) -> std::io::Result<()> {
+        let ranks = vec![Run { first: 0, by: 1, count: self.args.world() }];
+        let pass = Pass {
+            model: 0,
+            step,
+            micro: 0,
+            train: true,
+            inference: false,
+            signature: 1,
+            among: (0, 1),
+            reduces: true,
+            groups: vec![Group { ranks, begin: Some(step), since: 0, together: true }],
+        };
+        self.stream.write_all(&encode(&ToAgent::Passed(pass)))
     }
 
     fn capture(&mut self, step: u64, module: &str, class: &str, kind: Kind, path: &str, place: Placement) {

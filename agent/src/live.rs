@@ -19,7 +19,7 @@ mod view;
 mod watch;
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -28,6 +28,7 @@ use std::{
 
 use flexmodel_run::{
     format::{Identity, ModelInfo, Part, RunInfo, Totals, What},
+    joining::Told,
     names::Names,
     ownership::PartialOwnership,
 };
@@ -161,9 +162,12 @@ impl Live {
         Arc::new(Self { clock, inner: Mutex::new(inner), urgent: Notify::new(), watching: AtomicUsize::new(0) })
     }
 
-    /// A part was journalled.
-    pub fn part(&self, part: &Part) {
-        self.change(|inner| inner.part(part));
+    /// A part was stored, and it is known of which pass it is; or a replica differs.
+    pub fn told(&self, told: &Told) {
+        self.change(|inner| match told {
+            Told::Part { part, only } => inner.part(part, only.as_ref()),
+            Told::Differs { what, against } => inner.diverged(what, *against),
+        });
     }
 
     /// A tensor was not captured.
@@ -174,11 +178,6 @@ impl Live {
     /// A rank lost parts.
     pub fn dropped(&self, rank: u32, count: u64) {
         self.change(|inner| inner.dropped(rank, count));
-    }
-
-    /// A replica differs from the one of rank `against`.
-    pub fn diverged(&self, what: &What, against: u32) {
-        self.change(|inner| inner.diverged(what, against));
     }
 
     /// A model was found, or found to be larger than was known.
@@ -358,7 +357,7 @@ impl Inner {
         self.run_changed();
     }
 
-    fn part(&mut self, part: &Part) {
+    fn part(&mut self, part: &Part, only: Option<&BTreeSet<u32>>) {
         let (what, id) = (&part.what, &part.what.id);
         let bytes = part.at.as_ref().map_or(0, |at| at.len);
         self.totals.parts += 1;
@@ -376,10 +375,10 @@ impl Inner {
         let (number, clock, limit) = (self.recent.next(), self.clock, self.limit());
         let series = &mut self.series[index as usize];
         series.bytes = series.bytes.saturating_add(bytes);
-        match series.add(part, number, clock, limit) {
+        match series.add(part, only, number, clock, limit) {
             Slot::New => {
                 self.totals.records += 1;
-                self.recent.begin(index, part);
+                self.recent.begin(index, part, only);
             }
             Slot::Known(number) => self.recent.join(number, part),
             Slot::TooOld => {}

@@ -5,6 +5,7 @@ use std::fs;
 use wire::{
     control::{ALONE, JobSigns},
     env::node,
+    passes::Run,
 };
 
 /// Launchers that call a launch by a name, and what they are called here: variables that are all set make one up. A name of
@@ -50,7 +51,16 @@ fn signs_of(set: &dyn Fn(&str) -> Option<String>, process: impl Fn(u32) -> Strin
             Some(_) => name.unwrap_or_else(|| format!("{ALONE}{} {}", node(), process(parent))),
         },
         restarts,
+        here: here(set),
     }
+}
+
+/// The ranks of this node, as torchrun and whoever speaks like it numbers them.
+fn here(set: &dyn Fn(&str) -> Option<String>) -> Option<Run> {
+    let number = |name| set(name)?.parse::<u32>().ok();
+    let first = number("RANK")?.checked_sub(number("LOCAL_RANK")?)?;
+    let count = number("LOCAL_WORLD_SIZE").filter(|count| *count > 0)?;
+    Some(Run { first, by: 1, count })
 }
 
 /// A process of this node, told from others of the same number by when it was started.

@@ -17,7 +17,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{env::OnFull, passes::Pass};
+use crate::{
+    env::OnFull,
+    passes::{Pass, Run},
+};
 
 /// Version of the messages; peers with another one are refused by name.
 pub const CONTROL_VERSION: u32 = 7;
@@ -88,6 +91,8 @@ pub struct JobSigns {
     pub launcher: String,
     /// How often it has started them again; `None` where it does not say.
     pub restarts: Option<u32>,
+    /// The ranks of this node, where it says that.
+    pub here: Option<Run>,
 }
 
 /// One module of a model, for the dashboard's tree.
@@ -300,7 +305,7 @@ fn config() -> impl bincode::config::Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::passes::{Group, Run};
+    use crate::passes::Group;
     use proptest::prelude::*;
 
     #[test]

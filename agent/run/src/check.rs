@@ -28,7 +28,8 @@ impl Line {
 
 impl JobInfo {
     fn check(&self) -> Result<(), String> {
-        [&self.group, &self.launch, &self.launcher].into_iter().try_for_each(|name| text("a sign", name))
+        [&self.group, &self.launch, &self.launcher].into_iter().try_for_each(|name| text("a sign", name))?;
+        check_ranks(self.here.as_slice())
     }
 }
 
@@ -91,12 +92,14 @@ fn check_pass(pass: &Pass) -> Result<(), String> {
     if pass.groups.len() > MAX_GROUPS {
         return Err(format!("it has {} groups of ranks", pass.groups.len()));
     }
-    for group in &pass.groups {
-        let ranks = group.ranks.iter().fold(0u64, |n, run| n + u64::from(run.count));
-        let last = |run: &Run| u64::from(run.first) + u64::from(run.by) * u64::from(run.count);
-        if ranks > limits::RANKS || group.ranks.iter().any(|run| last(run) > u64::from(u32::MAX)) {
-            return Err(format!("it has a group of {ranks} ranks"));
-        }
+    pass.groups.iter().try_for_each(|group| check_ranks(&group.ranks))
+}
+
+fn check_ranks(runs: &[Run]) -> Result<(), String> {
+    let ranks = runs.iter().fold(0u64, |n, run| n + u64::from(run.count));
+    let last = |run: &Run| u64::from(run.first) + u64::from(run.by) * u64::from(run.count);
+    if ranks > limits::RANKS || runs.iter().any(|run| last(run) > u64::from(u32::MAX)) {
+        return Err(format!("it has a group of {ranks} ranks"));
     }
     Ok(())
 }

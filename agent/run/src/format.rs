@@ -27,7 +27,7 @@ use wire::{
     dtype::DType,
     hooks::Kind,
     loss_scale::LossScale,
-    passes::Pass,
+    passes::{Pass, Run},
     record::{Axis, MICRO, RecordMeta, Sliced},
 };
 
@@ -247,6 +247,9 @@ pub struct JobInfo {
     pub launcher: String,
     /// Number of ranks.
     pub world: u32,
+    /// Those of this node, where their launcher says it.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "objects::optional")]
+    pub here: Option<Run>,
     /// The command line of the rank that came first, without the values of secrets.
     pub command: Vec<String>,
     /// The hooks as the user wrote them.

@@ -8,6 +8,7 @@
 //! | [`files`], [`owner_only`] | opening files that somebody may have planted; making files that are ours alone |
 //! | [`names`], [`unique`], [`text`] | the names of modules, each kept once; names that differ; text in messages |
 //! | [`ownership`] | which ranks have which modules |
+//! | `passes`, [`joining`] | which passes of several ranks are one; telling of parts once that is known |
 //! | [`stats`] | statistics of tensors |
 //! | [`read`] | [`Run`]: a finished, live, killed or damaged run, or several nodes' runs of one job |
 //! | [`write`] | [`Store`]: where a part goes, its bytes, its line; recovery |
@@ -20,11 +21,13 @@ mod check;
 pub mod compare;
 pub mod files;
 pub mod format;
+pub mod joining;
 pub mod limits;
 pub mod manifest;
 pub mod names;
 pub mod owner_only;
 pub mod ownership;
+mod passes;
 pub mod read;
 pub mod stats;
 #[cfg(any(test, feature = "testing"))]

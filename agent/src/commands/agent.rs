@@ -122,7 +122,8 @@ impl Agent {
         let options = Options { shard_bytes: args.shard_bytes, notify: Box::new(notify) };
         let (store, before, jobs) = Store::open(&of_this_node(&args.out), options)?;
         let board = board.get_or_init(|| Arc::new(Board::new(before.clone()))).clone();
-        if let Err(e) = board.live().replay(store.dir().path(), store.totals()) {
+        let finished = before.finished_ns.is_some();
+        if let Err(e) = board.live().replay(store.dir().path(), store.totals(), finished) {
             board.trouble(&format!("the dashboard does not show all of {}: {e}", store.dir().path().display()));
         }
         board.show_again(&before);
@@ -140,10 +141,11 @@ impl Agent {
         let end = runtime.block_on(self.serve())?;
         let pulse = self.child.then(|| Pulse::start(self.server.clone()));
         self.server.drain();
-        self.server.store.finish();
+        let live = self.server.board.live();
+        self.server.store.finish().iter().for_each(|told| live.told(told));
         let exit_code = if let End::Finish(code) = end { code } else { None };
         let run = self.server.store.dir().path();
-        let info = if self.server.board.live().is_shown_again() {
+        let info = if live.is_shown_again() {
             // Nothing came: how the run ended stays as it is.
             self.server.store.dir().read_info()
         } else {
@@ -226,7 +228,11 @@ impl Agent {
     async fn tick(&self) {
         let server = self.server.clone();
         // It writes a file. If that thread panicked, run.json is written at the end.
-        let _ = tokio::task::spawn_blocking(move || save(&server.store, &server.board)).await;
+        let look = move || {
+            server.store.look().iter().for_each(|told| server.board.live().told(told));
+            save(&server.store, &server.board);
+        };
+        let _ = tokio::task::spawn_blocking(look).await;
         if self.child {
             tell(&FromAgent::Progress(self.server.store.totals()));
         }

@@ -148,6 +148,8 @@ pub struct WantedTensor {
     repeat: u32,
     #[serde(default = "yes")]
     train: bool,
+    /// The lowest of the ranks that made its pass, where not all did.
+    apart: Option<u32>,
     /// Only what this rank captured.
     rank: Option<u32>,
 }
@@ -164,7 +166,8 @@ pub async fn tensor(
         Ok(wanted) => wanted,
         Err(refusal) => return refusal.into_response(),
     };
-    let WantedTensor { job, attempt, model, module, kind, path, step, micro, call, repeat, train, rank } = wanted;
+    let WantedTensor { job, attempt, model, module, kind, path, step, micro, call, repeat, train, apart, rank } =
+        wanted;
     let job = JobId { job, attempt };
     let id = Identity {
         job,
@@ -178,7 +181,7 @@ pub async fn tensor(
         repeat,
         train,
         again: 0,
-        apart: None,
+        apart,
         own: false,
         pending: false,
     };

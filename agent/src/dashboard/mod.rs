@@ -7,7 +7,7 @@
 //! | `/api/modules` | module trees and every series |
 //! | `/api/series?model=&module=[&kind=&path=&train=&since=]` | points over steps |
 //! | `/api/records?model=&module=[&kind=&path=&train=&limit=]` | the newest records |
-//! | `/api/tensor?model=&module=&kind=&path=&step=[&micro=&call=&repeat=&train=&rank=]` | one tensor's picture |
+//! | `/api/tensor?model=&module=&kind=&path=&step=[&micro=&call=&repeat=&train=&apart=&rank=]` | one tensor's picture |
 //! | `/events` | what changes, as server-sent events |
 //!
 //! It listens on loopback only, answers GET only, and every route wants the token ([`guard`]). Connections are bounded in

@@ -6,7 +6,7 @@
 //! checksum of a tensor is compared (that would read every byte); `flexmodel verify` does that.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
 };
@@ -14,6 +14,7 @@ use std::{
 use flexmodel_run::{
     Record,
     format::{Identity, Line, MANIFEST_FILE, Part},
+    joining::{Joining, Told},
     manifest,
     read::{
         AssemblyPlan, Shards,
@@ -78,8 +79,8 @@ impl Tensors {
 
     /// Looks at a record as a whole, or at what one rank captured of it. The error is a whole sentence.
     pub fn look(&self, live: &Live, id: &Identity, rank: Option<u32>) -> Result<Look, String> {
-        let parts = live.pick(id).map_or_else(|| self.older(id), |picked| Ok(picked.parts))?;
-        let whole = Record::new(parts, &live.partial(id));
+        let (parts, only) = live.pick(id).map_or_else(|| self.older(id), |picked| Ok((picked.parts, picked.only)))?;
+        let whole = Record::new(parts, &live.partial(id), only.as_ref());
         let whole = whole.ok_or_else(|| format!("{id} was not captured, or not yet"))?;
         let own = rank.map(|rank| whole.of_rank(rank).ok_or_else(|| no_part(&whole))).transpose()?;
         let shown = own.as_ref().unwrap_or(&whole);
@@ -108,29 +109,43 @@ impl Tensors {
         })
     }
 
-    /// The parts of a record that is no longer among the newest, the first of each seat. No more than these and a line of
-    /// the manifest is held.
-    fn older(&self, id: &Identity) -> Result<Vec<Part>, String> {
+    /// The parts of a record that is no longer among the newest, the first of each seat, and which ranks made its pass, where
+    /// not all did. No more than these, a line of the manifest and what is known of passes is held.
+    fn older(&self, id: &Identity) -> Result<Found, String> {
         let path = self.run_dir.join(MANIFEST_FILE);
         scan(&path, id).or_else(|e| match e.kind() {
-            io::ErrorKind::NotFound => Ok(Vec::new()),
+            io::ErrorKind::NotFound => Ok(Found::default()),
             _ => Err(format!("{}: {e}", path.display())),
         })
     }
 }
 
-fn scan(path: &Path, id: &Identity) -> io::Result<Vec<Part>> {
+/// Parts of a record, and the ranks that made its pass, where not all did.
+type Found = (Vec<Part>, Option<BTreeSet<u32>>);
+
+fn scan(path: &Path, id: &Identity) -> io::Result<Found> {
     let mut lines = manifest::open(path)?;
-    let mut found = BTreeMap::new();
+    let (mut found, mut made_by, mut joining) = (BTreeMap::new(), None, Joining::default());
+    let mut take = |told: Vec<Told>| {
+        for one in told {
+            if let Told::Part { part, only } = one
+                && part.what.id == *id
+            {
+                made_by = only;
+                found.entry(part.what.seat()).or_insert(*part);
+            }
+        }
+    };
     while let Some(entry) = lines.next_line()? {
         // What does not read is no part; verify names it.
-        if let Ok(Line::Part(part)) = entry.line
-            && part.what.id == *id
-        {
-            found.entry(part.what.seat()).or_insert(part);
+        match entry.line {
+            Ok(Line::Part(part)) if part.what.id.module != id.module || part.what.id.path != id.path => {}
+            Ok(line) => take(joining.line(line)),
+            Err(_) => {}
         }
     }
-    Ok(found.into_values().collect())
+    take(joining.end());
+    Ok((found.into_values().collect(), made_by))
 }
 
 fn no_part(record: &Record) -> String {

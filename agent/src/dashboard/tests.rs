@@ -9,6 +9,7 @@ use std::{
 
 use flexmodel_run::{
     format::{HEADER_SPACE, Location, Part, RunInfo, What},
+    joining::Told,
     stats, testing,
 };
 use serde_json::Value;
@@ -125,7 +126,7 @@ impl Site {
             file.extend_from_slice(&bytes);
             let stats = stats::compute(what.dtype, &bytes);
             fs::write(self.dir.path().join(format!("shard-{step:05}.open")), &file).unwrap();
-            self.live.part(&Part { what, at: Some(at), stats, same: None });
+            self.live.told(&Told::part(Part { what, at: Some(at), stats, same: None }));
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The newest records and where their parts lie, in a bounded ring.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::Arc,
+};
 
 use flexmodel_run::format::{Identity, Location, Part, What};
 use wire::record::Axis;
@@ -17,6 +20,8 @@ const SHARED: usize = 64;
 pub(super) struct Recent {
     pub series: u32,
     pub coord: Coord,
+    /// The ranks that made its pass, where not all did.
+    pub only: Option<BTreeSet<u32>>,
     parts: Vec<Kept>,
 }
 
@@ -47,10 +52,10 @@ impl Ring {
     }
 
     /// A record begins.
-    pub fn begin(&mut self, series: u32, part: &Part) {
+    pub fn begin(&mut self, series: u32, part: &Part, only: Option<&BTreeSet<u32>>) {
         let parts = vec![self.keep(part)];
         self.bytes += parts[0].bytes();
-        self.records.push_back(Recent { series, coord: Coord::of(&part.what.id), parts });
+        self.records.push_back(Recent { series, coord: Coord::of(&part.what.id), only: only.cloned(), parts });
         self.parts += 1;
         self.trim();
     }
@@ -142,7 +147,7 @@ impl Kept {
 impl Recent {
     /// What the record is.
     pub fn identity(&self, series: &Series) -> Identity {
-        let Coord { step, micro, call, repeat } = self.coord;
+        let Coord { step, micro, call, repeat, apart } = self.coord;
         let key = &series.key;
         let (module, path) = (key.module.to_string(), key.path.to_string());
         Identity {
@@ -157,7 +162,7 @@ impl Recent {
             repeat,
             train: key.train,
             again: 0,
-            apart: None,
+            apart,
             own: false,
             pending: false,
         }

@@ -4,30 +4,33 @@ use std::{io, path::Path};
 
 use flexmodel_run::{
     format::{Line, MANIFEST_FILE, RunInfo, Totals},
+    joining::Joining,
     manifest,
 };
 
 use super::{Ended, Live};
 
 impl Live {
-    /// Takes in what a run captured so far, one line of its manifest at a time; `totals` are those of all of it.
-    pub fn replay(&self, run: &Path, totals: Totals) -> io::Result<()> {
+    /// Takes in what a run captured so far, one line of its manifest at a time; `totals` are those of all of it. Of which pass
+    /// the last parts are is not known yet, unless it is `finished`: its store tells of them later.
+    pub fn replay(&self, run: &Path, totals: Totals, finished: bool) -> io::Result<()> {
         let mut lines = match manifest::open(&run.join(MANIFEST_FILE)) {
             Ok(lines) => lines,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(e),
         };
+        let mut joining = Joining::default();
         while let Some(entry) = lines.next_line()? {
             // What does not read is left out; verify names it.
             let Ok(line) = entry.line else { continue };
-            self.change(|inner| match &line {
-                Line::Part(part) => inner.part(part),
-                Line::Refused { what, reason } => inner.refused(what, reason),
-                Line::Divergence { what, against } => inner.diverged(what, *against),
-                Line::Dropped { rank, count, .. } => inner.dropped(*rank, *count),
-                Line::Job(_) | Line::Left { .. } | Line::Pass { .. } | Line::Sealed { .. } => {}
-            });
+            match &line {
+                Line::Refused { what, reason } => self.refused(what, reason),
+                Line::Dropped { rank, count, .. } => self.dropped(*rank, *count),
+                _ => joining.line(line).iter().for_each(|told| self.told(told)),
+            }
         }
+        let rest = if finished { joining.end() } else { joining.look() };
+        rest.iter().for_each(|told| self.told(told));
         self.change(|inner| {
             inner.totals = totals;
             inner.run_changed();

@@ -1,6 +1,9 @@
 //! A series: the statistics of one leaf of one module over steps, in a bounded ring.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::Arc,
+};
 
 use flexmodel_run::{
     format::{Identity, JobId, Part, Stats, What},
@@ -63,12 +66,14 @@ pub struct Coord {
     pub call: u32,
     /// Backward pass over the same forward.
     pub repeat: u32,
+    /// The lowest rank of those that made the pass, where not all did.
+    pub apart: Option<u32>,
 }
 
 impl Coord {
     /// The coordinate of an identity.
     pub fn of(id: &Identity) -> Self {
-        Self { step: id.step, micro: id.micro, call: id.call, repeat: id.repeat }
+        Self { step: id.step, micro: id.micro, call: id.call, repeat: id.repeat, apart: id.apart }
     }
 }
 
@@ -157,10 +162,11 @@ impl Moments {
     }
 }
 
-/// How many parts make a record of this layout.
-fn promised(axes: &[Axis]) -> u32 {
+/// How many parts make a record of this layout, and of a pass that so many ranks made where not all did.
+fn promised(axes: &[Axis], only: Option<usize>) -> u32 {
     let divided = axes.iter().filter(|a| a.place != Placement::Replicate);
-    divided.fold(1u32, |n, a| n.saturating_mul(a.size))
+    let all = divided.fold(1u32, |n, a| n.saturating_mul(a.size));
+    only.and_then(|only| u32::try_from(only).ok()).map_or(all, |only| all.min(only))
 }
 
 /// One record in a series.
@@ -208,7 +214,7 @@ impl Series {
     }
 
     /// Takes a part in. Ranks run ahead of each other, so it may belong before the newest record.
-    pub fn add(&mut self, part: &Part, number: u64, clock: u64, limit: usize) -> Slot {
+    pub fn add(&mut self, part: &Part, only: Option<&BTreeSet<u32>>, number: u64, clock: u64, limit: usize) -> Slot {
         self.changed = clock;
         let (at, moments) = (Coord::of(&part.what.id), Moments::of(part));
         let pieces = u32::from(moments.role != Role::Copy);
@@ -234,8 +240,8 @@ impl Series {
         let gone = self.points.len().saturating_sub(limit - 1);
         self.points.drain(..gone);
         let place = place.saturating_sub(gone);
-        self.points
-            .insert(place, Point { at, moments, number, pieces, promised: promised(&part.what.axes), changed: clock });
+        let promised = promised(&part.what.axes, only.map(BTreeSet::len));
+        self.points.insert(place, Point { at, moments, number, pieces, promised, changed: clock });
         self.count += 1;
         self.bad += u64::from(moments.bad > 0);
         Slot::New

@@ -33,9 +33,9 @@ fn close(a: Option<f64>, b: Option<f64>) -> bool {
 #[test]
 fn the_parts_of_a_record_make_one_point_with_the_statistics_of_the_whole() {
     let live = Live::new(RunInfo::default());
-    live.part(&part(3, 0, 2, testing::batch(), &[1.0, 2.0, -7.5]));
+    live.told(&Told::part(part(3, 0, 2, testing::batch(), &[1.0, 2.0, -7.5])));
     assert_eq!(live.series(&query()).1[0].points.complete, [false]);
-    live.part(&part(3, 1, 2, testing::batch(), &[10.0, 4.0]));
+    live.told(&Told::part(part(3, 1, 2, testing::batch(), &[10.0, 4.0])));
     let (_, series) = live.series(&query());
     let (points, whole) = (&series[0].points, stats(&[1.0, 2.0, -7.5, 10.0, 4.0]));
     assert_eq!((points.step.as_slice(), points.complete.as_slice()), ([3].as_slice(), [true].as_slice()));
@@ -50,7 +50,7 @@ fn replicas_count_once_in_whatever_order_they_come() {
     for place in [Placement::Replicate, Placement::ReplicateOrShard { dim: 0 }] {
         for order in [[0, 1], [1, 0]] {
             let live = Live::new(RunInfo::default());
-            order.iter().for_each(|&rank| live.part(&part(0, rank, 2, place.clone(), &[3.0, 4.0])));
+            order.iter().for_each(|&rank| live.told(&Told::part(part(0, rank, 2, place.clone(), &[3.0, 4.0]))));
             let (_, series) = live.series(&query());
             assert!(close(series[0].points.l2[0], Some(5.0)), "{place:?} {order:?}");
         }
@@ -66,7 +66,7 @@ fn a_checksum_counts_as_the_replica_that_it_is() {
         checksum.same = checksum.at.take().map(|at| at.crc);
         checksum.stats = None;
         let parts = if checksum_first { [&checksum, &bytes] } else { [&bytes, &checksum] };
-        parts.iter().for_each(|part| live.part(part));
+        parts.iter().for_each(|part| live.told(&Told::part((*part).clone())));
         let (_, series) = live.series(&query());
         assert!(close(series[0].points.l2[0], Some(5.0)) && series[0].points.complete[0]);
         assert_eq!((series[0].summary.state.count, live.run().totals.records), (1, 1));
@@ -77,8 +77,8 @@ fn a_checksum_counts_as_the_replica_that_it_is() {
 #[test]
 fn parts_that_might_have_been_replicas_and_differ_are_pieces() {
     let live = Live::new(RunInfo::default());
-    live.part(&part(0, 0, 2, Placement::ReplicateOrShard { dim: 0 }, &[3.0]));
-    live.part(&part(0, 1, 2, Placement::ReplicateOrShard { dim: 0 }, &[4.0]));
+    live.told(&Told::part(part(0, 0, 2, Placement::ReplicateOrShard { dim: 0 }, &[3.0])));
+    live.told(&Told::part(part(0, 1, 2, Placement::ReplicateOrShard { dim: 0 }, &[4.0])));
     assert!(close(live.series(&query()).1[0].points.l2[0], Some(5.0)));
 }
 
@@ -87,7 +87,7 @@ fn a_slow_rank_joins_the_records_of_a_fast_one() {
     let live = Live::new(RunInfo::default());
     for rank in [0, 1] {
         for step in 0..50 {
-            live.part(&part(step, rank, 2, testing::batch(), &[step as f32]));
+            live.told(&Told::part(part(step, rank, 2, testing::batch(), &[step as f32])));
         }
     }
     let (_, series) = live.series(&query());
@@ -102,7 +102,7 @@ fn a_slow_rank_joins_the_records_of_a_fast_one() {
 fn rings_keep_the_newest_and_nothing_more() {
     let live = Live::new(RunInfo::default());
     for step in 0..(MAX_RECORDS as u64 + 100) {
-        live.part(&part(step, 0, 1, testing::batch(), &[1.0]));
+        live.told(&Told::part(part(step, 0, 1, testing::batch(), &[1.0])));
     }
     let (_, series) = live.series(&query());
     assert_eq!(series[0].points.step.len(), POINTS_PER_SERIES);
@@ -119,7 +119,7 @@ fn records_of_many_parts_are_bounded_by_their_parts() {
     let live = Live::new(RunInfo::default());
     let ranks = 512;
     for step in 0..(2 * MAX_PARTS as u64 / u64::from(ranks)) {
-        (0..ranks).for_each(|rank| live.part(&part(step, rank, ranks, testing::batch(), &[1.0])));
+        (0..ranks).for_each(|rank| live.told(&Told::part(part(step, rank, ranks, testing::batch(), &[1.0]))));
     }
     assert_eq!(live.records(&query(), usize::MAX).len(), MAX_PARTS / ranks as usize);
 }
@@ -132,7 +132,7 @@ fn many_series_share_the_budget_of_points() {
         one.what.id.module = format!("m{series}");
         for step in 0..600 {
             one.what.id.step = step;
-            live.part(&one);
+            live.told(&Told::part(one.clone()));
         }
     }
     let inner = live.lock();
@@ -147,7 +147,7 @@ fn every_changed_series_is_sent_even_when_few_fit() {
     let mut one = part(0, 0, 1, testing::batch(), &[1.0]);
     for series in 0..25 {
         one.what.id.module = format!("m{series}");
-        live.part(&one);
+        live.told(&Told::part(one.clone()));
     }
     let (mut since, mut seen, mut sent) = (0, 0, std::collections::BTreeSet::new());
     for _ in 0..3 {
@@ -163,9 +163,9 @@ fn every_changed_series_is_sent_even_when_few_fit() {
 #[test]
 fn only_points_that_changed_are_sent_again() {
     let live = Live::new(RunInfo::default());
-    (0..5).for_each(|step| live.part(&part(step, 0, 2, testing::batch(), &[1.0])));
+    (0..5).for_each(|step| live.told(&Told::part(part(step, 0, 2, testing::batch(), &[1.0]))));
     let (since, _) = live.series(&query());
-    live.part(&part(2, 1, 2, testing::batch(), &[2.0]));
+    live.told(&Told::part(part(2, 1, 2, testing::batch(), &[2.0])));
     let (_, series) = live.series(&SeriesQuery { since, ..query() });
     assert_eq!(series[0].points.step, [2]);
 }
@@ -173,8 +173,8 @@ fn only_points_that_changed_are_sent_again() {
 #[test]
 fn not_a_number_is_counted_and_leaves_the_rest_readable() {
     let live = Live::new(RunInfo::default());
-    live.part(&part(0, 0, 2, testing::batch(), &[f32::NAN, 3.0]));
-    live.part(&part(0, 1, 2, testing::batch(), &[4.0]));
+    live.told(&Told::part(part(0, 0, 2, testing::batch(), &[f32::NAN, 3.0])));
+    live.told(&Told::part(part(0, 1, 2, testing::batch(), &[4.0])));
     let (_, series) = live.series(&query());
     assert_eq!((series[0].points.bad[0], series[0].summary.state.bad), (1, 1));
     assert!(close(series[0].points.l2[0], Some(5.0)));
@@ -214,7 +214,7 @@ fn a_manifest_fills_the_state_as_the_ranks_did() {
     std::fs::write(dir.path().join(MANIFEST_FILE), manifest).unwrap();
     let live = Live::new(RunInfo { totals: Totals { records: 1000, ..Totals::default() }, ..RunInfo::default() });
     let totals = Totals { records: 2, parts: 3, ..Totals::default() };
-    live.replay(dir.path(), totals).unwrap();
+    live.replay(dir.path(), totals, true).unwrap();
     let run = live.run();
     assert_eq!((run.totals, run.step, run.state), (totals, 1, "idle"));
     assert_eq!((run.ranks[0].parts, run.ranks[1].parts, run.ranks[1].dropped), (2, 1, 5));
@@ -223,7 +223,7 @@ fn a_manifest_fills_the_state_as_the_ranks_did() {
     assert_eq!((series[0].points.step.as_slice(), series[0].points.complete[0]), ([0, 1].as_slice(), true));
     assert!(close(series[0].points.l2[0], Some(5.0)));
     assert_eq!(live.pick(&one.what.id).unwrap().parts, [one, two]);
-    Live::new(RunInfo::default()).replay(&dir.path().join("none"), totals).unwrap();
+    Live::new(RunInfo::default()).replay(&dir.path().join("none"), totals, true).unwrap();
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! What the dashboard reads: copies made under the lock, turned into JSON outside of it.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use flexmodel_run::format::{Identity, ModelInfo, Module, Part, RunInfo, Totals};
 use serde::{Serialize, Serializer};
 use wire::hooks::Kind;
 
-use super::{Coord, Divergence, Live, Rank, Refusal, series::Series};
+use super::{Coord, Divergence, Live, Rank, Refusal, recent::Recent, series::Series};
 
 /// The run as a whole.
 #[derive(Clone, Debug, Serialize)]
@@ -126,6 +126,7 @@ pub struct Columns {
     pub micro: Vec<u32>,
     pub call: Vec<u32>,
     pub repeat: Vec<u32>,
+    pub apart: Vec<Option<u32>>,
     pub mean: Vec<Option<f64>>,
     pub std: Vec<Option<f64>>,
     pub l2: Vec<Option<f64>>,
@@ -182,6 +183,8 @@ pub struct Picked {
     pub id: Identity,
     /// Its parts, so far, and where they lie.
     pub parts: Vec<Part>,
+    /// The ranks that made its pass, where not all did.
+    pub only: Option<BTreeSet<u32>>,
 }
 
 impl Live {
@@ -251,7 +254,7 @@ impl Live {
         let inner = self.lock();
         let recent = inner.recent.newest().map(|r| (r, &inner.series[r.series as usize]));
         let found = recent.filter(|(_, series)| query.wants(series)).take(limit);
-        found.map(|(r, series)| Picked { id: r.identity(series), parts: r.parts(series) }).collect()
+        found.map(|(r, series)| Picked::of(r, series)).collect()
     }
 
     /// The parts of a record, if it is among the newest.
@@ -261,7 +264,13 @@ impl Live {
         let series = &inner.series[index as usize];
         let point = series.points.get(series.points.partition_point(|p| p.at < at)).filter(|p| p.at == at)?;
         let recent = inner.recent.get(point.number).filter(|r| r.series == index && r.coord == at)?;
-        Some(Picked { id: id.clone(), parts: recent.parts(series) })
+        Some(Picked::of(recent, series))
+    }
+}
+
+impl Picked {
+    fn of(recent: &Recent, series: &Series) -> Self {
+        Self { id: recent.identity(series), parts: recent.parts(series), only: recent.only.clone() }
     }
 }
 
@@ -326,11 +335,12 @@ fn state(s: &Series) -> SeriesState {
 fn columns(s: &Series, since: u64) -> Columns {
     let mut out = Columns::default();
     for p in s.points.iter().filter(|p| p.changed > since) {
-        let Coord { step, micro, call, repeat } = p.at;
+        let Coord { step, micro, call, repeat, apart } = p.at;
         out.step.push(step);
         out.micro.push(micro);
         out.call.push(call);
         out.repeat.push(repeat);
+        out.apart.push(apart);
         let [mean, std, l2, absmax] = p.moments.values();
         out.mean.push(mean);
         out.std.push(std);

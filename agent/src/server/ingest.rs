@@ -244,12 +244,7 @@ impl Ingest {
         self.account.settled += 1;
         let live = self.server.board.live();
         match part.finish() {
-            Outcome::Stored { part, apart } => {
-                live.part(&part);
-                if let Some(apart) = apart {
-                    live.diverged(&apart.0, apart.1);
-                }
-            }
+            Outcome::Stored(told) => told.iter().for_each(|told| live.told(told)),
             Outcome::Lost => live.dropped(self.session.rank, 1),
         }
     }

@@ -159,16 +159,17 @@ impl Known {
 
     /// Takes a rank in, whose group is called `name`; what is known now, if that is news.
     fn take(&mut self, hello: &Hello, name: String) -> Option<JobInfo> {
-        let before = (self.info.world, self.info.group.clone());
+        let before = (self.info.world, self.info.here, self.info.group.clone());
         if self.group == 0 {
             (self.group, self.info.group) = (hello.job.group, name);
         }
         self.info.world = self.info.world.max(hello.world);
+        self.info.here = self.info.here.or(hello.job.here);
         if self.pids.len() < MAX_RANKS {
             self.pids.insert(hello.rank, hello.pid);
         }
         self.attached += 1;
-        (before != (self.info.world, self.info.group.clone())).then(|| JobInfo {
+        (before != (self.info.world, self.info.here, self.info.group.clone())).then(|| JobInfo {
             command: short(secrets::hidden(&hello.command), MAX_COMMAND),
             hooks: start_of(&hello.hooks, MAX_COMMAND).to_owned(),
             ..self.info.clone()
@@ -216,7 +217,13 @@ mod tests {
             hooks: "*".into(),
             on_full: OnFull::Wait,
             wrapper: String::new(),
-            job: Box::new(JobSigns { group, launch: launch.into(), launcher: "torchrun".into(), restarts: Some(0) }),
+            job: Box::new(JobSigns {
+                group,
+                launch: launch.into(),
+                launcher: "torchrun".into(),
+                restarts: Some(0),
+                here: None,
+            }),
         }
     }
 

@@ -17,11 +17,11 @@ use super::{
     in_seats,
     jobs::{Numbers, Table},
     layout, nodes,
-    passes::{Joint, Local, Passes, Verdict},
 };
 use crate::{
     format::{Identity, JobId, JobInfo, Joined, Owners, Part, RunInfo, What},
     ownership::{PartialOwnership, lie_alone, lie_among},
+    passes::{Joint, Local, Passes, Verdict},
 };
 
 /// The records of a run.

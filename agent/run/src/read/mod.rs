@@ -14,7 +14,6 @@ mod jobs;
 pub mod layout;
 pub mod nodes;
 pub mod number;
-mod passes;
 mod plan;
 mod problem;
 mod records;
@@ -47,7 +46,7 @@ use self::{gathered::Gathered, rows::Pad};
 use crate::{
     format::{Identity, JobInfo, Part, RunInfo, Stats, What},
     limits::PROBLEMS,
-    ownership::PartialOwnership,
+    ownership::{PartialOwnership, lie_among},
     text,
 };
 
@@ -62,12 +61,15 @@ pub struct Record {
 
 impl Record {
     /// The record of parts that came in this order; `None` of none. Where one was captured again, the first counts, and
-    /// otherwise they are settled as those of [`Run::open`] are.
-    pub fn new(mut parts: Vec<Part>, partial: &PartialOwnership) -> Option<Self> {
+    /// otherwise they are settled as those of [`Run::open`] are: those of a pass that some ranks alone made lie among these.
+    pub fn new(mut parts: Vec<Part>, partial: &PartialOwnership, only: Option<&BTreeSet<u32>>) -> Option<Self> {
         let id = parts.first()?.what.id.clone();
         in_seats(&mut parts);
         layout::lend(&mut parts);
-        partial.settle(&mut parts);
+        match only {
+            Some(only) => lie_among(&mut parts, only),
+            None => partial.settle(&mut parts),
+        }
         Some(Self { id, parts })
     }
 

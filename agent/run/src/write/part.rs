@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     format::{JobId, Line, Location, Origin, Part, What},
+    joining::{Place, Told},
     stats::Accumulator,
 };
 
@@ -20,13 +21,8 @@ const CHUNK: usize = 256 << 10;
 /// What became of a part.
 #[derive(Debug)]
 pub enum Outcome {
-    /// It is journalled.
-    Stored {
-        /// As journalled.
-        part: Box<Part>,
-        /// A part that should be equal to the one on a rank, and is not: this one, or one that was a checksum.
-        apart: Option<Box<(What, u32)>>,
-    },
+    /// It is journalled. What is known to be of one pass by now: this part, it and others, or nothing yet.
+    Stored(Vec<Told>),
     /// It is counted as dropped.
     Lost,
 }
@@ -186,21 +182,26 @@ impl PartWriter {
         let shared = self.same_as.take();
         let at = shared.as_ref().map_or(own, |first| first.at.clone());
         let stats = self.same.is_none().then(|| self.stats.stats());
-        let part = Box::new(Part { what: self.what.clone(), at, stats, same: self.same });
-        if let Err(e) = self.store.journal().append(&Line::Part((*part).clone())) {
+        let part = Part { what: self.what.clone(), at, stats, same: self.same };
+        if let Err(e) = self.store.journal().append(&Line::Part(part.clone())) {
             self.store.trouble(&e);
             return self.lose(&reason_of(&e));
         }
         self.store.works();
-        let apart = self.compare(&part);
-        self.count(&part, shared.is_some(), apart.is_some());
+        let differs = self.compare(&part);
+        self.store.count(|totals| {
+            totals.parts += 1;
+            totals.bytes += if shared.is_some() || part.at.is_none() { 0 } else { self.len };
+        });
         self.settle(&part, shared.is_some());
-        Outcome::Stored { part, apart: apart.map(Box::new) }
+        let mut told = self.store.tell(Told::part(part));
+        told.extend(differs.into_iter().flat_map(|differs| self.store.tell(differs)));
+        Outcome::Stored(told)
     }
 
     /// Compares it with the first of its replicas that had bytes, or else the first. One of two that differ is apart from
     /// the other: the later one, or the one that was a checksum.
-    fn compare(&mut self, part: &Part) -> Option<(What, u32)> {
+    fn compare(&mut self, part: &Part) -> Option<Told> {
         let key = self.replicas.take()?;
         let rank = part.what.rank;
         let mut alloc = self.store.alloc();
@@ -212,24 +213,9 @@ impl PartWriter {
             alloc.set_replica(key, Replica { at, crc: self.crc, shape, rank });
         }
         let first = first.filter(|first| first.crc != self.crc || first.shape != part.what.shape)?;
-        drop(alloc);
         let what = What { from: None, ..part.what.clone() };
         let (what, against) = if keep { (What { rank: first.rank, ..what }, rank) } else { (what, first.rank) };
-        // The part is journalled; without this line verify still finds that it differs.
-        if let Err(e) = self.store.journal().append(&Line::Divergence { what: what.clone(), against }) {
-            self.store.trouble(&e);
-        }
-        Some((what, against))
-    }
-
-    fn count(&self, part: &Part, shared: bool, apart: bool) {
-        let new = self.store.alloc().seen.is_new(&part.what.id);
-        self.store.count(|totals| {
-            totals.records += u64::from(new);
-            totals.parts += 1;
-            totals.bytes += if shared || part.at.is_none() { 0 } else { self.len };
-            totals.divergences += u64::from(apart);
-        });
+        Some(Told::Differs { what: Box::new(what), against })
     }
 
     fn settle(&mut self, part: &Part, shared: bool) {
@@ -247,6 +233,7 @@ impl PartWriter {
                 len: self.len,
                 crc: self.crc,
                 lie: Lie::of(&part.what),
+                place: Place::of(&part.what),
             });
             self.store.alloc().settle(slot, entry);
         }

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     files::{ToWrite, open_to_write},
     format::{HEADER_SPACE, JobId, JobInfo, Line, Location, MANIFEST_FILE, Part, Totals},
+    joining::{Joining, Place, Told},
     manifest::{LineError, Reader, Source, encode_line},
 };
 
@@ -33,12 +34,25 @@ pub struct Found {
     pub seen: Seen,
     /// Jobs there are.
     pub jobs: BTreeMap<JobId, JobInfo>,
+    /// What is known of their passes.
+    pub joining: Joining,
     /// Some lines do not read.
     pub damaged: bool,
 }
 
+impl Found {
+    fn count(&mut self, told: &[Told]) {
+        for one in told {
+            if let Told::Part { part, .. } = one {
+                self.totals.records += u64::from(self.seen.is_new(&part.what.id));
+            }
+        }
+    }
+}
+
 /// Mends the directory: truncates the torn line, seals open shards, and tells what is there. Errors call it `shown`.
-pub fn recover(dir: &Path, shown: &Path) -> anyhow::Result<Found> {
+/// `finished`: its agent has closed the run.
+pub fn recover(dir: &Path, shown: &Path, finished: bool) -> anyhow::Result<Found> {
     let io = |e: io::Error| cannot_write(shown, &e);
     let path = dir.join(MANIFEST_FILE);
     let mut found = Found {
@@ -47,6 +61,7 @@ pub fn recover(dir: &Path, shown: &Path) -> anyhow::Result<Found> {
         accounts: Accounts::new(),
         seen: Seen::new(),
         jobs: BTreeMap::new(),
+        joining: Joining::default(),
         damaged: false,
     };
     let mut unsealed = BTreeMap::new();
@@ -56,7 +71,9 @@ pub fn recover(dir: &Path, shown: &Path) -> anyhow::Result<Found> {
         let lines = file.try_clone().map_err(io)?;
         let keep = scan(&mut Reader::new(BufReader::new(lines)), &mut found, &mut unsealed).map_err(io)?;
         file.set_len(keep).map_err(io)?;
-        seal_left_over(dir, file, &unsealed).map_err(io)?;
+        let told = if finished { found.joining.end() } else { found.joining.look() };
+        found.count(&told);
+        seal_left_over(dir, file, &unsealed, &found.joining).map_err(io)?;
     }
     found.next_shard = found.next_shard.max(clean_up(dir, found.damaged).map_err(io)?);
     Ok(found)
@@ -85,6 +102,7 @@ impl Shares {
                 len: at.len,
                 crc: at.crc,
                 lie: Lie::of(&part.what),
+                place: Place::of(&part.what),
             });
         }
     }
@@ -106,7 +124,6 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
         Account::note(&mut found.accounts, &line);
         match line {
             Line::Part(part) => {
-                totals.records += u64::from(found.seen.is_new(&part.what.id));
                 totals.parts += 1;
                 if let Some(at) = &part.at
                     && let Some(number) = number_of(&at.shard)
@@ -119,12 +136,20 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
                         totals.bytes = totals.bytes.saturating_add(at.len);
                     }
                 }
+                let told = found.joining.line(Line::Part(part));
+                found.count(&told);
             }
             Line::Refused { .. } => totals.refused += 1,
             Line::Divergence { .. } => totals.divergences += 1,
             Line::Dropped { count, .. } => totals.dropped = totals.dropped.saturating_add(count),
-            Line::Left { .. } | Line::Pass { .. } => {}
-            Line::Job(info) => _ = found.jobs.insert(info.id, info),
+            line @ (Line::Left { .. } | Line::Pass { .. }) => {
+                let told = found.joining.line(line);
+                found.count(&told);
+            }
+            Line::Job(info) => {
+                found.joining.job(&info);
+                found.jobs.insert(info.id, info);
+            }
             Line::Sealed { shard, .. } => {
                 if let Some(number) = number_of(&shard) {
                     found.next_shard = found.next_shard.max(number.saturating_add(1));
@@ -137,12 +162,13 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
 }
 
 /// Seals what the manifest knows of. A shard that is gone stays gone: verify names it.
-fn seal_left_over(dir: &Path, mut manifest: File, unsealed: &Unsealed) -> io::Result<()> {
+fn seal_left_over(dir: &Path, mut manifest: File, unsealed: &Unsealed, joining: &Joining) -> io::Result<()> {
+    let are_one = |parts: &[&Entry]| joining.are_one(parts.iter().map(|part| &part.place));
     for (&number, shares) in unsealed {
         let len = match ShardFile::open(dir, number) {
             Ok(file) => {
                 let len = file.file().metadata()?.len();
-                seal::seal(dir, &file, &usable(&shares.entries, len))?
+                seal::seal(dir, &file, &usable(&shares.entries, len), are_one)?
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => match fs::metadata(sealed_path(dir, number)) {
                 // Renamed, but the line did not make it.

@@ -27,11 +27,12 @@ struct Named {
     len: u64,
 }
 
-/// Seals a shard and returns its length. After an error the `.open` file still holds every byte.
-pub fn seal(dir: &Path, file: &ShardFile, entries: &[Entry]) -> io::Result<u64> {
+/// Seals a shard and returns its length. `are_one` tells whether parts are known to be of one pass: only then pieces side by
+/// side become one. After an error the `.open` file still holds every byte.
+pub fn seal(dir: &Path, file: &ShardFile, entries: &[Entry], are_one: impl Fn(&[&Entry]) -> bool) -> io::Result<u64> {
     let end = entries.iter().map(|e| e.offset + e.len).max().unwrap_or(HEADER_SPACE);
     file.file().set_len(end)?;
-    file.write_at(&header(entries, end), 0)?;
+    file.write_at(&header(entries, end, are_one), 0)?;
     file.file().sync_all()?;
     fs::rename(open_path(dir, file.number), sealed_path(dir, file.number))?;
     sync_dir(dir)?;
@@ -45,11 +46,11 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 
 /// Exactly [`HEADER_SPACE`] bytes. If the names do not fit, one filler entry covers everything: our own readers go by
 /// the manifest.
-fn header(entries: &[Entry], end: u64) -> Vec<u8> {
+fn header(entries: &[Entry], end: u64, are_one: impl Fn(&[&Entry]) -> bool) -> Vec<u8> {
     let space = HEADER_SPACE as usize - 8;
     // The shortest entry alone is longer than this: a file of so many is not spelled out in vain.
     let few = entries.len() <= space / SHORTEST;
-    let mut json = if few { render(&named(entries), end) } else { String::new() };
+    let mut json = if few { render(&named(entries, are_one), end) } else { String::new() };
     if !few || json.len() > space {
         json = render(&[], end);
     }
@@ -61,7 +62,7 @@ fn header(entries: &[Entry], end: u64) -> Vec<u8> {
 }
 
 /// The ranges in file order. Pieces side by side in rank order become one.
-fn named(entries: &[Entry]) -> Vec<Named> {
+fn named(entries: &[Entry], are_one: impl Fn(&[&Entry]) -> bool) -> Vec<Named> {
     let mut groups: Vec<(&Arc<str>, Vec<&Entry>)> = Vec::new();
     let mut by_name: HashMap<&str, usize> = HashMap::new();
     for entry in entries {
@@ -79,7 +80,7 @@ fn named(entries: &[Entry]) -> Vec<Named> {
     };
     for (name, mut parts) in groups {
         parts.sort_by_key(|e| (e.offset, e.len, piece_index(e)));
-        if let Some((first, shape, len)) = joined(&parts) {
+        if let Some((first, shape, len)) = joined(&parts).filter(|_| are_one(&parts)) {
             push(name.to_string(), first, shape, len);
             continue;
         }

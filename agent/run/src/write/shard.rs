@@ -13,6 +13,7 @@ use wire::{dtype::DType, record::Placement};
 use crate::{
     files::{ToWrite, open_to_write},
     format::{HEADER_SPACE, What},
+    joining::Place,
     limits::SHARDS,
 };
 
@@ -121,6 +122,8 @@ pub struct Entry {
     pub crc: u32,
     /// How it lies in the whole.
     pub lie: Lie,
+    /// Of which pass it is.
+    pub place: Place,
 }
 
 /// How a part lies in its whole, as far as laying it side by side with others goes.

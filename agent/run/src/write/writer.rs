@@ -23,7 +23,10 @@ use super::{
     seal,
     shard::{Shard, stem},
 };
-use crate::format::{JobId, JobInfo, Line, Origin, RunInfo, Totals, What};
+use crate::{
+    format::{JobId, JobInfo, Line, Origin, RunInfo, Totals, What},
+    joining::{Joining, Told},
+};
 
 /// Bytes of tensors in a shard before the next one is begun.
 pub const DEFAULT_SHARD_BYTES: u64 = 512 << 20;
@@ -50,6 +53,7 @@ pub struct Store {
     totals: Mutex<Totals>,
     /// Of the slabs that nobody reads now.
     accounts: Mutex<Accounts>,
+    joining: Arc<Mutex<Joining>>,
     /// A write failed, and not enough went well since.
     broken: AtomicBool,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
@@ -64,17 +68,19 @@ impl Store {
     pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo, Vec<JobInfo>)> {
         let dir = RunDir::claim(path)?;
         let info = dir.read_info();
-        let Found { next_shard, totals, accounts, seen, jobs, damaged: _ } =
-            recover::recover(dir.folder().place(), dir.path())?;
+        let Found { next_shard, totals, accounts, seen, jobs, joining, damaged: _ } =
+            recover::recover(dir.folder().place(), dir.path(), info.finished_ns.is_some())?;
+        let joining = Arc::new(Mutex::new(joining));
         let journal = Arc::new(Journal::open(dir.folder().place()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
         let notify: Arc<dyn Fn(&str) + Send + Sync> = options.notify.into();
         let unsealed = Arc::default();
-        let sealer = sealer(&dir, journal.clone(), notify.clone(), Arc::clone(&unsealed))?;
+        let sealer = sealer(&dir, journal.clone(), joining.clone(), notify.clone(), Arc::clone(&unsealed))?;
         let store = Arc::new(Self {
             alloc: Mutex::new(Allocator::new(dir.folder().place().to_owned(), options.shard_bytes, next_shard, seen)),
             journal,
             totals: Mutex::new(totals),
             accounts: Mutex::new(accounts),
+            joining,
             broken: AtomicBool::new(false),
             notify,
             sealer: Mutex::new(Some(sealer)),
@@ -96,6 +102,7 @@ impl Store {
 
     /// Journals what is known of a job.
     pub fn job(&self, info: &JobInfo) {
+        lock(&self.joining).job(info);
         if let Err(e) = self.journal.append(&Line::Job(info.clone())) {
             self.trouble(&e);
         }
@@ -116,18 +123,54 @@ impl Store {
     /// Journals what a rank says of a forward pass. One that cannot be is left out, and so are ranks that are not there.
     pub fn passed(&self, job: JobId, rank: u32, pass: Pass) {
         let line = Line::Pass { job, rank, pass };
-        if line.check().is_ok()
-            && let Err(e) = self.journal.append(&line)
-        {
+        if line.check().is_err() {
+            return;
+        }
+        if let Err(e) = self.journal.append(&line) {
             self.trouble(&e);
         }
+        lock(&self.joining).line(line);
     }
 
     /// Journals that a rank is gone.
     pub fn left(&self, job: JobId, rank: u32) {
+        lock(&self.joining).left(job, rank);
         if let Err(e) = self.journal.append(&Line::Left { job, rank }) {
             self.trouble(&e);
         }
+    }
+
+    /// What is stored and known by now to be of one pass of its ranks, or of some of them. To be asked now and then.
+    pub fn look(&self) -> Vec<Told> {
+        let told = lock(&self.joining).look();
+        self.told(told)
+    }
+
+    /// Something is stored; what is known of it, or of what came before it, is returned.
+    pub(super) fn tell(&self, told: Told) -> Vec<Told> {
+        let told = lock(&self.joining).tell(told);
+        self.told(told)
+    }
+
+    /// Counts records, and journals what differs.
+    fn told(&self, told: Vec<Told>) -> Vec<Told> {
+        for one in &told {
+            match one {
+                Told::Part { part, .. } => {
+                    let new = self.alloc().seen.is_new(&part.what.id);
+                    self.count(|totals| totals.records += u64::from(new));
+                }
+                Told::Differs { what, against } => {
+                    self.count(|totals| totals.divergences += 1);
+                    // The parts are journalled; without this line verify still finds that they differ.
+                    let line = Line::Divergence { what: (**what).clone(), against: *against };
+                    if let Err(e) = self.journal.append(&line) {
+                        self.trouble(&e);
+                    }
+                }
+            }
+        }
+        told
     }
 
     /// Counts parts that are lost.
@@ -162,8 +205,11 @@ impl Store {
         self.unsealed.load(Ordering::Relaxed)
     }
 
-    /// Seals everything and makes it last. No part may be under way any more; later ones are lost.
-    pub fn finish(&self) {
+    /// Seals everything and makes it last; returns what nobody knew enough of until now. No part may be under way any more;
+    /// later ones are lost.
+    pub fn finish(&self) -> Vec<Told> {
+        let told = lock(&self.joining).end();
+        let told = self.told(told);
         self.alloc().retire_all();
         self.seal_complete();
         let sealer = lock(&self.sealer).take();
@@ -175,6 +221,7 @@ impl Store {
         if let Err(e) = self.journal.flush().and_then(|()| self.journal.sync()) {
             self.trouble(&e);
         }
+        told
     }
 
     /// A write failed: says so once, until writing works again.
@@ -238,6 +285,7 @@ impl std::fmt::Debug for Store {
 fn sealer(
     dir: &RunDir,
     journal: Arc<Journal>,
+    joining: Arc<Mutex<Joining>>,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
     unsealed: Arc<AtomicUsize>,
 ) -> io::Result<(mpsc::SyncSender<Shard>, JoinHandle<()>)> {
@@ -245,7 +293,7 @@ fn sealer(
     let (folder, path) = (dir.folder().clone(), dir.path().to_owned());
     let thread = std::thread::Builder::new().name("sealer".into()).spawn(move || {
         for shard in receive {
-            if let Err(e) = seal_one(folder.place(), &journal, &shard) {
+            if let Err(e) = seal_one(folder.place(), &journal, &joining, &shard) {
                 let name = stem(shard.file.number);
                 notify(&format!("cannot seal {name} in {}: {e}; flexmodel agent --out does it later", path.display()));
             }
@@ -255,12 +303,14 @@ fn sealer(
     Ok((send, thread))
 }
 
-fn seal_one(dir: &Path, journal: &Journal, shard: &Shard) -> io::Result<()> {
+fn seal_one(dir: &Path, journal: &Journal, joining: &Mutex<Joining>, shard: &Shard) -> io::Result<()> {
     if shard.entries.is_empty() {
         // Every part that had a place here failed.
         return std::fs::remove_file(super::shard::open_path(dir, shard.file.number));
     }
-    let len = seal::seal(dir, &shard.file, &shard.entries)?;
+    let len = seal::seal(dir, &shard.file, &shard.entries, |parts| {
+        lock(joining).are_one(parts.iter().map(|part| &part.place))
+    })?;
     journal.append(&Line::Sealed { shard: stem(shard.file.number), len })?;
     journal.sync()
 }

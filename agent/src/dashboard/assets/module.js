@@ -208,7 +208,7 @@ export class ModulePanel {
   tell() {
     const r = this.records[this.at];
     const words = [`step ${r.step}`, `micro ${r.micro}`, r.call > 0 ? `call ${r.call}` : null, r.repeat > 0 ? `repeat ${r.repeat}` : null,
-      r.train ? "train" : "eval"].filter(Boolean);
+      r.train ? "train" : "eval", Number.isInteger(r.apart) ? `made by rank ${r.apart}, not by all` : null].filter(Boolean);
     text(this.where, words.join(" · "));
     this.slider.setAttribute("aria-valuetext", words.join(", "));
   }
@@ -220,10 +220,11 @@ export class ModulePanel {
     this.asked += 1;
     const [tab, mine] = [this.tab, this.asked];
     const { step, micro, call, repeat, train } = record;
+    const apart = record.apart ?? undefined;
     const { job, attempt } = record.series;
     const rank = this.rank.value === "" ? undefined : this.rank.value;
     try {
-      const look = await get("/api/tensor", { job, attempt, model: this.model, module: this.module, kind, path, step, micro, call, repeat, train, rank });
+      const look = await get("/api/tensor", { job, attempt, model: this.model, module: this.module, kind, path, step, micro, call, repeat, train, apart, rank });
       if (this.gone || this.tab !== tab || this.asked !== mine) return;
       this.shownRecord = record;
       this.shownTab = tab;
@@ -260,7 +261,7 @@ export class ModulePanel {
 }
 
 function inOrder(a, b) {
-  return a.step - b.step || a.micro - b.micro || a.call - b.call || a.repeat - b.repeat
+  return a.step - b.step || a.micro - b.micro || a.call - b.call || a.repeat - b.repeat || (a.apart ?? -1) - (b.apart ?? -1)
     || Number(b.train) - Number(a.train);
 }
 

@@ -166,7 +166,7 @@ fn where_a_rank_captured_a_record_again_its_first_part_is_shown() {
     };
     let live = Live::new(RunInfo::default());
     assert_eq!(shown(&live), (1, Some(1.0)), "by the manifest");
-    parts.iter().for_each(|part| live.part(part));
+    parts.iter().for_each(|part| live.told(&Told::part(part.clone())));
     assert_eq!(shown(&live), (1, Some(1.0)), "by what is remembered");
 }
 
@@ -178,7 +178,7 @@ fn shown(fixture: Fixture, rank: Option<u32>) -> [Result<serde_json::Value, Stri
     let dir = fixture.kill();
     let tensors = Tensors::new(dir.path().to_owned());
     let remembered = Live::new(RunInfo::default());
-    parts.iter().for_each(|part| remembered.part(part));
+    parts.iter().for_each(|part| remembered.told(&Told::part(part.clone())));
     assert!(remembered.pick(&parts[0].what.id).is_some());
     [Live::new(RunInfo::default()), remembered].map(|live| {
         let look = serde_json::to_value(tensors.look(&live, &parts[0].what.id, rank)?).unwrap();
@@ -269,7 +269,7 @@ fn every_element_is_read_through_few_and_short_windows() {
             let file = [vec![0; HEADER_SPACE as usize], values.flat_map(f32::to_le_bytes).collect()].concat();
             std::fs::write(dir.path().join(format!("{stem}.open")), &file).unwrap();
             let at = Location { shard: stem, offset: HEADER_SPACE, len: rows * cols * 4, crc: 0 };
-            live.part(&Part { what, at: Some(at), stats: None, same: None });
+            live.told(&Told::part(Part { what, at: Some(at), stats: None, same: None }));
         }
         let id = live.records(&SeriesQuery { module: "m".into(), ..SeriesQuery::default() }, 1).remove(0).id;
         let look = Tensors::new(dir.path().to_owned()).look(&live, &id, None).unwrap();

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     format::{JobId, Line, Location, MANIFEST_FILE, Part},
+    joining::Told,
     manifest::Reader,
 };
 
@@ -46,9 +47,19 @@ fn put(store: &Arc<Store>, meta: &RecordMeta, bytes: &[u8]) -> (Part, Option<u32
     let mut part = store.begin(JobId::default(), meta.clone());
     part.write(0, bytes);
     match part.finish() {
-        Outcome::Stored { part, apart } => (*part, apart.map(|apart| apart.1)),
+        Outcome::Stored(told) => {
+            let differs = told
+                .iter()
+                .find_map(|told| if let Told::Differs { against, .. } = told { Some(*against) } else { None });
+            (part_of(told), differs)
+        }
         other => panic!("{other:?}"),
     }
+}
+
+/// The part that is told of.
+fn part_of(told: Vec<Told>) -> Part {
+    told.into_iter().find_map(|told| if let Told::Part { part, .. } = told { Some(*part) } else { None }).unwrap()
 }
 
 fn lines(dir: &Path) -> Vec<Line> {

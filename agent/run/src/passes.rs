@@ -14,7 +14,7 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -44,6 +44,26 @@ pub struct Local {
 }
 
 impl Local {
+    /// The job.
+    pub fn job(self) -> JobId {
+        self.job
+    }
+
+    /// Who made it.
+    pub fn rank(self) -> u32 {
+        self.rank
+    }
+
+    /// Number of the model on that rank.
+    pub fn model(self) -> u32 {
+        self.model
+    }
+
+    /// That of another rank which counts the same.
+    pub fn on(self, rank: u32) -> Self {
+        Self { rank, ..self }
+    }
+
     /// The one under whose numbers parameters of its step are.
     pub fn of_parameters(self) -> Self {
         Self { micro: 0, ..self }
@@ -138,7 +158,12 @@ struct Node {
 /// The passes that the ranks of a run have told of.
 #[derive(Debug, Default)]
 pub struct Passes {
-    nodes: Vec<Node>,
+    /// The newest, by number.
+    nodes: VecDeque<Node>,
+    /// Number of the first of these.
+    first: usize,
+    /// The ranks that are heard of here, where others of the job are not.
+    here: Option<BTreeSet<u32>>,
     by_local: HashMap<Local, usize>,
     groups: Vec<Arc<[u32]>>,
     by_runs: HashMap<Vec<Run>, usize>,
@@ -179,9 +204,25 @@ enum Others {
 }
 
 impl Passes {
+    /// Only these ranks are heard of here: what others make is for a reader of all nodes to join.
+    pub fn hear_only(&mut self, ranks: BTreeSet<u32>) {
+        self.here = Some(ranks);
+    }
+
     /// A rank of the job tells of no more passes, unless it does.
     pub fn left(&mut self, rank: u32) {
         self.left.insert(rank);
+    }
+
+    /// How many are known.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether all that have told of passes are gone.
+    pub fn are_over(&self) -> bool {
+        self.told.is_subset(&self.left)
     }
 
     /// Models of which a rank has told of any pass, on all ranks together.
@@ -202,7 +243,7 @@ impl Passes {
             return;
         }
         let kind = Kind { signature, among, train, inference, reduces };
-        let at = self.nodes.len();
+        let at = self.first + self.nodes.len();
         let mut along = Vec::with_capacity(pass.groups.len());
         for said in &pass.groups {
             let Some(group) = self.group(&said.ranks) else { continue };
@@ -234,9 +275,36 @@ impl Passes {
         let reached = self.steps.entry((rank, of)).or_default();
         *reached = step.max(*reached);
         self.called.insert((rank, signature));
-        self.nodes.push(Node { local, kind, along, joint: None });
+        self.nodes.push_back(Node { local, kind, along, joint: None });
         self.by_local.insert(local, at);
         self.undecided.push(at);
+    }
+
+    /// Forgets all but the newest `most` passes. What comes late of an older one is of a pass that was not told of.
+    pub fn keep(&mut self, most: usize) {
+        let before = self.first + self.nodes.len().saturating_sub(most);
+        while self.first < before
+            && let Some(Node { local, kind, along, .. }) = self.nodes.pop_front()
+        {
+            self.first += 1;
+            self.by_local.remove(&local);
+            for along in along {
+                if let Some(begin) = along.begin.filter(|_| along.together) {
+                    self.together.remove(&(along.group, begin, kind.train));
+                    continue;
+                }
+                let segment = along.segment(kind, local.step);
+                self.segments.remove(&segment);
+                self.even.get_mut().remove(&segment);
+            }
+        }
+        let first = self.first;
+        self.undecided.retain(|&at| at >= first);
+    }
+
+    /// A pass by its number; those that are forgotten are in no list any more.
+    fn node(&self, at: usize) -> &Node {
+        &self.nodes[at - self.first]
     }
 
     /// The number of a group; `None` where there are too many.
@@ -258,14 +326,14 @@ impl Passes {
     pub fn decide(&mut self, over: bool) -> Vec<Local> {
         let mut decided = Vec::new();
         for at in std::mem::take(&mut self.undecided) {
-            if self.nodes[at].joint.is_some() {
+            if self.node(at).joint.is_some() {
                 continue;
             }
             match self.joint(at, over) {
                 Some((members, joint)) => {
                     let joint = Arc::new(joint);
                     for member in members {
-                        let node = &mut self.nodes[member];
+                        let node = &mut self.nodes[member - self.first];
                         node.joint = Some(joint.clone());
                         decided.push(node.local);
                         let model =
@@ -283,7 +351,7 @@ impl Passes {
 
     /// What is known of a pass.
     pub fn verdict(&self, local: Local) -> Verdict {
-        match self.by_local.get(&local).map(|&at| &self.nodes[at].joint) {
+        match self.by_local.get(&local).map(|&at| &self.node(at).joint) {
             Some(Some(joint)) => Verdict::Joint(joint.clone()),
             Some(None) => Verdict::Pending,
             None => Verdict::Unsaid,
@@ -332,12 +400,12 @@ impl Passes {
         let (mut by_all, mut own, mut assumed, mut next) = (true, true, false, 0);
         while let Some(&(member, from)) = members.get(next) {
             next += 1;
-            for along in self.nodes[member].along.iter().filter(|along| Some(along.group) != from) {
+            for along in self.node(member).along.iter().filter(|along| Some(along.group) != from) {
                 match self.others(member, along, over) {
                     Others::Pending => return None,
                     Others::Apart => {
                         by_all = false;
-                        let Node { local, kind, .. } = &self.nodes[member];
+                        let Node { local, kind, .. } = self.node(member);
                         let has = |&rank: &u32| rank != local.rank && self.called.contains(&(rank, kind.signature));
                         own &= !self.groups[along.group].iter().any(has);
                     }
@@ -350,23 +418,24 @@ impl Passes {
             }
         }
         let members: Vec<usize> = members.into_iter().map(|(member, _)| member).collect();
-        let ranks: BTreeSet<u32> = members.iter().map(|&member| self.nodes[member].local.rank).collect();
-        let is_decided = |&member: &usize| self.nodes[member].joint.is_some();
+        let ranks: BTreeSet<u32> = members.iter().map(|&member| self.node(member).local.rank).collect();
+        let is_decided = |&member: &usize| self.node(member).joint.is_some();
         if ranks.len() < members.len() || members.iter().any(is_decided) {
             // No rank makes a pass twice, and what is decided stays: what its ranks say does not go together.
-            let first = self.nodes[at].local;
+            let first = self.node(at).local;
             let ranks = BTreeSet::from([first.rank]);
             return Some((vec![at], Joint { first, ranks, by_all: false, own: false, assumed: false }));
         }
-        let first = members.iter().map(|&member| self.nodes[member].local).min()?;
+        let first = members.iter().map(|&member| self.node(member).local).min()?;
         let own = own && !by_all && members.len() == 1;
         Some((members, Joint { first, ranks, by_all, own, assumed }))
     }
 
     fn others(&self, at: usize, along: &Along, over: bool) -> Others {
-        let Node { local, kind, .. } = &self.nodes[at];
+        let Node { local, kind, .. } = self.node(at);
         // Once no rank tells of more, ranks that never told of any have no such model.
-        let counts = |rank: &&u32| !over || self.told.contains(rank);
+        let is_here = |rank: &u32| self.here.as_ref().is_none_or(|here| here.contains(rank));
+        let counts = |rank: &&u32| is_here(rank) && (!over || self.told.contains(rank));
         let ranks = || self.groups[along.group].iter().filter(counts);
         let nobody = BTreeMap::new();
         if let Some(begin) = along.begin.filter(|_| along.together) {

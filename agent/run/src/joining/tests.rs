@@ -1,0 +1,163 @@
+use wire::{
+    passes::{Group, runs},
+    record::Placement,
+};
+
+use super::*;
+use crate::testing::{fixture::id, meta, on_rank};
+
+const WORLD: u32 = 2;
+
+/// A pass of a model that all ranks hold, when so many collectives had been called.
+fn pass(step: u64, micro: u32, train: bool, begin: u64, together: bool) -> Pass {
+    let groups = vec![Group { ranks: runs(&[0, 1]), begin: Some(begin), since: 0, together }];
+    Pass { model: 0, step, micro, train, inference: false, signature: 1, among: (0, 1), reduces: false, groups }
+}
+
+fn part(step: u64, micro: u32, train: bool, rank: u32) -> Told {
+    let what = What { id: Identity { micro, train, ..id("mlp", step) }, ..what(rank) };
+    Told::part(Part { what, at: None, stats: None, same: None })
+}
+
+fn what(rank: u32) -> What {
+    What::from_meta(on_rank(meta("mlp", 0, 1), rank, WORLD, Placement::Shard { dim: 0 }))
+}
+
+/// Of a job with a process group.
+fn joining() -> Joining {
+    let mut joining = Joining::default();
+    joining.job(&JobInfo { group: "1".into(), world: WORLD, ..JobInfo::default() });
+    joining
+}
+
+/// Ranks and what their parts are said to be of.
+fn said(told: Vec<Told>) -> Vec<(u32, u32, Option<u32>)> {
+    let one = |told| match told {
+        Told::Part { part, only } => {
+            assert_eq!(part.what.id.apart, only.and_then(|only| only.first().copied()));
+            (part.what.rank, part.what.id.micro, part.what.id.apart)
+        }
+        Told::Differs { what, against } => panic!("{} differs from that of rank {against}", what.id),
+    };
+    told.into_iter().map(one).collect()
+}
+
+#[test]
+fn a_part_waits_until_it_is_known_of_which_pass_it_is() {
+    let mut joining = joining();
+    for rank in 0..WORLD {
+        assert!(joining.tell(part(0, 0, true, rank)).is_empty());
+    }
+    joining.passed(JobId::default(), 0, &pass(0, 0, true, 5, true));
+    assert!(joining.look().is_empty());
+    joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
+    assert_eq!(said(joining.look()), [(0, 0, None), (1, 0, None)]);
+    // What comes later of the same pass need not wait.
+    assert_eq!(said(joining.tell(part(0, 0, true, 1))), [(1, 0, None)]);
+}
+
+#[test]
+fn what_one_rank_made_alone_is_told_of_as_its_own_and_the_others_rows_are_not_mixed_in() {
+    let mut joining = joining();
+    joining.passed(JobId::default(), 0, &pass(0, 0, true, 5, false));
+    joining.passed(JobId::default(), 0, &pass(0, 1, true, 5, true));
+    joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
+    let parts = [(0, 0), (0, 1), (1, 0)];
+    parts.iter().for_each(|&(rank, micro)| assert!(joining.tell(part(0, micro, true, rank)).is_empty()));
+    assert_eq!(said(joining.look()), [(0, 1, None), (1, 1, None)]);
+    for rank in 0..WORLD {
+        joining.passed(JobId::default(), rank, &pass(1, 0, true, 9, true));
+    }
+    assert_eq!(said(joining.look()), [(0, 0, Some(0))]);
+}
+
+#[test]
+fn parts_of_two_passes_may_differ() {
+    let mut joining = joining();
+    let differs = || Told::Differs { what: Box::new(what(1)), against: 0 };
+    assert!(joining.tell(differs()).is_empty());
+    joining.passed(JobId::default(), 0, &pass(0, 0, true, 5, false));
+    joining.passed(JobId::default(), 1, &pass(0, 0, true, 6, true));
+    assert!(joining.look().is_empty());
+    joining.passed(JobId::default(), 0, &pass(0, 1, true, 6, true));
+    (0..WORLD).for_each(|rank| joining.passed(JobId::default(), rank, &pass(1, 0, true, 9, true)));
+    assert!(joining.look().is_empty() && joining.end().is_empty());
+
+    joining.passed(JobId::default(), 0, &pass(2, 0, true, 11, true));
+    joining.passed(JobId::default(), 1, &pass(2, 0, true, 11, true));
+    joining.look();
+    let one = Told::Differs { what: Box::new(What { id: id("mlp", 2), ..what(1) }), against: 0 };
+    assert!(matches!(joining.tell(one)[..], [Told::Differs { against: 0, .. }]));
+}
+
+#[test]
+fn ranks_without_a_process_group_are_joined_by_number_at_once() {
+    let mut joining = Joining::default();
+    joining.job(&JobInfo { world: WORLD, ..JobInfo::default() });
+    assert_eq!(said(joining.tell(part(0, 0, true, 1))), [(1, 0, None)]);
+}
+
+#[test]
+fn a_node_does_not_wait_for_the_ranks_of_others() {
+    let mut joining = joining();
+    joining.job(&JobInfo { here: Some(wire::passes::Run { first: 1, by: 1, count: 1 }), ..JobInfo::default() });
+    joining.tell(part(0, 0, true, 1));
+    joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
+    assert_eq!(said(joining.look()), [(1, 0, None)]);
+}
+
+#[test]
+fn nothing_waits_without_a_bound_and_what_was_forgotten_is_its_own_ranks() {
+    let mut joining = joining();
+    let mut told = Vec::new();
+    for step in 0..MAX_WAITING as u64 + 3 {
+        told.extend(joining.tell(part(step, 0, true, 0)));
+    }
+    assert_eq!(said(told), [(0, 0, Some(0)); 3]);
+    for step in 0..MAX_PASSES as u64 + 10 {
+        joining.passed(JobId::default(), 0, &pass(step, 0, true, step, true));
+    }
+    joining.look();
+    joining.passed(JobId::default(), 1, &pass(0, 0, true, 0, true));
+    joining.look();
+    assert_eq!(joining.waiting.len(), MAX_WAITING);
+    assert!(joining.jobs.values().all(|job| job.passes.len() <= MAX_PASSES));
+    assert_eq!(joining.end().len(), MAX_WAITING);
+}
+
+#[test]
+fn pieces_of_two_passes_are_not_one_in_a_file() {
+    let mut joining = joining();
+    let of = |micro, rank| {
+        let Told::Part { part, .. } = part(0, micro, true, rank) else { panic!() };
+        Place::of(&part.what)
+    };
+    joining.passed(JobId::default(), 0, &pass(0, 0, true, 5, true));
+    joining.look();
+    assert!(!joining.are_one([of(0, 0), of(0, 1)].iter()), "rank 1 has not told of any");
+    joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
+    joining.look();
+    assert!(joining.are_one([of(0, 0), of(0, 1)].iter()));
+    assert!(!joining.are_one([of(0, 0), of(1, 1)].iter()));
+    assert!(Joining::default().are_one([of(0, 0), of(1, 1)].iter()), "nothing but numbers is known");
+}
+
+#[test]
+fn a_manifest_tells_the_same_and_is_looked_at_now_and_then() {
+    let mut joining = Joining::default();
+    joining.line(Line::Job(JobInfo { group: "1".into(), world: WORLD, ..JobInfo::default() }));
+    let (mut told, steps) = (Vec::new(), LOOK as u64 - 10);
+    for step in 0..steps {
+        for rank in 0..WORLD {
+            let Told::Part { part, .. } = part(step, 0, true, rank) else { panic!() };
+            told.extend(joining.line(Line::Part(*part)));
+            let pass = pass(step, 0, true, step, true);
+            told.extend(joining.line(Line::Pass { job: JobId::default(), rank, pass }));
+        }
+    }
+    let before = told.len();
+    assert!(before > 0);
+    told.extend(joining.end());
+    assert_eq!((told.len() > before, told.len() as u64), (true, steps * u64::from(WORLD)));
+    assert!(said(told).iter().all(|(.., apart)| apart.is_none()));
+}
