@@ -93,11 +93,19 @@ mod tests {
         assert_eq!((one.launch.as_str(), one.restarts), ("at here:1", Some(2)));
         assert!(one.launcher.ends_with(" 7"), "{}", one.launcher);
         assert_eq!(signs(&torchrun, 2), one);
+        assert_eq!(one.here, None, "it does not say which of its ranks this one is");
         let slurm = [("RANK", "1"), ("SLURM_JOB_ID", "5"), ("SLURM_STEP_ID", "0")];
         assert_eq!(signs(&slurm, 1).launch, "slurm 5.0");
         assert_eq!(signs(&slurm[1..], 1).launcher, "slurm 5.0");
         assert_ne!(signs(&slurm[1..], 1).launch, signs(&slurm[1..], 2).launch);
         assert!(signs(&[], 1).launch.starts_with(ALONE) && signs(&[], 1).launcher.is_empty());
+    }
+
+    #[test]
+    fn the_ranks_of_a_node_follow_each_other() {
+        let third = [("RANK", "6"), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "4")];
+        assert_eq!(signs(&third, 1).here, Some(Run { first: 4, by: 1, count: 4 }));
+        assert_eq!(signs(&[("RANK", "1"), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "4")], 1).here, None);
     }
 
     #[test]

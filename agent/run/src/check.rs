@@ -29,7 +29,7 @@ impl Line {
 impl JobInfo {
     fn check(&self) -> Result<(), String> {
         [&self.group, &self.launch, &self.launcher].into_iter().try_for_each(|name| text("a sign", name))?;
-        check_ranks(self.here.as_slice())
+        check_ranks(&self.here)
     }
 }
 

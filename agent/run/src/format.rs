@@ -247,9 +247,9 @@ pub struct JobInfo {
     pub launcher: String,
     /// Number of ranks.
     pub world: u32,
-    /// Those of this node, where their launcher says it.
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "objects::optional")]
-    pub here: Option<Run>,
+    /// Those of this node, where their launchers say it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "objects::list")]
+    pub here: Vec<Run>,
     /// The command line of the rank that came first, without the values of secrets.
     pub command: Vec<String>,
     /// The hooks as the user wrote them.

@@ -99,9 +99,7 @@ impl Joining {
         }
         let job = self.jobs.entry(info.id).or_default();
         job.tells |= !info.group.is_empty();
-        if let Some(here) = info.here {
-            job.passes.hear_only(here.ranks().collect());
-        }
+        job.passes.hear_only(&info.here);
     }
 
     /// A rank has told of a pass.

@@ -204,9 +204,9 @@ enum Others {
 }
 
 impl Passes {
-    /// Only these ranks are heard of here: what others make is for a reader of all nodes to join.
-    pub fn hear_only(&mut self, ranks: BTreeSet<u32>) {
-        self.here = Some(ranks);
+    /// Only these ranks are heard of here, if that is known: what others make is for a reader of all nodes to join.
+    pub fn hear_only(&mut self, ranks: &[Run]) {
+        self.here = (!ranks.is_empty()).then(|| ranks.iter().flat_map(|run| run.ranks()).collect());
     }
 
     /// A rank of the job tells of no more passes, unless it does.

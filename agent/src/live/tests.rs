@@ -45,6 +45,22 @@ fn the_parts_of_a_record_make_one_point_with_the_statistics_of_the_whole() {
     assert_eq!((totals.records, totals.parts, totals.bytes), (1, 2, 20));
 }
 
+/// Rank 0 evaluates alone, under the numbers of what both make.
+#[test]
+fn what_some_ranks_made_alone_is_a_point_of_its_own() {
+    let live = Live::new(RunInfo::default());
+    let mut alone = part(3, 0, 2, testing::batch(), &[8.0]);
+    alone.what.id.apart = Some(0);
+    live.told(&Told::Part { part: Box::new(alone.clone()), only: Some([0].into()) });
+    (0..2).for_each(|rank| live.told(&Told::part(part(3, rank, 2, testing::batch(), &[2.0]))));
+    let (_, series) = live.series(&query());
+    let points = &series[0].points;
+    assert_eq!((&points.apart[..], &points.complete[..]), (&[None, Some(0)][..], &[true, true][..]));
+    assert!(close(points.mean[0], Some(2.0)) && close(points.mean[1], Some(8.0)));
+    let picked = live.pick(&alone.what.id).unwrap();
+    assert_eq!((picked.parts.len(), picked.only), (1, Some([0].into())));
+}
+
 #[test]
 fn replicas_count_once_in_whatever_order_they_come() {
     for place in [Placement::Replicate, Placement::ReplicateOrShard { dim: 0 }] {

@@ -14,12 +14,15 @@
 //! in a store by an earlier attempt: it is another attempt's too.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use flexmodel_run::format::{JobId, JobInfo};
-use wire::control::{ALONE, Hello, JobSigns};
+use wire::{
+    control::{ALONE, Hello, JobSigns},
+    passes::{Run, runs},
+};
 
 use super::board::{now_ns, short, start_of};
 use crate::secrets;
@@ -47,6 +50,8 @@ struct Known {
     pids: HashMap<u32, u32>,
     /// Connections of its ranks.
     attached: usize,
+    /// Of some rank it is not known which others are on its node.
+    somewhere: bool,
 }
 
 /// All of them, the newest last.
@@ -105,6 +110,7 @@ impl Known {
             restarts: None,
             pids: HashMap::new(),
             attached: 0,
+            somewhere: false,
             info: JobInfo { command: Vec::new(), hooks: String::new(), ..info },
         }
     }
@@ -129,7 +135,7 @@ impl Known {
             started_ns: now_ns(),
             ..JobInfo::default()
         };
-        Self { info, group: 0, restarts: *restarts, pids: HashMap::new(), attached: 0 }
+        Self { info, group: 0, restarts: *restarts, pids: HashMap::new(), attached: 0, somewhere: false }
     }
 
     /// Whether a rank is in the process group of this attempt.
@@ -157,19 +163,31 @@ impl Known {
         fits && self.restarts == *restarts && self.info.world == hello.world
     }
 
+    /// A rank's launcher has started these on this node; another's may have started others.
+    fn is_here(&mut self, ranks: Option<Run>) {
+        let known = self.info.here.iter().copied().flat_map(Run::ranks);
+        match ranks.filter(|_| !self.somewhere) {
+            Some(ranks) => {
+                let all: BTreeSet<u32> = known.chain(ranks.ranks().take(MAX_RANKS)).collect();
+                self.info.here = runs(&all.into_iter().collect::<Vec<_>>());
+            }
+            None => (self.somewhere, self.info.here) = (true, Vec::new()),
+        }
+    }
+
     /// Takes a rank in, whose group is called `name`; what is known now, if that is news.
     fn take(&mut self, hello: &Hello, name: String) -> Option<JobInfo> {
-        let before = (self.info.world, self.info.here, self.info.group.clone());
+        let before = (self.info.world, self.info.here.clone(), self.info.group.clone());
         if self.group == 0 {
             (self.group, self.info.group) = (hello.job.group, name);
         }
         self.info.world = self.info.world.max(hello.world);
-        self.info.here = self.info.here.or(hello.job.here);
+        self.is_here(hello.job.here);
         if self.pids.len() < MAX_RANKS {
             self.pids.insert(hello.rank, hello.pid);
         }
         self.attached += 1;
-        (before != (self.info.world, self.info.here, self.info.group.clone())).then(|| JobInfo {
+        (before != (self.info.world, self.info.here.clone(), self.info.group.clone())).then(|| JobInfo {
             command: short(secrets::hidden(&hello.command), MAX_COMMAND),
             hooks: start_of(&hello.hooks, MAX_COMMAND).to_owned(),
             ..self.info.clone()
@@ -291,6 +309,23 @@ mod tests {
             Hello { job, ..hello(rank, pid, 7, "") }
         };
         assert_eq!(ids(&jobs, &[of_one(1, 2), of_one(0, 1)]), [(2, 0); 2]);
+    }
+
+    #[test]
+    fn which_ranks_are_here_is_known_if_all_launchers_say_it() {
+        let jobs = none();
+        let here = |rank, here| {
+            let hello = hello(rank, rank + 1, 7, "x");
+            let job = Box::new(JobSigns { here, ..*hello.job });
+            jobs.join(&Hello { job, ..hello }).unwrap().news.take().map(|info| info.here)
+        };
+        let run = |first, count| Run { first, by: 1, count };
+        assert_eq!(here(0, Some(run(0, 2))), Some(vec![run(0, 2)]));
+        assert_eq!(here(1, Some(run(0, 2))), None);
+        // Two launchers may share an agent.
+        assert_eq!(here(2, Some(run(2, 2))), Some(vec![run(0, 4)]));
+        assert_eq!(here(4, None), Some(vec![]));
+        assert_eq!(here(5, Some(run(4, 2))), None);
     }
 
     #[test]

@@ -100,7 +100,7 @@ fn ranks_without_a_process_group_are_joined_by_number_at_once() {
 #[test]
 fn a_node_does_not_wait_for_the_ranks_of_others() {
     let mut joining = joining();
-    joining.job(&JobInfo { here: Some(wire::passes::Run { first: 1, by: 1, count: 1 }), ..JobInfo::default() });
+    joining.job(&JobInfo { here: runs(&[1]), ..JobInfo::default() });
     joining.tell(part(0, 0, true, 1));
     joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
     assert_eq!(said(joining.look()), [(1, 0, None)]);

@@ -192,6 +192,12 @@ impl Gathered {
                     None => passes.left(rank),
                 }
             }
+            // Of one node of several, those are all that are ever heard of.
+            for (id, info) in folder.jobs.iter().filter(|_| self.nodes.is_empty()) {
+                if let Some(passes) = self.passes.get_mut(id) {
+                    passes.hear_only(&info.here);
+                }
+            }
         }
         Ok(if self.decided_early && self.parts > known { Change::Other } else { change })
     }

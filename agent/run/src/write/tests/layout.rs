@@ -1,12 +1,19 @@
 //! Where parts lie, and what they are called.
 
-use wire::{dtype::DType, record::Placement};
+use wire::{
+    dtype::DType,
+    passes::{Group, Pass, runs},
+    record::Placement,
+};
 
 use super::{
     place::{FULL_BYTES, FULL_ROOMS},
     *,
 };
-use crate::testing::{batch, meta, on_rank};
+use crate::{
+    format::JobInfo,
+    testing::{batch, meta, on_rank},
+};
 
 #[test]
 fn a_whole_part_is_one_entry_with_its_own_name() {
@@ -126,6 +133,50 @@ fn a_shorter_last_piece_still_joins_and_a_longer_one_lies_apart() {
     for (rank, rows) in [4, 4, 5].into_iter().enumerate() {
         assert_eq!(found[&format!("long:forward:out@model0.step0.micro0.call0#rank{rank}")].1, [rows, 4]);
     }
+    assert_sound(dir.path());
+}
+
+/// Two steps of two ranks, of which the second is not known to be one when the run is closed, or its first shard is.
+#[test]
+fn pieces_side_by_side_are_one_tensor_if_they_are_of_one_pass() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    store.job(&JobInfo { group: "1".into(), world: 2, ..JobInfo::default() });
+    let groups = vec![Group { ranks: runs(&[0, 1]), begin: Some(0), since: 0, together: true }];
+    let first = Pass {
+        model: 0,
+        step: 0,
+        micro: 0,
+        train: true,
+        inference: false,
+        signature: 1,
+        among: (0, 1),
+        reduces: false,
+        groups,
+    };
+    for step in 0..2 {
+        for rank in 0..2 {
+            let record = on_rank(meta("m", step, 4), rank, 2, batch());
+            put_untold(&store, &record, &bytes_of(&record, rank as u8));
+        }
+    }
+    (0..2).for_each(|rank| store.passed(JobId::default(), rank, first.clone()));
+    let mut second = Pass { step: 1, ..first };
+    second.groups[0].begin = Some(4);
+    store.passed(JobId::default(), 0, second.clone());
+    assert_eq!(store.look().len(), 2);
+    // Rank 1 was elsewhere.
+    second.groups[0].begin = Some(6);
+    store.passed(JobId::default(), 1, second);
+    assert_eq!(store.finish().len(), 2);
+    let found = sealed(dir.path(), "shard-00000");
+    let shape = |name: &str| found.get(name).map(|found| found.1.clone());
+    assert_eq!(shape("m:forward:out@model0.step0.micro0.call0"), Some(vec![8, 4]));
+    assert_eq!(shape("m:forward:out@model0.step1.micro0.call0"), None);
+    for rank in 0..2 {
+        assert_eq!(shape(&format!("m:forward:out@model0.step1.micro0.call0#rank{rank}")), Some(vec![4, 4]));
+    }
+    assert_eq!(store.totals().records, 3, "one that both made, and one of each");
     assert_sound(dir.path());
 }
 

@@ -42,11 +42,17 @@ fn bytes_of(meta: &RecordMeta, seed: u8) -> Vec<u8> {
     (0..meta.payload_len().unwrap()).map(|n| (n as u8).wrapping_mul(31).wrapping_add(seed)).collect()
 }
 
+/// What is told of when a part is written.
 #[track_caller]
-fn put(store: &Arc<Store>, meta: &RecordMeta, bytes: &[u8]) -> (Part, Option<u32>) {
+fn put_untold(store: &Arc<Store>, meta: &RecordMeta, bytes: &[u8]) -> Outcome {
     let mut part = store.begin(JobId::default(), meta.clone());
     part.write(0, bytes);
-    match part.finish() {
+    part.finish()
+}
+
+#[track_caller]
+fn put(store: &Arc<Store>, meta: &RecordMeta, bytes: &[u8]) -> (Part, Option<u32>) {
+    match put_untold(store, meta, bytes) {
         Outcome::Stored(told) => {
             let differs = told
                 .iter()
