@@ -281,13 +281,10 @@ def _axis(raw: dict[str, Any]) -> Axis:
 
 
 def jobs(raw: str) -> list[Job]:
-    """From the JSON of the reader."""
-    own = ("job", "attempt")
-    return [
-        Job(**{name: each.get(name, 0) for name in own}, command=tuple(each["command"]),
-            **{name: value for name, value in each.items() if name not in (*own, "command")})
-        for each in json.loads(raw)
-    ]  # fmt: skip
+    """From the JSON of the reader. Which of the ranks are on a node is for the reader to know."""
+    none = {"job": 0, "attempt": 0}
+    every = (none | each | {"command": tuple(each["command"])} for each in json.loads(raw))
+    return [Job(**{name: value for name, value in each.items() if name != "here"}) for each in every]
 
 
 def run_info(raw: dict[str, Any]) -> RunInfo:
