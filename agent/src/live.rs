@@ -170,6 +170,13 @@ impl Live {
         });
     }
 
+    /// The counters of the store.
+    pub fn counted(&self, totals: Totals) {
+        if self.lock().totals != totals {
+            self.change(|inner| inner.totals = totals);
+        }
+    }
+
     /// A tensor was not captured.
     pub fn refused(&self, what: &What, reason: &str) {
         self.change(|inner| inner.refused(what, reason));

@@ -18,6 +18,8 @@ const NAMES: [(&str, &[&str]); 4] = [
 ];
 /// What torchrun calls a job that was given no name.
 const NOBODY: &str = "none";
+/// How many ranks a node has.
+pub const RANKS_OF_NODE: [&str; 2] = ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"];
 /// How often ranks were started again.
 const RESTARTS: [&str; 2] = ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"];
 
@@ -55,11 +57,11 @@ fn signs_of(set: &dyn Fn(&str) -> Option<String>, process: impl Fn(u32) -> Strin
     }
 }
 
-/// The ranks of this node, as torchrun and whoever speaks like it numbers them.
+/// The ranks of this node, as torchrun and DeepSpeed number them.
 fn here(set: &dyn Fn(&str) -> Option<String>) -> Option<Run> {
-    let number = |name| set(name)?.parse::<u32>().ok();
-    let first = number("RANK")?.checked_sub(number("LOCAL_RANK")?)?;
-    let count = number("LOCAL_WORLD_SIZE").filter(|count| *count > 0)?;
+    let number = |name: &&str| set(name)?.parse::<u32>().ok();
+    let first = number(&"RANK")?.checked_sub(number(&"LOCAL_RANK")?)?;
+    let count = RANKS_OF_NODE.iter().find_map(number).filter(|count| *count > 0)?;
     Some(Run { first, by: 1, count })
 }
 

@@ -66,7 +66,7 @@ pub fn agent_socket() -> Option<PathBuf> {
 
 /// Number of ranks that share this machine's memory, as the launcher says it.
 pub fn ranks_of_node() -> Option<u32> {
-    set("LOCAL_WORLD_SIZE")?.parse().ok().filter(|n| *n > 0)
+    launch::RANKS_OF_NODE.iter().find_map(|name| set(name)?.parse().ok()).filter(|n| *n > 0)
 }
 
 fn command() -> Vec<String> {

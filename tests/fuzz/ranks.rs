@@ -70,7 +70,7 @@ impl Agent {
 
     /// Ends; `path` then holds the honest rank's `steps` records, and nothing has grown without bound.
     pub fn finish(self, path: &Path, steps: u64) {
-        self.server.store.finish();
+        self.server.store.finish(false);
         let info = self.server.board.finish(&self.server.store, None);
         assert!(info.notices.len() <= wire::control::MAX_NOTICES, "{} notices", info.notices.len());
         assert!(info.models.len() <= wire::control::MAX_MODELS, "{} models", info.models.len());

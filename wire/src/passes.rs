@@ -59,6 +59,11 @@ pub struct Run {
 }
 
 impl Run {
+    /// The rank that would follow.
+    fn after(self) -> Option<u32> {
+        self.first.checked_add(self.by.checked_mul(self.count)?)
+    }
+
     /// The ranks.
     pub fn ranks(self) -> impl Iterator<Item = u32> {
         (0..self.count).map(move |n| self.first.saturating_add(n.saturating_mul(self.by)))
@@ -71,7 +76,7 @@ pub fn runs(ranks: &[u32]) -> Vec<Run> {
     for &rank in ranks {
         match runs.last_mut() {
             Some(run) if run.count == 1 && rank > run.first => (run.by, run.count) = (rank - run.first, 2),
-            Some(run) if run.count > 1 && run.first.checked_add(run.by * run.count) == Some(rank) => run.count += 1,
+            Some(run) if run.count > 1 && run.after() == Some(rank) => run.count += 1,
             _ => runs.push(Run { first: rank, by: 1, count: 1 }),
         }
     }

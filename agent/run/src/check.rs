@@ -1,7 +1,7 @@
 //! Whether a line that decodes is one that can be: every value within its bounds.
 
 use wire::{
-    passes::{MAX_GROUPS, Pass, Run},
+    passes::{MAX_GROUPS, MAX_RUNS, Pass, Run},
     record::Axis,
 };
 
@@ -98,7 +98,8 @@ fn check_pass(pass: &Pass) -> Result<(), String> {
 fn check_ranks(runs: &[Run]) -> Result<(), String> {
     let ranks = runs.iter().fold(0u64, |n, run| n + u64::from(run.count));
     let last = |run: &Run| u64::from(run.first) + u64::from(run.by) * u64::from(run.count);
-    if ranks > limits::RANKS || runs.iter().any(|run| last(run) > u64::from(u32::MAX)) {
+    let cannot_be = |run: &Run| run.count == 0 || last(run) > u64::from(u32::MAX);
+    if ranks > limits::RANKS || runs.len() > MAX_RUNS || runs.iter().any(cannot_be) {
         return Err(format!("it has a group of {ranks} ranks"));
     }
     Ok(())

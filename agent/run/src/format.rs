@@ -323,7 +323,7 @@ pub struct Identity {
     /// knew how to tell them apart.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub again: u32,
-    /// Known by the reader alone: not all ranks that have the model made this pass, and this is the lowest that did.
+    /// Never written: not all ranks that have the model made this pass, and this is the lowest that did.
     #[serde(skip)]
     pub apart: Option<u32>,
     /// Likewise: ranks have models of their own under these names.
@@ -369,7 +369,7 @@ pub struct What {
     /// The slab that it came through. An agent that takes a run over tells by this what is in it already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Origin>,
-    /// Known by the reader alone: whether this is of one pass with the parts of other ranks.
+    /// Never written: whether this is of one pass with the parts of other ranks.
     #[serde(skip)]
     pub joined: Joined,
 }

@@ -10,7 +10,7 @@ use std::{
     mem,
 };
 
-use wire::{hooks::Kind, passes::Pass};
+use wire::{hooks::Kind, passes::Pass, record::Axis};
 
 use crate::{
     format::{Identity, JobId, JobInfo, Line, Part, What},
@@ -19,12 +19,17 @@ use crate::{
 
 /// Newest attempts of jobs of whose passes anything is known.
 pub const MAX_JOBS: usize = 64;
-/// Newest passes of which anything is known, of all of these together.
-pub const MAX_PASSES: usize = 1 << 14;
-/// Most parts that wait.
-pub const MAX_WAITING: usize = 1 << 13;
+/// Newest passes of which anything is known, of all of these together; about 400 bytes each.
+pub const NEWEST: usize = 1 << 15;
+/// And of a job whose ranks are gone.
+const NEWEST_OF_GONE: usize = 1 << 10;
+/// Most memory of what waits. A part of usual shape and layout takes about 600 bytes.
+pub const MAX_WAITING: usize = 16 << 20;
 /// Passes in a manifest after which it is looked at what is known by now.
 const LOOK: usize = 256;
+/// Looks in vain, half a minute of a job, after which ranks that have told of no pass are taken for those of another node, where
+/// launchers do not say who is here.
+const PATIENCE: u32 = 60;
 
 /// What is told of.
 #[derive(Clone, Debug)]
@@ -50,13 +55,31 @@ impl Told {
     pub fn part(part: Part) -> Self {
         Self::Part { part: Box::new(part), only: None }
     }
+
+    /// Memory of it, about.
+    fn bytes(&self) -> usize {
+        let what = match self {
+            Self::Part { part, .. } => &part.what,
+            Self::Differs { what, .. } => what,
+        };
+        let axis = |axis: &Axis| {
+            let flat = axis.place.flattened().map_or(0, <[u64]>::len);
+            size_of::<Axis>() + axis.name.len() + flat * size_of::<u64>()
+        };
+        let names = what.id.module.len() + what.id.path.len() + what.class.len() + what.group.len();
+        size_of::<Part>() + names + size_of_val(&what.shape[..]) + what.axes.iter().map(axis).sum::<usize>()
+    }
 }
 
 /// What waits, and what is known.
 #[derive(Debug, Default)]
 pub struct Joining {
     jobs: BTreeMap<JobId, Job>,
+    /// Jobs that came before these are forgotten.
+    has_forgotten: bool,
     waiting: VecDeque<Told>,
+    /// Memory of these.
+    bytes: usize,
     /// Passes since the last look.
     passes: usize,
 }
@@ -66,6 +89,10 @@ struct Job {
     /// Its ranks have a process group, so that they tell of passes.
     tells: bool,
     passes: Passes,
+    /// How many jobs came before.
+    number: usize,
+    /// Looks since something was decided.
+    in_vain: u32,
 }
 
 /// What becomes of something.
@@ -78,6 +105,7 @@ enum Fate {
 
 impl Joining {
     /// Takes a line of a manifest in, and tells what is known by it.
+    #[must_use]
     pub fn line(&mut self, line: Line) -> Vec<Told> {
         match line {
             Line::Part(part) => return self.tell(Told::part(part)),
@@ -94,10 +122,13 @@ impl Joining {
 
     /// What is known of a job.
     pub fn job(&mut self, info: &JobInfo) {
-        if self.jobs.len() >= MAX_JOBS && !self.jobs.contains_key(&info.id) {
-            self.jobs.pop_first();
+        let number = self.jobs.values().map(|job| job.number + 1).max().unwrap_or_default();
+        let oldest = self.jobs.iter().min_by_key(|(_, job)| job.number).map(|(id, _)| *id);
+        if let Some(oldest) = oldest.filter(|_| self.jobs.len() >= MAX_JOBS && !self.jobs.contains_key(&info.id)) {
+            self.jobs.remove(&oldest);
+            self.has_forgotten = true;
         }
-        let job = self.jobs.entry(info.id).or_default();
+        let job = self.jobs.entry(info.id).or_insert_with(|| Job { number, ..Job::default() });
         job.tells |= !info.group.is_empty();
         job.passes.hear_only(&info.here);
     }
@@ -118,56 +149,92 @@ impl Joining {
     }
 
     /// Something came. Told at once if it is known of which pass it is; what has waited longest is too, where too much waits.
+    #[must_use]
     pub fn tell(&mut self, told: Told) -> Vec<Told> {
         match self.fate(told, false) {
             Fate::Told(told) => vec![told],
             Fate::Nothing => Vec::new(),
             Fate::Waits(told) => {
-                self.waiting.push_back(told);
-                let longest = if self.waiting.len() > MAX_WAITING { self.waiting.pop_front() } else { None };
-                longest.map(alone).into_iter().collect()
+                self.wait(told);
+                if self.bytes > MAX_WAITING { self.make_room() } else { Vec::new() }
             }
         }
     }
 
-    /// What is known by now of what has waited.
-    pub fn look(&mut self) -> Vec<Told> {
-        if mem::take(&mut self.passes) > 0 || !self.waiting.is_empty() {
-            let most = MAX_PASSES / self.jobs.len().max(1);
-            for job in self.jobs.values_mut() {
-                job.passes.decide(false);
-                job.passes.keep(most);
+    fn wait(&mut self, told: Told) {
+        self.bytes += told.bytes();
+        self.waiting.push_back(told);
+    }
+
+    /// Tells of what has waited longest, where nothing is known of it by now; not of a little, so that looks are rare.
+    fn make_room(&mut self) -> Vec<Told> {
+        let mut out = if self.passes > 0 { self.look() } else { Vec::new() };
+        if self.bytes > MAX_WAITING / 4 * 3 {
+            while self.bytes > MAX_WAITING / 2
+                && let Some(told) = self.waiting.pop_front()
+            {
+                self.bytes -= told.bytes();
+                out.push(alone(told));
             }
+        }
+        out
+    }
+
+    /// What is known by now of what has waited.
+    #[must_use]
+    pub fn look(&mut self) -> Vec<Told> {
+        self.passes = 0;
+        let live = self.jobs.values().filter(|job| !job.passes.are_over()).count();
+        for job in self.jobs.values_mut() {
+            let decided = job.passes.decide(false);
+            job.in_vain = if decided.is_empty() && job.passes.are_undecided() { job.in_vain + 1 } else { 0 };
+            if job.in_vain > PATIENCE {
+                job.passes.hear_only_who_told();
+            }
+            job.passes.keep(if job.passes.are_over() { NEWEST_OF_GONE } else { NEWEST / live });
         }
         self.settle(false)
     }
 
-    /// All that has waited: no rank that is gone comes back, and of others nothing more will be told here.
-    pub fn end(&mut self) -> Vec<Told> {
+    /// All that has waited; `over`: no rank will tell of more.
+    #[must_use]
+    pub fn end(&mut self, over: bool) -> Vec<Told> {
         for job in self.jobs.values_mut() {
-            let over = job.passes.are_over();
+            let over = over || job.passes.are_over();
             job.passes.decide(over);
         }
         self.settle(true)
     }
 
-    /// Whether parts are known to be of one pass, or their numbers are all that ranks say.
+    /// Whether parts are known to be of one pass that all ranks made, and are called as that is; or their numbers are all that
+    /// ranks say.
     pub fn are_one<'a>(&self, parts: impl Iterator<Item = &'a Place>) -> bool {
         let mut first = None;
         parts.into_iter().all(|place| match self.verdict(place, false) {
+            Verdict::Joint(joint) if !joint.is_named(place.local) => false,
             Verdict::Joint(joint) => *first.get_or_insert_with(|| Some(joint.clone())) == Some(joint),
             Verdict::Pending => false,
             Verdict::Unsaid => !self.tells(place, false) && first.get_or_insert(None).is_none(),
         })
     }
 
+    /// Whether it is known of which pass a part is, or never will be.
+    pub fn is_decided(&self, place: &Place) -> bool {
+        match self.verdict(place, false) {
+            Verdict::Joint(_) => true,
+            Verdict::Pending => false,
+            Verdict::Unsaid => !self.tells(place, false),
+        }
+    }
+
     fn settle(&mut self, end: bool) -> Vec<Told> {
         let mut out = Vec::new();
+        self.bytes = 0;
         for told in mem::take(&mut self.waiting) {
             match self.fate(told, end) {
                 Fate::Told(told) => out.push(told),
                 Fate::Waits(told) if end => out.push(alone(told)),
-                Fate::Waits(told) => self.waiting.push_back(told),
+                Fate::Waits(told) => self.wait(told),
                 Fate::Nothing => {}
             }
         }
@@ -210,7 +277,7 @@ impl Joining {
 
     fn verdict(&self, place: &Place, end: bool) -> Verdict {
         match self.jobs.get(&place.local.job()) {
-            Some(job) if place.is_of_parameter => job.passes.of_parameter(place.local, end && job.passes.are_over()),
+            Some(job) if place.is_of_parameter => job.passes.of_parameter(place.local, end),
             Some(job) => job.passes.verdict(place.local),
             None => Verdict::Unsaid,
         }
@@ -220,10 +287,12 @@ impl Joining {
     fn tells(&self, place: &Place, end: bool) -> bool {
         let (id, rank, model) = (place.local.job(), place.local.rank(), place.local.model());
         match self.jobs.get(&id) {
+            // Gathered from a rank that tells the agent of another node.
+            Some(job) if !job.passes.hears(rank) => false,
             Some(job) if end => job.passes.has_told(rank, model),
             Some(job) => job.tells,
-            // Forgotten, or never heard of.
-            None => self.jobs.len() >= MAX_JOBS && self.jobs.keys().next().is_some_and(|first| id < *first),
+            // Jobs are told of before their parts.
+            None => self.has_forgotten,
         }
     }
 }

@@ -28,6 +28,8 @@ pub const NODES: usize = 4096;
 pub const DEPTH: usize = 127;
 /// Ranks of a group.
 pub const RANKS: u64 = 1 << 20;
+/// Models of all ranks of a job whose passes are told of, and kinds of these.
+pub const MODELS_OF_RANKS: usize = 1 << 17;
 /// Ranks counted while it is told which of them have a module.
 pub const OWNED: usize = 1 << 24;
 /// Number of the last shard.

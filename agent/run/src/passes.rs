@@ -20,7 +20,7 @@ use std::{
 
 use wire::{
     hooks::Kind as Kinds,
-    passes::{Pass, Run},
+    passes::{Pass, Run, runs},
     record::MICRO,
 };
 
@@ -64,6 +64,11 @@ impl Local {
         Self { rank, ..self }
     }
 
+    /// Whether two ranks count the same.
+    pub fn is_like(self, other: Self) -> bool {
+        self == Self { rank: self.rank, ..other }
+    }
+
     /// The one under whose numbers parameters of its step are.
     pub fn of_parameters(self) -> Self {
         Self { micro: 0, ..self }
@@ -95,6 +100,11 @@ pub struct Joint {
 }
 
 impl Joint {
+    /// Whether all ranks made it, and this one counts as the record does.
+    pub fn is_named(&self, local: Local) -> bool {
+        self.by_all && self.first.is_like(local)
+    }
+
     /// The identity of what is captured in it, which `id` is to one rank.
     pub fn identity(&self, id: &Identity, local: Local) -> Identity {
         let Local { rank, model, step, micro, .. } = self.first;
@@ -125,6 +135,7 @@ pub enum Verdict {
 struct Along {
     group: usize,
     begin: Option<u64>,
+    since: u32,
     together: bool,
 }
 
@@ -166,6 +177,8 @@ pub struct Passes {
     here: Option<BTreeSet<u32>>,
     by_local: HashMap<Local, usize>,
     groups: Vec<Arc<[u32]>>,
+    /// Of each, those that are heard of here.
+    heard: Vec<Arc<[u32]>>,
     by_runs: HashMap<Vec<Run>, usize>,
     /// Those in which collectives were called, by the clock of the group and whether they train: of each rank mostly one, and
     /// more where one model calls another.
@@ -206,7 +219,34 @@ enum Others {
 impl Passes {
     /// Only these ranks are heard of here, if that is known: what others make is for a reader of all nodes to join.
     pub fn hear_only(&mut self, ranks: &[Run]) {
-        self.here = (!ranks.is_empty()).then(|| ranks.iter().flat_map(|run| run.ranks()).collect());
+        let here = (!ranks.is_empty()).then(|| ranks.iter().flat_map(|run| run.ranks()).collect());
+        if self.here != here {
+            self.here = here;
+            self.heard = self.groups.iter().map(|group| self.heard_of(group)).collect();
+        }
+    }
+
+    /// Of all ranks only those that have told of passes are heard of here.
+    pub fn hear_only_who_told(&mut self) {
+        let told: Vec<u32> = self.told.iter().copied().collect();
+        self.hear_only(&runs(&told));
+    }
+
+    /// Whether anything of a rank is heard of here.
+    pub fn hears(&self, rank: u32) -> bool {
+        self.here.as_ref().is_none_or(|here| here.contains(&rank))
+    }
+
+    fn heard_of(&self, group: &Arc<[u32]>) -> Arc<[u32]> {
+        match &self.here {
+            None => group.clone(),
+            Some(_) => group.iter().copied().filter(|&rank| self.hears(rank)).collect(),
+        }
+    }
+
+    /// Whether some pass waits for others.
+    pub fn are_undecided(&self) -> bool {
+        !self.undecided.is_empty()
     }
 
     /// A rank of the job tells of no more passes, unless it does.
@@ -239,7 +279,9 @@ impl Passes {
     pub fn add(&mut self, job: JobId, rank: u32, pass: &Pass) {
         let Pass { model, step, micro, train, inference, signature, among, reduces, .. } = *pass;
         let local = Local { job, rank, model, step, micro, train };
-        if self.by_local.contains_key(&local) {
+        self.left.remove(&rank);
+        let known = [self.told_of.len(), self.called.len(), self.steps.len(), self.models.len()];
+        if self.by_local.contains_key(&local) || known.into_iter().any(|known| known > limits::MODELS_OF_RANKS) {
             return;
         }
         let kind = Kind { signature, among, train, inference, reduces };
@@ -254,7 +296,8 @@ impl Passes {
                 let clock = self.clocks.entry((rank, group)).or_default();
                 *clock = begin.max(*clock);
             }
-            let one = Along { group, begin: said.begin, together: said.together && said.begin.is_some() };
+            let together = said.together && said.begin.is_some();
+            let one = Along { group, begin: said.begin, since: said.since, together };
             match said.begin.filter(|_| one.together) {
                 Some(begin) => {
                     let there = self.together.entry((group, begin, train)).or_default();
@@ -270,7 +313,6 @@ impl Passes {
         }
         self.told.insert(rank);
         self.told_of.insert((rank, model));
-        self.left.remove(&rank);
         let of = inference.then_some((signature, among.0));
         let reached = self.steps.entry((rank, of)).or_default();
         *reached = step.max(*reached);
@@ -318,7 +360,9 @@ impl Passes {
             return None;
         }
         self.by_runs.insert(runs.to_vec(), self.groups.len());
-        self.groups.push(runs.iter().flat_map(|run| run.ranks()).collect());
+        let ranks: Arc<[u32]> = runs.iter().flat_map(|run| run.ranks()).collect();
+        self.heard.push(self.heard_of(&ranks));
+        self.groups.push(ranks);
         Some(self.groups.len() - 1)
     }
 
@@ -434,9 +478,8 @@ impl Passes {
     fn others(&self, at: usize, along: &Along, over: bool) -> Others {
         let Node { local, kind, .. } = self.node(at);
         // Once no rank tells of more, ranks that never told of any have no such model.
-        let is_here = |rank: &u32| self.here.as_ref().is_none_or(|here| here.contains(rank));
-        let counts = |rank: &&u32| is_here(rank) && (!over || self.told.contains(rank));
-        let ranks = || self.groups[along.group].iter().filter(counts);
+        let counts = |rank: &&u32| !over || self.told.contains(rank);
+        let ranks = || self.heard[along.group].iter().filter(counts);
         let nobody = BTreeMap::new();
         if let Some(begin) = along.begin.filter(|_| along.together) {
             let there = self.together.get(&(along.group, begin, kind.train)).unwrap_or(&nobody);
@@ -467,7 +510,7 @@ impl Passes {
                 even
             }
         };
-        let own = made.get(&local.rank).and_then(|own| own.iter().position(|(_, other)| *other == at));
+        let own = made.get(&local.rank).and_then(|own| own.binary_search(&(along.since, at)).ok());
         let Some(own) = own.filter(|_| even) else { return Others::Apart };
         let those = made.values().filter_map(|of| of.get(own).map(|(_, other)| *other)).collect();
         Others::Are(those, !kind.is_reduced())

@@ -142,7 +142,9 @@ impl Agent {
         let pulse = self.child.then(|| Pulse::start(self.server.clone()));
         self.server.drain();
         let live = self.server.board.live();
-        self.server.store.finish().iter().for_each(|told| live.told(told));
+        // An agent that is asked to end leaves the ranks where they are.
+        let over = !matches!(end, End::Asked);
+        self.server.store.finish(over).iter().for_each(|told| live.told(told));
         let exit_code = if let End::Finish(code) = end { code } else { None };
         let run = self.server.store.dir().path();
         let info = if live.is_shown_again() {
@@ -229,7 +231,11 @@ impl Agent {
         let server = self.server.clone();
         // It writes a file. If that thread panicked, run.json is written at the end.
         let look = move || {
-            server.store.look().iter().for_each(|told| server.board.live().told(told));
+            let live = server.board.live();
+            server.store.look().iter().for_each(|told| live.told(told));
+            if !live.is_shown_again() {
+                live.counted(server.store.totals());
+            }
             save(&server.store, &server.board);
         };
         let _ = tokio::task::spawn_blocking(look).await;
@@ -369,6 +375,6 @@ pub fn close_for_the_dead(run: &Path, exit_code: Option<i32>, died: bool, lost: 
     for (&rank, &count) in lost {
         store.dropped(rank, count, NEVER_READ, None);
     }
-    store.finish();
+    store.finish(true);
     Ok(board.finish(&store, exit_code))
 }

@@ -79,7 +79,9 @@ impl Tensors {
 
     /// Looks at a record as a whole, or at what one rank captured of it. The error is a whole sentence.
     pub fn look(&self, live: &Live, id: &Identity, rank: Option<u32>) -> Result<Look, String> {
-        let (parts, only) = live.pick(id).map_or_else(|| self.older(id), |picked| Ok((picked.parts, picked.only)))?;
+        let (parts, only) = live
+            .pick(id)
+            .map_or_else(|| self.older(id, live.is_shown_again()), |picked| Ok((picked.parts, picked.only)))?;
         let whole = Record::new(parts, &live.partial(id), only.as_ref());
         let whole = whole.ok_or_else(|| format!("{id} was not captured, or not yet"))?;
         let own = rank.map(|rank| whole.of_rank(rank).ok_or_else(|| no_part(&whole))).transpose()?;
@@ -110,10 +112,10 @@ impl Tensors {
     }
 
     /// The parts of a record that is no longer among the newest, the first of each seat, and which ranks made its pass, where
-    /// not all did. No more than these, a line of the manifest and what is known of passes is held.
-    fn older(&self, id: &Identity) -> Result<Found, String> {
+    /// not all did; `over`: the run is. No more than these, a line of the manifest and what is known of passes is held.
+    fn older(&self, id: &Identity, over: bool) -> Result<Found, String> {
         let path = self.run_dir.join(MANIFEST_FILE);
-        scan(&path, id).or_else(|e| match e.kind() {
+        scan(&path, id, over).or_else(|e| match e.kind() {
             io::ErrorKind::NotFound => Ok(Found::default()),
             _ => Err(format!("{}: {e}", path.display())),
         })
@@ -123,7 +125,7 @@ impl Tensors {
 /// Parts of a record, and the ranks that made its pass, where not all did.
 type Found = (Vec<Part>, Option<BTreeSet<u32>>);
 
-fn scan(path: &Path, id: &Identity) -> io::Result<Found> {
+fn scan(path: &Path, id: &Identity, over: bool) -> io::Result<Found> {
     let mut lines = manifest::open(path)?;
     let (mut found, mut made_by, mut joining) = (BTreeMap::new(), None, Joining::default());
     let mut take = |told: Vec<Told>| {
@@ -144,7 +146,7 @@ fn scan(path: &Path, id: &Identity) -> io::Result<Found> {
             Err(_) => {}
         }
     }
-    take(joining.end());
+    take(joining.end(over));
     Ok((found.into_values().collect(), made_by))
 }
 

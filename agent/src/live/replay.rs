@@ -29,7 +29,7 @@ impl Live {
                 _ => joining.line(line).iter().for_each(|told| self.told(told)),
             }
         }
-        let rest = if finished { joining.end() } else { joining.look() };
+        let rest = if finished { joining.end(true) } else { joining.look() };
         rest.iter().for_each(|told| self.told(told));
         self.change(|inner| {
             inner.totals = totals;

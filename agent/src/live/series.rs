@@ -104,8 +104,12 @@ pub(super) enum Role {
 }
 
 impl Role {
-    fn of(part: &Part) -> Self {
+    /// `only`: the ranks that made its pass, where not all did: the first of them repeats nobody.
+    fn of(part: &Part, only: Option<&BTreeSet<u32>>) -> Self {
         let axes = &part.what.axes;
+        if only.is_some_and(|only| only.first() == Some(&part.what.rank)) {
+            return Role::Piece;
+        }
         let checksum = part.at.is_none() && part.same.is_some();
         if checksum || axes.iter().any(|a| a.place == Placement::Replicate && a.index > 0) {
             Role::Copy
@@ -127,8 +131,8 @@ impl Moments {
         Self { count: 0, bad: 0, mean: nan, std: nan, min: nan, max: nan, role }
     }
 
-    pub fn of(part: &Part) -> Self {
-        let role = Role::of(part);
+    pub fn of(part: &Part, only: Option<&BTreeSet<u32>>) -> Self {
+        let role = Role::of(part, only);
         part.stats.map_or(Self::none(role), |stats| Self::from_stats(&stats, role))
     }
 
@@ -216,7 +220,7 @@ impl Series {
     /// Takes a part in. Ranks run ahead of each other, so it may belong before the newest record.
     pub fn add(&mut self, part: &Part, only: Option<&BTreeSet<u32>>, number: u64, clock: u64, limit: usize) -> Slot {
         self.changed = clock;
-        let (at, moments) = (Coord::of(&part.what.id), Moments::of(part));
+        let (at, moments) = (Coord::of(&part.what.id), Moments::of(part, only));
         let pieces = u32::from(moments.role != Role::Copy);
         let place = match self.points.back() {
             Some(last) if last.at < at => self.points.len(),

@@ -18,7 +18,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use flexmodel_run::format::{JobId, JobInfo};
+use flexmodel_run::{
+    format::{JobId, JobInfo},
+    limits,
+};
 use wire::{
     control::{ALONE, Hello, JobSigns},
     passes::{Run, runs},
@@ -110,7 +113,7 @@ impl Known {
             restarts: None,
             pids: HashMap::new(),
             attached: 0,
-            somewhere: false,
+            somewhere: info.here.is_empty(),
             info: JobInfo { command: Vec::new(), hooks: String::new(), ..info },
         }
     }
@@ -164,11 +167,21 @@ impl Known {
     }
 
     /// A rank's launcher has started these on this node; another's may have started others.
-    fn is_here(&mut self, ranks: Option<Run>) {
-        let known = self.info.here.iter().copied().flat_map(Run::ranks);
-        match ranks.filter(|_| !self.somewhere) {
-            Some(ranks) => {
-                let all: BTreeSet<u32> = known.chain(ranks.ranks().take(MAX_RANKS)).collect();
+    fn is_here(&mut self, ranks: Option<Run>, hello: &Hello) {
+        // A rank that its launcher did not start, but another one, has the environment of that.
+        let can_be = |run: &Run| {
+            let end = u64::from(run.first) + u64::from(run.count);
+            let own = u64::from(hello.rank);
+            run.by == 1
+                && u64::from(run.first) <= own
+                && own < end
+                && end <= u64::from(hello.world.min(limits::RANKS as u32))
+        };
+        match ranks.filter(|run| !self.somewhere && can_be(run)) {
+            Some(run) if self.info.here.contains(&run) => {}
+            Some(run) => {
+                let known = self.info.here.iter().copied().flat_map(Run::ranks);
+                let all: BTreeSet<u32> = known.chain(run.ranks()).collect();
                 self.info.here = runs(&all.into_iter().collect::<Vec<_>>());
             }
             None => (self.somewhere, self.info.here) = (true, Vec::new()),
@@ -182,7 +195,7 @@ impl Known {
             (self.group, self.info.group) = (hello.job.group, name);
         }
         self.info.world = self.info.world.max(hello.world);
-        self.is_here(hello.job.here);
+        self.is_here(hello.job.here, hello);
         if self.pids.len() < MAX_RANKS {
             self.pids.insert(hello.rank, hello.pid);
         }
@@ -317,7 +330,7 @@ mod tests {
         let here = |rank, here| {
             let hello = hello(rank, rank + 1, 7, "x");
             let job = Box::new(JobSigns { here, ..*hello.job });
-            jobs.join(&Hello { job, ..hello }).unwrap().news.take().map(|info| info.here)
+            jobs.join(&Hello { job, world: 8, ..hello }).unwrap().news.take().map(|info| info.here)
         };
         let run = |first, count| Run { first, by: 1, count };
         assert_eq!(here(0, Some(run(0, 2))), Some(vec![run(0, 2)]));
@@ -326,6 +339,14 @@ mod tests {
         assert_eq!(here(2, Some(run(2, 2))), Some(vec![run(0, 4)]));
         assert_eq!(here(4, None), Some(vec![]));
         assert_eq!(here(5, Some(run(4, 2))), None);
+        // What a launcher says of one process is not said of those that this one starts.
+        let jobs = none();
+        let spawned = |rank| {
+            let hello = hello(rank, rank + 1, 7, "x");
+            let job = Box::new(JobSigns { here: Some(run(0, 1)), ..*hello.job });
+            jobs.join(&Hello { job, ..hello }).unwrap().news.take().map(|info| info.here)
+        };
+        assert_eq!([spawned(0), spawned(1)], [Some(vec![run(0, 1)]), Some(vec![])]);
     }
 
     #[test]

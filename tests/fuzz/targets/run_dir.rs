@@ -9,7 +9,7 @@ fuzz_target!(|text: &str| {
     std::fs::write(dir.path().join("manifest.jsonl"), manifest(text)).unwrap();
     std::fs::write(dir.path().join("shard-00000.open"), vec![1; (1 << 20) + 4096]).unwrap();
     for _ in 0..2 {
-        recover(dir.path(), dir.path()).expect("recovery takes anything");
+        recover(dir.path(), dir.path(), false).expect("recovery takes anything");
         let run = Run::open(dir.path()).expect("it is a run");
         for record in &run.records {
             let _ = (record.shape(), record.stored_bytes(), run.whole(record).map_err(|e| e.to_string()));

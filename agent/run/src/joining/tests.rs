@@ -81,11 +81,11 @@ fn parts_of_two_passes_may_differ() {
     assert!(joining.look().is_empty());
     joining.passed(JobId::default(), 0, &pass(0, 1, true, 6, true));
     (0..WORLD).for_each(|rank| joining.passed(JobId::default(), rank, &pass(1, 0, true, 9, true)));
-    assert!(joining.look().is_empty() && joining.end().is_empty());
+    assert!(joining.look().is_empty() && joining.end(false).is_empty());
 
     joining.passed(JobId::default(), 0, &pass(2, 0, true, 11, true));
     joining.passed(JobId::default(), 1, &pass(2, 0, true, 11, true));
-    joining.look();
+    assert!(joining.look().is_empty());
     let one = Told::Differs { what: Box::new(What { id: id("mlp", 2), ..what(1) }), against: 0 };
     assert!(matches!(joining.tell(one)[..], [Told::Differs { against: 0, .. }]));
 }
@@ -101,7 +101,7 @@ fn ranks_without_a_process_group_are_joined_by_number_at_once() {
 fn a_node_does_not_wait_for_the_ranks_of_others() {
     let mut joining = joining();
     joining.job(&JobInfo { here: runs(&[1]), ..JobInfo::default() });
-    joining.tell(part(0, 0, true, 1));
+    assert!(joining.tell(part(0, 0, true, 1)).is_empty());
     joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
     assert_eq!(said(joining.look()), [(1, 0, None)]);
 }
@@ -109,20 +109,65 @@ fn a_node_does_not_wait_for_the_ranks_of_others() {
 #[test]
 fn nothing_waits_without_a_bound_and_what_was_forgotten_is_its_own_ranks() {
     let mut joining = joining();
-    let mut told = Vec::new();
-    for step in 0..MAX_WAITING as u64 + 3 {
-        told.extend(joining.tell(part(step, 0, true, 0)));
+    let (mut told, mut steps) = (Vec::new(), 0);
+    while told.is_empty() {
+        told = joining.tell(part(steps, 0, true, 0));
+        steps += 1;
+        assert!(joining.bytes <= MAX_WAITING);
     }
-    assert_eq!(said(told), [(0, 0, Some(0)); 3]);
-    for step in 0..MAX_PASSES as u64 + 10 {
+    assert!(joining.bytes <= MAX_WAITING / 2 && !joining.waiting.is_empty());
+    assert!(said(told).iter().all(|said| *said == (0, 0, Some(0))));
+    for step in 0..NEWEST as u64 + 10 {
         joining.passed(JobId::default(), 0, &pass(step, 0, true, step, true));
     }
-    joining.look();
+    assert!(joining.look().is_empty());
+    assert!(joining.jobs.values().all(|job| job.passes.len() == NEWEST));
     joining.passed(JobId::default(), 1, &pass(0, 0, true, 0, true));
-    joining.look();
-    assert_eq!(joining.waiting.len(), MAX_WAITING);
-    assert!(joining.jobs.values().all(|job| job.passes.len() <= MAX_PASSES));
-    assert_eq!(joining.end().len(), MAX_WAITING);
+    assert!(joining.look().is_empty());
+    assert!(said(joining.end(false)).iter().all(|said| *said == (0, 0, Some(0))));
+    assert_eq!(joining.bytes, 0);
+}
+
+/// More parts come between two looks than may wait.
+#[test]
+fn what_is_known_when_room_is_needed_is_told_as_what_it_is() {
+    let mut joining = joining();
+    let (mut told, mut step) = (Vec::new(), 0);
+    while told.is_empty() {
+        (0..WORLD).for_each(|rank| told.extend(joining.tell(part(step, 0, true, rank))));
+        if step < 4 {
+            (0..WORLD).for_each(|rank| joining.passed(JobId::default(), rank, &pass(step, 0, true, step, true)));
+        }
+        step += 1;
+    }
+    let alone = said(told).iter().filter(|(.., apart)| apart.is_some()).count();
+    assert!(alone > 0, "most are not known");
+    let mut joining = self::joining();
+    let mut told = Vec::new();
+    for step in 0..step {
+        for rank in 0..WORLD {
+            told.extend(joining.line(Line::Pass {
+                job: JobId::default(),
+                rank,
+                pass: pass(step, 0, true, step, true),
+            }));
+            told.extend(joining.tell(part(step, 0, true, rank)));
+        }
+    }
+    told.extend(joining.end(true));
+    assert!(said(told).iter().all(|(.., apart)| apart.is_none()), "all of these are");
+}
+
+#[test]
+fn ranks_that_nobody_hears_of_are_not_waited_for_for_ever() {
+    let mut joining = joining();
+    assert!(joining.tell(part(0, 0, true, 0)).is_empty());
+    joining.passed(JobId::default(), 0, &pass(0, 0, true, 0, true));
+    let looks = (0..2 * PATIENCE).map(|_| joining.look()).take_while(Vec::is_empty).count();
+    assert_eq!(looks, PATIENCE as usize + 1);
+    assert_eq!(said(joining.tell(part(0, 0, true, 0))), [(0, 0, None)]);
+    // What other nodes' ranks have gathered here goes by its numbers.
+    assert_eq!(said(joining.tell(part(0, 0, true, 1))), [(1, 0, None)]);
 }
 
 #[test]
@@ -133,10 +178,10 @@ fn pieces_of_two_passes_are_not_one_in_a_file() {
         Place::of(&part.what)
     };
     joining.passed(JobId::default(), 0, &pass(0, 0, true, 5, true));
-    joining.look();
+    assert!(joining.look().is_empty());
     assert!(!joining.are_one([of(0, 0), of(0, 1)].iter()), "rank 1 has not told of any");
     joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
-    joining.look();
+    assert!(joining.look().is_empty());
     assert!(joining.are_one([of(0, 0), of(0, 1)].iter()));
     assert!(!joining.are_one([of(0, 0), of(1, 1)].iter()));
     assert!(Joining::default().are_one([of(0, 0), of(1, 1)].iter()), "nothing but numbers is known");
@@ -145,7 +190,7 @@ fn pieces_of_two_passes_are_not_one_in_a_file() {
 #[test]
 fn a_manifest_tells_the_same_and_is_looked_at_now_and_then() {
     let mut joining = Joining::default();
-    joining.line(Line::Job(JobInfo { group: "1".into(), world: WORLD, ..JobInfo::default() }));
+    joining.job(&JobInfo { group: "1".into(), world: WORLD, ..JobInfo::default() });
     let (mut told, steps) = (Vec::new(), LOOK as u64 - 10);
     for step in 0..steps {
         for rank in 0..WORLD {
@@ -157,7 +202,7 @@ fn a_manifest_tells_the_same_and_is_looked_at_now_and_then() {
     }
     let before = told.len();
     assert!(before > 0);
-    told.extend(joining.end());
+    told.extend(joining.end(true));
     assert_eq!((told.len() > before, told.len() as u64), (true, steps * u64::from(WORLD)));
     assert!(said(told).iter().all(|(.., apart)| apart.is_none()));
 }

@@ -24,7 +24,7 @@
 //! A [`Store`] holds no tensor bytes. It holds at most `MAX_RESERVATIONS` unfinished wholes and
 //! `MAX_REPLICAS` replicas to compare with, of `MAX_TABLE_BYTES` each, `MAX_RECENT` hashes of
 //! identities (4 MiB), and for each shard that is not sealed yet the entries of its header, whose names fit into
-//! [`HEADER_SPACE`](crate::format::HEADER_SPACE) (1 MiB); at most `MAX_UNSEALED` shards wait for that; and what
+//! [`HEADER_SPACE`](crate::format::HEADER_SPACE) (1 MiB); at most `MAX_RIPE` and `MAX_UNSEALED` shards wait for that; and what
 //! [`joining`](crate::joining) knows of passes, with the parts that wait for it. With names of usual length that is some MiB in
 //! all.
 

@@ -71,7 +71,7 @@ pub fn recover(dir: &Path, shown: &Path, finished: bool) -> anyhow::Result<Found
         let lines = file.try_clone().map_err(io)?;
         let keep = scan(&mut Reader::new(BufReader::new(lines)), &mut found, &mut unsealed).map_err(io)?;
         file.set_len(keep).map_err(io)?;
-        let told = if finished { found.joining.end() } else { found.joining.look() };
+        let told = if finished { found.joining.end(true) } else { found.joining.look() };
         found.count(&told);
         seal_left_over(dir, file, &unsealed, &found.joining).map_err(io)?;
     }

@@ -84,7 +84,7 @@ fn named(entries: &[Entry], are_one: impl Fn(&[&Entry]) -> bool) -> Vec<Named> {
             push(name.to_string(), first, shape, len);
             continue;
         }
-        let whole = whole_of(&parts);
+        let whole = whole_of(&parts).filter(|_| are_one(&parts));
         for (n, part) in parts.iter().enumerate() {
             let name = if whole == Some(n) { name.to_string() } else { format!("{name}#rank{}", part.rank) };
             push(name, part, part.shape.clone(), part.len);

@@ -1,7 +1,7 @@
 //! The store of one run: what the ingest threads write through.
 
 use std::{
-    io,
+    io, mem,
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -21,7 +21,7 @@ use super::{
     place::Allocator,
     recover::{self, Found},
     seal,
-    shard::{Shard, stem},
+    shard::{Lie, Shard, stem},
 };
 use crate::{
     format::{JobId, JobInfo, Line, Origin, RunInfo, Totals, What},
@@ -33,6 +33,8 @@ pub const DEFAULT_SHARD_BYTES: u64 = 512 << 20;
 
 /// Shards that wait to be sealed; who ends one more waits for the disk.
 pub const MAX_UNSEALED: usize = 8;
+/// Shards that wait until it is known which of their pieces are one.
+pub const MAX_RIPE: usize = 4;
 
 /// Bytes that a disk which was full must have again to be said to work: what lost parts give back is soon full once more.
 const ROOM: u64 = 64 << 20;
@@ -60,6 +62,8 @@ pub struct Store {
     sealer: Mutex<Option<(mpsc::SyncSender<Shard>, JoinHandle<()>)>>,
     /// Shards that the sealer was given and has not sealed.
     unsealed: Arc<AtomicUsize>,
+    /// Full ones, of whose last pieces it is not known yet of which pass they are.
+    ripe: Mutex<Vec<Shard>>,
 }
 
 impl Store {
@@ -85,6 +89,7 @@ impl Store {
             notify,
             sealer: Mutex::new(Some(sealer)),
             unsealed,
+            ripe: Mutex::default(),
             dir,
         });
         Ok((store, info, jobs.into_values().collect()))
@@ -129,7 +134,9 @@ impl Store {
         if let Err(e) = self.journal.append(&line) {
             self.trouble(&e);
         }
-        lock(&self.joining).line(line);
+        if let Line::Pass { pass, .. } = &line {
+            lock(&self.joining).passed(job, rank, pass);
+        }
     }
 
     /// Journals that a rank is gone.
@@ -140,9 +147,12 @@ impl Store {
         }
     }
 
-    /// What is stored and known by now to be of one pass of its ranks, or of some of them. To be asked now and then.
+    /// What is stored and known by now to be of one pass of its ranks, or of some of them. To be asked now and then: it also
+    /// seals shards that have waited for that.
+    #[must_use]
     pub fn look(&self) -> Vec<Told> {
         let told = lock(&self.joining).look();
+        self.seal_decided();
         self.told(told)
     }
 
@@ -206,12 +216,13 @@ impl Store {
     }
 
     /// Seals everything and makes it last; returns what nobody knew enough of until now. No part may be under way any more;
-    /// later ones are lost.
-    pub fn finish(&self) -> Vec<Told> {
-        let told = lock(&self.joining).end();
+    /// later ones are lost. `over`: the ranks are gone.
+    pub fn finish(&self, over: bool) -> Vec<Told> {
+        let told = lock(&self.joining).end(over);
         let told = self.told(told);
         self.alloc().retire_all();
         self.seal_complete();
+        self.seal(mem::take(&mut *lock(&self.ripe)));
         let sealer = lock(&self.sealer).take();
         if let Some((send, thread)) = sealer {
             drop(send);
@@ -257,9 +268,32 @@ impl Store {
         change(&mut lock(&self.totals));
     }
 
-    /// Hands shards that nobody writes to any more to the sealer.
+    /// Takes shards that nobody writes to any more. They are sealed once it is known which of their pieces are one, or when more
+    /// of them wait than may.
     pub(super) fn seal_complete(&self) {
         let complete = self.alloc().take_complete();
+        if !complete.is_empty() {
+            lock(&self.ripe).extend(complete);
+            self.seal_decided();
+        }
+    }
+
+    fn seal_decided(&self) {
+        let mut ripe = lock(&self.ripe);
+        let joining = lock(&self.joining);
+        let is_decided = |shard: &Shard| {
+            let pieces = shard.entries.iter().filter(|entry| matches!(entry.lie, Lie::Piece { .. }));
+            pieces.map(|entry| &entry.place).all(|place| joining.is_decided(place))
+        };
+        let extra = ripe.len().saturating_sub(MAX_RIPE);
+        let mut sealed: Vec<Shard> = ripe.drain(..extra).collect();
+        sealed.extend(ripe.extract_if(.., |shard| is_decided(shard)));
+        drop((ripe, joining));
+        self.seal(sealed);
+    }
+
+    /// Hands shards to the sealer.
+    fn seal(&self, complete: Vec<Shard>) {
         if complete.is_empty() {
             return;
         }

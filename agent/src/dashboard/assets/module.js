@@ -208,7 +208,7 @@ export class ModulePanel {
   tell() {
     const r = this.records[this.at];
     const words = [`step ${r.step}`, `micro ${r.micro}`, r.call > 0 ? `call ${r.call}` : null, r.repeat > 0 ? `repeat ${r.repeat}` : null,
-      r.train ? "train" : "eval", Number.isInteger(r.apart) ? `made by rank ${r.apart}, not by all` : null].filter(Boolean);
+      r.train ? "train" : "eval", Number.isInteger(r.apart) ? `of rank ${r.apart}` : null].filter(Boolean);
     text(this.where, words.join(" · "));
     this.slider.setAttribute("aria-valuetext", words.join(", "));
   }

@@ -37,7 +37,7 @@ fn everything_journalled_survives_and_the_shard_is_sealed() {
     assert_eq!(sealed(dir.path(), "shard-00000").len(), 3);
     assert_sound(dir.path());
     put(&next, &meta("later", 9, 1), &[3; 16]);
-    next.finish();
+    next.finish(true);
     assert!(sealed(dir.path(), "shard-00001").contains_key("later:forward:out@model0.step9.micro0.call0"));
     assert_eq!(parts(dir.path()).len(), 7);
 }
@@ -54,7 +54,7 @@ fn the_manifest_may_be_torn_at_any_byte_of_its_last_line() {
         fs::write(dir.path().join(MANIFEST_FILE), &manifest[..cut]).unwrap();
         let next = store(dir.path());
         assert_eq!(next.totals().parts, 5, "cut at {cut}");
-        next.finish();
+        next.finish(true);
         assert_sound(dir.path());
         assert_eq!(sealed(dir.path(), "shard-00000").len(), 3);
     }
@@ -66,7 +66,7 @@ fn killed_between_header_and_rename_it_is_sealed_again() {
     killed(dir.path());
     let file = shard::ShardFile::open(dir.path(), 0).unwrap();
     file.write_at(b"half a header", 0).unwrap();
-    store(dir.path()).finish();
+    store(dir.path()).finish(true);
     assert_eq!(sealed(dir.path(), "shard-00000").len(), 3);
 }
 
@@ -74,7 +74,7 @@ fn killed_between_header_and_rename_it_is_sealed_again() {
 fn killed_between_rename_and_its_line_the_line_is_added() {
     let dir = tempfile::tempdir().unwrap();
     killed(dir.path());
-    store(dir.path()).finish();
+    store(dir.path()).finish(true);
     let whole = fs::read(dir.path().join(MANIFEST_FILE)).unwrap();
     let without: Vec<u8> = whole
         .split_inclusive(|&b| b == b'\n')
@@ -84,7 +84,7 @@ fn killed_between_rename_and_its_line_the_line_is_added() {
         .collect();
     assert!(without.len() < whole.len());
     fs::write(dir.path().join(MANIFEST_FILE), without).unwrap();
-    store(dir.path()).finish();
+    store(dir.path()).finish(true);
     assert_eq!(fs::read(dir.path().join(MANIFEST_FILE)).unwrap(), whole);
 }
 
@@ -95,7 +95,7 @@ fn killed_before_the_first_line_nothing_is_left_over() {
     fs::write(dir.path().join(crate::format::LOCK_FILE), "").unwrap();
     let next = store(dir.path());
     put(&next, &meta("a", 0, 1), &[3; 16]);
-    next.finish();
+    next.finish(true);
     assert_sound(dir.path());
     assert!(!shard::open_path(dir.path(), 0).exists());
 }
@@ -149,7 +149,7 @@ fn a_shard_cut_short_by_a_power_loss_still_opens() {
     killed(dir.path());
     let file = shard::ShardFile::open(dir.path(), 0).unwrap();
     file.file().set_len(crate::format::HEADER_SPACE + 200).unwrap();
-    store(dir.path()).finish();
+    store(dir.path()).finish(true);
     assert_eq!(sealed(dir.path(), "shard-00000").len(), 1, "of 192 bytes and a torn rest, one record is whole");
 }
 
@@ -164,6 +164,6 @@ fn lines_with_impossible_places_are_survived() {
         manifest.extend_from_slice(&crate::manifest::encode_line(&Line::Part(part)));
     }
     fs::write(dir.path().join(MANIFEST_FILE), manifest).unwrap();
-    store(dir.path()).finish();
+    store(dir.path()).finish(true);
     assert_eq!(sealed(dir.path(), "shard-00000").len(), 3);
 }

@@ -23,7 +23,7 @@ fn a_whole_part_is_one_entry_with_its_own_name() {
     let bytes = bytes_of(&record, 1);
     let (part, _) = put(&store, &record, &bytes);
     assert_eq!(part.stats.unwrap().count, 20);
-    store.finish();
+    store.finish(true);
     let found = sealed(dir.path(), "shard-00000");
     let (dtype, shape, data) = &found["layers.0.mlp:forward:out@model0.step3.micro0.call0"];
     assert_eq!((dtype.as_str(), shape.as_slice(), data), ("F32", &[5, 4][..], &bytes));
@@ -42,7 +42,7 @@ fn pieces_of_the_batch_become_one_range_whatever_their_order() {
         put(&store, &record, &bytes_of(&record, rank as u8));
         put(&store, &meta("between", u64::from(rank), 1), &[0; 16]);
     }
-    store.finish();
+    store.finish(true);
     let found = sealed(dir.path(), "shard-00000");
     let (_, shape, data) = &found["a:forward:out@model0.step0.micro0.call0"];
     let record = meta("a", 0, 17);
@@ -66,7 +66,7 @@ fn what_a_record_takes_on_a_node_does_not_grow_with_the_job() {
             })
             .collect();
     }
-    store.finish();
+    store.finish(true);
     for (a, b) in last.iter().zip(&last[1..]) {
         assert_eq!((&a.shard, a.offset + a.len), (&b.shard, b.offset), "pieces of a node lie side by side");
     }
@@ -90,7 +90,7 @@ fn large_wholes_are_learned_from_sooner() {
         assert_eq!(record.payload_len().unwrap() * u64::from(world), FULL_BYTES / 2);
         put(&store, &record, &bytes_of(&record, 1));
     }
-    store.finish();
+    store.finish(true);
     let files = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().metadata().unwrap().len());
     assert!(files.sum::<u64>() < 2 * FULL_BYTES);
     assert_sound(dir.path());
@@ -113,7 +113,7 @@ fn a_rank_that_comes_late_has_room_from_then_on() {
     let record = meta("a", 0, 4);
     let piece = bytes_of(&record, 0).len() as u64;
     assert_eq!(lie, [lie[0], lie[0] + piece, lie[0] + 2 * piece]);
-    store.finish();
+    store.finish(true);
     assert_sound(dir.path());
 }
 
@@ -127,7 +127,7 @@ fn a_shorter_last_piece_still_joins_and_a_longer_one_lies_apart() {
             put(&store, &record, &bytes_of(&record, rank as u8));
         }
     }
-    store.finish();
+    store.finish(true);
     let found = sealed(dir.path(), "shard-00000");
     assert_eq!(found["short:forward:out@model0.step0.micro0.call0"].1, [11, 4]);
     for (rank, rows) in [4, 4, 5].into_iter().enumerate() {
@@ -168,7 +168,7 @@ fn pieces_side_by_side_are_one_tensor_if_they_are_of_one_pass() {
     // Rank 1 was elsewhere.
     second.groups[0].begin = Some(6);
     store.passed(JobId::default(), 1, second);
-    assert_eq!(store.finish().len(), 2);
+    assert_eq!(store.finish(false).len(), 2);
     let found = sealed(dir.path(), "shard-00000");
     let shape = |name: &str| found.get(name).map(|found| found.1.clone());
     assert_eq!(shape("m:forward:out@model0.step0.micro0.call0"), Some(vec![8, 4]));
@@ -194,7 +194,7 @@ fn equal_replicas_share_their_bytes() {
     assert!(places.windows(2).all(|w| w[0] == w[1]));
     assert_eq!(store.totals().bytes, bytes.len() as u64);
     assert_eq!((store.totals().records, store.totals().parts), (1, 3));
-    store.finish();
+    store.finish(true);
     assert_eq!(sealed(dir.path(), "shard-00000")["w:forward:out@model0.step0.micro0.call0"].2, bytes);
 }
 
@@ -213,7 +213,7 @@ fn equal_replicas_in_pieces_share_their_bytes_too() {
     }
     assert_eq!(places[0], places[1]);
     put(&store, &meta("next", 0, 4), &[7; 64]);
-    store.finish();
+    store.finish(true);
     assert_sound(dir.path());
     assert_eq!(sealed(dir.path(), "shard-00000").len(), 2);
 }
@@ -244,7 +244,7 @@ fn an_equal_replica_that_came_in_pieces_gives_back_its_own_bytes_and_nobody_else
         512 * std::os::unix::fs::MetadataExt::blocks(&fs::metadata(dir.path().join("shard-00000.open")).unwrap());
     let needed = (1 << 20) + 25 * 65536 + 4 * 25 * 8192;
     assert!(kept < needed * 3 / 2, "{kept} bytes on disk for {needed}");
-    store.finish();
+    store.finish(true);
     assert_sound(dir.path());
 }
 
@@ -261,7 +261,7 @@ fn of_a_checksum_and_bytes_that_differ_it_is_the_checksum_that_is_apart() {
             all.reverse();
         }
         all.iter().for_each(|(record, bytes)| drop(put(&store, record, bytes)));
-        store.finish();
+        store.finish(true);
         let divergences: Vec<_> = lines(dir.path())
             .into_iter()
             .filter_map(|l| if let Line::Divergence { what, against } = l { Some((what.rank, against)) } else { None })
@@ -279,7 +279,7 @@ fn replicas_that_differ_are_both_kept_and_reported() {
         let (_, against) = put(&store, &record, &bytes_of(&record, u8::from(rank == 1)));
         assert_eq!(against, (rank == 1).then_some(0));
     }
-    store.finish();
+    store.finish(true);
     let divergences: Vec<_> = lines(dir.path())
         .into_iter()
         .filter_map(|l| if let Line::Divergence { what, against } = l { Some((what.rank, against)) } else { None })
@@ -301,7 +301,7 @@ fn a_batch_of_one_that_is_equal_everywhere_is_the_whole() {
         let other = on_rank(meta("other", 0, 1), rank, 2, Placement::ReplicateOrShard { dim: 0 });
         put(&store, &other, &bytes_of(&other, rank as u8));
     }
-    store.finish();
+    store.finish(true);
     let found = sealed(dir.path(), "shard-00000");
     assert_eq!(found["same:forward:out@model0.step0.micro0.call0"].1, [1, 4]);
     assert_eq!(found["other:forward:out@model0.step0.micro0.call0"].1, [2, 4]);
@@ -319,7 +319,7 @@ fn every_element_type_and_every_odd_shape_opens() {
             put(&store, &record, &bytes_of(&record, n as u8));
         }
     }
-    store.finish();
+    store.finish(true);
     let found = sealed(dir.path(), "shard-00000");
     assert_eq!(found.len(), DType::ALL.len() * 5);
     let (dtype, shape, _) = &found["complex128:forward:out@model0.step0.micro0.call1"];
@@ -343,7 +343,7 @@ fn shards_roll_when_full_and_late_pieces_still_find_their_place() {
             put(&store, &piece(1), &bytes_of(&piece(1), 1));
         }
     }
-    store.finish();
+    store.finish(true);
     assert!(dir.path().join("shard-00001.safetensors").exists());
     assert_eq!(sealed(dir.path(), "shard-00000")["late:forward:out@model0.step0.micro0.call0"].1, [128, 4]);
     assert_sound(dir.path());
@@ -359,7 +359,7 @@ fn a_shard_rolls_before_its_header_overflows() {
     for step in 0..400 {
         put(&store, &meta(&long, step, 1), &[2; 16]);
     }
-    store.finish();
+    store.finish(true);
     let all: usize = (0..4)
         .filter(|n| shard::sealed_path(dir.path(), *n).exists())
         .map(|n| sealed(dir.path(), &shard::stem(n)).len())
@@ -376,7 +376,7 @@ fn statistics_only_keeps_no_bytes() {
     record.stats_only = true;
     let (part, _) = put(&store, &record, &bytes_of(&record, 0));
     assert_eq!((part.at, part.stats.unwrap().count), (None, 40));
-    store.finish();
+    store.finish(true);
     assert!(!shard::sealed_path(dir.path(), 0).exists());
 }
 
@@ -395,7 +395,7 @@ fn pieces_that_do_not_follow_each_other_are_a_counted_loss() {
     assert_eq!((store.totals().dropped, store.totals().parts), (4, 0));
     let (part, _) = put(&store, &record, &bytes_of(&record, 0));
     assert_eq!(part.at.unwrap().offset, crate::format::HEADER_SPACE, "the places of lost parts were not given back");
-    store.finish();
+    store.finish(true);
     assert_sound(dir.path());
 }
 
@@ -409,7 +409,7 @@ fn a_part_that_is_never_finished_holds_up_nothing() {
         put(&store, &meta("a", step, 64), &[1; 1024]);
     }
     drop(abandoned);
-    store.finish();
+    store.finish(true);
     assert_sound(dir.path());
     assert_eq!(parts(dir.path()).len(), 20);
     assert!(!shard::open_path(dir.path(), 0).exists());
@@ -430,7 +430,7 @@ fn threads_of_many_ranks_write_at_once() {
             });
         }
     });
-    store.finish();
+    store.finish(true);
     assert_sound(dir.path());
     assert_eq!((store.totals().records, store.totals().parts), (50, 200));
     assert_eq!(*notices.lock().unwrap(), [""; 0]);

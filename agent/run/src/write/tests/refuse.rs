@@ -33,8 +33,8 @@ fn a_run_is_continued_by_an_agent_but_is_not_fresh() {
     let out = dir.path().join("run");
     dir::check_fresh(&out).unwrap();
     dir::check_fresh(&out).unwrap();
-    store(&out).finish();
-    store(&out).finish();
+    store(&out).finish(true);
+    store(&out).finish(true);
     assert!(format!("{:#}", dir::check_fresh(&out).unwrap_err()).contains("holds a run already"));
 }
 
