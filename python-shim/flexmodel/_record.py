@@ -32,8 +32,8 @@ class Record:
     is not told what shall fill up the shorter ones. Elsewhere `padded_shape` is None. `dtype` is torch's name of it;
     `slice` is what a `slice=` left of it, as `[:,-1]`, or None: then shape and values are those of the slice;
     `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
-    `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
-    part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
+    `tensor()` has all that it needs, and `reason` why not; a record of statistics only (`reduce=stats`) is not.
+    `layout` is that of the first part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
     over equal shards, or a pipeline's equal microbatches, `dp_size` times that of one process, and `loss_scale` times
     that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow
     or fall too far is `inf` or 0, and one that it broke `nan`. Of a gradient that the optimizer did not use, since it
@@ -89,6 +89,11 @@ class Record:
     def parts(self) -> tuple[Part, ...]:
         """What each rank captured, in rank order."""
         return tuple(map(part, json.loads(self._reader.parts())))
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Why `tensor()` has no whole to give, in a sentence that says what there is instead; None where `complete`."""
+        return self._reader.reason(str(self))
 
     def tensor(self, *, pad: complex | None = None, side: str = "right", nested: bool = False) -> Any:
         """The whole tensor: a torch.Tensor of `shape` and `dtype` if torch is installed, else a numpy array.
