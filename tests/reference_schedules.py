@@ -109,7 +109,8 @@ class Reference:
 
     def step(self, name: str, key: tuple[int, int], ranks) -> None:
         models = [self.models[name][rank] for rank in ranks]
-        self.before |= {(*key, rank): model[2].weight.detach().clone() for rank, model in zip(ranks, models, strict=True)}
+        for rank, model in zip(ranks, models, strict=True):
+            self.before[(*key, rank)] = model[2].weight.detach().clone()
         gradients = [p.grad for p in models[0].parameters()]
         if self.schedule.sharded:
             gradients = self.reduced[name]

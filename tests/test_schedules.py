@@ -18,7 +18,12 @@ import harness
 ATTEMPTS = (range(4), range(4, 8), range(8, 40))
 """The seeds of each. A rank fails in the last schedule of those before the last."""
 HOOKS = f"0:forward_pre,forward;2:forward,backward;{PARAMETER}:param,grad,grad_unclipped"
-FIELDS = {("0", "forward_pre"): "given", ("0", "forward"): "hidden", ("2", "forward"): "out", ("2", "backward"): "gradient"}
+FIELDS = {
+    ("0", "forward_pre"): "given",
+    ("0", "forward"): "hidden",
+    ("2", "forward"): "out",
+    ("2", "backward"): "gradient",
+}
 TRAINING = ("train", "accumulate", "join")
 
 draw = functools.cache(schedules.draw)
@@ -116,8 +121,8 @@ def test_what_is_complete_is_what_one_process_computes(told):
 
 
 def expect_rows(record, whole: torch.Tensor, made: Reference, at: tuple[int, int]) -> None:
-    """The rows of a pass, one rank's after the other's. Ranks of which it is only assumed that they made it together may
-    have made two."""
+    """The rows of a pass, one rank's after the other's. Ranks of which it is only assumed that they made it together
+    may have made two."""
     field = FIELDS[record.module, record.kind]
     rows = dict(zip(record.ranks, whole.split([record.part(rank).shape[0] for rank in record.ranks]), strict=True))
     for rank, own in rows.items():

@@ -62,7 +62,7 @@ class Clock:
         self._end(optimizer)
 
     def backward_begins(self) -> Versions | None:
-        """A backward pass begins: the versions of the gradients that it finds. One inside of another is part of that."""
+        """A backward pass begins: the versions of the gradients that it finds. One inside of another is part of it."""
         if torch._guards.TracingContext.try_get() is not None or torch._C._current_graph_task_id() != -1:
             return None
         return self._parameter_taps.before_backward()

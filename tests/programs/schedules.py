@@ -30,8 +30,8 @@ EVERYONE = tuple(range(WORLD))
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that ranks do. `number` is that of the pass, or of the first of a `join`; `rows` are those that each rank
-    gives it, or the batches that each has. Who is `broken` has an infinite loss."""
+    """Something that ranks do. `number` is that of the pass, or of the first of a `join`; `rows` are those that each
+    rank gives it, or the batches that each has. A `broken` one has an infinite loss on its first rank."""
 
     name: str
     model: str
@@ -43,7 +43,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What is done with some models. `owner` is a rank that has a model more, and makes it before the others or after."""
+    """What is done with some models. `owner` is a rank that has one more, and makes it before the others or after."""
 
     seed: int
     wrapper: str
@@ -228,8 +228,9 @@ class Job:
     def run(self, until: int | None) -> None:
         """Everything, or what comes before an event in which this rank fails."""
         self.diary.seed = self.schedule.seed
-        for self.diary.index, event in enumerate(self.schedule.events):
-            if self.diary.index == until:
+        for index, event in enumerate(self.schedule.events):
+            self.diary.index = index
+            if index == until:
                 os._exit(17)
             self.diary.turn = 0
             if self.rank in event.ranks or event.name in REDUCED:
@@ -258,7 +259,7 @@ class Job:
         x, model = self.given(event.number, event.rows[self.rank]), self.models[event.model]
         attack = event.name == "attack"
         # A wrapper of which somebody has joined calls a collective in each pass from then on.
-        if attack or event.name == "sample" and (event.number % 2 or event.model in self.joined):
+        if attack or (event.name == "sample" and (event.number % 2 or event.model in self.joined)):
             model = getattr(model, "module", model)
         with self.diary.a_pass(event.model, train=attack), torch.set_grad_enabled(attack):
             if attack:
@@ -296,8 +297,9 @@ class Job:
         """Ranks have different numbers of batches."""
         self.joined.add(event.model)
         with self.models[event.model].join():
-            for self.diary.turn in range(event.rows[self.rank]):
-                self.train(event, event.number + self.diary.turn, 2)
+            for turn in range(event.rows[self.rank]):
+                self.diary.turn = turn
+                self.train(event, event.number + turn, 2)
                 self.step(event.model)
 
     def step(self, model: str) -> None:

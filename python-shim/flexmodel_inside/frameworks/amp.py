@@ -53,8 +53,8 @@ class Amp(Adapter):
 
 
 def follow_scale(job: Job, module: str, name: str) -> None:
-    """Tell the scale of each loss that a scaler of this class scales, if gradients are wanted at all. The class may have
-    its own way to scale, and to update."""
+    """Tell the scale of each loss that a scaler of this class scales, if gradients are wanted at all. The class may
+    have its own way to scale, and to update."""
     if not job.wants_gradients():
         return
 

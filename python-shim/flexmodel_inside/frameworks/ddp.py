@@ -60,7 +60,8 @@ class Ddp(Adapter):
             return UNKNOWN
         if kind == KIND_PARAM:
             return REPLICATE if self.is_reducing() else UNKNOWN
-        if kind != KIND_GRAD_UNCLIPPED or module.require_forward_param_sync:  # since its last forward pass with gradients
+        # Whether gradients are reduced since its last forward pass with gradients.
+        if kind != KIND_GRAD_UNCLIPPED or module.require_forward_param_sync:
             return REPLICATE
         # Beside what was reduced before, it is no addend of the whole.
         return UNKNOWN if self._reduced.get(module) == self._ended else PARTIAL
