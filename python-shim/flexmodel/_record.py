@@ -27,18 +27,19 @@ class Record:
     pass, `repeat` backward passes over the same forward. `job` and `attempt` say which of `Run.jobs` it is of; `again`
     is 0 but for what is called as another record is and was kept beside it.
 
-    `shape` is the whole tensor's, or None where the parts make no whole (yet). Where each rank padded its rows to its
-    own longest, `padded_shape` is that of `tensor(pad=...)`, and `shape` is None and `complete` False: `tensor()` alone
-    is not told what shall fill up the shorter ones. Elsewhere `padded_shape` is None. `dtype` is torch's name of it;
-    `slice` is what a `slice=` left of it, as `[:,-1]`, or None: then shape and values are those of the slice;
-    `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete` says whether
-    `tensor()` has all that it needs; a record of statistics only (`reduce=stats`) is not. `layout` is that of the first
-    part, and `ranks` are those whose part is there. An activation's gradient is as the job computes it: of a mean loss
-    over equal shards, or a pipeline's equal microbatches, `dp_size` times that of one process, and `loss_scale` times
-    that of the loss that the script computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow
-    or fall too far is `inf` or 0, and one that it broke `nan`. Of a gradient that the optimizer did not use, since it
-    was not finite, `skipped` is True. `train` tells passes that train from others: gradients were enabled when the
-    model was called, and some module of it was in training mode.
+    `shape` is the whole tensor's, or None where the parts make no whole (yet). Where each rank padded its rows to
+    its own longest, `padded_shape` is that of `tensor(pad=...)`, and `shape` is None and `complete` False:
+    `tensor()` alone is not told what shall fill up the shorter ones. Elsewhere `padded_shape` is None. `dtype` is
+    torch's name of it; `slice` is what a `slice=` left of it, as `[:,-1]`, or None: then shape and values are those
+    of the slice; `nbytes` is the whole's size in memory, or that of the parts where there is no whole. `complete`
+    says whether `tensor()` has all that it needs, and `reason` why not; a record of statistics only
+    (`reduce=stats`) is not. `layout` is that of the first part, and `ranks` are those whose part is there. An
+    activation's gradient is as the job computes it: of a mean loss over equal shards, or a pipeline's equal
+    microbatches, `dp_size` times that of one process, and `loss_scale` times that of the loss that the script
+    computed, where a GradScaler or DeepSpeed scaled it. A scale that the job let grow or fall too far is `inf` or
+    0, and one that it broke `nan`. Of a gradient that the optimizer did not use, since it was not finite, `skipped`
+    is True. `train` tells passes that train from others: gradients were enabled when the model was called, and some
+    module of it was in training mode.
 
     Parts are put together where the ranks are known to have made the pass together. One that not all ranks made is a
     record by itself, whole for those that did: `apart` is the lowest of these, and None of a pass of all. `assumed`
@@ -89,6 +90,11 @@ class Record:
     def parts(self) -> tuple[Part, ...]:
         """What each rank captured, in rank order."""
         return tuple(map(part, json.loads(self._reader.parts())))
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Why `tensor()` has no whole to give, in a sentence that says what there is instead; None where `complete`."""
+        return self._reader.reason(str(self))
 
     def tensor(self, *, pad: complex | None = None, side: str = "right", nested: bool = False) -> Any:
         """The whole tensor: a torch.Tensor of `shape` and `dtype` if torch is installed, else a numpy array.

@@ -11,7 +11,7 @@ import torch
 import torch._guards
 
 from .holders import Holders
-from .parameters import ParameterTaps
+from .parameters import ParameterTaps, Versions
 
 
 class Clock:
@@ -61,12 +61,18 @@ class Clock:
         self._parameter_taps.before_skipped(optimizer)
         self._end(optimizer)
 
-    def backward_ended(self, has_left: bool) -> None:
+    def backward_begins(self) -> Versions | None:
+        """A backward pass begins: the versions of the gradients that it finds. One inside of another is part of it."""
+        if torch._guards.TracingContext.try_get() is not None or torch._C._current_graph_task_id() != -1:
+            return None
+        return self._parameter_taps.before_backward()
+
+    def backward_ended(self, has_left: bool, found: Versions | None) -> None:
         """A backward pass ended, and may have left gradients. One that the compiler makes to look into it is none."""
         if torch._guards.TracingContext.try_get() is None:
             scale = self._bridge.backward_ended()
             if has_left and scale is not None:
-                self._parameter_taps.after_backward(scale, self._ended)
+                self._parameter_taps.after_backward(scale, self._ended, found)
 
     @contextlib.contextmanager
     def no_steps(self) -> Iterator[None]:

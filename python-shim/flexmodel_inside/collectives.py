@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from . import patches
 from .mesh import Axis, Meshes
 
@@ -27,6 +29,8 @@ class Collectives:
         self._meshes = meshes
         self._is_reducing = is_reducing
         self._axes: dict[int, tuple[tuple[int, ...], ...]] = {}
+        # Models whose gradients are reduced whoever calls them.
+        self._reducing: set[int] = set()
         # By the name of a process group: no group is held, since one that the job destroyed would live on.
         self._between_members: dict[str, int] = {}
 
@@ -37,21 +41,24 @@ class Collectives:
             if hasattr(group_class, name):
                 patches.wrap(group_class, name, functools.partial(self._counted, guard=guard))
 
-    def put(self, serial: int, axes: Sequence[Axis]) -> None:
-        """A model is distributed along these axes."""
+    def put(self, serial: int, axes: Sequence[Axis], reduces: bool) -> None:
+        """A model is distributed along these axes. `reduces`: any backward pass through it reduces gradients."""
         self._axes[serial] = tuple(axis.ranks for axis in axes)
+        (self._reducing.add if reduces else self._reducing.discard)(serial)
 
     def drop(self, serial: int) -> None:
         """The model was destroyed."""
         self._axes.pop(serial, None)
+        self._reducing.discard(serial)
 
     def now(self, serial: int) -> tuple[int, ...]:
-        """Whether a model that is called now is called through a wrapper that reduces gradients, and for each of its
+        """Whether gradients of a model that is called now are reduced in its backward pass, and for each of its
         axes how many collectives its members have called together, -1 where that is not known."""
         axes = self._axes.get(serial, ())
         if not axes:
             return (False,)
-        return (self._is_reducing(), *(self._count(ranks) for ranks in axes))
+        reduces = self._is_reducing() or (serial in self._reducing and torch.is_grad_enabled())
+        return (reduces, *(self._count(ranks) for ranks in axes))
 
     def _count(self, ranks: tuple[int, ...]) -> int:
         c10d = sys.modules.get(MODULE)

@@ -207,7 +207,7 @@ class Discovery:
             parameters = {name: each for name, each in found.items() if not of(name, each.is_in, theirs)}
         if any(axis.role == ASSUMED for axis in facts.mesh):
             self._bridge.digest_inputs()
-        self._collectives.put(known.serial, facts.mesh)
+        self._collectives.put(known.serial, facts.mesh, facts.reduces)
         selected, of_parameters = self._bridge.select(
             known.serial, entries, list(parameters), facts.wrapper, facts.mesh, _signature(entries, facts), rank, world,
             self._group.number(),

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 Piece = tuple[torch.Tensor, list[Any]]
 
 
+# What tells the value of a gradient from others, by the number of the tap; 0 where there is none, or nothing does.
+Versions = dict[int, int]
+
+
 class ElsewhereError(Exception):
     """A gradient is in buffers of a framework's own until the optimizer steps."""
 
@@ -59,6 +63,8 @@ class Parameter(NamedTuple):
     is_in: Callable[[Set[int]], bool]
     # Whether the elements that were read are codes of values.
     is_packed: Callable[[torch.Tensor], bool] = lambda local: False
+    # How often its gradient changed beside the changes that torch counts; None: nobody knows.
+    changes: Callable[[], int | None] = lambda: 0
 
 
 def flat_placement(axis: Axis, shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -134,10 +140,9 @@ class Parameters:
             local, axes = value, self._frameworks.first("parameter_placement", parameter, model) or []
         # Axes of which nothing is known are outermost.
         known = {axis[0] for axis in axes}
-        of_batch = REPLICATE if model.replicated else UNKNOWN
-        if kind == KIND_GRAD_UNCLIPPED:
-            left = self._frameworks.first("left_along_batch", model)
-            of_batch = of_batch if left is None else left
+        of_batch = self._frameworks.first("along_batch", model, kind)
+        if of_batch is None:
+            of_batch = REPLICATE if model.replicated else UNKNOWN
         rest = [axis for axis in model.mesh if axis.name not in known]
         return detached(local), [*(axis.placed(of_batch if axis.role == DATA else UNKNOWN) for axis in rest), *axes]
 
@@ -184,15 +189,17 @@ class ParameterTaps:
         """A model has none any more."""
         self._taps.pop(serial, None)
 
-    def capture(self, serial: int, kind: int, use: _Use | None = None) -> None:
-        """Captures what is due of a model's parameters; if given, of those alone that an optimizer uses."""
+    def capture(self, serial: int, kind: int, use: _Use | None = None, before: Versions | None = None) -> None:
+        """Captures what is due of a model's parameters; if given, of those alone that an optimizer uses, and whose
+        gradients have not the versions that they had before."""
         with torch._C.DisableTorchFunction():  # what the job's classes of tensors do is no matter here
             for tap, (name, parameter) in self._taps.get(serial, {}).items():
+                known = None if before is None else before.get(tap)
                 due = self._bridge.parameter_due(tap, kind)
-                if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, use or _Use()):
+                if due and not self._faults.of(name, self._capture_one, tap, kind, parameter, use or _Use(), known):
                     self._bridge.refuse_parameter(tap, kind, REFUSAL_RAISED)
 
-    def _capture_one(self, tap: int, kind: int, parameter: Parameter, use: _Use) -> bool:
+    def _capture_one(self, tap: int, kind: int, parameter: Parameter, use: _Use, known: int | None) -> bool:
         try:
             piece = parameter.read(kind) if use.held is None or parameter.is_in(use.held) else None
         except ElsewhereError:
@@ -203,18 +210,30 @@ class ParameterTaps:
             if kind == KIND_PARAM and parameter.is_packed(local):
                 self._bridge.refuse_parameter(tap, kind, REFUSAL_PACKED)
                 return True
-            version = _version(local) if kind == KIND_GRAD_UNCLIPPED else 0
+            version = _version(parameter, local) if kind == KIND_GRAD_UNCLIPPED else 0
+            if version and version == known:
+                return True
             if kind != KIND_PARAM:
                 local = use.unscaled(local)
             self._bridge.capture_parameter(tap, kind, local, axes, kind == KIND_GRAD and use.is_skipped(), version)
         return True
 
-    def after_backward(self, scale: float, ended: int) -> None:
-        """A backward pass has left gradients of a loss that was scaled; `ended` counts the steps that have ended."""
+    def before_backward(self) -> Versions | None:
+        """The versions of the gradients that a backward pass finds: it may leave some as they are, whatever the job did
+        to them since the one that they are of."""
+        if not self._bridge.wants(KINDS_OF_ACCUMULATED_GRADIENTS):
+            return None
+        with torch._C.DisableTorchFunction():
+            taps = [tap for taps in self._taps.values() for tap in taps.items()]
+            return {tap: self._faults.of(name, _found, parameter, otherwise=0) for tap, (name, parameter) in taps}
+
+    def after_backward(self, scale: float, ended: int, before: Versions | None) -> None:
+        """A backward pass has left gradients of a loss that was scaled, where it found some of these versions; `ended`
+        counts the steps that have ended."""
         if self._bridge.wants(KINDS_OF_ACCUMULATED_GRADIENTS):
             self.frameworks.tell("went_backward", ended)
             for serial in self._taps:
-                self.capture(serial, KIND_GRAD_UNCLIPPED, _Use(scale=scale))
+                self.capture(serial, KIND_GRAD_UNCLIPPED, _Use(scale=scale), before)
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this
@@ -253,6 +272,18 @@ class ParameterTaps:
             self.capture(serial, KIND_GRAD, use)
 
 
-def _version(value: torch.Tensor) -> int:
-    """Tells a tensor's value from those that it had before, and from other tensors'."""
-    return hash((value.data_ptr(), value._version, tuple(value.shape))) & (2**64 - 1) or 1
+def _found(parameter: Parameter) -> int:
+    """The version of the gradient that there is, 0 for none."""
+    try:
+        piece = parameter.read(KIND_GRAD_UNCLIPPED)
+    except ElsewhereError:
+        return 0
+    return 0 if piece is None else _version(parameter, piece[0])
+
+
+def _version(parameter: Parameter, value: torch.Tensor) -> int:
+    """Tells a gradient's value from those that it had before, and from other tensors'; 0 where nothing does."""
+    changes = parameter.changes()
+    if changes is None:
+        return 0
+    return hash((value.data_ptr(), value._version, tuple(value.shape), changes)) & (2**64 - 1) or 1

@@ -7,7 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use wire::record::{Axis, DATA, MICRO, Placement};
+use wire::{
+    hooks::Kind,
+    record::{Axis, DATA, MICRO, Placement},
+};
 
 use super::{
     format::{Identity, JobId, ModelInfo, Module, Owners, Part},
@@ -231,7 +234,8 @@ impl PartialOwnership {
 }
 
 /// Makes parts lie among these ranks alone, once all of these are there: along an axis on which they are one member they are
-/// no pieces, and along one whose other members have nothing it is not known what they are.
+/// no pieces, and along one whose other members have nothing it is not known what they are. Of what torch has cut, the other
+/// members have pieces, whether they came or not: that is a parameter, and what lies along another axis than the batch's.
 pub fn lie_among(parts: &mut [Part], only: &BTreeSet<u32>) {
     let ranks: BTreeSet<u32> = parts.iter().map(|part| part.what.rank).collect();
     let depth = parts.iter().map(|part| part.what.axes.len()).min().unwrap_or_default();
@@ -240,12 +244,16 @@ pub fn lie_among(parts: &mut [Part], only: &BTreeSet<u32>) {
     }
     for at in (0..depth).rev() {
         let members: BTreeSet<u32> = parts.iter().map(|part| part.what.axes[at].index).collect();
-        let fits = |axis: &Axis| {
+        let fits = |axis: &Axis, is_parameter: bool| {
             axis.name == MICRO
                 || members.len() == axis.size as usize
-                || matches!(axis.place, Placement::Replicate | Placement::Flat { .. } | Placement::Partial)
+                || match axis.place {
+                    Placement::Replicate | Placement::Flat { .. } | Placement::Partial => true,
+                    Placement::Shard { .. } | Placement::HeadTail { .. } => is_parameter || axis.name != DATA,
+                    Placement::ReplicateOrShard { .. } | Placement::Unknown => false,
+                }
         };
-        if parts.iter().any(|part| fits(&part.what.axes[at])) {
+        if parts.iter().any(|part| fits(&part.what.axes[at], part.what.id.kind.is_in(Kind::OF_PARAMETERS))) {
             continue;
         }
         for part in parts.iter_mut() {
@@ -378,6 +386,19 @@ mod tests {
         let mut alone = parts(&[1], 4);
         known.settle(&mut alone);
         assert!(alone[0].what.axes.is_empty());
+    }
+
+    #[test]
+    fn what_torch_has_cut_stays_a_piece_also_where_the_others_made_none() {
+        let cut = |name: &str, kind: Kind| {
+            let mut alone = parts(&[1], 2);
+            (alone[0].what.axes[0].name, alone[0].what.id.kind) = (name.into(), kind);
+            let before = alone.clone();
+            lie_among(&mut alone, &BTreeSet::from([1]));
+            alone == before
+        };
+        assert!(!cut(DATA, Kind::Forward), "rows of the batch");
+        assert!(cut("tp", Kind::Forward) && cut(DATA, Kind::Param) && cut(DATA, Kind::GradUnclipped));
     }
 
     #[test]

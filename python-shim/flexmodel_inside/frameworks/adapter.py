@@ -93,6 +93,8 @@ class ModelFacts:
         self.wrapper = ""
         # Whether the ranks of the batch have whole parameters, where nothing else is known.
         self.replicated = False
+        # Whether its gradients are reduced in the backward pass because of what it is, whoever calls it.
+        self.reduces = False
         # The axes over which it lies, outermost first, and the device meshes that they are of.
         self.axes: list[Axis] = []
         self.meshes: list[Any] = []
@@ -168,9 +170,9 @@ class Adapter:
     def went_backward(self, ended: int) -> None:
         """A backward pass has left gradients; `ended` counts the steps that optimizers have ended so far."""
 
-    def left_along_batch(self, model: ModelFacts) -> int | None:
-        """The placement, along the axes of the batch, of a gradient that backward passes have left in its parameter."""
-        return None
+    def along_batch(self, model: ModelFacts, kind: int) -> int | None:
+        """The placement, along the axes of the batch, of a parameter in its module, or of its gradient; None if what is
+        known of the model says it. Of replicas one rank sends the bytes: all have to make this now."""
 
     def held_as(self, parameter: torch.Tensor, model: ModelFacts) -> list[torch.Tensor] | None:
         """The tensors that an optimizer has in a parameter's place."""

@@ -49,22 +49,19 @@ class Amp(Adapter):
                 clock.skipped_step(optimizer)
 
         follow(scaler, "step", guard, before=steps, after=stepped)
-        if not self.job.wants_gradients():
-            return
-
-        def updated(_: Any, *call: Any) -> None:
-            of = given(*call, 0, "self")
-            if of.is_enabled():
-                _known[of] = of.get_scale()
-
-        follow(scaler, "update", guard, after=updated)
         follow_scale(self.job, _MODULE, "GradScaler")
 
 
 def follow_scale(job: Job, module: str, name: str) -> None:
-    """Tell the scale of each loss that a scaler of this class scales, if gradients are wanted at all."""
+    """Tell the scale of each loss that a scaler of this class scales, if gradients are wanted at all. The class may
+    have its own way to scale, and to update."""
     if not job.wants_gradients():
         return
+
+    def updated(_: Any, *call: Any) -> None:
+        of = given(*call, 0, "self")
+        if of.is_enabled():
+            _known[of] = of.get_scale()
 
     def scaled(losses: Any, *call: Any) -> None:
         scaler = given(*call, 0, "self")
@@ -78,4 +75,6 @@ def follow_scale(job: Job, module: str, name: str) -> None:
             for loss in losses:
                 mark(loss, scale)
 
-    follow(getattr(sys.modules[module], name), "scale", job.guard, after=scaled)
+    scaler_class = getattr(sys.modules[module], name)
+    follow(scaler_class, "scale", job.guard, after=scaled)
+    follow(scaler_class, "update", job.guard, after=updated)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._bridge import KIND_GRAD_UNCLIPPED, KIND_PARAM
 from .._bridge import PLACEMENT_PARTIAL as PARTIAL
 from .._bridge import PLACEMENT_REPLICATE as REPLICATE
 from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
@@ -49,12 +50,18 @@ class Ddp(Adapter):
             if module.require_forward_param_sync:
                 self._reduced[module] = ended
 
-    def left_along_batch(self, model: ModelFacts) -> int | None:
+    def along_batch(self, model: ModelFacts, kind: int) -> int | None:
         where = model.notes.get(Ddp)
         module = None if where is None else where()
         if module is None:
             return None
-        if module.require_forward_param_sync:  # since its last forward pass with gradients
+        # Ranks that still have batches step without the others.
+        if getattr(getattr(module, "_join_config", None), "enable", False):
+            return UNKNOWN
+        if kind == KIND_PARAM:
+            return REPLICATE if self.is_reducing() else UNKNOWN
+        # Whether gradients are reduced since its last forward pass with gradients.
+        if kind != KIND_GRAD_UNCLIPPED or module.require_forward_param_sync:
             return REPLICATE
         # Beside what was reduced before, it is no addend of the whole.
         return UNKNOWN if self._reduced.get(module) == self._ended else PARTIAL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
@@ -15,11 +17,13 @@ from .._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from ..mesh import DATA, Axis
 from ..naming import authored, is_instance, own
 from ..parameters import Parameter, Piece, flat_placement
-from .adapter import Adapter, ModelFacts
+from ..patches import follow, given
+from .adapter import Adapter, Job, ModelFacts
 from .amp import follow_scale
 
 _MODULE, _CLASS = "torch.distributed.fsdp", "FullyShardedDataParallel"
 _SCALER = "torch.distributed.fsdp.sharded_grad_scaler"
+_RUNTIME, _ACCUMULATE = "torch.distributed.fsdp._runtime_utils", "_accumulate_sharded_grad"
 
 
 class Fsdp1(Adapter):
@@ -28,18 +32,45 @@ class Fsdp1(Adapter):
     imports = (_MODULE,)
     private_children = ("_fsdp_wrapped_module",)
 
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        # How often gradients of a handle's shard were added up, which torch's versions do not count; None: not known.
+        self._added: weakref.WeakKeyDictionary[Any, int] | None = None
+
     def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
-        return [((_SCALER,), lambda: follow_scale(self.job, _SCALER, "ShardedGradScaler"))]
+        return [
+            ((_SCALER,), lambda: follow_scale(self.job, _SCALER, "ShardedGradScaler")),
+            ((_RUNTIME,), self._follow_sums),
+        ]
+
+    def _follow_sums(self) -> None:
+        runtime = sys.modules[_RUNTIME]
+        if not self.job.wants_gradients() or not hasattr(runtime, _ACCUMULATE):
+            return
+        added = self._added = weakref.WeakKeyDictionary()
+
+        def count(_: Any, *call: Any) -> None:
+            handle = given(*call, 1, "handle")
+            added[handle] = added.get(handle, 0) + 1
+
+        follow(runtime, _ACCUMULATE, self.job.guard, after=count)
+
+    def _sums(self, where: Any) -> int | None:
+        """How often gradients of the handle `where` were added up."""
+        return None if self._added is None else self._added.get(where(), 0)
 
     def see(self, module: nn.Module, model: ModelFacts) -> None:
         if not is_instance(module, _MODULE, _CLASS):
             return
         model.wrapped("FSDP1")
+        model.reduces = True
         outer, inner = self._axes(module)
         model.axes += [*outer, inner]
         handle = own(module, "_handle", None)
         if model.with_parameters and handle is not None:
-            model.shards.update(_parameters(handle, outer, inner))
+            sums = functools.partial(self._sums, weakref.ref(handle))
+            for place, parameter in _parameters(handle, outer, inner):
+                model.shards[place] = parameter._replace(changes=sums)
 
     def _axes(self, module: Any) -> tuple[list[Axis], Axis]:
         """The axis between replicas of the shards, if there is one, and that of the shards."""

@@ -29,6 +29,7 @@ class Fsdp2(Adapter):
         if not is_instance(module, _MODULE, _CLASS):
             return
         model.wrapped("FSDP2")
+        model.reduces = True
         groups = _groups(module)
         for group in groups:
             model.meshes.append(group.mesh_info.mesh)

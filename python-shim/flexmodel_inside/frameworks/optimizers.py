@@ -53,21 +53,24 @@ class Optimizers(Adapter):
         follow(cls, "add_param_group", guard, after=of(self.job.clock.parameters_added))
         # Both `backward` and `grad` call it. These themselves are known to torch.jit by what they are.
         if hasattr(torch.autograd, "_engine_run_backward"):
+            begins = guard(self.job.clock.backward_begins, "the beginning of a backward pass")
             ended = guard(self.job.clock.backward_ended, "the end of a backward pass")
-            wrap(torch.autograd, "_engine_run_backward", lambda run: _followed(run, ended))
+            wrap(torch.autograd, "_engine_run_backward", lambda run: _followed(run, begins, ended))
         register_optimizer_step_pre_hook(guard(begin, "what an optimizer steps with"))
         register_optimizer_step_post_hook(guard(end, "the step of an optimizer"))
 
 
-def _followed(run: Callable[..., Any], ended: Callable[[bool], object]) -> Callable[..., Any]:
+def _followed(
+    run: Callable[..., Any], begins: Callable[[], Any], ended: Callable[[bool, Any], object]
+) -> Callable[..., Any]:
     def followed(*args: Any, **kwargs: Any) -> Any:
-        has_left = False
+        has_left, found = False, begins()
         try:
             result = run(*args, **kwargs)
             # `torch.autograd.grad` gives gradients to who asks, and leaves none.
             has_left = kwargs.get("accumulate_grad", False)
             return result
         finally:
-            ended(has_left)
+            ended(has_left, found)
 
     return followed

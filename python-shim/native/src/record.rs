@@ -74,8 +74,8 @@ impl Record {
         Self { record: run.records[at].clone(), source: run.source().clone() }
     }
 
-    /// Why there is no whole.
-    fn no_whole(&self, name: &str, error: LayoutError) -> PyErr {
+    /// Why parts make no whole.
+    fn no_whole(&self, name: &str, error: LayoutError) -> String {
         let ranks = few(self.record.ranks());
         let why = match error {
             LayoutError::Missing(missing) => return self.incomplete(name, &missing),
@@ -88,10 +88,10 @@ impl Record {
             LayoutError::Replicas(one, other) => format!("ranks {one} and {other} hold replicas that differ"),
             LayoutError::Conflict(why) => why,
         };
-        NotCapturedError::new_err(format!("{name}: {why}; each rank's part is kept: ask for rank= one of {ranks}"))
+        format!("{name}: {why}; each rank's part is kept: ask for rank= one of {ranks}")
     }
 
-    fn incomplete(&self, name: &str, missing: &[layout::Coordinates]) -> PyErr {
+    fn incomplete(&self, name: &str, missing: &[layout::Coordinates]) -> String {
         let (mut names, mut ranks) = (Vec::new(), Vec::new());
         for place in missing {
             let one = |(axis, index, size): &(String, u32, u32)| format!("{axis} {index} of {size}");
@@ -109,12 +109,12 @@ impl Record {
             [] => String::new(),
             all => format!("; parts were dropped there: {}", clip(&all.join(", "))),
         };
-        NotCapturedError::new_err(format!(
+        format!(
             "{name} is incomplete: no part of {}{why}. Parts of rank {} are there: ask with rank=; while the job runs, \
              run.refresh() reads what has come since",
             names.join("; "),
             few(self.record.ranks())
-        ))
+        )
     }
 }
 
@@ -175,6 +175,14 @@ impl Record {
     /// What each rank captured, as JSON.
     fn parts(&self, py: Python<'_>) -> PyResult<String> {
         py.detach(|| json(&self.record.parts))
+    }
+
+    /// Why there is no whole, as `bytes` says it; `None` where there is one.
+    fn reason(&self, py: Python<'_>, name: &str) -> Option<String> {
+        py.detach(|| match AssemblyPlan::new(&self.record.parts).err()? {
+            PlanError::Layout(error) => Some(self.no_whole(name, error)),
+            error => Some(format!("{name}: {}", self.source.shards().refusal(&error))),
+        })
     }
 
     /// Statistics of the whole.
@@ -240,7 +248,7 @@ impl Record {
 
     fn no_plan(&self, name: &str, error: PlanError) -> PyErr {
         match error {
-            PlanError::Layout(e) => self.no_whole(name, e),
+            PlanError::Layout(e) => NotCapturedError::new_err(self.no_whole(name, e)),
             e => unread(name, self.source.shards().refusal(&e)),
         }
     }

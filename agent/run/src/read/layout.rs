@@ -238,6 +238,28 @@ pub fn lend(parts: &mut [Part]) {
     }
 }
 
+/// Whether some say that they are replicas along an axis along which others do not know what they are.
+pub fn are_doubted(parts: &[Part]) -> bool {
+    let says = |depth: usize, place: Placement| {
+        parts.iter().any(|part| part.what.axes.get(depth).is_some_and(|axis| axis.place == place))
+    };
+    let depth = parts.first().map_or(0, |part| part.what.axes.len());
+    (0..depth).any(|depth| says(depth, Placement::Replicate) && says(depth, Placement::Unknown))
+}
+
+/// Makes what some do not know unknown for all.
+pub fn doubt(parts: &mut [Part]) {
+    let depth = parts.first().map_or(0, |part| part.what.axes.len());
+    for depth in 0..depth {
+        let mut axes: Vec<&mut Axis> = parts.iter_mut().filter_map(|part| part.what.axes.get_mut(depth)).collect();
+        if axes.iter().any(|axis| axis.place == Placement::Unknown) {
+            axes.iter_mut()
+                .filter(|axis| axis.place == Placement::Replicate)
+                .for_each(|axis| axis.place = Placement::Unknown);
+        }
+    }
+}
+
 /// Parts that should be replicas of an earlier one and are not: indexes of both.
 pub fn differing_replicas(parts: &[Part]) -> Vec<(usize, usize)> {
     let mut first: BTreeMap<Vec<u32>, usize> = BTreeMap::new();

@@ -202,6 +202,10 @@ fn piece_of_sequences_or_all(axis: &MeshAxis, shape: &[u64], known: Known) -> Pl
     // As `torch.chunk` cuts.
     let longest = length.div_ceil(u64::from(axis.size));
     let own = length.saturating_sub(longest * u64::from(axis.index)).min(longest);
+    if longest == length {
+        // As when tokens are decoded one by one: a piece is no shorter than all, and all have that.
+        return Placement::Unknown;
+    }
     match (known.order, shape) {
         (Order::Unstated | Order::BatchFirst, &[a, b, _, ..]) if length != u64::MAX && (a, b) == (batch, own) => {
             Placement::ReplicateOrShard { dim: 1 }

@@ -213,6 +213,17 @@ fn a_tensor_axis_may_cut_sequences_too() {
 }
 
 #[test]
+fn one_token_is_not_cut() {
+    let known = Known { batch: [4, 1, -1], ..DP };
+    for index in 0..2 {
+        let mut mesh = mesh(&[Role::Tensor]);
+        mesh[0].index = index;
+        let axes = infer(Leaf { shape: &[4, 1, 3], ..OUT }, known, None, &mesh, Vec::new());
+        assert_eq!(axes[0].place, Placement::Unknown);
+    }
+}
+
+#[test]
 fn a_context_axis_cuts_sequences_in_an_order_that_is_not_known() {
     let axes = infer(OUT, DP, None, &mesh(&[Role::Context]), Vec::new());
     assert_eq!(axes[0].place, Placement::Unknown);
