@@ -9,7 +9,7 @@ import captures
 import harness
 
 WEIGHT = "layers.0.mlp.up.weight"
-ZERO = ("0-fp16", "2-fp16", "3-bf16")
+ZERO = ("0-fp16", "1-fp32", "2-fp16", "3-bf16")
 JOBS = {
     "zero": (harness.torchrun("zero_skips.py", *ZERO), f"embed;{WEIGHT}:param,grad"),
     "megatron": (harness.on_ranks("megatron_skips.py", ranks=1), "0;0.weight:param,grad"),

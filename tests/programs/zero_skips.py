@@ -1,5 +1,5 @@
 """DeepSpeed with a loss that is not finite in one step, which DeepSpeed skips: `zero_skips.py CASES...`, one by one.
-A case is a stage and a type: `0-fp16`, `3-bf16`.
+A case is a stage and a type: `0-fp16`, `3-bf16`; `1-fp32` is bf16 with gradients that are accumulated in fp32.
 """
 
 import sys
@@ -28,6 +28,8 @@ def train(stage: str, dtype: str) -> None:
         config["fp16"] = {"enabled": True, "initial_scale_power": SCALE_POWER, "hysteresis": 1}
     else:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if dtype == "fp32":
+        config["data_types"] = {"grad_accum_dtype": dtype}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for step in range(STEPS):

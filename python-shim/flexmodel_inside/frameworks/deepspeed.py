@@ -29,12 +29,13 @@ from ..patches import follow, given
 from .adapter import Adapter, Job, ModelFacts
 
 _MODULE, _CLASS = "deepspeed.runtime.engine", "DeepSpeedEngine"
-# Its optimizers that skip steps. Each says so, before it forgets gradients, to its method `_update_scale`.
+# Its optimizers that skip steps, and the method that each calls then, before it forgets gradients.
 _SKIPPING = (
-    ("deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer"),
-    ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"),
-    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"),
-    ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"),
+    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer", "clear_hp_grads"),
+    ("deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer", "_update_scale"),
+    ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", "_update_scale"),
+    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", "_update_scale"),
+    ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "_update_scale"),
 )
 # Attributes of its optimizers with all that the inner one has; flat, but for the last.
 _HELD = (
@@ -54,6 +55,8 @@ class DeepSpeed(Adapter):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
+        # The optimizer that steps, until it is known whether it skips that.
+        self._stepping: weakref.ref[Any] | None = None
         # The optimizer that is about to forget the gradients that it skips, and what was made of these, by group.
         self._skipping: Any = None
         self._made: dict[int, torch.Tensor | None] = {}
@@ -64,18 +67,23 @@ class DeepSpeed(Adapter):
         skips = [self._skips_of(*where) for where in _SKIPPING]
         return [((_MODULE,), self._follow), *skips]
 
-    def _skips_of(self, module: str, name: str) -> tuple[Sequence[str], Callable[[], object]]:
+    def _skips_of(self, module: str, name: str, method: str) -> tuple[Sequence[str], Callable[[], object]]:
         def follow_skips() -> None:
             cls = getattr(sys.modules[module], name)
-            follow(cls, "_update_scale", self.job.guard, before=self._skip)
-            self.job.clock.makes_states(cls, "initialize_optimizer_states")
+            follow(cls, "step", self.job.guard, before=self._step)
+            follow(cls, method, self.job.guard, before=self._skip)
+            if hasattr(cls, "initialize_optimizer_states"):
+                self.job.clock.makes_states(cls, "initialize_optimizer_states")
 
         return (module,), follow_skips
 
+    def _step(self, *call: Any) -> None:
+        self._stepping = weakref.ref(given(*call, 0, "self"))
+
     def _skip(self, *call: Any) -> None:
-        """An optimizer tells its loss scale whether it skips a step."""
-        optimizer, skips = given(*call, 0, "self"), [*call[0][1:], *call[1].values()]
-        if not skips or not skips[0]:
+        """An optimizer knows whether it skips a step, and has its gradients yet."""
+        optimizer, stepping, self._stepping = given(*call, 0, "self"), self._stepping, None
+        if stepping is None or stepping() is not optimizer or not optimizer.overflow:
             return
         held = {id(each) for group in _all_held(optimizer) for each in group}
         scale = getattr(optimizer, "loss_scale", None)
@@ -162,7 +170,9 @@ class DeepSpeed(Adapter):
         groups = next(groups for groups in map(functools.partial(_of, self._skipping), _HELD) if groups is not None)
         index = next(at for at, flat in enumerate(groups) if flat is flats[0])
         if index not in self._made:
-            pieces = self._skipping.averaged_gradients.get(index)
+            of_group = _of(self._skipping, "averaged_gradients") or {}
+            flats_of_groups = _of(self._skipping, "fp32_groups_gradient_flat_partition") or []
+            pieces = of_group.get(index) or flats_of_groups[index : index + 1]
             flat = torch.cat([piece.detach().reshape(-1) for piece in pieces]) if pieces else None
             self._made[index] = None if flat is None else flat.to(flats[0].dtype)
         return self._made[index]
