@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from flexmodel_inside import patches
 from flexmodel_inside._bridge import PLACEMENT_SHARD as SHARD
+from flexmodel_inside._bridge import PLACEMENT_UNKNOWN as UNKNOWN
 from flexmodel_inside.faults import Faults
 from flexmodel_inside.frameworks import Frameworks, Job
 from flexmodel_inside.frameworks.context_parallel import Cut
@@ -19,8 +20,10 @@ from flexmodel_inside.naming import all_in
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import _context_parallel  # noqa: F401
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 RANK, WORLD = 5, 8
@@ -146,6 +149,60 @@ def test_an_axis_that_others_are_folded_into_gives_way_to_them():
     folded = mesh["dp", "cp"]._flatten("dp_cp")
     model = fully_shard(nn.Linear(8, 8), mesh=folded)
     assert axes(model, mesh) == [("dp", 2, 4, DATA), ("cp", 1, 2, CONTEXT)]
+
+
+def cut(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    """A piece of its rows. What torch would make of the whole may be on a mesh of an earlier test, which is equal."""
+    piece = weight.detach().chunk(mesh.size())[mesh.get_local_rank()]
+    return nn.Parameter(DTensor.from_local(piece, mesh, [Shard(0)], run_check=False))
+
+
+def with_experts(**sizes: int) -> nn.Module:
+    """As transformers distributes a model: dense layers over one mesh, experts over another one of the same ranks."""
+    fsdp, tp, efsdp, ep = sizes.values()
+    dense = init_device_mesh("cpu", (fsdp, tp), mesh_dim_names=("fsdp", "tp"))
+    expert = init_device_mesh("cpu", (efsdp, ep), mesh_dim_names=("efsdp", "ep"))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    if tp > 1:
+        parallelize_module(model[0], dense["tp"], ColwiseParallel())
+    model[1].weight = cut(model[1].weight, expert["ep"])
+    fully_shard(model[1], mesh=expert["efsdp"])
+    return fully_shard(model, mesh=dense["fsdp"])
+
+
+def test_experts_are_among_the_ranks_of_the_batch_in_the_order_of_its_rows():
+    of_batch = [("efsdp", 2, 4, DATA), ("ep", 1, 2, DATA)]
+    assert axes(with_experts(fsdp=8, tp=1, efsdp=4, ep=2)) == of_batch
+    # Both axes are coordinate 2 of 4 along `fsdp`: 1 of 2 shards of experts, and 0 of 2 that have these.
+    rank = Rank()
+    found = rank.axes(with_experts(fsdp=4, tp=2, efsdp=2, ep=4))
+    assert [axis[:4] for axis in found if axis.role == DATA] == [("efsdp", 1, 2, DATA), ("rest", 0, 2, DATA)]
+    assert [axis[:4] for axis in found if axis.role != DATA] == [("tp", 1, 2, TENSOR)]
+    assert {axis.name: axis.ranks for axis in found} == {"efsdp": (1, 5), "rest": (5, 7), "tp": (4, 5)}
+
+
+def test_experts_on_an_axis_of_their_own_say_nothing_of_the_batch():
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "experts"))
+    model = nn.Linear(8, 8, bias=False)
+    model.weight = cut(model.weight, mesh["experts"])
+    assert axes(model) == [("experts", 1, 2, OTHER), ("dp", 2, 4, DATA)]
+
+
+@pytest.mark.parametrize(
+    ("placements", "known"),
+    [
+        ([_StridedShard(0, split_factor=2), Shard(0)], True),  # FSDP over what tensor parallelism has cut
+        ([Replicate(), _StridedShard(0, split_factor=2)], False),  # two weights in one, each in pieces
+        ([_StridedShard(0, split_factor=4), Shard(0)], False),
+        ([Shard(1), _StridedShard(0, split_factor=2)], False),
+    ],
+)
+def test_interleaved_pieces_are_known_where_the_mesh_accounts_for_them(placements, known):
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
+    tensor = DTensor.from_local(torch.zeros(4, 4), mesh, placements, run_check=False)
+    _, found = Rank().frameworks.decided("placement", tensor)
+    assert sorted(name for name, *_ in found) == ["dp", "tp"]
+    assert all(place != UNKNOWN for _, _, _, place, _ in found) == known
 
 
 def test_a_mesh_for_planning_is_nobodys():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch._guards
 
 from .holders import Holders
 from .parameters import ParameterTaps, Versions
+from .patches import wrap
 
 
 class Clock:
@@ -56,9 +57,12 @@ class Clock:
         """How often an optimizer has stepped."""
         return self._stepped[self._holders.number(optimizer)]
 
-    def skipped_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """It was to step with the gradients that there are, and did not."""
-        self._parameter_taps.before_skipped(optimizer)
+    def skipped_step(
+        self, optimizer: torch.optim.Optimizer, held: Set[int] | None = None, scale: float | None = None
+    ) -> None:
+        """It was to step with the gradients that there are, and did not. `held` are ids of its parameters, where it
+        does not say so itself, and `scale` is by what somebody would have divided the gradients before."""
+        self._parameter_taps.before_skipped(optimizer, held, scale)
         self._end(optimizer)
 
     def backward_begins(self) -> Versions | None:
@@ -82,6 +86,18 @@ class Clock:
             yield
         finally:
             self._ignoring -= 1
+
+    def makes_states(self, owner: Any, name: str) -> None:
+        """A function of this name makes the states of an optimizer, by a step with gradients that are zero."""
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def apart(*args: Any, **kwargs: Any) -> Any:
+                with self.no_steps():
+                    return original(*args, **kwargs)
+
+            return apart
+
+        wrap(owner, name, make)
 
     def _end(self, optimizer: torch.optim.Optimizer) -> None:
         self._ended += 1

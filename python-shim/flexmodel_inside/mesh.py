@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ._bridge import ROLE_ASSUMED as ASSUMED
@@ -15,10 +16,12 @@ from ._bridge import ROLE_TENSOR as TENSOR
 
 # What the names that people give to mesh axes are made of.
 _WORDS = {
-    **dict.fromkeys(("dp", "ddp", "fsdp", "hsdp", "data", "batch", "replicate", "shard"), DATA),
-    **dict.fromkeys(("tp", "mp", "tensor", "model"), TENSOR),
+    **dict.fromkeys(("dp", "ddp", "fsdp", "hsdp", "efsdp", "edp", "data", "batch", "replicate", "shard"), DATA),
+    **dict.fromkeys(("tp", "etp", "mp", "tensor", "model"), TENSOR),
     **dict.fromkeys(("cp", "sp", "context", "sequence", "seq"), CONTEXT),
     **dict.fromkeys(("pp", "pipe", "pipeline", "stage"), PIPELINE),
+    # Who has other experts may have rows of the batch of its own, or the same.
+    **dict.fromkeys(("ep", "expert", "experts"), OTHER),
 }
 
 
@@ -121,7 +124,7 @@ class Meshes:
             while len(ranks) > 1 and known in self._names.values():
                 known += "'"
             self._names[ranks] = known
-        by_name = CONTEXT if ranks in self._cut else role_of(known, role)
+        by_name = CONTEXT if ranks in self._cut else role_of(name or known, role)
         # Who averages gradients over an axis has the batch on it, or pieces of its sequences, whatever its name.
         return Axis(known, index, len(ranks), role if role == DATA and by_name != CONTEXT else by_name, ranks)
 
@@ -143,7 +146,8 @@ class Meshes:
             axes = self.whole[0]
         if not axes:
             return assumed(rank, world)
-        return [axis for axis in [*axes, *_rest(axes, rank, world)] if axis.role != PIPELINE]
+        reached = _with_batch([*axes, *_rest(axes, rank, world)], found.values())
+        return [axis for axis in reached if axis.role != PIPELINE]
 
 
 def assumed(rank: int, world: int) -> list[Axis]:
@@ -161,6 +165,19 @@ def group_ranks(group: Any) -> tuple[int, ...]:
     return tuple(sys.modules["torch.distributed"].get_process_group_ranks(group))
 
 
+def _with_batch(axes: list[Axis], stated: Iterable[Axis]) -> list[Axis]:
+    """The same, with the role of the batch for what is nothing else and lies inside of an axis that has it: experts are
+    on ranks among which a wrapper shares the batch. Those of the batch are in the order of its rows."""
+    batches = [set(axis.ranks) for axis in stated if axis.role == DATA]
+    folded = [any(set(axis.ranks) < batch for batch in batches) for axis in axes]
+    out = [a._replace(role=DATA) if inside and a.role == OTHER else a for a, inside in zip(axes, folded, strict=True)]
+    places = [at for at, axis in enumerate(out) if axis.role == DATA and folded[at]]
+    ordered = sorted((out[at] for at in places), key=lambda axis: axis.ranks[0] - axis.ranks[1])
+    for at, axis in zip(places, ordered, strict=True):
+        out[at] = axis
+    return out
+
+
 def _rest(axes: list[Axis], rank: int, world: int) -> list[Axis]:
     """An axis for the ranks that `axes` do not reach from here, as if they were laid out in the same way."""
     here = {0}
@@ -172,7 +189,9 @@ def _rest(axes: list[Axis], rank: int, world: int) -> list[Axis]:
     left, cells = set(range(world)), []
     while left:
         first = min(left)
-        cells.append({first - min(here) + step for step in here} & left)
-        left -= cells[-1]
+        cells.append(sorted({first - min(here) + step for step in here} & left))
+        left -= set(cells[-1])
     index = next(i for i, cell in enumerate(cells) if rank in cell)
-    return [Axis("rest", index, len(cells), OTHER, tuple(sorted(min(cell) for cell in cells)))]
+    place = cells[index].index(rank)
+    # Cells are of one length unless ranks are laid out in another way here than there.
+    return [Axis("rest", index, len(cells), OTHER, tuple(cell[min(place, len(cell) - 1)] for cell in cells))]

@@ -121,7 +121,8 @@ class Parameters:
             piece = frameworks.decided("read", parameter, kind, model)
             if piece is not NotImplemented:
                 return piece
-            value = parameter if kind == KIND_PARAM else parameter.grad
+            in_copy = frameworks.first("gradient_in_copy", parameter, model) if kind == KIND_GRAD else None
+            value = parameter if kind == KIND_PARAM else parameter.grad if in_copy is None else in_copy
             return None if value is None else self._described(value, parameter, kind, model)
 
         def is_in(held: Set[int]) -> bool:
@@ -248,21 +249,24 @@ class ParameterTaps:
             capture()
         return given
 
-    def before_skipped(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer was not given the gradients that there are."""
-        self._faults.of("the gradients of a skipped optimizer", self._capture_of, optimizer, True)
+    def before_skipped(
+        self, optimizer: torch.optim.Optimizer, held: Set[int] | None = None, scale: float | None = None
+    ) -> None:
+        """An optimizer was not given the gradients that there are. `held` and `scale` are as for a skipped step."""
+        use = _Use(_held(optimizer) if held is None else held, scale, lambda: True)
+        self._faults.of("the gradients of a skipped optimizer", self._capture_for, use)
 
-    def _capture_of(self, optimizer: torch.optim.Optimizer, skipped: bool = False) -> None:
+    def _capture_of(self, optimizer: torch.optim.Optimizer) -> None:
         if not any(self._taps.values()):
             return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         # What a GradScaler leaves to an optimizer that unscales gradients while it uses them, or does not use them.
         scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        use = _Use(_held(optimizer), scale if isinstance(scale, torch.Tensor) else None)
         if isinstance(found_inf, torch.Tensor):
-            is_skipped = functools.cache(lambda: bool(found_inf.item()))  # which may be on a device
-        else:
-            is_skipped = lambda: skipped  # noqa: E731
-        use = _Use(held, scale if isinstance(scale, torch.Tensor) else None, is_skipped)
+            use.is_skipped = functools.cache(lambda: bool(found_inf.item()))  # which may be on a device
+        self._capture_for(use)
+
+    def _capture_for(self, use: _Use) -> None:
         # An optimizer that steps in the backward pass leaves nothing for its end.
         in_backward = torch._C._current_graph_task_id() != -1
         for serial in self._taps:
@@ -270,6 +274,10 @@ class ParameterTaps:
                 self.capture(serial, KIND_GRAD_UNCLIPPED, use)
             self.capture(serial, KIND_PARAM, use)
             self.capture(serial, KIND_GRAD, use)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> Set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _found(parameter: Parameter) -> int:

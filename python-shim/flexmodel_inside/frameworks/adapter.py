@@ -167,6 +167,11 @@ class Adapter:
         `NotImplemented` where that is what the parameter itself says. May raise `ElsewhereError`."""
         return NotImplemented
 
+    def gradient_in_copy(self, parameter: torch.Tensor, model: ModelFacts) -> torch.Tensor | None:
+        """The gradient that an optimizer is about to use which has a copy of a parameter, of another type. It has the
+        shape of the parameter, and lies as that does."""
+        return None
+
     def went_backward(self, ended: int) -> None:
         """A backward pass has left gradients; `ended` counts the steps that optimizers have ended so far."""
 

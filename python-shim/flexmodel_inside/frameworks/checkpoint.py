@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from ..patches import wrap
 from .adapter import Adapter
 
 _MODULE = "torch.distributed.checkpoint.state_dict"
@@ -21,11 +19,4 @@ class Checkpoint(Adapter):
         return [((_MODULE,), self._follow)]
 
     def _follow(self) -> None:
-        def make(original: Any) -> Callable[..., Any]:
-            def apart(*args: Any, **kwargs: Any) -> Any:
-                with self.job.clock.no_steps():
-                    return original(*args, **kwargs)
-
-            return apart
-
-        wrap(sys.modules[_MODULE], "_init_optim_state", make)
+        self.job.clock.makes_states(sys.modules[_MODULE], "_init_optim_state")

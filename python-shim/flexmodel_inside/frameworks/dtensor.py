@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,10 +86,27 @@ class DTensors(Adapter):
         axes = self.job.meshes.axes_of(spec.mesh)
         if len(axes) != len(spec.placements):
             return None
-        described = [(axis, *_place(placement)) for axis, placement in zip(axes, spec.placements, strict=True)]
+        places = _places(spec.placements, [axis.size for axis in axes])
+        described = [(axis, *place) for axis, place in zip(axes, places, strict=True)]
         # A strided shard lies inside of the shards of the same dimension that come after it in the mesh.
         described.sort(key=lambda entry: entry[3])
         return [axis.placed(place, dim) for axis, place, dim, _ in described]
+
+
+def _places(placements: Sequence[Any], sizes: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """Place, dimension, and whether the shard is strided, of each `Placement` of one tensor.
+
+    A strided shard is one of shards that come after it in the mesh, if there are as many of these as it says. What
+    says something else interleaves pieces in another way: transformers' fused weights are cut block by block.
+    """
+    placed = [_place(placement) for placement in placements]
+    odd = set()
+    for at, (placement, (_, dim, is_strided)) in enumerate(zip(placements, placed, strict=True)):
+        if is_strided:
+            later = zip(sizes[at + 1 :], placed[at + 1 :], strict=True)
+            if placement.split_factor != math.prod(size for size, other in later if other[:2] == (SHARD, dim)):
+                odd.add(dim)
+    return [(UNKNOWN, 0, False) if place == SHARD and dim in odd else (place, dim, s) for place, dim, s in placed]
 
 
 def _place(placement: Any) -> tuple[int, int, bool]:

@@ -1,4 +1,5 @@
-"""megatron-core: its parallel layers and process groups; the schedules that run its stages and divide its losses."""
+"""megatron-core: its parallel layers and process groups; the schedules that run its stages and divide its losses; the
+steps that its optimizers skip."""
 
 from __future__ import annotations
 
@@ -17,12 +18,14 @@ from ..mesh import CONTEXT, DATA, PIPELINE, TENSOR
 from ..naming import is_instance, stored
 from ..orders import TURNED
 from ..parameters import ElsewhereError, Piece
-from ..patches import follow
+from ..patches import follow, given
 from .adapter import Adapter, Job, ModelFacts, Stage
 
 _STATE = "megatron.core.parallel_state"
 _LAYERS = "megatron.core.tensor_parallel.layers"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+_OPTIMIZER = "megatron.core.optimizer.optimizer"
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 # What runs the steps of a pipeline, and those of a model in one piece.
 _PIPELINES = (
     "forward_backward_pipelining_without_interleaving",
@@ -52,7 +55,27 @@ class Megatron(Adapter):
         self._chunks: list[_Chunk] = []
 
     def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
-        return [((_SCHEDULES,), self._follow)]
+        return [
+            ((_SCHEDULES,), self._follow),
+            ((_OPTIMIZER,), self._follow_skips),
+            ((_DISTRIBUTED,), self._follow_states),
+        ]
+
+    def _follow_states(self) -> None:
+        """Loading a checkpoint makes states to load into."""
+        cls = sys.modules[_DISTRIBUTED].DistributedOptimizer  # type: ignore[attr-defined]
+        self.job.clock.makes_states(cls, "_init_optimizer_states_with_dummy_values")
+
+    def _follow_skips(self) -> None:
+        """An optimizer of more than one type skips a step whose gradients, unscaled by then, are not finite."""
+        cls = sys.modules[_OPTIMIZER].MixedPrecisionOptimizer  # type: ignore[attr-defined]
+
+        def prepared(found_inf: bool, *call: Any) -> None:
+            optimizer = given(*call, 0, "self").optimizer
+            if found_inf and optimizer is not None:
+                self.job.clock.skipped_step(optimizer)
+
+        follow(cls, "prepare_grads", self.job.guard, after=prepared)
 
     def _follow(self) -> None:
         schedules, guard = sys.modules[_SCHEDULES], self.job.guard
@@ -110,6 +133,14 @@ class Megatron(Adapter):
             raise ElsewhereError
         return NotImplemented
 
+    def held_as(self, parameter: torch.Tensor, model: ModelFacts) -> list[torch.Tensor] | None:
+        copy = _main(parameter)
+        return None if copy is None else [copy]
+
+    def gradient_in_copy(self, parameter: torch.Tensor, model: ModelFacts) -> torch.Tensor | None:
+        copy = _main(parameter)
+        return None if copy is None else copy.grad
+
     def placement_by_module(
         self, tensor: torch.Tensor, module: nn.Module, is_input: bool
     ) -> list[AxisPlacement] | None:
@@ -132,6 +163,11 @@ class _Chunk:
     @property
     def submod(self) -> nn.Module | None:
         return self._model()
+
+
+def _main(parameter: Any) -> torch.Tensor | None:
+    """What an optimizer has for a parameter of another type; None where it has that itself, or a piece of it."""
+    return None if getattr(parameter, "main_param_sharded", False) else getattr(parameter, "main_param", None)
 
 
 def _models(given: dict[str, Any]) -> list[nn.Module]:

@@ -212,7 +212,12 @@ impl Engine {
             edit &= if placed.is_some() { !0 } else { !Kind::GRADIENTS };
         }
         let ask = model.mesh.iter().any(|axis| !matches!(axis.role, Role::Data | Role::Assumed));
-        (capture | edit != 0).then_some(Call { capture, edit, ask, ..call })
+        let wanted = (capture | edit != 0).then_some(Call { capture, edit, ask, ..call });
+        if wanted.is_some() {
+            // A module that the job calls by itself is in no pass that begins.
+            self.say_rule();
+        }
+        wanted
     }
 
     /// Other ranks have to know of the pass that begins, if something may be captured in its step.

@@ -287,6 +287,17 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
 }
 
 #[test]
+fn a_module_that_is_called_by_itself_says_by_which_rule_steps_are_counted() {
+    let mut w = engine("a");
+    let taps = w.taps(&Model::of(1, &["", "a"]));
+    for _ in 0..2 {
+        w.engine.triggered(taps[0].1, &training()).unwrap();
+    }
+    let said = w.reports.said.lock().unwrap();
+    assert_eq!(said.iter().filter(|message| matches!(message, ToAgent::Steps(_))).count(), 1);
+}
+
+#[test]
 fn a_process_that_becomes_another_rank_says_so_and_its_records_are_of_that() {
     let mut w = engine("a");
     let model = Model::of(1, &["", "a"]);
