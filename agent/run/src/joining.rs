@@ -10,11 +10,11 @@ use std::{
     mem,
 };
 
-use wire::{hooks::Kind, passes::Pass, record::Axis};
+use wire::{passes::Pass, record::Axis};
 
 use crate::{
     format::{Identity, JobId, JobInfo, Line, Part, What},
-    passes::{Local, Passes, Verdict},
+    passes::{Passes, Place, Verdict},
 };
 
 /// Newest attempts of jobs of whose passes anything is known.
@@ -208,7 +208,7 @@ impl Joining {
 
     /// Whether parts are known to be of one pass that all ranks made, and are called as that is; or their numbers are all that
     /// ranks say.
-    pub fn are_one<'a>(&self, parts: impl Iterator<Item = &'a Place>) -> bool {
+    pub fn are_one(&self, parts: impl Iterator<Item = Place>) -> bool {
         let mut first = None;
         parts.into_iter().all(|place| match self.verdict(place, false) {
             Verdict::Joint(joint) if !joint.is_named(place.local) => false,
@@ -219,7 +219,7 @@ impl Joining {
     }
 
     /// Whether it is known of which pass a part is, or never will be.
-    pub fn is_decided(&self, place: &Place) -> bool {
+    pub fn is_decided(&self, place: Place) -> bool {
         match self.verdict(place, false) {
             Verdict::Joint(_) => true,
             Verdict::Pending => false,
@@ -246,8 +246,8 @@ impl Joining {
             Told::Part { part, .. } => self.fate_of_part(part, end),
             Told::Differs { what, against } => {
                 let place = Place::of(&what);
-                let of = |rank| self.verdict(&Place { local: place.local.on(rank), ..place }, end);
-                let tells = self.tells(&place, end);
+                let of = |rank| self.verdict(place.on(rank), end);
+                let tells = self.tells(place, end);
                 match (of(what.rank), of(against)) {
                     (Verdict::Joint(one), Verdict::Joint(other)) if one != other => Fate::Nothing,
                     (Verdict::Joint(_), Verdict::Joint(_)) => Fate::Told(Told::Differs { what, against }),
@@ -260,7 +260,7 @@ impl Joining {
 
     fn fate_of_part(&self, mut part: Box<Part>, end: bool) -> Fate {
         let place = Place::of(&part.what);
-        match self.verdict(&place, end) {
+        match self.verdict(place, end) {
             Verdict::Joint(joint) => {
                 let only = (!joint.by_all).then(|| joint.ranks.clone());
                 part.what.id = joint.identity(&part.what.id, place.local);
@@ -270,21 +270,17 @@ impl Joining {
                 }
                 Fate::Told(Told::Part { part, only })
             }
-            Verdict::Unsaid if part.what.axes.is_empty() || !self.tells(&place, end) => Fate::Told(Told::part(*part)),
+            Verdict::Unsaid if part.what.axes.is_empty() || !self.tells(place, end) => Fate::Told(Told::part(*part)),
             Verdict::Pending | Verdict::Unsaid => Fate::Waits(Told::part(*part)),
         }
     }
 
-    fn verdict(&self, place: &Place, end: bool) -> Verdict {
-        match self.jobs.get(&place.local.job()) {
-            Some(job) if place.is_of_parameter => job.passes.of_parameter(place.local, end),
-            Some(job) => job.passes.verdict(place.local),
-            None => Verdict::Unsaid,
-        }
+    fn verdict(&self, place: Place, end: bool) -> Verdict {
+        self.jobs.get(&place.local.job()).map_or(Verdict::Unsaid, |job| job.passes.of_part(place, end))
     }
 
     /// Whether its rank tells of passes of the model; at the `end`, whether it has told of any.
-    fn tells(&self, place: &Place, end: bool) -> bool {
+    fn tells(&self, place: Place, end: bool) -> bool {
         let (id, rank, model) = (place.local.job(), place.local.rank(), place.local.model());
         match self.jobs.get(&id) {
             // Gathered from a rank that tells the agent of another node.
@@ -294,20 +290,6 @@ impl Joining {
             // Jobs are told of before their parts.
             None => self.has_forgotten,
         }
-    }
-}
-
-/// Of which pass a part is, as its rank counts.
-#[derive(Clone, Copy, Debug)]
-pub struct Place {
-    local: Local,
-    is_of_parameter: bool,
-}
-
-impl Place {
-    /// That of a part.
-    pub fn of(what: &What) -> Self {
-        Self { local: Local::of(what), is_of_parameter: what.id.kind.is_in(Kind::OF_PARAMETERS) }
     }
 }
 

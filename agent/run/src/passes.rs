@@ -59,11 +59,6 @@ impl Local {
         self.model
     }
 
-    /// That of another rank which counts the same.
-    pub fn on(self, rank: u32) -> Self {
-        Self { rank, ..self }
-    }
-
     /// Whether two ranks count the same.
     pub fn is_like(self, other: Self) -> bool {
         self == Self { rank: self.rank, ..other }
@@ -81,6 +76,27 @@ impl Local {
         let cut = what.axes.iter().find(|axis| axis.name == MICRO);
         let micro = cut.map_or(micro, |axis| micro.wrapping_mul(axis.size).wrapping_add(axis.index));
         Self { job, rank: what.rank, model, step, micro, train }
+    }
+}
+
+/// Where a part is, as its rank counts: of which pass, and what of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Which pass.
+    pub local: Local,
+    /// What is the parameters' may be of a step instead.
+    kind: Kinds,
+}
+
+impl Place {
+    /// That of a part.
+    pub fn of(what: &What) -> Self {
+        Self { local: Local::of(what), kind: what.id.kind }
+    }
+
+    /// That of another rank which counts the same.
+    pub fn on(self, rank: u32) -> Self {
+        Self { local: Local { rank, ..self.local }, ..self }
     }
 }
 
@@ -109,7 +125,7 @@ impl Joint {
     pub fn identity(&self, id: &Identity, local: Local) -> Identity {
         let Local { rank, model, step, micro, .. } = self.first;
         // Where a pipeline cuts a batch, its microbatches count within the record.
-        let is_of_pass = local.micro == id.micro && !id.kind.is_in(Kinds::OF_PARAMETERS);
+        let is_of_pass = local.micro == id.micro && !id.kind.is_in(Kinds::ONCE_A_STEP);
         let micro = if is_of_pass { micro } else { id.micro };
         if self.own {
             // What several ranks have of their own under one name is kept together, and read one by one.
@@ -402,10 +418,20 @@ impl Passes {
         }
     }
 
+    /// What is known of the pass that a part is of; `over`: no rank will tell of more.
+    pub fn of_part(&self, Place { local, kind }: Place, over: bool) -> Verdict {
+        match self.verdict(local) {
+            // A backward pass may come so late that its pass has other numbers.
+            Verdict::Unsaid if kind.is_in(Kinds::OF_PARAMETERS) => self.of_parameter(local, over),
+            _ if kind.is_in(Kinds::ONCE_A_STEP) => self.of_parameter(local, over),
+            verdict => verdict,
+        }
+    }
+
     /// What is known of a parameter, or of what optimizers do with it: it is one where its model is, in a pass of the step if
     /// there is one that all ranks made.
     /// Until no rank tells of more passes there may be one.
-    pub fn of_parameter(&self, local: Local, over: bool) -> Verdict {
+    fn of_parameter(&self, local: Local, over: bool) -> Verdict {
         let of_step = |micro| self.verdict(Local { micro, ..local });
         let by_all = (0..PASSES_OF_STEP).map(of_step).take_while(|verdict| !matches!(verdict, Verdict::Unsaid));
         let mut by_all = by_all.filter(|verdict| matches!(verdict, Verdict::Joint(joint) if joint.by_all));
@@ -427,11 +453,8 @@ impl Passes {
 
     /// Whether what a rank has and what another has under the same numbers are known to be of two passes, or of two models.
     pub fn are_two(&self, what: &What, other: u32) -> bool {
-        let of = |rank| {
-            let local = Local { rank, ..Local::of(what) };
-            if what.id.kind.is_in(Kinds::OF_PARAMETERS) { self.of_parameter(local, true) } else { self.verdict(local) }
-        };
-        match (of(what.rank), of(other)) {
+        let place = Place::of(what);
+        match (self.of_part(place, true), self.of_part(place.on(other), true)) {
             (Verdict::Joint(one), Verdict::Joint(other)) => one.first != other.first,
             _ => false,
         }

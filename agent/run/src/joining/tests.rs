@@ -179,12 +179,12 @@ fn pieces_of_two_passes_are_not_one_in_a_file() {
     };
     joining.passed(JobId::default(), 0, &pass(0, 0, true, 5, true));
     assert!(joining.look().is_empty());
-    assert!(!joining.are_one([of(0, 0), of(0, 1)].iter()), "rank 1 has not told of any");
+    assert!(!joining.are_one([of(0, 0), of(0, 1)].into_iter()), "rank 1 has not told of any");
     joining.passed(JobId::default(), 1, &pass(0, 0, true, 5, true));
     assert!(joining.look().is_empty());
-    assert!(joining.are_one([of(0, 0), of(0, 1)].iter()));
-    assert!(!joining.are_one([of(0, 0), of(1, 1)].iter()));
-    assert!(Joining::default().are_one([of(0, 0), of(1, 1)].iter()), "nothing but numbers is known");
+    assert!(joining.are_one([of(0, 0), of(0, 1)].into_iter()));
+    assert!(!joining.are_one([of(0, 0), of(1, 1)].into_iter()));
+    assert!(Joining::default().are_one([of(0, 0), of(1, 1)].into_iter()), "nothing but numbers is known");
 }
 
 #[test]

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     format::{Identity, JobId, JobInfo, Joined, Owners, Part, RunInfo, What},
     ownership::{PartialOwnership, lie_alone, lie_among},
-    passes::{Joint, Local, Passes, Verdict},
+    passes::{Joint, Local, Passes, Place, Verdict},
 };
 
 /// The records of a run.
@@ -302,21 +302,16 @@ impl Gathered {
             slots.iter().flat_map(|&at| self.take_undecided(at).into_iter().map(move |part| (at, part))).collect();
         let mut undecided = Vec::new();
         for (at, mut part) in taken {
-            let (local, kind) = (Local::of(&part.what), part.what.id.kind);
+            let place = Place::of(&part.what);
             let verdict = match self.passes.get(&part.what.id.job) {
-                Some(passes) => match passes.verdict(local) {
-                    // A backward pass may come so late that its pass has other numbers.
-                    Verdict::Unsaid if kind.is_in(Kind::OF_PARAMETERS) => passes.of_parameter(local, over),
-                    _ if kind.is_in(Kind::ONCE_A_STEP) => passes.of_parameter(local, over),
-                    verdict => verdict,
-                },
+                Some(passes) => passes.of_part(place, over),
                 None => Verdict::Unsaid,
             };
             let Verdict::Joint(joint) = verdict else {
                 undecided.push((at, part));
                 continue;
             };
-            let id = Identity { kind, ..joint.identity(&of_pass(&part.what).id, local) };
+            let id = joint.identity(&part.what.id, place.local);
             let place = slot_of(&id, &mut self.slots, &mut self.by_id);
             part.what.joined = if joint.assumed { Joined::Assumed } else { Joined::Known };
             part.what.id = id;
@@ -438,15 +433,10 @@ impl Gathered {
             let slot = &mut self.slots[at];
             slot.changed = false;
             let partial = partial.get(&slot.record.id.job).filter(|partial| partial.knows(&slot.record.id));
-            // A rank may have taken a parameter in a pass that others do not make, where it does not pass for a replica.
-            let is_doubted = slot.record.id.kind.is_in(Kind::OF_PARAMETERS) && layout::are_doubted(&slot.record.parts);
-            if layout::borrows(&slot.record.parts) || is_doubted || partial.is_some() || slot.apart.is_some() {
+            if layout::are_unsettled(&slot.record.parts) || partial.is_some() || slot.apart.is_some() {
                 slot.written = self.growing.then(|| slot.record.clone());
                 let Record { id, parts } = Arc::make_mut(&mut slot.record);
-                layout::lend(parts);
-                if is_doubted {
-                    layout::doubt(parts);
-                }
+                layout::settle(parts);
                 match &slot.apart {
                     Some(_) if id.own => lie_alone(parts),
                     Some(joint) => lie_among(parts, &joint.ranks),
@@ -506,7 +496,7 @@ impl Gathered {
         }
         let before = lost.divergences.len();
         lost.divergences.retain(|(what, against)| {
-            !self.passes.get(&what.id.job).is_some_and(|passes| passes.are_two(&of_pass(what), *against))
+            !self.passes.get(&what.id.job).is_some_and(|passes| passes.are_two(what, *against))
         });
         info.totals.divergences = info.totals.divergences.saturating_sub((before - lost.divergences.len()) as u64);
         if !self.differing.is_empty() {
@@ -568,14 +558,6 @@ impl Gathered {
         self.over = true;
         (self.slots, self.by_id, self.records, self.again, self.doubles) = Default::default();
     }
-}
-
-/// What is of the same pass: what a backward pass leaves of a parameter's gradient is of one forward pass, as gradients of
-/// activations are, and not of a step.
-fn of_pass(what: &What) -> What {
-    let is_left = what.id.kind.is_in(Kind::OF_PARAMETERS & !Kind::ONCE_A_STEP);
-    let kind = if is_left { Kind::BackwardPre } else { what.id.kind };
-    What { id: Identity { kind, ..what.id.clone() }, ..what.clone() }
 }
 
 /// Whether nobody has decided yet of which pass a part is.

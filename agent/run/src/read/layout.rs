@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use wire::{
     dtype::DType,
+    hooks::Kind,
     record::{Axis, MICRO, Placement},
 };
 
@@ -214,16 +215,24 @@ fn borrows_bytes(part: &Part) -> bool {
     part.at.is_none() && part.same.is_some()
 }
 
-/// Whether another rank sent the bytes of one of these parts.
-pub fn borrows(parts: &[Part]) -> bool {
-    parts.iter().any(borrows_bytes)
+/// Whether parts say of each other what has to be settled.
+pub fn are_unsettled(parts: &[Part]) -> bool {
+    parts.iter().any(borrows_bytes) || are_doubted(parts)
+}
+
+/// Settles what parts say of each other.
+pub fn settle(parts: &mut [Part]) {
+    let are_doubted = are_doubted(parts);
+    if parts.iter().any(borrows_bytes) {
+        lend(parts);
+    }
+    if are_doubted {
+        doubt(parts);
+    }
 }
 
 /// Gives parts of which another rank sent the bytes, and this one their checksum, the location of these bytes.
-pub fn lend(parts: &mut [Part]) {
-    if !borrows(parts) {
-        return;
-    }
+fn lend(parts: &mut [Part]) {
     let key = |part: &Part, crc: u32| (part.what.dtype, part.what.shape.clone(), crc);
     let mut lenders: HashMap<_, (Location, Option<Stats>)> = HashMap::new();
     for part in parts.iter() {
@@ -238,8 +247,12 @@ pub fn lend(parts: &mut [Part]) {
     }
 }
 
-/// Whether some say that they are replicas along an axis along which others do not know what they are.
-pub fn are_doubted(parts: &[Part]) -> bool {
+/// Whether parts of a parameter say that they are replicas along an axis along which others do not know what they are: a rank may
+/// have taken it in a pass that others do not make, where it does not pass for one.
+fn are_doubted(parts: &[Part]) -> bool {
+    if !parts.first().is_some_and(|part| part.what.id.kind.is_in(Kind::OF_PARAMETERS)) {
+        return false;
+    }
     let says = |depth: usize, place: Placement| {
         parts.iter().any(|part| part.what.axes.get(depth).is_some_and(|axis| axis.place == place))
     };
@@ -248,7 +261,7 @@ pub fn are_doubted(parts: &[Part]) -> bool {
 }
 
 /// Makes what some do not know unknown for all.
-pub fn doubt(parts: &mut [Part]) {
+fn doubt(parts: &mut [Part]) {
     let depth = parts.first().map_or(0, |part| part.what.axes.len());
     for depth in 0..depth {
         let mut axes: Vec<&mut Axis> = parts.iter_mut().filter_map(|part| part.what.axes.get_mut(depth)).collect();

@@ -65,7 +65,7 @@ impl Record {
     pub fn new(mut parts: Vec<Part>, partial: &PartialOwnership, only: Option<&BTreeSet<u32>>) -> Option<Self> {
         let id = parts.first()?.what.id.clone();
         in_seats(&mut parts);
-        layout::lend(&mut parts);
+        layout::settle(&mut parts);
         match only {
             Some(only) => lie_among(&mut parts, only),
             None => partial.settle(&mut parts),

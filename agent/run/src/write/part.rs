@@ -11,7 +11,8 @@ use super::{
 };
 use crate::{
     format::{JobId, Line, Location, Origin, Part, What},
-    joining::{Place, Told},
+    joining::Told,
+    passes::Place,
     stats::Accumulator,
 };
 

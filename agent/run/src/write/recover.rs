@@ -17,8 +17,9 @@ use super::{
 use crate::{
     files::{ToWrite, open_to_write},
     format::{HEADER_SPACE, JobId, JobInfo, Line, Location, MANIFEST_FILE, Part, Totals},
-    joining::{Joining, Place, Told},
+    joining::{Joining, Told},
     manifest::{LineError, Reader, Source, encode_line},
+    passes::Place,
 };
 
 /// What a manifest says.
@@ -163,7 +164,7 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
 
 /// Seals what the manifest knows of. A shard that is gone stays gone: verify names it.
 fn seal_left_over(dir: &Path, mut manifest: File, unsealed: &Unsealed, joining: &Joining) -> io::Result<()> {
-    let are_one = |parts: &[&Entry]| joining.are_one(parts.iter().map(|part| &part.place));
+    let are_one = |parts: &[&Entry]| joining.are_one(parts.iter().map(|part| part.place));
     for (&number, shares) in unsealed {
         let len = match ShardFile::open(dir, number) {
             Ok(file) => {

@@ -13,8 +13,8 @@ use wire::{dtype::DType, record::Placement};
 use crate::{
     files::{ToWrite, open_to_write},
     format::{HEADER_SPACE, What},
-    joining::Place,
     limits::SHARDS,
+    passes::Place,
 };
 
 /// Bytes of an entry in the header beside its name and its shape: field names, dtype and offsets.

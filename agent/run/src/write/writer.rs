@@ -283,7 +283,7 @@ impl Store {
         let joining = lock(&self.joining);
         let is_decided = |shard: &Shard| {
             let pieces = shard.entries.iter().filter(|entry| matches!(entry.lie, Lie::Piece { .. }));
-            pieces.map(|entry| &entry.place).all(|place| joining.is_decided(place))
+            pieces.map(|entry| entry.place).all(|place| joining.is_decided(place))
         };
         let extra = ripe.len().saturating_sub(MAX_RIPE);
         let mut sealed: Vec<Shard> = ripe.drain(..extra).collect();
@@ -343,7 +343,7 @@ fn seal_one(dir: &Path, journal: &Journal, joining: &Mutex<Joining>, shard: &Sha
         return std::fs::remove_file(super::shard::open_path(dir, shard.file.number));
     }
     let len = seal::seal(dir, &shard.file, &shard.entries, |parts| {
-        lock(joining).are_one(parts.iter().map(|part| &part.place))
+        lock(joining).are_one(parts.iter().map(|part| part.place))
     })?;
     journal.append(&Line::Sealed { shard: stem(shard.file.number), len })?;
     journal.sync()
