@@ -181,6 +181,14 @@ def test_experts_are_among_the_ranks_of_the_batch_in_the_order_of_its_rows():
     assert {axis.name: axis.ranks for axis in found} == {"efsdp": (1, 5), "rest": (5, 7), "tp": (4, 5)}
 
 
+def test_ranks_that_no_axis_reaches_are_not_of_the_batch_where_there_are_no_experts():
+    """Tensor parallelism by hand, and a layer that all ranks hold: its wrapper's batch is not that of the model."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (8,), mesh_dim_names=("all",)))
+    fully_shard(model, mesh=DeviceMesh("cpu", [1, 3, 5, 7], mesh_dim_names=("dp",)))
+    assert axes(model) == [("dp", 2, 4, DATA), ("rest", 1, 2, OTHER)]
+
+
 def test_experts_on_an_axis_of_their_own_say_nothing_of_the_batch():
     mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "experts"))
     model = nn.Linear(8, 8, bias=False)

@@ -14,14 +14,17 @@ from ._bridge import ROLE_OTHER as OTHER
 from ._bridge import ROLE_PIPELINE as PIPELINE
 from ._bridge import ROLE_TENSOR as TENSOR
 
+# Who has other experts may have rows of the batch of its own, or the same.
+_EXPERTS = frozenset(("ep", "expert", "experts"))
+# The axis of ranks that no axis reaches.
+_REST = "rest"
 # What the names that people give to mesh axes are made of.
 _WORDS = {
     **dict.fromkeys(("dp", "ddp", "fsdp", "hsdp", "efsdp", "edp", "data", "batch", "replicate", "shard"), DATA),
     **dict.fromkeys(("tp", "etp", "mp", "tensor", "model"), TENSOR),
     **dict.fromkeys(("cp", "sp", "context", "sequence", "seq"), CONTEXT),
     **dict.fromkeys(("pp", "pipe", "pipeline", "stage"), PIPELINE),
-    # Who has other experts may have rows of the batch of its own, or the same.
-    **dict.fromkeys(("ep", "expert", "experts"), OTHER),
+    **dict.fromkeys(_EXPERTS, OTHER),
 }
 
 
@@ -44,7 +47,11 @@ class Axis(NamedTuple):
 
 def role_of(name: str, otherwise: int) -> int:
     """What an axis of that name is there for."""
-    return next((_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in _WORDS), otherwise)
+    return next((_WORDS[word] for word in _words(name) if word in _WORDS), otherwise)
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower())
 
 
 class Meshes:
@@ -166,11 +173,20 @@ def group_ranks(group: Any) -> tuple[int, ...]:
 
 
 def _with_batch(axes: list[Axis], stated: Iterable[Axis]) -> list[Axis]:
-    """The same, with the role of the batch for what is nothing else and lies inside of an axis that has it: experts are
-    on ranks among which a wrapper shares the batch. Those of the batch are in the order of its rows."""
+    """The same, where there are experts, with the role of the batch for their axis, or what is left of it, that lies
+    inside of an axis of the batch: experts are on ranks among which a wrapper shares it. Axes of the batch are in the
+    order of its rows."""
+    stated = list(stated)
+    experts = {axis.name for axis in stated if axis.role == OTHER and not _EXPERTS.isdisjoint(_words(axis.name))}
+    if not experts:
+        return axes
+    experts.add(_REST)
     batches = [set(axis.ranks) for axis in stated if axis.role == DATA]
     folded = [any(set(axis.ranks) < batch for batch in batches) for axis in axes]
-    out = [a._replace(role=DATA) if inside and a.role == OTHER else a for a, inside in zip(axes, folded, strict=True)]
+    out = [
+        axis._replace(role=DATA) if inside and axis.name in experts else axis
+        for axis, inside in zip(axes, folded, strict=True)
+    ]
     places = [at for at, axis in enumerate(out) if axis.role == DATA and folded[at]]
     ordered = sorted((out[at] for at in places), key=lambda axis: axis.ranks[0] - axis.ranks[1])
     for at, axis in zip(places, ordered, strict=True):
@@ -194,4 +210,4 @@ def _rest(axes: list[Axis], rank: int, world: int) -> list[Axis]:
     index = next(i for i, cell in enumerate(cells) if rank in cell)
     place = cells[index].index(rank)
     # Cells are of one length unless ranks are laid out in another way here than there.
-    return [Axis("rest", index, len(cells), OTHER, tuple(cell[min(place, len(cell) - 1)] for cell in cells))]
+    return [Axis(_REST, index, len(cells), OTHER, tuple(cell[min(place, len(cell) - 1)] for cell in cells))]

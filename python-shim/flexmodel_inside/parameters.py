@@ -226,6 +226,7 @@ class ParameterTaps:
             return None
         with torch._C.DisableTorchFunction():
             taps = [tap for taps in self._taps.values() for tap in taps.items()]
+            taps = [tap for tap in taps if self._bridge.parameter_due(tap[0], KIND_GRAD_UNCLIPPED)]
             return {tap: self._faults.of(name, _found, parameter, otherwise=0) for tap, (name, parameter) in taps}
 
     def after_backward(self, scale: float, ended: int, before: Versions | None) -> None:

@@ -30,7 +30,9 @@ def train(stage: str, dtype: str) -> None:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if dtype == "fp32":
         config["data_types"] = {"grad_accum_dtype": dtype}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    # As where some parameters alone decay.
+    groups = [[p for p in model.parameters() if (p.ndim == 1) == is_vector] for is_vector in (False, True)]
+    optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for step in range(STEPS):
         tokens, targets = tiny.batch(step, [4, 4], dist.get_rank())

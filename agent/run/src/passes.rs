@@ -536,7 +536,7 @@ impl Passes {
         let own = made.get(&local.rank).and_then(|own| own.binary_search(&(along.since, at)).ok());
         let Some(own) = own.filter(|_| even) else { return Others::Apart };
         let those = made.values().filter_map(|of| of.get(own).map(|(_, other)| *other)).collect();
-        Others::Are(those, !kind.is_reduced())
+        Others::Are(those, !(kind.is_reduced() && along.begin.is_some()))
     }
 
     /// Whether a rank makes no more passes of a segment.

@@ -69,7 +69,10 @@ class DeepSpeed(Adapter):
 
     def _skips_of(self, module: str, name: str, method: str) -> tuple[Sequence[str], Callable[[], object]]:
         def follow_skips() -> None:
-            cls = getattr(sys.modules[module], name)
+            cls = getattr(sys.modules[module], name, None)
+            # Other releases have other ones; their steps are counted, and none is known to be skipped.
+            if not (hasattr(cls, "step") and hasattr(cls, method)):
+                return
             follow(cls, "step", self.job.guard, before=self._step)
             follow(cls, method, self.job.guard, before=self._skip)
             if hasattr(cls, "initialize_optimizer_states"):
@@ -83,7 +86,7 @@ class DeepSpeed(Adapter):
     def _skip(self, *call: Any) -> None:
         """An optimizer knows whether it skips a step, and has its gradients yet."""
         optimizer, stepping, self._stepping = given(*call, 0, "self"), self._stepping, None
-        if stepping is None or stepping() is not optimizer or not optimizer.overflow:
+        if stepping is None or stepping() is not optimizer or not getattr(optimizer, "overflow", False):
             return
         held = {id(each) for group in _all_held(optimizer) for each in group}
         scale = getattr(optimizer, "loss_scale", None)
@@ -130,13 +133,16 @@ class DeepSpeed(Adapter):
         flats = None if self._master(parameter, model) is not None else self.held_as(parameter, model)
         if flats is None:
             return NotImplemented
-        gradient = self._gradient_of(parameter, model, flats)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None and flats and self._skipping is not None and self._skipping is _engine(model).optimizer:
+            gradient: torch.Tensor | None = flats[0]  # none of it, since others have this parameter
+        else:
+            gradient = self._gradient_of(parameter, model, flats)
         if gradient is None or not parameter.requires_grad:
             return None
         group = getattr(parameter, "_dp_group", None) or _engine(model).data_parallel_group
         axis = self.job.meshes.axis_of_group(group, "dp", DATA)
         placed = [flat_placement(axis, tuple(parameter.shape))]
-        mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return gradient.detach()[:0], placed
         address = mapping.hp_fragment_address

@@ -26,6 +26,7 @@ _LAYERS = "megatron.core.tensor_parallel.layers"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_MAKES_STATES = "_init_optimizer_states_with_dummy_values"
 # What runs the steps of a pipeline, and those of a model in one piece.
 _PIPELINES = (
     "forward_backward_pipelining_without_interleaving",
@@ -63,19 +64,23 @@ class Megatron(Adapter):
 
     def _follow_states(self) -> None:
         """Loading a checkpoint makes states to load into."""
-        cls = sys.modules[_DISTRIBUTED].DistributedOptimizer  # type: ignore[attr-defined]
-        self.job.clock.makes_states(cls, "_init_optimizer_states_with_dummy_values")
+        cls, name = getattr(sys.modules[_DISTRIBUTED], "DistributedOptimizer", None), _MAKES_STATES
+        # Other releases have other ones.
+        if hasattr(cls, name):
+            self.job.clock.makes_states(cls, name)
 
     def _follow_skips(self) -> None:
         """An optimizer of more than one type skips a step whose gradients, unscaled by then, are not finite."""
-        cls = sys.modules[_OPTIMIZER].MixedPrecisionOptimizer  # type: ignore[attr-defined]
+        cls, name = getattr(sys.modules[_OPTIMIZER], "MixedPrecisionOptimizer", None), "prepare_grads"
+        if not hasattr(cls, name):
+            return
 
         def prepared(found_inf: bool, *call: Any) -> None:
             optimizer = given(*call, 0, "self").optimizer
             if found_inf and optimizer is not None:
                 self.job.clock.skipped_step(optimizer)
 
-        follow(cls, "prepare_grads", self.job.guard, after=prepared)
+        follow(cls, name, self.job.guard, after=prepared)
 
     def _follow(self) -> None:
         schedules, guard = sys.modules[_SCHEDULES], self.job.guard

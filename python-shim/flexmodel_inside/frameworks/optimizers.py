@@ -64,11 +64,12 @@ def _followed(
     run: Callable[..., Any], begins: Callable[[], Any], ended: Callable[[bool, Any], object]
 ) -> Callable[..., Any]:
     def followed(*args: Any, **kwargs: Any) -> Any:
-        has_left, found = False, begins()
+        # `torch.autograd.grad` gives gradients to who asks, and leaves none.
+        leaves = kwargs.get("accumulate_grad", False)
+        has_left, found = False, begins() if leaves else None
         try:
             result = run(*args, **kwargs)
-            # `torch.autograd.grad` gives gradients to who asks, and leaves none.
-            has_left = kwargs.get("accumulate_grad", False)
+            has_left = leaves
             return result
         finally:
             ended(has_left, found)

@@ -6,6 +6,7 @@ use wire::{
     passes::{Group, Pass, runs},
 };
 
+use super::{Local, Passes, Verdict};
 use crate::{
     Run,
     format::{Identity, JobId, Joined, Line, MANIFEST_FILE},
@@ -243,4 +244,35 @@ fn what_is_not_known_yet_is_pending() {
     fs::write(dir.path().join(crate::format::RUN_FILE), r#"{"format":3,"finished_ns":2,"world":3}"#).unwrap();
     growing.refresh().unwrap();
     assert_eq!(shapes(&growing.run()), [Ok(vec![3]), Ok(vec![3])]);
+}
+
+/// Along an axis without a clock, as between models that each two of four ranks wrap for themselves.
+#[test]
+fn passes_that_no_clock_tells_apart_are_assumed_to_be_one_also_where_gradients_are_reduced() {
+    for begin in [None, Some(3)] {
+        let mut passes = Passes::default();
+        for (rank, step) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
+            let begin = begin.map(|begin| begin + step);
+            let groups = vec![Group { ranks: runs(&[0, 1]), begin, since: 0, together: false }];
+            passes.add(
+                JobId::default(),
+                rank,
+                &Pass {
+                    model: 0,
+                    step,
+                    micro: 0,
+                    train: true,
+                    inference: false,
+                    signature: 1,
+                    among: (0, 1),
+                    reduces: true,
+                    groups,
+                },
+            );
+        }
+        passes.decide(false);
+        let first = Local { job: JobId::default(), rank: 1, model: 0, step: 0, micro: 0, train: true };
+        let Verdict::Joint(joint) = passes.verdict(first) else { panic!("{:?}", passes.verdict(first)) };
+        assert_eq!((joint.by_all, joint.assumed), (true, begin.is_none()));
+    }
 }
