@@ -158,13 +158,14 @@ def cut(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def with_experts(**sizes: int) -> nn.Module:
-    """As transformers distributes a model: dense layers over one mesh, experts over another one of the same ranks."""
+    """As transformers distributes a model: dense layers over one mesh, experts over another one of the same ranks. No
+    other test has meshes of these names: torch remembers one, and takes it for every equal one."""
     fsdp, tp, efsdp, ep = sizes.values()
-    dense = init_device_mesh("cpu", (fsdp, tp), mesh_dim_names=("fsdp", "tp"))
+    dense = init_device_mesh("cpu", (fsdp, tp), mesh_dim_names=("fsdp", "tensor"))
     expert = init_device_mesh("cpu", (efsdp, ep), mesh_dim_names=("efsdp", "ep"))
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
     if tp > 1:
-        parallelize_module(model[0], dense["tp"], ColwiseParallel())
+        parallelize_module(model[0], dense["tensor"], ColwiseParallel())
     model[1].weight = cut(model[1].weight, expert["ep"])
     fully_shard(model[1], mesh=expert["efsdp"])
     return fully_shard(model, mesh=dense["fsdp"])
@@ -177,8 +178,8 @@ def test_experts_are_among_the_ranks_of_the_batch_in_the_order_of_its_rows():
     rank = Rank()
     found = rank.axes(with_experts(fsdp=4, tp=2, efsdp=2, ep=4))
     assert [axis[:4] for axis in found if axis.role == DATA] == [("efsdp", 1, 2, DATA), ("rest", 0, 2, DATA)]
-    assert [axis[:4] for axis in found if axis.role != DATA] == [("tp", 1, 2, TENSOR)]
-    assert {axis.name: axis.ranks for axis in found} == {"efsdp": (1, 5), "rest": (5, 7), "tp": (4, 5)}
+    assert [axis[:4] for axis in found if axis.role != DATA] == [("tensor", 1, 2, TENSOR)]
+    assert {axis.name: axis.ranks for axis in found} == {"efsdp": (1, 5), "rest": (5, 7), "tensor": (4, 5)}
 
 
 def test_ranks_that_no_axis_reaches_are_not_of_the_batch_where_there_are_no_experts():

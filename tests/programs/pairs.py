@@ -19,33 +19,30 @@ ROWS = 4
 TENSOR = 2
 
 
-class Copy(torch.autograd.Function):
-    """f: identity, and a sum backward."""
+def through(there, back):
+    """A function of autograd that does `there`, and `back` to its gradient, each over a group."""
 
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, group):
+            ctx.group = group
+            return there(x, group)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+        @staticmethod
+        def backward(ctx, gradient):
+            return back(gradient, ctx.group), None
+
+    return Through
 
 
-class Reduce(torch.autograd.Function):
-    """g: a sum, and identity backward."""
+def same(x, group):
+    return x
 
-    @staticmethod
-    def forward(ctx, x, group):
-        x = x.contiguous()
-        dist.all_reduce(x, group=group)
-        return x
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
+def summed(x, group):
+    x = x.contiguous()
+    dist.all_reduce(x, group=group)
+    return x
 
 
 def gathered(x, group):
@@ -59,61 +56,15 @@ def own_piece(x, group):
 
 
 def reduced_piece(x, group):
-    x = x.contiguous()
-    dist.all_reduce(x, group=group)
-    return own_piece(x, group)
+    return own_piece(summed(x, group), group)
 
 
-class Gather(torch.autograd.Function):
-    """All of the sequence of its pieces; backward the piece of the sum."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return gathered(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return reduced_piece(gradient, ctx.group), None
-
-
-class ReduceScatter(torch.autograd.Function):
-    """The piece of the sum; backward all of the sequence."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return reduced_piece(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gathered(gradient, ctx.group), None
-
-
-class Scatter(torch.autograd.Function):
-    """A piece of the sequence; backward all of it."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return own_piece(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gathered(gradient, ctx.group), None
-
-
-class Whole(torch.autograd.Function):
-    """All of the sequence; backward its piece."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return gathered(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return own_piece(gradient, ctx.group), None
+# f and g, around layers that are cut.
+Copy, Reduce = through(same, summed), through(summed, same)
+# The same, where between them each rank has a piece of the sequence.
+Gather, ReduceScatter = through(gathered, reduced_piece), through(reduced_piece, gathered)
+# To pieces of the sequence, and back.
+Scatter, Whole = through(own_piece, gathered), through(gathered, own_piece)
 
 
 class Mlp(nn.Module):

@@ -374,6 +374,15 @@ pub struct What {
     pub joined: Joined,
 }
 
+/// Memory of a layout, about.
+pub fn memory_of(axes: &[Axis]) -> usize {
+    let axis = |axis: &Axis| {
+        let flat = axis.place.flattened().map_or(0, <[u64]>::len);
+        size_of::<Axis>() + axis.name.len() + flat * size_of::<u64>()
+    };
+    axes.iter().map(axis).sum()
+}
+
 /// Whether parts of several ranks are of one pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Joined {

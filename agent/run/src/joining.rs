@@ -10,10 +10,10 @@ use std::{
     mem,
 };
 
-use wire::{passes::Pass, record::Axis};
+use wire::passes::Pass;
 
 use crate::{
-    format::{Identity, JobId, JobInfo, Line, Part, What},
+    format::{Identity, JobId, JobInfo, Line, Part, What, memory_of},
     passes::{Passes, Place, Verdict},
 };
 
@@ -62,12 +62,8 @@ impl Told {
             Self::Part { part, .. } => &part.what,
             Self::Differs { what, .. } => what,
         };
-        let axis = |axis: &Axis| {
-            let flat = axis.place.flattened().map_or(0, <[u64]>::len);
-            size_of::<Axis>() + axis.name.len() + flat * size_of::<u64>()
-        };
         let names = what.id.module.len() + what.id.path.len() + what.class.len() + what.group.len();
-        size_of::<Part>() + names + size_of_val(&what.shape[..]) + what.axes.iter().map(axis).sum::<usize>()
+        size_of::<Part>() + names + size_of_val(&what.shape[..]) + memory_of(&what.axes)
     }
 }
 

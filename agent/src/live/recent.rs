@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use flexmodel_run::format::{Identity, Location, Part, What};
+use flexmodel_run::format::{Identity, Location, Part, What, memory_of};
 use wire::record::Axis;
 
 use super::{
@@ -136,11 +136,7 @@ impl Ring {
 
 impl Kept {
     fn bytes(&self) -> usize {
-        let axis = |axis: &Axis| {
-            let flat = axis.place.flattened().map_or(0, <[u64]>::len);
-            size_of::<Axis>() + axis.name.len() + flat * size_of::<u64>()
-        };
-        size_of::<Self>() + self.part.what.shape.len() * size_of::<u64>() + self.axes.iter().map(axis).sum::<usize>()
+        size_of::<Self>() + size_of_val(&self.part.what.shape[..]) + memory_of(&self.axes)
     }
 }
 

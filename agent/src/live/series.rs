@@ -166,7 +166,7 @@ impl Moments {
     }
 }
 
-/// How many parts make a record of this layout, and of a pass that so many ranks made where not all did.
+/// How many parts make a record of this layout; `only`: the number of ranks that made its pass, where not all did.
 fn promised(axes: &[Axis], only: Option<usize>) -> u32 {
     let divided = axes.iter().filter(|a| a.place != Placement::Replicate);
     let all = divided.fold(1u32, |n, a| n.saturating_mul(a.size));

@@ -134,7 +134,7 @@ class DeepSpeed(Adapter):
         if flats is None:
             return NotImplemented
         mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None and flats and self._skipping is not None and self._skipping is _engine(model).optimizer:
+        if mapping is None and flats and self._is_skipping(model):
             gradient: torch.Tensor | None = flats[0]  # none of it, since others have this parameter
         else:
             gradient = self._gradient_of(parameter, model, flats)
@@ -147,6 +147,10 @@ class DeepSpeed(Adapter):
             return gradient.detach()[:0], placed
         address = mapping.hp_fragment_address
         return gradient.detach()[address.start : address.start + address.numel], placed
+
+    def _is_skipping(self, model: ModelFacts) -> bool:
+        """Its optimizer is about to forget the gradients that it skips."""
+        return self._skipping is not None and self._skipping is _engine(model).optimizer
 
     def _master(self, parameter: torch.Tensor, model: ModelFacts) -> tuple[torch.Tensor, int] | None:
         """What the inner optimizer has for a parameter that is whole on each rank, if it does not have that itself."""
@@ -162,7 +166,7 @@ class DeepSpeed(Adapter):
         if master is None:
             return None
         copy, start = master
-        if self._skipping is not None and self._skipping is _engine(model).optimizer:
+        if self._is_skipping(model):
             return None if parameter.grad is None else parameter.grad.to(copy.dtype)
         return (
             None if copy.grad is None else copy.grad.reshape(-1)[start : start + parameter.numel()].view_as(parameter)
@@ -171,7 +175,7 @@ class DeepSpeed(Adapter):
     def _gradient_of(self, parameter: Any, model: ModelFacts, flats: list[torch.Tensor]) -> torch.Tensor | None:
         """The gradient of the partition that has some of a parameter."""
         found = next((flat.grad for flat in flats if flat.grad is not None), None)
-        if found is not None or self._skipping is not _engine(model).optimizer or len(flats) != 1:
+        if found is not None or not self._is_skipping(model) or len(flats) != 1:
             return found
         groups = next(groups for groups in map(functools.partial(_of, self._skipping), _HELD) if groups is not None)
         index = next(at for at, flat in enumerate(groups) if flat is flats[0])

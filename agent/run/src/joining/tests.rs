@@ -8,7 +8,7 @@ use crate::testing::{fixture::id, meta, on_rank};
 
 const WORLD: u32 = 2;
 
-/// A pass of a model that all ranks hold, when so many collectives had been called.
+/// A pass of a model that all ranks have; `begin` counts the collectives before it.
 fn pass(step: u64, micro: u32, train: bool, begin: u64, together: bool) -> Pass {
     let groups = vec![Group { ranks: runs(&[0, 1]), begin: Some(begin), since: 0, together }];
     Pass { model: 0, step, micro, train, inference: false, signature: 1, among: (0, 1), reduces: false, groups }
