@@ -20,14 +20,16 @@ use serde::{Deserialize, Serialize};
 use crate::{
     env::OnFull,
     passes::{Pass, Run},
+    revision::{MAX_PLAN, Moment, Plan, Proposal},
+    store::{Place, StoreOp},
 };
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 7;
+pub const CONTROL_VERSION: u32 = 9;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most bytes of a [`FromAgent`] with its length prefix: a rank takes no longer one.
-pub const MAX_FROM_AGENT: usize = 8 << 10;
+pub const MAX_FROM_AGENT: usize = MAX_PLAN + (16 << 10);
 /// Most questions that are open on a connection.
 pub const MAX_QUESTIONS: usize = 16;
 /// Most notices that a rank keeps and a run takes.
@@ -210,10 +212,16 @@ impl<M, N> FromRank<M, N> {
 }
 
 /// What an agent asks a rank. It is answered by the variant of the same name of [`Answer`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Question {
     /// Which hook plan is in force?
     Plan,
+    /// Where is the rank?
+    Moment,
+    /// Does it take this proposal, whose register is there?
+    Prepare(Proposal, Place),
+    /// To be done in the job's store. It is answered when it is done, while others are.
+    Store(StoreOp),
 }
 
 /// What a rank answers. `N` is a list of texts, as in [`FromRank`].
@@ -223,9 +231,19 @@ pub enum Answer<N = Vec<String>> {
     Plan {
         /// Its revision; that of the environment is 0.
         revision: u64,
+        /// The highest revision that the rank has heard of.
+        heard: u64,
         /// Its clauses as they were written.
         clauses: N,
+        /// The number of each.
+        ids: Vec<u32>,
     },
+    /// Where it is.
+    Moment(Moment),
+    /// Whether it confirms; if not, why.
+    Prepare(Result<(), String>),
+    /// The value that is there, if any; or why nobody can say.
+    Store(Result<Option<Vec<u8>>, String>),
 }
 
 /// From the agent to a rank.
@@ -242,6 +260,8 @@ pub enum FromAgent {
         /// The question.
         question: Question,
     },
+    /// Before the welcome, to a rank of a job that has changed its hooks: the plan in force.
+    InForce(Plan),
 }
 
 /// Why bytes are not a message.
@@ -305,7 +325,11 @@ fn config() -> impl bincode::config::Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::passes::Group;
+    use crate::{
+        passes::Group,
+        revision::Clause,
+        store::{MAX_KEY, MAX_VALUE},
+    };
     use proptest::prelude::*;
 
     #[test]
@@ -356,11 +380,24 @@ mod tests {
 
     #[test]
     fn a_question_and_its_answer_have_one_number() {
-        let ask = FromAgent::Ask { id: u64::MAX, question: Question::Plan };
-        let mut bytes = encode(&ask).unwrap();
-        assert!(bytes.len() < MAX_FROM_AGENT / (2 * MAX_QUESTIONS), "all that may be open fits into one look");
-        assert_eq!(decode_next(&mut bytes), Ok(Some(ask)));
-        let answer = ToAgent::Answer { id: u64::MAX, answer: Answer::Plan { revision: 3, clauses: vec!["a".into()] } };
+        let clauses = vec![Clause { id: u32::MAX, text: "x".repeat(MAX_PLAN) }];
+        let plan = Plan { revision: u64::MAX, clauses, last_id: u32::MAX };
+        let proposal = Proposal { plan, base: u64::MAX, rule: StepRule::Optimizer, begins: Some(u64::MAX) };
+        let mut all = 0;
+        let place = Place::Store { key: "k".repeat(MAX_KEY), commit: vec![255; 32] };
+        let wait = StoreOp::WaitFor { key: "k".repeat(MAX_KEY), limit_ms: u32::MAX };
+        for question in [Question::Plan, Question::Moment, Question::Prepare(proposal, place), Question::Store(wait)] {
+            let ask = FromAgent::Ask { id: u64::MAX, question };
+            let mut bytes = encode(&ask).unwrap();
+            all += bytes.len();
+            assert_eq!(decode_next(&mut bytes), Ok(Some(ask)));
+        }
+        assert!(all < MAX_FROM_AGENT, "a plan and what is asked besides fit into one look");
+        let settle = StoreOp::Settle { key: "k".repeat(MAX_KEY), value: vec![255; MAX_VALUE] };
+        let ask = FromAgent::Ask { id: u64::MAX, question: Question::Store(settle) };
+        assert!(encode(&ask).unwrap().len() < MAX_FROM_AGENT);
+        let answer = Answer::Plan { revision: 3, heard: 4, clauses: vec!["a".into()], ids: vec![7] };
+        let answer = ToAgent::Answer { id: u64::MAX, answer };
         assert_eq!(decode_next(&mut encode(&answer).unwrap()), Ok(Some(answer)));
     }
 

@@ -4,7 +4,8 @@ use std::ffi::CStr;
 
 use crate::preload;
 
-/// Hook clauses, or the path of a TOML file that holds them. Absent or empty: nothing is tapped.
+/// Hook clauses, or the path of a TOML file that holds them. Absent: nothing of ours is in the process. Empty: nothing is tapped,
+/// and hooks can be added while the job runs.
 pub const HOOKS: &str = text(preload::HOOKS);
 /// `1` switches everything off, whatever else is set.
 pub const DISABLE: &str = text(preload::DISABLE);
@@ -25,6 +26,9 @@ pub const NODE: &str = "FLEXMODEL_NODE";
 pub const RANK_PROCESS: &str = "FLEXMODEL_RANK_PROCESS";
 /// Set by `flexmodel run`: where ranks count what they capture, and for which agent, as [`crate::counts`] has it.
 pub const COUNTS: &str = "FLEXMODEL_COUNTS";
+/// A secret that the agents of a job's nodes share, where they have no folder that they share: what they tell each other in the
+/// job's store is signed with it.
+pub const KEY: &str = "FLEXMODEL_KEY";
 /// Name of a fault to inject in tests (`panic-in-tap`, `panic-in-load`, `throw-in-tap`).
 pub const FAULT: &str = "FLEXMODEL_TEST_FAULT";
 
@@ -82,9 +86,11 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
 
 /// This node's name: [`NODE`], or the host name.
 pub fn node() -> String {
-    if let Some(name) = std::env::var(NODE).ok().filter(|n| !n.is_empty()) {
-        return name;
-    }
+    std::env::var(NODE).ok().filter(|n| !n.is_empty()).unwrap_or_else(host)
+}
+
+/// The host name.
+pub fn host() -> String {
     let mut buffer = [0u8; 256];
     // SAFETY: the buffer is valid for its length, and keeps its last NUL.
     unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len() - 1) };

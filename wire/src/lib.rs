@@ -12,6 +12,10 @@
 //! | [`counts`] | what ranks have captured, for who started them | interposer, launcher |
 //! | [`codes`] | numbers that mean the same to engine, bridge and shim | interposer, bridge |
 //! | [`control`] | messages on the unix socket | interposer, agent |
+//! | [`passing`] | descriptors that go with messages | interposer, agent |
+//! | [`register`] | what a change of hooks is decided in, as shared memory | interposer, agent |
+//! | [`revision`] | how the hooks of a running job change, on all ranks or on none | interposer, agent |
+//! | [`store`] | what is done in the job's own store for that, between nodes | interposer, agent |
 //! | [`bridge_marker`] | what distinguishes a bridge from others | launcher, interposer |
 //! | [`bridge_sources`] | what a bridge is built from | launcher, interposer |
 //! | [`preload`] | what the preloaded object and the engine tell each other, inside one process | interposer |
@@ -32,9 +36,13 @@ pub mod env;
 pub mod hooks;
 pub mod loss_scale;
 pub mod passes;
+pub mod passing;
 pub mod placement;
 pub mod preload;
 pub mod record;
+pub mod register;
+pub mod revision;
 pub mod slab;
+pub mod store;
 pub mod tap_abi;
 pub mod trust;

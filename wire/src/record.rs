@@ -10,7 +10,7 @@ pub use crate::placement::{Placement, PlacementCode};
 use crate::{codes::Code, dtype::DType, hooks::Kind, loss_scale::LossScale};
 
 /// Version of the encoding below.
-pub const RECORD_VERSION: u16 = 7;
+pub const RECORD_VERSION: u16 = 8;
 /// Most dimensions a tensor may have.
 pub const MAX_DIMS: usize = 64;
 /// Most mesh axes a layout may have.
@@ -77,6 +77,8 @@ pub struct RecordMeta {
     pub call: u32,
     /// For gradients: which backward pass over the same forward (`retain_graph`); otherwise 0.
     pub repeat: u32,
+    /// Revision of the hooks that it was captured under; that of the environment is 0.
+    pub revision: u64,
     /// The pass trains: gradients were enabled when the model was called, and some module of it was in training mode.
     pub train: bool,
     /// The optimizer did not use this gradient, since it is not finite.
@@ -126,6 +128,7 @@ impl RecordMeta {
             micro: 0,
             call: 0,
             repeat: 0,
+            revision: 0,
             train: true,
             skipped: false,
             stats_only: false,
@@ -162,6 +165,7 @@ impl RecordMeta {
             out.extend_from_slice(&n.to_le_bytes());
         }
         out.extend_from_slice(&self.step.to_le_bytes());
+        out.extend_from_slice(&self.revision.to_le_bytes());
         out.extend_from_slice(&self.time_ns.to_le_bytes());
         out.extend_from_slice(&self.loss_scale.0.to_le_bytes());
         out.extend_from_slice(&self.same.unwrap_or_default().to_le_bytes());
@@ -206,6 +210,7 @@ impl RecordMeta {
         }
         let [model, micro, call, repeat, rank, dp_size] = [r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?];
         let step = r.u64()?;
+        let revision = r.u64()?;
         let time_ns = r.u64()?;
         let loss_scale = LossScale(f64::from_bits(r.u64()?));
         let same = Some(r.u32()?).filter(|_| flags & 4 != 0);
@@ -255,6 +260,7 @@ impl RecordMeta {
             micro,
             call,
             repeat,
+            revision,
             train: flags & 1 != 0,
             stats_only: flags & 2 != 0,
             skipped: flags & 8 != 0,
@@ -341,6 +347,7 @@ mod tests {
             step: 7,
             micro: 2,
             call: 3,
+            revision: 4,
             rank: 1,
             axes: vec![
                 Axis {

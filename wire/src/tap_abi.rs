@@ -19,7 +19,7 @@ use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 use crate::codes::CopyState;
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 11;
+pub const TAP_ABI: u32 = 12;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -333,6 +333,15 @@ pub struct HostTable {
     /// The call to capture it under; from now on it is not due in this step. After one pass of the model the same
     /// `version` is not due twice; 0 is none.
     pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, version: u64, out: *mut Call) -> bool,
+    /// Whether the next pass may be one that another plan of hooks begins with: `turn` is to be called before it.
+    pub due: unsafe extern "C" fn() -> bool,
+    /// A model may be about to be called, in a process that is this rank. Whether another plan is in force from now on, so that
+    /// all models are to be selected from again.
+    pub turn: unsafe extern "C" fn(rank: Rank) -> bool,
+    /// The revision of the plan in force.
+    pub revision: unsafe extern "C" fn() -> u64,
+    /// Why modules that the job has compiled may not be compiled again from now on; empty: they may. No hook is added then.
+    pub forbid_compiling: unsafe extern "C" fn(why: Str<'_>),
     /// Captures a leaf, once for each of its kinds.
     pub capture: unsafe extern "C" fn(call: *const Call, leaf: *const Leaf<'_>),
     /// How a leaf is edited by what edits any of these kinds, a mask.
@@ -349,6 +358,9 @@ pub struct HostTable {
     pub joined: unsafe extern "C" fn(comm: *mut c_void, index: u32, size: u32, devices: bool),
     /// The ranks have no communicator, or none any more, for this reason: each sends its own parts.
     pub per_rank: unsafe extern "C" fn(why: Str<'_>),
+    /// The store of the job's process group, over a connection of ours and for the host to leave; or null, and why there is
+    /// none that ranks can decide in.
+    pub store: unsafe extern "C" fn(store: *mut c_void, why: Str<'_>),
     /// The process ends in good order: finish what is under way, within a bound.
     pub finish: unsafe extern "C" fn(),
     /// Whether taps are on.
@@ -401,6 +413,9 @@ pub struct Move {
     pub ndim: u32,
 }
 
+/// What is told of a key of a store: whether it failed, and then the reason or else the value, of `len` bytes.
+pub type HearStore = unsafe extern "C" fn(context: *mut c_void, failed: bool, bytes: *const u8, len: usize);
+
 /// The bridge's functions.
 #[repr(C)]
 pub struct BridgeTable {
@@ -449,6 +464,20 @@ pub struct BridgeTable {
     pub cut: unsafe extern "C" fn(comm: *mut c_void),
     /// Gives a communicator back.
     pub leave: unsafe extern "C" fn(comm: *mut c_void),
+    /// Gives a key of a store this value if it has none, and passes the value that it has to `hear`. Where nobody can say,
+    /// `hear` is told so first, with the reason. It may take as long as the store does. Does not need the GIL.
+    pub store_settle: unsafe extern "C" fn(
+        store: *mut c_void,
+        key: Str<'_>,
+        value: *const u8,
+        len: usize,
+        context: *mut c_void,
+        hear: HearStore,
+    ),
+    /// Passes the value of a key to `hear`, if it has one, as `store_settle` does.
+    pub store_look: unsafe extern "C" fn(store: *mut c_void, key: Str<'_>, context: *mut c_void, hear: HearStore),
+    /// Gives a store back.
+    pub store_leave: unsafe extern "C" fn(store: *mut c_void),
     /// Pins the slab for fast copies from a device, where there is one. Whether it did.
     pub pin: unsafe extern "C" fn(base: *mut u8, len: usize) -> bool,
 }
@@ -496,7 +525,7 @@ layouts! {
     ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count, signature }
     Rank { rank, world, group }
     HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, optimizers_of,
-        stepped, backward_ended, triggered, parameter_due, begin_parameter, capture, edit, notice, fault, plan, joined, per_rank, finish, active }
+        stepped, backward_ended, triggered, parameter_due, begin_parameter, due, turn, revision, forbid_compiling, capture, edit, notice, fault, plan, joined, per_rank, store, finish, active }
 }
 
 // SAFETY: plain function pointers.

@@ -18,7 +18,7 @@ use std::ops::Range;
 
 pub use edit::Edit;
 pub use error::{HookError, Position};
-pub use parse::{parse, parse_clauses};
+pub use parse::{names_a_file, parse, parse_clauses, parse_one};
 pub use select::nearest;
 pub use slice::{Index, Slice};
 pub use toml_form::parse_toml;

@@ -11,7 +11,7 @@ use crate::env;
 /// Reads `FLEXMODEL_HOOKS`: the path of a TOML file (it ends in `.toml`) or clauses.
 pub fn parse(text: &str) -> Result<Vec<Hook>, HookError> {
     let file = text.trim();
-    if !file.ends_with(".toml") {
+    if !names_a_file(file) {
         return parse_clauses(text);
     }
     let content = std::fs::read_to_string(file).map_err(|error| HookError {
@@ -23,7 +23,12 @@ pub fn parse(text: &str) -> Result<Vec<Hook>, HookError> {
     parse_toml(&content, file)
 }
 
-/// Reads clauses separated by `;`. Empty clauses are skipped, but there must be one that is not.
+/// Whether hooks are the path of a TOML file, and no clauses.
+pub fn names_a_file(text: &str) -> bool {
+    text.trim().ends_with(".toml")
+}
+
+/// Reads clauses separated by `;`. Empty clauses are skipped, but there must be one that is not. None is ever a file's path.
 pub fn parse_clauses(text: &str) -> Result<Vec<Hook>, HookError> {
     let mut hooks = Vec::new();
     let mut rest = Some(text);
@@ -50,6 +55,20 @@ pub fn parse_clauses(text: &str) -> Result<Vec<Hook>, HookError> {
     Ok(hooks)
 }
 
+/// Reads one clause, and no file: what is told to a running job, or was read before.
+pub fn parse_one(text: &str) -> Result<Hook, HookError> {
+    let mut hooks = parse_clauses(text)?;
+    match hooks.pop() {
+        Some(hook) if hooks.is_empty() => Ok(hook),
+        _ => Err(HookError {
+            position: Position::Whole,
+            reason: format!("'{text}' is more than one clause"),
+            help: "give each clause by itself".into(),
+            given_as: env::HOOKS,
+        }),
+    }
+}
+
 /// The first clause, and what follows its `;`. A `;` within a regular expression does not count.
 fn split_clause(text: &str) -> (&str, Option<&str>) {
     let start = text.trim_start();
@@ -72,6 +91,10 @@ fn clause(text: &str) -> Result<Hook, Fault<'_>> {
     let (rest, edit_text) = cut(rest, '|');
     let (kinds_text, options_text) = cut(rest, '@');
 
+    if end == text.len() && names_a_file(text) {
+        let help = "give the file alone where hooks are given at the start of a job, or write clauses";
+        return Err(Fault::new(text, format!("{} names a file, and is no clause", quote(text)), help));
+    }
     let selector = selector(selector_text.trim())?;
     let kinds = match kinds_text.trim_start().strip_prefix(':') {
         Some(list) => kinds(list.split(','))?,
@@ -365,6 +388,26 @@ mod tests {
         for text in ["", "  ", " ; ;"] {
             assert!(refused(text).starts_with("FLEXMODEL_HOOKS: the text is empty; write a clause"));
         }
+    }
+
+    #[test]
+    fn a_clause_is_never_the_path_of_a_file() {
+        for text in [
+            "hooks.toml",
+            " a/hooks.toml ",
+            "layers.0; hooks.toml",
+            "./hooks.toml;",
+            "/runs/hooks.toml",
+            "class=x.toml",
+        ] {
+            let said = refused(text);
+            assert!(said.contains("file"), "{said}");
+        }
+        for path in ["runs/x", "./hooks", "../hooks", "~/hooks", "/etc/passwd"] {
+            refused(path);
+        }
+        // A leaf may be called so.
+        assert_eq!(one("layers.0@path=out.toml").options.path.as_deref(), Some("out.toml"));
     }
 
     #[test]
