@@ -34,6 +34,10 @@ pub static HOST: HostTable = HostTable {
     triggered,
     parameter_due,
     begin_parameter,
+    due,
+    turn,
+    revision,
+    forbid_compiling,
     capture,
     edit,
     notice,
@@ -41,6 +45,7 @@ pub static HOST: HostTable = HostTable {
     plan,
     joined,
     per_rank,
+    store,
     finish,
     active,
 };
@@ -150,6 +155,23 @@ unsafe extern "C" fn begin_parameter(tap: u32, kind: u8, version: u64, out: *mut
     })
 }
 
+unsafe extern "C" fn due() -> bool {
+    boundary(Capture::is_due)
+}
+
+unsafe extern "C" fn turn(rank: Rank) -> bool {
+    boundary(|capture| capture.turn(rank))
+}
+
+unsafe extern "C" fn revision() -> u64 {
+    engine(|e| e.plan().revision())
+}
+
+unsafe extern "C" fn forbid_compiling(why: Str<'_>) {
+    // SAFETY: the string lives through the call.
+    engine(|e| e.forbid_compiling(unsafe { why.shown() }.into_owned()));
+}
+
 /// The fault is looked up once: a tap is a hot path.
 fn injected_in_tap() {
     static SET: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
@@ -200,6 +222,11 @@ unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, devices: b
 unsafe extern "C" fn per_rank(why: Str<'_>) {
     // SAFETY: the string lives through the call.
     boundary(|capture| capture.gather().per_rank(&unsafe { why.shown() }));
+}
+
+unsafe extern "C" fn store(store: *mut c_void, why: Str<'_>) {
+    // SAFETY: the store is the bridge's making, and the string lives through the call.
+    boundary(|capture| unsafe { capture.open_store(store, &why.shown()) });
 }
 
 unsafe extern "C" fn finish() {

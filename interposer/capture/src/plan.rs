@@ -4,8 +4,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use wire::{
     env,
-    hooks::{Assemble, Hook},
+    hooks::{self, Assemble, Hook},
     passes::{self, Run},
+    revision::{Clause, Plan},
 };
 
 /// What the clauses of one revision say.
@@ -13,19 +14,48 @@ use wire::{
 pub struct HookPlan {
     revision: u64,
     clauses: Vec<Hook>,
+    /// The number of each clause in its job.
+    ids: Vec<u32>,
 }
 
 impl HookPlan {
-    /// The plan that a text of clauses, or the path of a TOML file, says.
+    /// The plan that the environment says: a text of clauses, or the path of a TOML file. Nothing is *armed*: a plan without
+    /// clauses, that may be replaced by one that has some.
     ///
     /// # Errors
     /// A clause does not parse, or is not supported.
     pub fn parse(revision: u64, text: &str) -> Result<Self, String> {
-        let clauses = wire::hooks::parse(text).map_err(|e| e.to_string())?;
+        let clauses =
+            if text.trim().is_empty() { Vec::new() } else { hooks::parse(text).map_err(|e| e.to_string())? };
         match clauses.iter().find_map(|clause| clause.unsupported().map(|why| (clause, why))) {
             Some((clause, why)) => Err(format!("{}: '{}': {why}", env::HOOKS, clause.text)),
-            None => Ok(Self { revision, clauses }),
+            None => Ok(Self { revision, ids: (1..).take(clauses.len()).collect(), clauses }),
         }
+    }
+
+    /// The plan that an agent sends.
+    ///
+    /// # Errors
+    /// As for [`parse`](Self::parse).
+    pub fn of(plan: &Plan) -> Result<Self, String> {
+        let clauses = plan.clauses.iter().map(|Clause { text, .. }| hooks::parse_one(text).map_err(|e| e.to_string()));
+        let clauses = clauses.collect::<Result<Vec<Hook>, String>>()?;
+        Ok(Self { revision: plan.revision, ids: plan.clauses.iter().map(|clause| clause.id).collect(), clauses })
+    }
+
+    /// Nothing is tapped.
+    pub fn none() -> Self {
+        Self { revision: 0, clauses: Vec::new(), ids: Vec::new() }
+    }
+
+    /// The number of each clause, by which an agent removes it.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Whether it has clauses that another plan of the job has not.
+    pub fn adds_to(&self, other: &Self) -> bool {
+        self.ids.iter().any(|id| !other.ids.contains(id))
     }
 
     /// Which of a job's plans it is; the environment's is 0.
@@ -123,6 +153,21 @@ mod tests {
         let why = HookPlan::parse(0, "a; b|edit.py:f").unwrap_err();
         assert!(why.starts_with("FLEXMODEL_HOOKS: 'b|edit.py:f': Python edits"), "{why}");
         assert!(HookPlan::parse(0, "a:nothing").is_err());
+    }
+
+    #[test]
+    fn a_plan_that_is_sent_is_the_one_that_was_written() {
+        let armed = HookPlan::parse(0, " ").unwrap();
+        assert_eq!((armed.clauses().len(), armed.wants(!0), armed.is_for_all_ranks()), (0, false, true));
+        let clause = |id, text: &str| Clause { id, text: text.into() };
+        let sent = Plan { revision: 3, clauses: vec![clause(2, "/a;b/:grad"), clause(7, "c@every=2")], last_id: 7 };
+        let plan = HookPlan::of(&sent).unwrap();
+        assert_eq!(
+            (plan.revision(), plan.ids(), plan.texts().collect::<Vec<_>>()),
+            (3, &[2, 7][..], vec!["/a;b/:grad", "c@every=2"])
+        );
+        assert_eq!(HookPlan::parse(0, "a; b").unwrap().ids(), [1, 2]);
+        assert!(HookPlan::of(&Plan { clauses: vec![clause(1, "a; b")], ..Plan::default() }).is_err());
     }
 
     #[test]

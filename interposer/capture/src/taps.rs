@@ -250,7 +250,7 @@ impl TapRegistry {
             return None;
         }
         let oldest = self.destroyed.pop_front()?;
-        for tap in self.models.remove(&oldest)?.taps {
+        for tap in self.models.remove(&oldest).into_iter().flat_map(|model| model.taps) {
             self.taps.remove(&tap);
         }
         Some(oldest)

@@ -45,7 +45,7 @@ fn wanted() -> bool {
     unsafe {
         let hooks = libc::getenv(HOOKS.as_ptr());
         let disable = libc::getenv(DISABLE.as_ptr());
-        !hooks.is_null() && *hooks != 0 && (disable.is_null() || libc::strcmp(disable, c"1".as_ptr()) != 0)
+        !hooks.is_null() && (disable.is_null() || libc::strcmp(disable, c"1".as_ptr()) != 0)
     }
 }
 

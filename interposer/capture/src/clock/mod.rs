@@ -73,8 +73,51 @@ impl Clock {
         self.steps.backward_ended(last);
     }
 
+    /// The last step of inference of any model that trains, or of any at all.
     fn last_pass(&self) -> u64 {
-        self.models.values().map(|passes| passes.step).max().unwrap_or_default()
+        let trained = self.models.values().filter(|passes| passes.has_trained).map(|passes| passes.step).max();
+        trained.unwrap_or_else(|| self.models.values().map(|passes| passes.step).max().unwrap_or_default())
+    }
+
+    /// The number of the next step to begin, by the rule in force: see [`Steps::next`].
+    pub fn next(&self) -> u64 {
+        self.steps.next(self.models.values().any(Passes::is_within_batch))
+    }
+
+    /// Whether some model was called.
+    pub fn has_begun(&self) -> bool {
+        !self.models.is_empty()
+    }
+
+    /// Whether one forward is under way, and that is not inside of another.
+    pub fn is_outermost(&self) -> bool {
+        self.models.values().map(Passes::forwards).sum::<usize>() == 1
+    }
+
+    /// No forward of a model is under way: it was destroyed.
+    pub fn none_open(&mut self, model: u64) {
+        if let Some(passes) = self.models.get_mut(&model) {
+            passes.none_open();
+        }
+    }
+
+    /// Whether no forward is under way, as far as is known.
+    pub fn is_idle(&self) -> bool {
+        self.models.values().all(|passes| passes.forwards() == 0)
+    }
+
+    /// Whether steps are counted, or will be since a pass trains, which ranks take together; or the last pass of every model was
+    /// one of several ranks.
+    pub fn is_together(&self) -> bool {
+        let trains = || self.models.values().any(|passes| passes.has_trained);
+        // One that some rank calls alone is counted there alone.
+        let together = || !self.models.is_empty() && self.models.values().all(|passes| passes.together.was_together());
+        self.steps.rule() != Rule::Inference || trains() || together()
+    }
+
+    /// By what rule the step under way will end.
+    pub fn rule(&self) -> Rule {
+        self.steps.rule()
     }
 
     /// The steps of the job.

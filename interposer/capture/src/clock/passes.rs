@@ -134,9 +134,7 @@ impl Passes {
 
     pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, trigger: &Trigger) {
         // A pipeline has backward passes within a batch.
-        let within_batch = steps.rule() == Rule::Backward
-            && self.microbatches > 1
-            && !self.counted.iter().sum::<u32>().is_multiple_of(self.microbatches);
+        let within_batch = steps.rule() == Rule::Backward && self.is_within_batch();
         let inference = steps.rule() == Rule::Inference || (within_batch && self.inference);
         let step = if inference || within_batch { self.step } else { steps.begin_pass() };
         let new_step = self.number == 0 || inference != self.inference || step != self.step;
@@ -146,6 +144,7 @@ impl Passes {
             if inference && (new_step || is_whole) {
                 self.step = self.inferences;
                 self.inferences += 1;
+                steps.begin_inference();
                 self.counted = [0, 0];
             } else if new_step {
                 self.step = step;
@@ -175,6 +174,16 @@ impl Passes {
         if self.grad_enabled {
             self.differentiable = Some((self.number, self.micro, self.train));
         }
+    }
+
+    /// Whether the next pass is one of a pipeline's batch of which some were made.
+    pub fn is_within_batch(&self) -> bool {
+        self.microbatches > 1 && !self.counted.iter().sum::<u32>().is_multiple_of(self.microbatches)
+    }
+
+    /// Forwards under way, as far as is known.
+    pub fn forwards(&self) -> usize {
+        self.forwards.len()
     }
 
     /// How many passes of each kind had the number of this step in inference. Those of training are other ones.

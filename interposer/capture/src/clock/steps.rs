@@ -18,6 +18,8 @@ pub struct Steps {
     stepped: HashSet<u32>,
     /// In how many steps any of some optimizers has stepped, by their numbers.
     turns: HashMap<Vec<u32>, u64>,
+    /// Steps of inference that all models have begun together.
+    inferences: u64,
 }
 
 impl Steps {
@@ -69,6 +71,21 @@ impl Steps {
             self.stepped.clear();
         }
         self.now
+    }
+
+    /// A model begins a step of inference.
+    pub fn begin_inference(&mut self) {
+        self.inferences += 1;
+    }
+
+    /// The number of the next step to begin, and of what is counted: in inference, of the steps of all models together.
+    /// `within`: the next pass is one of a batch whose first is made.
+    pub fn next(&self, within: bool) -> u64 {
+        match self.rule {
+            Rule::Inference => self.inferences - u64::from(within).min(self.inferences),
+            Rule::Optimizer => self.now + u64::from(self.ended),
+            Rule::Backward => self.now + u64::from(self.ended && !within),
+        }
     }
 
     /// From now on it is counted in how many steps any of these optimizers steps. Whether it is counted for many.

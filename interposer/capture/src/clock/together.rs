@@ -49,6 +49,8 @@ pub struct Together {
     open: Option<(Ended, bool)>,
     /// Somebody has to know of the next one too: it shows that those before have ended.
     follows: bool,
+    /// Collectives were called since the pass before the last began, or within the last.
+    together: bool,
     ended: Vec<Ended>,
 }
 
@@ -57,10 +59,12 @@ impl Together {
     pub fn begin(&mut self, made: Made, trigger: &Trigger) {
         self.end(None);
         let mut since = [made.micro; MAX_GROUPS];
+        let mut grew = false;
         for ((known, now), since) in self.since.iter_mut().zip(trigger.collectives).zip(&mut since) {
             if now < 0 {
                 continue;
             }
+            grew |= known.last.is_some_and(|last| now > last);
             if known.last != Some(now) {
                 *known = Since { last: Some(now), counted: [0; 4] };
             }
@@ -70,6 +74,7 @@ impl Together {
                 *counted += 1;
             }
         }
+        self.together = grew;
         let begin = trigger.collectives;
         let pass = Ended { made, reduces: trigger.reduces, begin, since, together: [false; MAX_GROUPS] };
         self.open = Some((pass, std::mem::take(&mut self.follows)));
@@ -89,13 +94,21 @@ impl Together {
 
     /// The pass under way ends, and if that is seen, as the trigger says.
     pub fn end(&mut self, trigger: Option<&Trigger>) {
-        let Some((mut pass, true)) = self.open.take() else { return };
+        let Some((mut pass, keep)) = self.open.take() else { return };
         if let Some(trigger) = trigger {
             for ((together, begin), now) in pass.together.iter_mut().zip(pass.begin).zip(trigger.collectives) {
                 *together = begin >= 0 && now > begin;
             }
+            self.together |= pass.together.contains(&true);
         }
-        self.ended.push(pass);
+        if keep {
+            self.ended.push(pass);
+        }
+    }
+
+    /// Whether the last pass was one of several ranks: collectives were called in it, or between it and the one before.
+    pub fn was_together(&self) -> bool {
+        self.together
     }
 
     /// Those that have ended and were not taken yet.

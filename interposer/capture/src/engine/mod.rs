@@ -1,5 +1,6 @@
 //! Decides what taps do. One [`Engine`] behind one lock; tensor bytes are copied outside of it.
 
+mod pace;
 mod record;
 mod select;
 pub mod slice;
@@ -7,13 +8,14 @@ pub mod slice;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use wire::{
     codes::{Role, Subject},
     control::{StepRule, ToAgent},
     hooks::{Edit, Hook, Kind, Mode},
     passes::{Group, Pass},
+    revision::{Ballot, Decided, Moment, Plan, Proposal, Register},
     tap_abi::{Call, LeafEdit, Rank, Trigger},
 };
 
@@ -24,6 +26,7 @@ use crate::{
     process::Process,
     taps::{Tap, TapRegistry},
 };
+use pace::Pace;
 use select::Findings;
 
 /// Who hears what the engine has found out: the user, and the agent.
@@ -45,6 +48,16 @@ pub struct Engine {
     clock: Clock,
     /// What was found of the plan in force.
     findings: Findings,
+    /// Models of which nothing was ever selected, whose modules were told of: by serial.
+    others: HashSet<u64>,
+    /// The plan that may take its place.
+    ballot: Ballot<HookPlan>,
+    /// Why compiled modules may not be compiled again; empty: they may, or there are none.
+    no_compiling: String,
+    /// How long steps take.
+    pace: Pace,
+    /// The plan in force has no taps yet.
+    reselect: bool,
     rank: Rank,
     /// Rules of steps that the agent knows.
     rules: Vec<StepRule>,
@@ -59,6 +72,11 @@ impl Engine {
     pub fn new(plans: Arc<PlanInForce>, process: Arc<dyn Process>, reports: Arc<dyn Reports>) -> Self {
         Self {
             findings: Findings::of(&plans.get()),
+            others: HashSet::new(),
+            ballot: Ballot::default(),
+            no_compiling: String::new(),
+            pace: Pace::default(),
+            reselect: false,
             plans,
             taps: TapRegistry::default(),
             clock: Clock::default(),
@@ -76,6 +94,89 @@ impl Engine {
         self.taps.begin_revision(plan.revision());
         self.findings = Findings::of(&plan);
         self.plans.replace(plan);
+    }
+
+    /// Where this rank is.
+    pub fn moment(&self) -> Moment {
+        let rule = self.clock.rule();
+        Moment { rule, next: self.clock.next(), pace_ns: self.pace.fastest(), together: self.clock.is_together() }
+    }
+
+    /// The highest revision that was heard of.
+    pub fn heard(&self) -> u64 {
+        self.ballot.heard()
+    }
+
+    /// Confirms a proposal, or says why not: [`Ballot::prepare`].
+    ///
+    /// # Errors
+    /// As there; or a clause does not parse, or is not supported; or one is added, and the job has compiled modules that must
+    /// not be compiled again.
+    pub fn prepare(&mut self, proposal: &Proposal, register: Box<dyn Register>) -> Result<(), String> {
+        let plan = HookPlan::of(&proposal.plan)?;
+        let (in_force, now) = (self.plans.get(), self.moment());
+        if !self.no_compiling.is_empty() && plan.adds_to(&in_force) {
+            return Err(format!("cannot compile its modules again: {}", self.no_compiling));
+        }
+        self.ballot.prepare(in_force.revision(), now, proposal, plan, register)
+    }
+
+    /// From now on compiled modules may not be compiled again for this reason, and so get no hooks; empty: they may.
+    pub fn forbid_compiling(&mut self, why: String) {
+        self.no_compiling = why;
+    }
+
+    /// A plan that was in force before this process began is in force here too, if nothing else is.
+    pub fn continue_with(&mut self, plan: &Plan) {
+        if plan.revision > self.plans.get().revision() && !self.ballot.is_open() && !self.clock.has_begun() {
+            match HookPlan::of(plan) {
+                Ok(plan) => {
+                    self.ballot.begins_with(plan.revision());
+                    self.replace_plan(plan);
+                    self.reselect = true;
+                }
+                Err(why) => self.reports.notice(format!("revision {} of the hooks is not taken: {why}", plan.revision)),
+            }
+        }
+    }
+
+    /// Whether a proposal is open.
+    pub fn has_proposal(&self) -> bool {
+        self.ballot.is_open()
+    }
+
+    /// Whether the next pass may be one that another plan begins with, or that has no taps of the plan in force.
+    pub fn is_due(&self) -> bool {
+        self.clock.is_idle() && (self.reselect || (self.ballot.is_open() && self.ballot.is_due(self.moment())))
+    }
+
+    /// A pass is about to begin: decides which plan it begins with. Whether that is another one, so that the models are to
+    /// be selected from again.
+    pub fn turn(&mut self) -> bool {
+        if self.is_due() {
+            self.decide();
+            return std::mem::take(&mut self.reselect);
+        }
+        false
+    }
+
+    /// Decides which plan the next pass begins with, if that is open.
+    fn decide(&mut self) {
+        match self.ballot.decide(self.moment()) {
+            Decided::Stays => {}
+            Decided::Replaced(plan) => {
+                self.replace_plan(plan);
+                self.reselect = true;
+            }
+            Decided::Unreachable(revision) => self.reports.notice(format!(
+                "rank {}: nobody could say whether revision {revision} of the hooks begins; it does not here",
+                self.rank.rank
+            )),
+        }
+    }
+
+    fn keep_pace(&mut self) {
+        self.pace.reach(self.clock.next(), || self.process.now_ns());
     }
 
     /// The plan in force.
@@ -125,21 +226,26 @@ impl Engine {
     /// Whether the parameters of the step are those of this pass: in a model that trains, not those of an evaluation,
     /// which may have others for a while.
     pub fn pass(&mut self, serial: u64, part: u64, enter: bool, trigger: &Trigger) -> bool {
-        if self.taps.model(serial).is_none() {
-            return false;
-        }
         let caller = match part {
             0 => Caller::Model,
             part => Caller::Part(part),
         };
         let position = StackPosition::here(&caller);
         if enter {
+            // Nobody came before it, as after a forward that raised: nothing of it is captured, rather than by the wrong hooks.
+            let missed = self.ballot.must_decide(self.moment());
             self.clock.enter(serial, caller, position, trigger);
-            self.say_rule();
-            self.keep_pass(serial);
+            if missed && self.clock.is_outermost() {
+                self.decide();
+            }
+            if self.taps.model(serial).is_some() {
+                self.say_rule();
+                self.keep_pass(serial);
+            }
         } else {
             self.clock.exit(serial, caller, position, trigger);
         }
+        self.keep_pace();
         self.say_passes();
         enter && self.clock.has_parameters(serial)
     }
@@ -163,6 +269,7 @@ impl Engine {
     /// An optimizer stepped, or was skipped.
     pub fn stepped(&mut self, optimizer: u32) {
         self.clock.stepped(optimizer);
+        self.keep_pace();
         self.say_passes();
     }
 
@@ -175,10 +282,13 @@ impl Engine {
     /// A backward pass ended.
     pub fn backward_ended(&mut self) {
         self.clock.backward_ended();
+        self.keep_pace();
     }
 
     /// A model was destroyed.
     pub fn forget(&mut self, serial: u64) {
+        self.others.remove(&serial);
+        self.clock.none_open(serial);
         if let Some(gone) = self.taps.destroy(serial) {
             self.clock.forget(gone);
         }

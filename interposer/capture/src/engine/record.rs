@@ -94,6 +94,7 @@ impl Engine {
             micro: if is_cut { call.micro / model.microbatches } else { call.micro },
             call: call.call,
             repeat: tensor.repeat,
+            revision: tap.plan.revision(),
             train: call.train,
             skipped: tensor.skipped,
             stats_only: clause.options.reduce == Reduce::Stats,
@@ -109,6 +110,9 @@ impl Engine {
             refused,
         };
         let collective = clause.options.assemble == Assemble::Collective;
-        Some(Captured { meta, handle: tensor.handle, on_device: tensor.on_device, staged: false, collective, cut })
+        // Where some ranks alone capture, the one that would send a replica may not be among them.
+        let replicas_once = tap.plan.is_for_all_ranks();
+        let tap_abi::Leaf { handle, on_device, .. } = *tensor;
+        Some(Captured { meta, handle, on_device, staged: false, collective, replicas_once, cut })
     }
 }

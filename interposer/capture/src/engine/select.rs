@@ -127,11 +127,19 @@ impl Engine {
         let seen = &mut self.findings.seen;
         seen.extend(names.into_iter().map(|name| (name, String::new())));
         seen.extend(modules.iter().map(|m| (m.name.clone(), m.class.clone())));
-        if out.is_empty() {
-            // Other ranks may have modules that this one lacks: whoever reads the run has to know which.
+        // Whoever is told of nothing may be told of something later.
+        let told = !out.is_empty() || self.taps.model(desc.serial).is_some();
+        if !told {
+            // Other ranks may have modules that this one lacks: whoever reads the run has to know which. And whoever adds hooks
+            // to a job that runs has to know what there is.
             let some_for_all = plan.clauses().iter().any(|clause| clause.options.ranks.is_none());
-            if rank.world > 1 && modules.len() > 1 && some_for_all {
-                self.reports.describe(rank, "");
+            let others = if plan.clauses().is_empty() {
+                !modules.is_empty()
+            } else {
+                rank.world > 1 && modules.len() > 1 && some_for_all
+            };
+            self.reports.describe(rank, "");
+            if others && self.others.insert(desc.serial) {
                 let modules = modules.into_iter().map(|m| m.name).collect();
                 self.reports.say(ToAgent::Others { modules });
             }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use wire::{
     codes::Refusal,
     record::{Axis, Placement, RecordMeta},
+    register::SharedRegister,
+    revision::{Clause, Verdict},
 };
 
 use super::*;
@@ -286,6 +288,36 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     assert_eq!(modules.iter().map(|m| m.kinds).collect::<Vec<_>>(), [0, 0, FORWARD]);
 }
 
+/// Whoever asks decides.
+#[derive(Debug)]
+struct Willing;
+
+impl Register for Willing {
+    fn settle(&self, verdict: Verdict) -> Option<Verdict> {
+        Some(verdict)
+    }
+
+    fn peek(&self) -> Verdict {
+        Verdict::Open
+    }
+}
+
+#[test]
+fn a_job_that_lets_nothing_be_compiled_again_loses_clauses_and_gets_none() {
+    let mut w = engine("a; b");
+    let mut prepare = |why: &str, revision, ids: &[u32]| {
+        w.engine.forbid_compiling(why.to_owned());
+        let clauses = ids.iter().map(|&id| Clause { id, text: "c".into() }).collect();
+        let rule = w.engine.moment().rule;
+        let proposal = Proposal { plan: Plan { revision, clauses, last_id: 9 }, base: 0, rule, begins: Some(9) };
+        w.engine.prepare(&proposal, Box::new(Willing))
+    };
+    assert_eq!(prepare("the job says so", 1, &[1]), Ok(()));
+    let refused = Err("cannot compile its modules again: the job says so".to_owned());
+    assert_eq!(prepare("the job says so", 2, &[1, 2, 3]), refused);
+    assert_eq!(prepare("", 2, &[1, 2, 3]), Ok(()), "it was not heard of, and may come again");
+}
+
 #[test]
 fn a_module_that_is_called_by_itself_says_by_which_rule_steps_are_counted() {
     let mut w = engine("a");
@@ -307,4 +339,134 @@ fn a_process_that_becomes_another_rank_says_so_and_its_records_are_of_that() {
     let call = w.calls(1, &taps, &training())[0].unwrap();
     assert_eq!(w.record(&call, Kind::Forward, "out").unwrap().rank, 3);
     assert_eq!(w.reports.described.lock().unwrap().iter().map(|d| (d.0, d.1)).collect::<Vec<_>>(), [(0, 1), (3, 4)]);
+}
+
+/// A revision that is open to be decided, which begins with a step.
+fn proposed(w: &mut World, revision: u64, hooks: &str, begins: Option<u64>) -> SharedRegister {
+    let (leader, fd) = SharedRegister::create().unwrap();
+    let clause = |(id, text): (usize, &str)| Clause { id: id as u32, text: text.into() };
+    let clauses = hooks.split(';').filter(|text| !text.is_empty()).enumerate().map(clause).collect();
+    let base = w.engine.plan().revision();
+    let proposal =
+        Proposal { plan: Plan { revision, clauses, last_id: 9 }, base, rule: w.engine.moment().rule, begins };
+    w.engine.prepare(&proposal, Box::new(SharedRegister::attach(fd).unwrap())).unwrap();
+    leader
+}
+
+#[test]
+fn hooks_begin_with_their_step_and_those_of_before_end_with_it() {
+    let mut w = engine("a:forward,backward");
+    let model = Model::of(1, &["", "a", "b"]);
+    let old = w.taps(&model);
+    let gradient = w.calls(1, &old, &training())[0].unwrap();
+    let leader = proposed(&mut w, 1, "b", Some(2));
+    leader.settle(Verdict::Commit);
+    assert!(!w.engine.turn(), "step 0 is under way");
+    w.engine.stepped(0);
+    assert_ne!(w.pass(1, &old, &training())[0], 0);
+    assert!(!w.engine.is_due());
+    w.engine.stepped(0);
+    assert!(w.engine.is_due(), "the next pass begins step 2");
+    assert!(w.engine.turn() && !w.engine.turn());
+    let new = w.taps(&model);
+    assert_eq!((w.pass(1, &old, &training()), w.pass(1, &new, &training())), (vec![0], vec![FORWARD]));
+    let late = w.record(&gradient, Kind::Backward, "in[0]").unwrap();
+    assert_eq!((late.step, late.revision), (0, 0), "what a call has begun is captured");
+    let now = w.calls(1, &new, &training())[0].unwrap();
+    let record = w.record(&now, Kind::Forward, "out").unwrap();
+    assert_eq!((record.step, record.revision, record.model), (2, 1, 0));
+}
+
+#[test]
+fn a_revision_that_nobody_has_decided_upon_in_time_never_begins() {
+    let mut w = engine("a");
+    let model = Model::of(1, &["", "a", "b"]);
+    let taps = w.taps(&model);
+    let leader = proposed(&mut w, 1, "b", Some(1));
+    w.pass(1, &taps, &training());
+    w.engine.stepped(0);
+    assert!(w.engine.is_due() && !w.engine.turn());
+    assert_eq!(leader.settle(Verdict::Commit), Some(Verdict::Abandoned));
+    assert_eq!((w.engine.plan().revision(), w.pass(1, &taps, &training())), (0, vec![FORWARD]));
+}
+
+#[test]
+fn a_pass_that_begins_unasked_is_of_the_new_hooks_which_are_selected_after_it() {
+    let mut w = engine("a");
+    let model = Model::of(1, &["", "a", "b"]);
+    let old = w.taps(&model);
+    w.pass(1, &old, &training());
+    let leader = proposed(&mut w, 1, "b", Some(1));
+    leader.settle(Verdict::Commit);
+    w.engine.stepped(0);
+    // Nobody came before it, as after a forward that raised.
+    w.engine.pass(1, 0, true, &training());
+    assert_eq!((w.engine.plan().revision(), w.engine.triggered(old[0].1, &training()).is_none()), (1, true));
+    assert!(!w.engine.turn(), "it is under way");
+    w.engine.pass(1, 0, false, &training());
+    assert!(w.engine.is_due() && w.engine.turn() && !w.engine.turn());
+    let new = w.taps(&model);
+    assert_eq!(w.pass(1, &new, &training()), [FORWARD]);
+}
+
+#[test]
+fn an_armed_job_counts_the_passes_of_models_of_which_nothing_is_captured() {
+    let mut w = engine("");
+    let (model, other) = (Model::of(1, &["", "a"]), Model::of(2, &["", "a"]));
+    for each in [&model, &other] {
+        assert!(w.taps(each).is_empty());
+    }
+    for _ in 0..3 {
+        w.pass(1, &[], &training());
+        w.engine.stepped(0);
+    }
+    assert_eq!(w.engine.moment().next, 3);
+    let others = |m: &&ToAgent| matches!(m, ToAgent::Others { modules } if modules.len() == 2);
+    assert_eq!(
+        w.reports.said.lock().unwrap().iter().filter(others).count(),
+        2,
+        "whoever adds hooks knows what there is"
+    );
+    let leader = proposed(&mut w, 1, "a", Some(4));
+    leader.settle(Verdict::Commit);
+    w.pass(1, &[], &training());
+    w.engine.stepped(0);
+    assert!(w.engine.turn());
+    let taps = w.taps(&model);
+    let call = w.calls(1, &taps, &training())[0].unwrap();
+    assert_eq!((call.step, call.micro), (4, 0));
+    w.engine.forget(1);
+    w.engine.forget(2);
+}
+
+#[test]
+fn steps_of_inference_are_counted_over_all_models_and_pipelines_batches() {
+    let plans = Arc::new(PlanInForce::new(HookPlan::parse(0, "a").unwrap()));
+    let mut engine = Engine::new(plans, StandInProcess::on(), Arc::new(StandInTransport::default()));
+    let eval = Trigger { first: [4, 8, -1], ..Trigger::default() };
+    for serial in [1, 2] {
+        Model::of(serial, &["", "a"]).select_in(&mut engine, 0, 1);
+    }
+    engine.microbatches(2, 2, [-1, -1]);
+    let mut seen = Vec::new();
+    for serial in [1, 2, 2, 2, 1] {
+        engine.pass(serial, 0, true, &eval);
+        engine.pass(serial, 0, false, &eval);
+        seen.push(engine.moment().next);
+    }
+    assert_eq!(seen, [1, 1, 2, 2, 3], "a batch that has begun is not over before its last pass");
+}
+
+#[test]
+fn a_rank_that_comes_late_begins_with_the_plan_in_force() {
+    let plan = |revision, text: &str| Plan { revision, clauses: vec![Clause { id: 4, text: text.into() }], last_id: 4 };
+    let mut w = engine("a");
+    w.engine.continue_with(&plan(3, "b"));
+    assert!(w.engine.turn(), "models may have been selected from before");
+    let model = Model::of(1, &["", "a", "b"]);
+    let taps = w.taps(&model);
+    assert_eq!((taps.as_slice(), w.engine.heard()), (&[(2, taps[0].1)][..], 3));
+    w.pass(1, &taps, &training());
+    w.engine.continue_with(&plan(4, "a"));
+    assert_eq!(w.engine.plan().revision(), 3, "not in the middle of its work");
 }

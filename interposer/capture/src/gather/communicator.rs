@@ -102,7 +102,12 @@ impl Communicator {
 
     /// Carries out transfers; what was received, in order, counted in `budget`. All members must begin theirs. `None`: as
     /// for `exchange`.
-    pub fn transfer(&self, transfers: Vec<Transfer<'_>>, budget: &Arc<AtomicU64>) -> Option<Vec<Staged>> {
+    pub fn transfer(
+        &self,
+        transfers: Vec<Transfer<'_>>,
+        replicas_once: bool,
+        budget: &Arc<AtomicU64>,
+    ) -> Option<Vec<Staged>> {
         let mut list: Vec<tap_abi::Move> = transfers.iter().map(Transfer::as_abi).collect();
         // SAFETY: the communicator is not left yet; tensors and sizes live through the call.
         let went_well = unsafe { (self.bridge.transfer)(self.comm, list.as_mut_ptr(), list.len()) };
@@ -110,7 +115,7 @@ impl Communicator {
             let What::Receive(part) = one.what else { return None };
             // A rank that describes more bytes than there can be gets no tensor.
             let bytes = part.meta.payload_len().unwrap_or_default();
-            Staged::received(done.tensor, done.on_device, bytes, self.bridge, budget)
+            Staged::received(done.tensor, done.on_device, bytes, replicas_once, self.bridge, budget)
         };
         let received = list.iter().zip(&transfers).filter_map(received).collect();
         went_well.then_some(received)

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -160,7 +160,8 @@ impl Meeting {
                 transfers.push(Transfer::receive(part));
             }
         }
-        let Some(received) = self.comm.transfer(transfers, &self.gather.staged_bytes) else { return false };
+        let (once, budget) = (self.gather.replicas_once.load(Ordering::Relaxed), &self.gather.staged_bytes);
+        let Some(received) = self.comm.transfer(transfers, once, budget) else { return false };
         let mut received = received.into_iter();
         for Bound { to, part } in batch {
             if part.member == me {

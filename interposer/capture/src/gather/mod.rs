@@ -23,7 +23,10 @@ mod staging;
 use std::{
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -64,6 +67,8 @@ struct State {
     closing: Option<Instant>,
     /// The thread takes part in no further round.
     stop: bool,
+    /// When it has ended, another communicator may come.
+    again: bool,
     /// It was said that more came than can be staged.
     crowded: bool,
     /// While it may be cut.
@@ -86,6 +91,8 @@ pub struct Gather {
     news: Condvar,
     /// Bytes staged, in the queue and by the thread.
     staged_bytes: Arc<AtomicU64>,
+    /// As in [`Captured`], of all that came.
+    replicas_once: AtomicBool,
     transport: Arc<Transport>,
     process: Arc<dyn Process>,
     bridge: &'static BridgeTable,
@@ -106,13 +113,15 @@ impl Gather {
             queue: VecDeque::new(),
             closing: None,
             stop: false,
+            again: false,
             crowded: false,
             comm: None,
             meeting: false,
         };
         let step = Box::new(step);
         let (state, news, staged_bytes) = (Mutex::new(state), Condvar::new(), Arc::default());
-        Arc::new(Self { state, news, staged_bytes, transport, process, bridge, step })
+        let replicas_once = AtomicBool::new(true);
+        Arc::new(Self { state, news, staged_bytes, replicas_once, transport, process, bridge, step })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -134,6 +143,9 @@ impl Gather {
         let meta = &captured.meta;
         if agreement::members(meta) <= 1 || !meta.refused.is_empty() || self.lock().route == Route::PerRank {
             return self.transport.send(captured);
+        }
+        if !captured.replicas_once {
+            self.replicas_once.store(false, Ordering::Relaxed);
         }
         let staged = Staged::new(&captured, self.transport.slab_bytes(), self.bridge, &self.staged_bytes);
         let since = Instant::now();
@@ -162,7 +174,10 @@ impl Gather {
 
     /// The ranks have a communicator.
     pub fn joined(self: &Arc<Self>, comm: Communicator, size: usize) {
-        let mut state = self.lock();
+        // One that is being left may be left for this one.
+        let leaves = |state: &mut State| state.meeting && state.again;
+        let waited = self.news.wait_timeout_while(self.lock(), PATIENCE, leaves);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         if state.meeting || state.closing.is_some() || state.route == Route::PerRank {
             drop(state);
             return comm.leave();
@@ -177,7 +192,12 @@ impl Gather {
             // First: who cuts it does so under the lock.
             gather.lock().comm = None;
             comm.leave();
-            gather.lock().meeting = false;
+            let mut state = gather.lock();
+            state.meeting = false;
+            if std::mem::take(&mut state.again) {
+                (state.route, state.stop) = (Route::Pending, false);
+            }
+            drop(state);
             gather.news.notify_all();
         };
         if thread::Builder::new().name("flexmodel-gather".into()).spawn(meet).is_err() {
@@ -187,6 +207,24 @@ impl Gather {
             comm.leave();
             self.per_rank("no thread could be made");
         }
+    }
+
+    /// The plan in force wants tensors gathered, and the one before did not: there may be a communicator again.
+    pub fn begin_again(&self) {
+        let mut state = self.lock();
+        if state.meeting {
+            state.again = true;
+        } else {
+            (state.route, state.stop, state.crowded) = (Route::Pending, false, false);
+        }
+        self.replicas_once.store(true, Ordering::Relaxed);
+    }
+
+    /// The plan in force wants nothing gathered any more: the communicator is left, as soon as all ranks come to that.
+    pub fn end(&self) {
+        self.lock().again = false;
+        self.per_rank("");
+        self.news.notify_all();
     }
 
     /// There is no communicator, for the reason given, if there is one to say: everything goes to the agents.

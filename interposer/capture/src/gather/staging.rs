@@ -18,6 +18,8 @@ pub struct Staged {
     tensor: *mut c_void,
     on_device: bool,
     bytes: u64,
+    /// As in [`Captured`].
+    replicas_once: bool,
     bridge: &'static BridgeTable,
     /// Bytes that are staged in this process.
     budget: Arc<AtomicU64>,
@@ -39,7 +41,8 @@ impl Staged {
             budget.fetch_sub(bytes, Ordering::Relaxed);
             return None;
         }
-        Some(Self { tensor, on_device, bytes, bridge, budget: budget.clone() })
+        let replicas_once = captured.replicas_once;
+        Some(Self { tensor, on_device, bytes, replicas_once, bridge, budget: budget.clone() })
     }
 
     /// What was received from another rank, which is staged whatever there is already; `None` if nothing was.
@@ -47,6 +50,7 @@ impl Staged {
         tensor: *mut c_void,
         on_device: bool,
         bytes: u64,
+        replicas_once: bool,
         bridge: &'static BridgeTable,
         budget: &Arc<AtomicU64>,
     ) -> Option<Self> {
@@ -54,7 +58,7 @@ impl Staged {
             return None;
         }
         budget.fetch_add(bytes, Ordering::Relaxed);
-        Some(Self { tensor, on_device, bytes, bridge, budget: budget.clone() })
+        Some(Self { tensor, on_device, bytes, replicas_once, bridge, budget: budget.clone() })
     }
 
     /// The bridge's tensor.
@@ -74,7 +78,8 @@ impl Staged {
 
     /// To be sent; this has to outlive it.
     pub fn captured(&self, meta: RecordMeta) -> Captured {
-        Captured { meta, handle: self.tensor, on_device: self.on_device, staged: true, collective: false, cut: None }
+        let Self { tensor: handle, on_device, replicas_once, .. } = *self;
+        Captured { meta, handle, on_device, staged: true, collective: false, replicas_once, cut: None }
     }
 }
 

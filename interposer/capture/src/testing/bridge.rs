@@ -1,12 +1,19 @@
 //! A stand-in for the bridge.
 
-use std::ffi::c_void;
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use wire::{
     codes::{CopyState, Refusal},
     dtype::DType,
     hooks::Kind,
-    tap_abi::{BridgeTable, Copied, Cut, Leaf, Move, Str, TAP_ABI},
+    tap_abi::{self, BridgeTable, Copied, Cut, HearStore, Leaf, Move, Str, TAP_ABI},
 };
 
 /// A tensor of the CPU that the stand-in for the bridge can read.
@@ -40,7 +47,33 @@ impl Tensor {
     }
 }
 
-/// A bridge whose tensors are [`Tensor`]s of `f32`, without communicators or devices.
+/// A store of one process.
+#[derive(Clone, Default)]
+pub struct Store(Arc<Kept>);
+
+#[derive(Default)]
+struct Kept {
+    values: Mutex<HashMap<String, Vec<u8>>>,
+    fails: AtomicBool,
+}
+
+impl Store {
+    /// A connection to it, as the bridge hands one over.
+    pub fn handle(&self) -> *mut c_void {
+        Box::into_raw(Box::new(self.clone())).cast()
+    }
+
+    pub fn put(&self, key: &str, value: &[u8]) {
+        self.0.values.lock().unwrap().insert(key.into(), value.to_vec());
+    }
+
+    /// From now on nothing comes of what is asked.
+    pub fn fail(&self) {
+        self.0.fails.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A bridge whose tensors are [`Tensor`]s of `f32`, without communicators or devices, and whose stores are [`Store`]s.
 pub static BRIDGE: BridgeTable = BridgeTable {
     abi: TAP_ABI,
     size: size_of::<BridgeTable>() as u32,
@@ -55,6 +88,9 @@ pub static BRIDGE: BridgeTable = BridgeTable {
     transfer,
     cut,
     leave: cut,
+    store_settle,
+    store_look,
+    store_leave,
     pin,
 };
 
@@ -118,6 +154,48 @@ unsafe extern "C" fn transfer(_: *mut c_void, _: *mut Move, _: usize) -> bool {
 }
 
 unsafe extern "C" fn cut(_: *mut c_void) {}
+
+/// # Safety
+/// `store` is a [`Store::handle`] that was not given back, and `hear` takes `context`.
+unsafe fn in_store(
+    store: *mut c_void,
+    context: *mut c_void,
+    hear: HearStore,
+    act: impl FnOnce(&mut HashMap<String, Vec<u8>>) -> Option<Vec<u8>>,
+) {
+    // SAFETY: the caller vouches for it.
+    let Store(kept) = unsafe { &*store.cast::<Store>() };
+    let fails = kept.fails.load(Ordering::Relaxed);
+    let found = if fails { Some(b"it is gone".to_vec()) } else { act(&mut kept.values.lock().unwrap()) };
+    if let Some(value) = found {
+        // SAFETY: the caller vouches for it.
+        unsafe { hear(context, fails, value.as_ptr(), value.len()) };
+    }
+}
+
+unsafe extern "C" fn store_settle(
+    store: *mut c_void,
+    key: Str<'_>,
+    value: *const u8,
+    len: usize,
+    context: *mut c_void,
+    hear: HearStore,
+) {
+    // SAFETY: the caller's key and value live through the call.
+    let (key, value) = unsafe { (key.get().to_owned(), tap_abi::array(value, len).to_vec()) };
+    // SAFETY: as the table says.
+    unsafe { in_store(store, context, hear, |values| Some(values.entry(key).or_insert(value).clone())) };
+}
+
+unsafe extern "C" fn store_look(store: *mut c_void, key: Str<'_>, context: *mut c_void, hear: HearStore) {
+    // SAFETY: as in store_settle.
+    unsafe { in_store(store, context, hear, |values| values.get(key.get()).cloned()) };
+}
+
+unsafe extern "C" fn store_leave(store: *mut c_void) {
+    // SAFETY: `handle` made it, and it is given back once.
+    drop(unsafe { Box::from_raw(store.cast::<Store>()) });
+}
 
 unsafe extern "C" fn pin(_: *mut u8, _: usize) -> bool {
     false

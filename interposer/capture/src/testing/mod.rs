@@ -22,7 +22,7 @@ use wire::{
 use crate::{engine::Reports, process::Process, switch::Switch};
 
 pub use agent::{Agent, heard};
-pub use bridge::{BRIDGE, Tensor};
+pub use bridge::{BRIDGE, Store, Tensor};
 
 /// A folder that goes with the test.
 pub struct Folder(PathBuf);

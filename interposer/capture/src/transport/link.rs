@@ -2,15 +2,19 @@
 //! the last word.
 
 use std::{
+    collections::VecDeque,
     io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use wire::{
-    control::{self, FromAgent, Hello, MAX_FROM_AGENT, ToAgent, clip},
+    control::{self, FromAgent, Hello, MAX_FROM_AGENT, MAX_QUESTIONS, Question, ToAgent, clip},
     descriptor::{self, Descriptor},
+    revision::Plan,
+    store::Place,
     tap_abi::Rank,
 };
 
@@ -19,7 +23,7 @@ use super::{
     slabs::Slabs,
     socket::{self, NoConnection},
 };
-use crate::{answers::Answers, process::Process};
+use crate::process::Process;
 
 /// How often an absent agent is looked for, and a present one looked at.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
@@ -31,15 +35,30 @@ pub(super) const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// Most lines about agents that come and go.
 const MAX_LINES: u32 = 20;
 
+/// What an agent has said that others than the link have to deal with.
+pub enum Heard {
+    /// It asks something, with this number on its connection.
+    Question { connection: u64, id: u64, question: Question, fd: Option<OwnedFd> },
+    /// A plan is in force.
+    InForce(Plan),
+}
+
 /// The link, whether or not an agent is at its end.
 pub struct Link {
     socket: PathBuf,
     hello: Hello,
-    answers: Answers,
     process: Arc<dyn Process>,
     stream: Option<Descriptor>,
     outbox: Outbox,
     inbox: Vec<u8>,
+    /// Descriptors that came with what is in the inbox.
+    fds: VecDeque<OwnedFd>,
+    /// What was heard and not dealt with.
+    heard: VecDeque<Heard>,
+    /// Connections so far.
+    connections: u64,
+    /// This agent has taken us in.
+    welcome: bool,
     /// The last look at an agent that is there.
     looked: Option<Instant>,
     /// The last look for one, and how long until the next.
@@ -47,6 +66,8 @@ pub struct Link {
     pub(super) pause: Duration,
     /// The user knows that there is no agent.
     pub(super) missing: bool,
+    /// There is something to capture: without an agent it is lost, and that is said.
+    pub(super) matters: bool,
     /// What the system forbids, as far as the user knows.
     forbidden: Option<io::ErrorKind>,
     lines: u32,
@@ -60,19 +81,23 @@ pub struct Link {
 
 impl Link {
     /// A link that has not looked for its agent yet, of a process that calls itself `hello`.
-    pub fn new(socket: &str, hello: Hello, answers: Answers, process: Arc<dyn Process>) -> Self {
+    pub fn new(socket: &str, hello: Hello, process: Arc<dyn Process>) -> Self {
         Self {
             socket: socket.into(),
             hello,
-            answers,
             process,
             stream: None,
             outbox: Outbox::default(),
             inbox: Vec::new(),
+            fds: VecDeque::new(),
+            heard: VecDeque::new(),
+            connections: 0,
+            welcome: false,
             looked: None,
             tried: None,
             pause: LOOK,
             missing: false,
+            matters: false,
             forbidden: None,
             lines: 0,
             refused: false,
@@ -107,6 +132,38 @@ impl Link {
     /// Whether this process has become another rank, or one of another process group.
     pub fn is_another(&self, rank: Rank) -> bool {
         (self.hello.rank, self.hello.job.group) != (rank.rank, rank.group)
+    }
+
+    /// The socket, for whoever waits until an agent says something.
+    pub fn number(&self) -> Option<RawFd> {
+        Some(self.stream.as_ref()?.get().ok()?.as_raw_fd())
+    }
+
+    /// Whether something waits to be sent.
+    pub fn wants_to_send(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// Whether an agent has taken us in.
+    pub fn is_welcome(&self) -> bool {
+        self.stream.is_some() && self.welcome
+    }
+
+    /// Whether no agent takes us in: it has refused, is not ours, or nobody listens.
+    pub fn is_alone(&self) -> bool {
+        self.asks_no_more() || self.stream.is_none()
+    }
+
+    /// The oldest thing that was heard and not dealt with.
+    pub fn next_heard(&mut self) -> Option<Heard> {
+        self.heard.pop_front()
+    }
+
+    /// Answers a question, if the agent that asked it is still there.
+    pub fn answer(&mut self, connection: u64, message: ToAgent, slabs: &Slabs) {
+        if connection == self.connections && self.stream.is_some() {
+            self.say(message, slabs);
+        }
     }
 
     /// Says something now, or when an agent is there and takes it.
@@ -202,7 +259,7 @@ impl Link {
         // Until there is a welcome.
         self.pause = (self.pause * 2).min(MAX_PAUSE);
         let Ok(hello) = control::encode(&ToAgent::Hello(self.hello.clone())) else { return false };
-        let sent = match socket::send_with_fd(&stream, &hello, memory) {
+        let sent = match socket::send(&stream, &hello, Some(memory)) {
             Ok(sent) => sent,
             Err(error) => {
                 self.not_sent(&error);
@@ -212,6 +269,10 @@ impl Link {
         let others = within_reach.map(|(writer, _)| writer.mapping().header().id);
         self.outbox.restart(hello.get(sent..).unwrap_or_default().to_vec(), others);
         self.inbox.clear();
+        self.fds.clear();
+        self.heard.clear();
+        self.connections += 1;
+        self.welcome = false;
         self.looked = self.tried;
         self.stream = Some(stream);
         self.send(slabs)
@@ -220,7 +281,7 @@ impl Link {
     fn not_connected(&mut self, why: NoConnection) {
         let socket = self.socket.display().to_string();
         match why {
-            NoConnection::Absent if !self.missing => {
+            NoConnection::Absent if !self.missing && self.matters => {
                 self.missing = true;
                 self.line(&format!("no agent at {socket}: captures wait in memory, then are lost, until one is there"));
             }
@@ -268,7 +329,7 @@ impl Link {
         // An agent that never ends its sentence is not listened to for ever.
         while self.inbox.len() <= MAX_FROM_AGENT {
             let Some(stream) = self.stream.as_ref() else { return false };
-            match socket::receive(stream, &mut self.inbox) {
+            match socket::receive(stream, &mut self.inbox, &mut self.fds) {
                 Ok(1..) => {}
                 Err(e) if socket::is_later(&e) => break,
                 Err(e) if descriptor::is_closed(&e) => {
@@ -289,6 +350,7 @@ impl Link {
                 Ok(Some(FromAgent::Welcome)) => {
                     self.pause = LOOK;
                     self.forbidden = None;
+                    self.welcome = true;
                     if std::mem::take(&mut self.missing) {
                         self.line("an agent is there: captures go to it");
                     }
@@ -300,9 +362,16 @@ impl Link {
                     return false;
                 }
                 // It has asked more than it may have open: what is too much is not answered.
-                Ok(Some(FromAgent::Ask { .. })) if self.outbox.is_full_of_answers() => {}
+                Ok(Some(FromAgent::Ask { .. }))
+                    if self.heard.len() >= MAX_QUESTIONS || self.outbox.is_full_of_answers() => {}
                 Ok(Some(FromAgent::Ask { id, question })) => {
-                    self.outbox.push(ToAgent::Answer { id, answer: self.answers.to(question) });
+                    let with = matches!(question, Question::Prepare(_, Place::Shared));
+                    let fd = if with { self.fds.pop_front() } else { None };
+                    self.heard.push_back(Heard::Question { connection: self.connections, id, question, fd });
+                }
+                Ok(Some(FromAgent::InForce(plan))) => {
+                    self.heard.retain(|heard| !matches!(heard, Heard::InForce(_)));
+                    self.heard.push_back(Heard::InForce(plan));
                 }
                 Err(_) => return self.lost(),
             }
@@ -311,7 +380,7 @@ impl Link {
 
     fn lost(&mut self) -> bool {
         self.stream = None;
-        if !self.missing {
+        if !self.missing && self.matters {
             self.missing = true;
             self.line("the agent is gone: captures wait in memory, then are lost, until it is back");
         }
@@ -323,9 +392,9 @@ impl Link {
         let Some(stream) = self.stream.as_ref() else { return false };
         let mut out_of_reach = false;
         let send = |bytes: &[u8], slab: Option<u64>| match slab.map(|id| slabs.numbered(id)) {
-            None => socket::send(stream, bytes),
+            None => socket::send(stream, bytes, None),
             Some(Some(writer)) => match writer.mapping().fd() {
-                Ok(memory) => socket::send_with_fd(stream, bytes, memory),
+                Ok(memory) => socket::send(stream, bytes, Some(memory)),
                 Err(_) => {
                     out_of_reach = true;
                     Ok(bytes.len())
@@ -378,6 +447,6 @@ pub fn leave_word(socket: &Path, text: &str) {
 fn leave(socket: &Path, message: &ToAgent) {
     if let (Ok(stream), Ok(bytes)) = (socket::connect(socket), control::encode(message)) {
         // Into an empty buffer it goes whole, or there is nobody to read it.
-        let _ = socket::send(&stream, &bytes);
+        let _ = socket::send(&stream, &bytes, None);
     }
 }

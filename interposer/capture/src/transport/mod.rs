@@ -10,15 +10,16 @@
 //! | the agent dies while we wait | at most [`GLANCE`] |
 //! | the agent stops (SIGSTOP, a wedged disk) | once 2 s (no heartbeat) or 60 s (no progress), until it moves again (WAIT-1) |
 //! | the agent does not read its messages | nothing: they wait, in a bounded number |
+//! | a rank whose job was started again attaches | at most 1 s for the agent's welcome, with which comes the plan in force |
 //! | taps go off | at most two [`GLANCE`]s for the word of it |
 //! | the process turns out to be another rank | at most [`MOVE`] for copies that are under way, and [`WORD`] |
 //! | the process ends | at most [`FAREWELL`] for copies from a device that are under way, and [`WORD`] |
 //!
-//! There is no thread for the agent's words: the job's own threads look at the socket, without waiting, at most every
-//! [`LOOK`](link::LOOK), or every 20 ms while something waits to be sent. They do so when a tensor is sent, when a forward pass
-//! begins and when an optimizer has stepped. An agent that asks a rank which does none of these gets no answer until it does.
+//! A thread hears what the agent says, answers it and attaches to an agent that has come ([`ear`]): a job may be in a long step.
+//! The job's own threads look at the socket too, without waiting, when a tensor is sent.
 
 mod copies;
+mod ear;
 mod in_flight;
 mod link;
 mod memory;
@@ -35,7 +36,7 @@ mod tests;
 use std::{
     ffi::c_void,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -53,8 +54,9 @@ use wire::{
 
 use crate::{answers::Answers, engine::Reports, process::Process};
 use copies::Copies;
+use ear::Ear;
 use in_flight::InFlight;
-use link::Link;
+use link::{Heard, Link};
 use memory::Memory;
 use slabs::Slabs;
 use state::State;
@@ -104,6 +106,8 @@ pub struct Captured {
     pub staged: bool,
     /// It is to be gathered from all ranks first.
     pub collective: bool,
+    /// Of replicas one rank sends the bytes, the others a checksum.
+    pub replicas_once: bool,
     /// A slice of the tensor is the record, and is yet to be taken.
     pub cut: Option<Cutting>,
 }
@@ -114,31 +118,33 @@ pub struct Transport {
     process: Arc<dyn Process>,
     bridge: &'static BridgeTable,
     copies: Copies,
-    replicas_once: bool,
+    ear: Ear,
+    /// One thread at a time deals with what an agent has said.
+    hearing: Mutex<()>,
+    /// Who knows what an agent asks, once there is somebody.
+    answers: OnceLock<Answers>,
+    this: Weak<Self>,
     /// It was said that the agent writes nonsense.
     said_astray: AtomicBool,
 }
 
 impl Transport {
-    /// Nothing is sent, made or connected yet. `replicas_once`: of replicas one rank sends the bytes, the others a checksum.
-    pub fn new(
-        settings: Settings,
-        answers: Answers,
-        replicas_once: bool,
-        process: Arc<dyn Process>,
-        bridge: &'static BridgeTable,
-    ) -> Arc<Self> {
+    /// Nothing is sent, made or connected yet.
+    pub fn new(settings: Settings, process: Arc<dyn Process>, bridge: &'static BridgeTable) -> Arc<Self> {
         let Settings { socket, slab_bytes, counts, hello } = settings;
         let on_full = hello.on_full;
-        let link = Link::new(&socket, hello, answers, process.clone());
+        let link = Link::new(&socket, hello, process.clone());
         let slabs = Slabs::new(slab_bytes, Memory::new(1));
         let state = Mutex::new(State::new(link, slabs, counts, on_full, process.clone()));
         Arc::new_cyclic(|this| Self {
             state,
             copies: Copies::new(bridge, copy_failed(this.clone())),
+            ear: Ear::default(),
+            hearing: Mutex::default(),
+            answers: OnceLock::new(),
+            this: this.clone(),
             process,
             bridge,
-            replicas_once,
             said_astray: AtomicBool::new(false),
         })
     }
@@ -158,14 +164,53 @@ impl Transport {
         self.say(ToAgent::Notice(text));
     }
 
-    /// Listens to an agent, answers it and sends what waits, if it is time to look. Tensors that are sent do so anyway; passes
-    /// and steps call this for a job that sends none at the moment.
-    pub fn look(&self) {
-        match self.state.try_lock() {
-            Ok(mut state) => state.look(),
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().look(),
-            // Whoever sends a tensor looks too.
-            Err(TryLockError::WouldBlock) => {}
+    /// From now on an agent is answered.
+    pub fn answer_with(&self, answers: Answers) {
+        let _ = self.answers.set(answers);
+    }
+
+    /// Hears what an agent says, answers it, and sends what waits.
+    fn hear(&self) {
+        // Whoever waits for what was heard waits until it is dealt with, too.
+        let _hearing = self.hearing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lock().look();
+        let Some(answers) = self.answers.get() else { return };
+        loop {
+            // Whoever captures may have heard it.
+            let heard = self.lock().link.next_heard();
+            match heard {
+                None => return,
+                Some(Heard::InForce(plan)) => answers.in_force(&plan),
+                Some(Heard::Question { connection, id, question, fd }) => {
+                    let this = self.this.clone();
+                    answers.to(question, fd, move |answer| {
+                        let Some(this) = this.upgrade() else { return };
+                        let State { link, slabs, .. } = &mut *this.lock();
+                        link.answer(connection, ToAgent::Answer { id, answer }, slabs);
+                    });
+                }
+            }
+        }
+    }
+
+    /// Waits until an agent has taken this process in. Whether one has.
+    pub fn is_taken_in(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        loop {
+            self.hear();
+            let state = self.lock();
+            if state.link.is_welcome() {
+                drop(state);
+                // What was said before the welcome may be in another thread's hands.
+                self.hear();
+                return true;
+            }
+            let gone = state.link.is_alone();
+            drop(state);
+            if gone || Instant::now() > end {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -186,7 +231,7 @@ impl Transport {
 
     /// Carries a tensor into the slab, in pieces where it is larger than a quarter of it.
     pub fn send(&self, mut tensor: Captured) {
-        if is_replica(&tensor.meta) && self.replicas_once {
+        if is_replica(&tensor.meta) && tensor.replicas_once {
             tensor.meta.same = self.checksum(&tensor);
         }
         let Some(total) = tensor.meta.payload_len() else { return };
@@ -275,13 +320,14 @@ impl Transport {
 
     /// The process ends in good order: waits for copies under way, and tells the agent, which has the slabs and goes on.
     pub fn finish(&self) {
+        self.ear.stop();
         self.copies.drain(FAREWELL);
         self.lock().finish();
     }
 }
 
 impl Reports for Transport {
-    /// Says who this process is: before it attaches, and again when more is known. A process that captured before it knew
+    /// Says who this process is, and attaches; again when more is known. A process that captured before it knew
     /// its rank, or that goes on in another process group, leaves the slabs it has and begins another one: a slab is of one
     /// rank of one job.
     fn describe(&self, rank: Rank, wrapper: &str) {
@@ -291,9 +337,13 @@ impl Reports for Transport {
             self.lock().leave_slabs();
         }
         let ranks_of_node = self.process.ranks_of_node().unwrap_or(rank.world);
-        let State { link, slabs, .. } = &mut *self.lock();
+        let mut state = self.lock();
+        let State { link, slabs, .. } = &mut *state;
         slabs.shared_by(ranks_of_node);
         link.describe(rank, wrapper, slabs);
+        state.attach();
+        drop(state);
+        self.ear.listen(&self.this, self.process.as_ref());
     }
 
     fn say(&self, message: ToAgent) {

@@ -219,7 +219,7 @@ mod tests {
     }
 
     fn answer(id: u64) -> ToAgent {
-        ToAgent::Answer { id, answer: Answer::Plan { revision: 0, clauses: Vec::new() } }
+        ToAgent::Answer { id, answer: Answer::Plan { revision: 0, heard: 0, clauses: Vec::new(), ids: Vec::new() } }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! it, so it is a [`Descriptor`]; and whoever listens may be another user, so nothing is sent before that was looked at.
 
 use std::{
+    collections::VecDeque,
     ffi::OsStr,
     io,
     os::{
@@ -12,7 +13,10 @@ use std::{
     time::Duration,
 };
 
-use wire::descriptor::Descriptor;
+use wire::{control::MAX_QUESTIONS, descriptor::Descriptor, passing};
+
+/// Bytes asked for at a time.
+const CHUNK: usize = 4096;
 
 /// Why there is no connection.
 #[derive(Debug)]
@@ -88,50 +92,17 @@ fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
     Ok(address)
 }
 
-/// Sends what goes without waiting, and never raises SIGPIPE in the job.
-pub fn send(stream: &Descriptor, bytes: &[u8]) -> io::Result<usize> {
-    let stream = stream.get()?;
-    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-    // SAFETY: the buffer is valid for its length.
-    count(unsafe { libc::send(stream.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
+/// Sends what goes without waiting, with a descriptor on the first byte where one is given.
+pub fn send(stream: &Descriptor, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
+    passing::send(stream.get()?, bytes, fd)
 }
 
-/// As [`send`], with a descriptor on the first byte (SCM_RIGHTS).
-pub fn send_with_fd(stream: &Descriptor, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
-    let stream = stream.get()?;
-    const SPACE: usize = 24;
-    #[repr(align(8))]
-    struct Ancillary([u8; SPACE]);
-    let mut ancillary = Ancillary([0; SPACE]);
-    let mut slice = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: msghdr is plain data; every pointer in it outlives the call; the ancillary buffer is aligned and has
-    // room for one header and one descriptor (CMSG_SPACE(4) is 24 on 64-bit Linux).
-    count(unsafe {
-        let mut message: libc::msghdr = std::mem::zeroed();
-        message.msg_iov = &raw mut slice;
-        message.msg_iovlen = 1;
-        message.msg_control = ancillary.0.as_mut_ptr().cast();
-        message.msg_controllen = libc::CMSG_SPACE(size_of::<i32>() as u32) as usize;
-        let header = libc::CMSG_FIRSTHDR(&message);
-        if header.is_null() || message.msg_controllen > SPACE {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        (*header).cmsg_level = libc::SOL_SOCKET;
-        (*header).cmsg_type = libc::SCM_RIGHTS;
-        (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as usize;
-        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(fd.as_raw_fd());
-        libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
-    })
-}
-
-/// Appends what has come to `inbox`, without waiting; 0 at the end of the connection.
-pub fn receive(stream: &Descriptor, inbox: &mut Vec<u8>) -> io::Result<usize> {
-    let stream = stream.get()?;
-    let mut chunk = [0u8; 512];
-    // SAFETY: the buffer is valid for its length.
-    let n =
-        count(unsafe { libc::recv(stream.as_raw_fd(), chunk.as_mut_ptr().cast(), chunk.len(), libc::MSG_DONTWAIT) })?;
-    inbox.extend(chunk.iter().take(n));
+/// Appends what has come to `inbox`, without waiting, and a descriptor to `fds`; 0 at the end of the connection.
+pub fn receive(stream: &Descriptor, inbox: &mut Vec<u8>, fds: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
+    let mut fd = None;
+    let n = passing::receive(stream.get()?, inbox, CHUNK, &mut fd)?;
+    // Each is for a question, and more than these are not open.
+    fds.extend(fd.filter(|_| fds.len() < MAX_QUESTIONS));
     Ok(n)
 }
 
@@ -146,10 +117,6 @@ pub fn wait_to_send(stream: &Descriptor, limit: Duration) {
 /// Whether an error means "not now" and not "gone".
 pub fn is_later(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
-}
-
-fn count(n: isize) -> io::Result<usize> {
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
 #[cfg(test)]
@@ -184,14 +151,14 @@ mod tests {
         let ours = Descriptor::keep(ours.into()).unwrap();
         let mut sent = 0;
         let error = loop {
-            match send(&ours, &[0; 4096]) {
+            match send(&ours, &[0; 4096], None) {
                 Ok(n) => sent += n,
                 Err(e) => break e,
             }
         };
         assert!(sent > 0 && is_later(&error), "{error}");
-        assert!(is_later(&receive(&ours, &mut Vec::new()).unwrap_err()));
+        assert!(is_later(&receive(&ours, &mut Vec::new(), &mut VecDeque::new()).unwrap_err()));
         drop(theirs);
-        assert!(!is_later(&send(&ours, &[0]).unwrap_err()));
+        assert!(!is_later(&send(&ours, &[0], None).unwrap_err()));
     }
 }

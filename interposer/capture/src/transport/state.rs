@@ -49,6 +49,7 @@ impl State {
             self.unseen += 1;
             return None;
         }
+        self.link.matters = true;
         self.sweep();
         if on_device && let Some(id) = self.slabs.begin_for_device(self.link.rank(), pin) {
             self.link.say(ToAgent::Slab { id }, &self.slabs);
@@ -76,10 +77,17 @@ impl State {
         self.link.alive(&self.slabs)
     }
 
-    /// Looks after the link, without which there is nothing to look after.
+    /// Attaches, if an agent is there.
+    pub fn attach(&mut self) {
+        if self.make_slab() {
+            self.link.tend(&self.slabs);
+        }
+    }
+
+    /// Hears what an agent says, and attaches to one that has come; there is nothing to do without a slab.
     pub fn look(&mut self) {
         if self.slabs.current().is_some() {
-            self.link.tend(&self.slabs);
+            self.link.alive(&self.slabs);
         }
     }
 

@@ -3,20 +3,24 @@
 use std::{
     io::{Read, Write},
     os::{
-        fd::AsRawFd,
+        fd::{AsFd, AsRawFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::Path,
 };
 
 use wire::{
+    control::StepRule,
     control::{self, Answer, FromAgent, MAX_QUESTIONS, ModuleInfo, Question, decode_next, encode},
     env::{MIN_SLAB_BYTES, OnFull},
+    passing,
+    register::SharedRegister,
+    revision::{Plan, Proposal, Register, Verdict},
     slab::{Fetched, SlabReader, SlabWriter},
+    store::Place,
 };
 
 use super::*;
-use crate::plan::{HookPlan, PlanInForce};
 use crate::testing::{Folder, StandInProcess, heard, hello};
 
 /// A listener and the link of a rank that looks for it.
@@ -33,12 +37,8 @@ fn slabs() -> Slabs {
     slabs
 }
 
-fn answers() -> Answers {
-    Answers::new(Arc::new(PlanInForce::new(HookPlan::parse(0, "*").unwrap())))
-}
-
 fn link_to(socket: &Path) -> Link {
-    Link::new(socket.to_str().unwrap(), hello(OnFull::Wait), answers(), StandInProcess::on())
+    Link::new(socket.to_str().unwrap(), hello(OnFull::Wait), StandInProcess::on())
 }
 
 fn pair() -> Pair {
@@ -51,6 +51,16 @@ fn pair() -> Pair {
 impl Pair {
     fn alive(&mut self) -> bool {
         self.link.alive(&self.slabs)
+    }
+
+    /// Looks, and answers what was asked.
+    fn answer(&mut self) {
+        assert!(self.alive());
+        while let Some(heard) = self.link.next_heard() {
+            let Heard::Question { connection, id, question: Question::Plan, .. } = heard else { panic!() };
+            let answer = Answer::Plan { revision: 0, heard: 0, clauses: vec!["*".into()], ids: vec![1] };
+            self.link.answer(connection, ToAgent::Answer { id, answer }, &self.slabs);
+        }
     }
 
     /// When the pause is over.
@@ -161,7 +171,7 @@ fn an_agent_that_talks_without_end_is_left() {
     // Many that are short are no reason to leave; each look hears some of them.
     assert!(pair.retry());
     let (mut agent, _) = pair.listener.accept().unwrap();
-    agent.write_all(&encode(&FromAgent::Welcome).unwrap().repeat(2 * control::MAX_FROM_AGENT)).unwrap();
+    agent.write_all(&encode(&FromAgent::Welcome).unwrap().repeat(control::MAX_FROM_AGENT / 4)).unwrap();
     for _ in 0..20 {
         assert!(pair.alive());
     }
@@ -413,11 +423,35 @@ fn a_rank_answers_each_question_by_its_number_when_it_looks() {
     agent.write_all(&encode(&FromAgent::Welcome).unwrap()).unwrap();
     ask(&mut agent, [7, 5, u64::MAX]);
     assert!(answers_of(&heard(&mut agent)).is_empty());
+    pair.answer();
+    assert_eq!(answers_of(&heard(&mut agent)), [7, 5, u64::MAX]);
+}
+
+#[test]
+fn a_descriptor_goes_with_the_proposal_that_it_was_sent_with() {
+    let mut pair = pair();
     assert!(pair.alive());
-    let messages = heard(&mut agent);
-    assert_eq!(answers_of(&messages), [7, 5, u64::MAX]);
-    let plan = Answer::Plan { revision: 0, clauses: vec!["*".into()] };
-    assert_eq!(messages[0], ToAgent::Answer { id: 7, answer: plan });
+    let (agent, _) = pair.listener.accept().unwrap();
+    let proposal = |revision| Proposal {
+        plan: Plan { revision, ..Plan::default() },
+        base: 0,
+        rule: StepRule::Optimizer,
+        begins: None,
+    };
+    let mut registers = Vec::new();
+    for revision in [1, 2] {
+        let (register, fd) = SharedRegister::create().unwrap();
+        let ask = FromAgent::Ask { id: revision, question: Question::Prepare(proposal(revision), Place::Shared) };
+        let ask = encode(&ask).unwrap();
+        assert_eq!(passing::send(agent.as_fd(), &ask, Some(fd.as_fd())).unwrap(), ask.len());
+        registers.push(register);
+    }
+    assert!(pair.alive());
+    registers[1].settle(Verdict::Commit);
+    for said in [Verdict::Open, Verdict::Commit] {
+        let Some(Heard::Question { fd: Some(fd), .. }) = pair.link.next_heard() else { panic!() };
+        assert_eq!(SharedRegister::attach(fd).unwrap().peek(), said);
+    }
 }
 
 /// It may have [`MAX_QUESTIONS`] open.
@@ -428,10 +462,10 @@ fn an_agent_that_asks_without_end_gets_a_bounded_number_of_answers_a_look() {
     let (mut agent, _) = pair.listener.accept().unwrap();
     for _ in 0..3 {
         ask(&mut agent, 0..500);
-        assert!(pair.alive());
+        pair.answer();
         assert_eq!(answers_of(&heard(&mut agent)).len(), MAX_QUESTIONS);
         while !answers_of(&heard(&mut agent)).is_empty() {
-            assert!(pair.alive());
+            pair.answer();
         }
     }
 }
@@ -445,5 +479,6 @@ fn what_an_agent_asked_that_died_is_not_answered_to_the_next() {
     drop(agent);
     assert!(!pair.alive());
     assert!(pair.retry());
+    pair.answer();
     assert!(answers_of(&heard(&mut pair.listener.accept().unwrap().0)).is_empty());
 }
