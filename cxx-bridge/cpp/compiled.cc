@@ -3,7 +3,6 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -25,8 +24,21 @@ using Gradient = void(const at::Tensor&, const at::Tensor&, int64_t, int64_t, c1
                       int64_t);
 using Factors = at::Tensor(const at::Tensor&, int64_t, c10::string_view);
 
+// Of the number of a hook: what it is for, and what it keeps (`forward_pass` in operations.cc).
+constexpr int64_t kNumberWords = 3;
+constexpr int64_t kNobody = -1;
+
 // The shim's `edited(tensor, factors)`.
 PyObject* editor = nullptr;
+
+// A number that is nobody's.
+at::Tensor made_number() {
+  const Unseen unseen;
+  const c10::InferenceMode ordinary(false);
+  at::Tensor number = at::empty({kNumberWords}, at::TensorOptions().dtype(at::kLong).device(at::kCPU));
+  std::fill_n(number.mutable_data_ptr<int64_t>(), kNumberWords, kNobody);
+  return number;
+}
 
 c10::OperatorHandle operation(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
@@ -197,7 +209,30 @@ PyObject* py_edit_with(PyObject*, PyObject* edit) {
   Py_RETURN_NONE;
 }
 
+PyObject* py_number(PyObject*, PyObject*) {
+  return into_python([] { return THPVariable_Wrap(made_number()); });
+}
+
+// renumber(number, other): a hook's number becomes what another hook's is, or with None nobody's. Graphs have the tensor,
+// and see it changed; modes of the job's see nothing.
+PyObject* py_renumber(PyObject*, PyObject* args) {
+  PyObject *number = nullptr, *other = nullptr;
+  if (PyArg_ParseTuple(args, "OO", &number, &other) == 0) return nullptr;
+  if (!is_tensor(number) || (other != Py_None && !is_tensor(other))) return PyErr_Format(PyExc_TypeError, "not a tensor");
+  return into_python([&] {
+    int64_t* words = THPVariable_Unpack(number).mutable_data_ptr<int64_t>();
+    if (other == Py_None) {
+      std::fill_n(words, kNumberWords, kNobody);
+    } else {
+      std::copy_n(THPVariable_Unpack(other).const_data_ptr<int64_t>(), kNumberWords, words);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
 PyMethodDef functions[] = {
+    {"number", py_number, METH_NOARGS, "A number for a hook, nobody's."},
+    {"renumber", py_renumber, METH_VARARGS, "Gives a hook the number of another, or none, also in graphs that have it."},
     {"part", py_part, METH_VARARGS, "While tracing: what a graph can have of a tensor."},
     {"is_split", py_is_split, METH_NOARGS, "While tracing: whether the module that returns was called in another graph."},
     {"edit_with", py_edit_with, METH_O, "Keeps the function that puts an edit of a tensor into the graph."},
@@ -209,11 +244,9 @@ PyMethodDef functions[] = {
 }  // namespace
 
 PyObject* traced_form(const char* role, int64_t first, int64_t second, uint32_t kinds, uint32_t edits) {
-  const Unseen unseen;
-  const c10::InferenceMode ordinary(false);
-  at::Tensor number = at::zeros({3}, at::TensorOptions().dtype(at::kLong).device(at::kCPU));
-  number.mutable_data_ptr<int64_t>()[0] = first;
-  number.mutable_data_ptr<int64_t>()[1] = second;
+  at::Tensor number = made_number();
+  const int64_t words[kNumberWords] = {first, second, 0};
+  std::copy(std::begin(words), std::end(words), number.mutable_data_ptr<int64_t>());
   return Py_BuildValue("(sNII)", role, THPVariable_Wrap(std::move(number)), kinds, edits);
 }
 

@@ -21,6 +21,7 @@
 #include "flexmodel/gradients.h"
 #include "flexmodel/leaves.h"
 #include "flexmodel/parts.h"
+#include "flexmodel/store.h"
 #include "flexmodel/tap.h"
 #include "flexmodel/tensor.h"
 
@@ -274,6 +275,45 @@ PyObject* py_joined(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// store(a c10d store)
+PyObject* py_store(PyObject*, PyObject* object) {
+  std::unique_ptr<Store> store = open_store(object);
+  if (store == nullptr) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  opened(std::move(store));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// no_store(why)
+PyObject* py_no_store(PyObject*, PyObject* why) {
+  const char* bytes = PyUnicode_AsUTF8(why);
+  if (bytes == nullptr) return nullptr;
+  host().store(nullptr, str(bytes));
+  Py_RETURN_NONE;
+}
+
+// turn(rank, world, group's number) -> bool
+PyObject* py_turn(PyObject*, PyObject* args) {
+  unsigned int rank = 0, world = 1;
+  unsigned long long group = 0;
+  if (PyArg_ParseTuple(args, "IIK", &rank, &world, &group) == 0) return nullptr;
+  bool turned = false;
+  Py_BEGIN_ALLOW_THREADS;
+  turned = host().turn(Rank{rank, world, group});
+  Py_END_ALLOW_THREADS;
+  return PyBool_FromLong(turned ? 1 : 0);
+}
+
+PyObject* py_due(PyObject*, PyObject*) { return PyBool_FromLong(host().due() ? 1 : 0); }
+
+PyObject* py_revision(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(host().revision()); }
+
+PyObject* py_turn_with(PyObject*, PyObject* function) {
+  turn_with(function);
+  Py_RETURN_NONE;
+}
+
 // plan() -> str
 PyObject* py_plan(PyObject*, PyObject*) {
   std::string text(1 << 16, '\0');
@@ -346,9 +386,16 @@ PyMethodDef functions[] = {
     {"optimizers_of", py_optimizers_of, METH_VARARGS, "The optimizers, ascending, that hold the parameters of a tap's module."},
     {"stepped", py_stepped, METH_O, "An optimizer stepped, or was skipped."},
     {"backward_ended", py_backward_ended, METH_NOARGS, "A backward pass ended, or raised."},
+    {"due", py_due, METH_NOARGS, "Whether the next pass may be one that other hooks begin with."},
+    {"turn", py_turn, METH_VARARGS, "A model may be about to be called: whether other hooks are in force from now on."},
+    {"forbid_compiling", text<&HostTable::forbid_compiling>, METH_O, "Why modules may not be compiled again from now on; empty: they may."},
+    {"turn_with", py_turn_with, METH_O, "Keeps the function that is called when a pass has ended and other hooks may begin with the next."},
+    {"revision", py_revision, METH_NOARGS, "The revision of the hooks in force."},
     {"plan", py_plan, METH_NOARGS, "What all ranks must agree on to gather tensors; empty if no hook wants that."},
     {"joined", py_joined, METH_VARARGS, "The ranks have a communicator of ours: a c10d backend, this member, how many, and its device."},
     {"per_rank", text<&HostTable::per_rank>, METH_O, "There is no communicator, or none any more: each rank sends its own parts, for this reason."},
+    {"store", py_store, METH_O, "The store of the job's process group, over a connection of ours: what ranks of several nodes decide in."},
+    {"no_store", py_no_store, METH_O, "The job has no store that ranks can decide in, for this reason."},
     {"notice", text<&HostTable::notice>, METH_O, "One line for the user."},
     {"fault", text<&HostTable::fault>, METH_O, "Turns taps off in this process, with one line."},
     {"finish", py_finish, METH_NOARGS, "The process ends in good order."},

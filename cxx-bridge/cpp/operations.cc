@@ -133,6 +133,7 @@ void forward_pass_op(const at::Tensor& number, const std::optional<at::Tensor>& 
     const auto serial = static_cast<uint64_t>(numbers[0]);
     if (pre || numbers[1] == 0) count_collectives(serial, now);
     if (host().pass(serial, static_cast<uint64_t>(numbers[1]), pre, &now)) capture_parameters(serial);
+    if (!pre) turn_if_due();
   });
 }
 

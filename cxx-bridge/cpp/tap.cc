@@ -113,9 +113,11 @@ Trigger trigger(PyObject* module, PyObject* args, PyObject* kwargs, bool pre) {
 
 // `tensor` as a Python object that stands for `original` inside the job: of its class, and with what the job set on it.
 Ref standing_for(PyObject* original, at::Tensor tensor) {
-  const bool dispatches = tensor.unsafeGetTensorImpl()->is_python_dispatch();
+  // What answers for all operations itself, such as a result that torch waits for, has given what is in it.
+  const auto dispatches = [](const at::Tensor& of) { return of.unsafeGetTensorImpl()->is_python_dispatch(); };
+  const bool is_its_own = dispatches(tensor) || dispatches(THPVariable_Unpack(original));
   Ref object = checked(THPVariable_Wrap(std::move(tensor)));
-  if (dispatches) return object;
+  if (is_its_own) return object;
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(original));
   if (type != reinterpret_cast<PyObject*>(Py_TYPE(object.get()))) {
     object = checked(PyObject_CallMethod(object.get(), "as_subclass", "O", type));
@@ -138,6 +140,7 @@ bool throws() {
 std::atomic<bool> paused = false, takes_digests = false;
 PyObject* capturer = nullptr;
 PyObject* counter = nullptr;
+PyObject* turner = nullptr;
 // The shim's, until it has undone all.
 std::atomic<PyObject*> undoer = nullptr;
 
@@ -369,6 +372,7 @@ PyObject* leave(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* 
     Trigger now = trigger(args[0], nullptr, nullptr, false);
     if (hook.part == 0) count_collectives(hook.serial, now);
     host().pass(hook.serial, hook.part, false, &now);
+    turn_if_due();
     return Ref();
   });
 }
@@ -499,6 +503,17 @@ void count_collectives(uint64_t serial, Trigger& now) {
     now.collectives[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(counted.get(), axis + 1));
   }
   if (PyErr_Occurred() != nullptr) throw PyError{};
+}
+
+void turn_with(PyObject* function) {
+  Py_XINCREF(function);
+  Py_XDECREF(std::exchange(turner, function));
+}
+
+void turn_if_due() {
+  if (turner == nullptr || !host().due()) return;
+  const Gil gil;
+  checked(PyObject_CallNoArgs(turner));
 }
 
 void undo_with(PyObject* function) {

@@ -6,6 +6,7 @@
 use crate::codes::{constants, dtype_code};
 use crate::gather::joined;
 use crate::pin::{capture_mode, is_capturing};
+use crate::store::opened;
 
 #[cxx::bridge(namespace = "flexmodel")]
 #[allow(missing_docs)]
@@ -16,7 +17,7 @@ pub mod bridge {
         value: u32,
     }
 
-    /// From a member of a communicator.
+    /// From a member of a communicator, or out of a store.
     struct Message {
         bytes: Vec<u8>,
     }
@@ -41,6 +42,7 @@ pub mod bridge {
         /// Of the element type with this name, without the `torch.`; 0 where it has none.
         fn dtype_code(name: &str) -> u8;
         fn joined(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32);
+        fn opened(store: UniquePtr<Store>);
         fn is_capturing(stream: usize) -> bool;
         fn capture_mode(mode: u32) -> u32;
     }
@@ -50,6 +52,7 @@ pub mod bridge {
         include!("flexmodel/module.h");
         include!("flexmodel/communicator.h");
         include!("flexmodel/staging.h");
+        include!("flexmodel/store.h");
 
         #[namespace = "at"]
         type Tensor;
@@ -118,6 +121,15 @@ pub mod bridge {
 
         /// Makes what is under way fail.
         fn cut(self: &Communicator) -> Result<()>;
+
+        /// The store of the job's process group, over a connection of ours.
+        type Store;
+
+        /// Gives a key this value if it has none; the value that it has.
+        fn settle(self: &Store, key: &str, value: &[u8]) -> Result<Message>;
+
+        /// The value of a key; nothing if it has none.
+        fn look(self: &Store, key: &str) -> Result<Vec<Message>>;
 
         /// Keeps the host's table for C++, by its address. Whether it is as C++ knows it.
         fn set_host(table: usize) -> bool;

@@ -12,6 +12,7 @@
 //! | [`table`] | what the interposer calls: the bridge's table |
 //! | [`gather`] | a communicator as the interposer sees it |
 //! | [`nccl`] | its way between devices, over NCCL |
+//! | [`store`] | the job's store as the interposer sees it |
 //! | [`pin`] | asks the CUDA driver, where there is one: page-locks the slab, knows graph captures |
 //! | `build.rs` | generates the header of what is shared: `wire.h`, with structs, tables and codes |
 //! | `cpp/tensor.cc` | describes tensors and copies them out |
@@ -23,6 +24,7 @@
 //! | `cpp/tap.cc` | the Python callable that a hook is |
 //! | `cpp/staging.cc` | tensors of our own, which other ranks get |
 //! | `cpp/communicator.cc` | a communicator of our own, over c10d's Gloo |
+//! | `cpp/store.cc` | the store of the job's process group |
 //! | `cpp/module.cc` | the Python module for the shim |
 
 mod codes;
@@ -31,6 +33,7 @@ mod gather;
 mod host;
 mod nccl;
 mod pin;
+mod store;
 mod table;
 
 pub use table::flexmodel_bridge_open;

@@ -14,7 +14,7 @@ use wire::{
 
 use crate::{
     ffi::bridge::{self, Tensor, Ticket},
-    gather, host, pin,
+    gather, host, pin, store,
 };
 
 /// A copy that failed is reported once; every one is counted.
@@ -34,6 +34,9 @@ static TABLE: BridgeTable = BridgeTable {
     transfer: gather::transfer,
     cut: gather::cut,
     leave: gather::leave,
+    store_settle: store::settle,
+    store_look: store::look,
+    store_leave: store::leave,
     pin: pin_slab,
 };
 

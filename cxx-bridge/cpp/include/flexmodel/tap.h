@@ -45,6 +45,12 @@ void count_collectives_with(PyObject* function);
 // Notes what it says. Throws PyError.
 void count_collectives(uint64_t serial, Trigger& now);
 
+// Keeps the shim's `turn()`: other hooks may begin with the next pass.
+void turn_with(PyObject* function);
+
+// Calls it, if that is so. Throws PyError.
+void turn_if_due();
+
 // (before, after) hooks of the tap that the engine selected on the module `name`; `before` is None where it needs only the
 // module's output. New reference.
 PyObject* make_tap(const Selected& selected, std::string name);
