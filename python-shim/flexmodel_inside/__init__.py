@@ -20,6 +20,7 @@
 | `steps.py` | what the step of an optimizer is given |
 | `compiled.py` | what our hooks are in graphs of torch.compile |
 | `compiler.py` | has torch.compile know our operations, and mends what it does wrong with them |
+| `graphs.py` | has graphs made anew whose modules get other hooks, where the job lets it |
 | `caches.py` | keeps what of ours is in graphs out of what others load |
 | `uniform_hooks.py` | gives modules that may share a graph the same hooks |
 | `communicators.py` | a communicator of our own, to gather tensors |

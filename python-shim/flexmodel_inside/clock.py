@@ -19,17 +19,29 @@ class Clock:
     """Tells the engine, which counts steps, what ends one, and has parameters and gradients captured before that."""
 
     def __init__(
-        self, bridge: Any, holders: Holders, parameter_taps: ParameterTaps, after_step: Callable[[], object]
+        self,
+        bridge: Any,
+        holders: Holders,
+        parameter_taps: ParameterTaps,
+        after_step: Callable[[], object],
+        turn: Callable[[], object],
     ) -> None:
         self._bridge = bridge
         self._holders = holders
         self._parameter_taps = parameter_taps
         self._after_step = after_step
+        # Called when a step has ended, and other hooks may begin with the next.
+        self._turn = turn
         # How often each optimizer has stepped, by number.
         self._stepped: collections.Counter[int] = collections.Counter()
         # How many steps have ended.
         self._ended = 0
         self._ignoring = 0
+
+    def compiler_is_here(self) -> None:
+        """torch.compile is in use. In a function that it compiles, what ends a step is one call that it does not look
+        into: whatever is different in a step, the graphs stay."""
+        self.after_step = torch._dynamo.disable(self.after_step)  # type: ignore[method-assign]
 
     def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
         """The job made an optimizer."""
@@ -77,6 +89,8 @@ class Clock:
             scale = self._bridge.backward_ended()
             if has_left and scale is not None:
                 self._parameter_taps.after_backward(scale, self._ended, found)
+            if self._bridge.due():
+                self._turn()
 
     @contextlib.contextmanager
     def no_steps(self) -> Iterator[None]:
@@ -104,3 +118,5 @@ class Clock:
         self._bridge.stepped(self._holders.number(optimizer))
         self._holders.tell()
         self._after_step()
+        if self._bridge.due():
+            self._turn()

@@ -31,7 +31,7 @@ _GONE = "gone"
 
 
 class Communicators:
-    """Joins the ranks of this process's job, once."""
+    """Joins the ranks of this process's job, once for as long as hooks want it."""
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
@@ -43,8 +43,13 @@ class Communicators:
     def join(self) -> None:
         """Begin to wait for the other ranks, if hooks want tensors gathered and the job has a process group."""
         plan = self._bridge.plan()
+        if not plan:
+            # The engine leaves what there is. Hooks may want it again.
+            self._ending.set()
+            self._group = None
+            return
         c10d = sys.modules.get(MODULE)
-        if not plan or c10d is None or not c10d.is_initialized() or c10d.get_world_size() < 2:
+        if c10d is None or not c10d.is_initialized() or c10d.get_world_size() < 2:
             return
         group = c10d._get_default_group()
         if self._group is not None:
@@ -53,11 +58,15 @@ class Communicators:
             return
         self._group = weakref.ref(group)
         try:
-            store = c10d.PrefixStore(_PREFIX, c10d._get_default_store().clone())
+            # What is in the store of an earlier time is none of this one's.
+            prefix = f"{_PREFIX}/{self._bridge.revision()}"
+            store = c10d.PrefixStore(prefix, c10d._get_default_store().clone())
         except Exception as e:
             self._bridge.per_rank(_failed(e))
             return
-        meeting = (store, c10d.get_rank(), c10d.get_world_size(), f"{zlib.crc32(plan.encode()):08x}", _device())
+        self._ending = threading.Event()
+        place = (c10d.get_rank(), c10d.get_world_size())
+        meeting = (self._ending, store, *place, f"{zlib.crc32(plan.encode()):08x}", _device())
         self._thread = threading.Thread(target=self._meet, args=meeting, name="flexmodel-join", daemon=True)
         self._thread.start()
 
@@ -68,9 +77,11 @@ class Communicators:
             self._ending.set()
             self._thread.join(_FAREWELL)
 
-    def _meet(self, store: Any, rank: int, world: int, plan: str, device: int) -> None:
+    def _meet(self, ending: threading.Event, store: Any, rank: int, world: int, plan: str, device: int) -> None:
         try:
-            why = self._absent(store, rank, world, plan)
+            why = _absent(ending, store, rank, world, plan)
+            if ending is not self._ending:  # hooks have changed since: nobody waits for this one
+                return
             if why is None:
                 # torch's own, as it is for a job's Gloo group; not registered with torch, so the job does not see it.
                 gloo = sys.modules[MODULE].ProcessGroupGloo(store, rank, world, _MAKING)
@@ -81,25 +92,26 @@ class Communicators:
         except Exception as e:
             self._bridge.per_rank(_failed(e))
 
-    def _absent(self, store: Any, rank: int, world: int, plan: str) -> str | None:
-        """Why there can be no communicator: None if there can, nothing if it was too late for one."""
-        store.set(f"plan/{rank}", plan)
-        keys = [f"plan/{other}" for other in range(world)]
-        deadline = time.monotonic() + _PATIENCE
-        pause = _LOOK[0]
-        while not store.check(keys):
-            if self._ending.wait(pause) or time.monotonic() > deadline:
-                # Whoever comes later need not wait for this rank.
-                store.set(keys[rank], _GONE)
-                absent = [other for other in range(world) if not store.check([keys[other]])]
-                return f"{_ranks(absent)} did not come in time (does every rank have these hooks?)" if absent else ""
-            pause = min(2 * pause, _LOOK[1])
-        plans = [store.get(key).decode() for key in keys]
-        gone = [other for other in range(world) if plans[other] == _GONE]
-        others = [other for other in range(world) if plans[other] != plan]
-        if gone:
-            return f"{_ranks(gone)} did not wait for rank {rank}"
-        return f"{_ranks(others)} and rank {rank} have different hooks" if others else None
+
+def _absent(ending: threading.Event, store: Any, rank: int, world: int, plan: str) -> str | None:
+    """Why there can be no communicator: None if there can, nothing if it was too late for one."""
+    store.set(f"plan/{rank}", plan)
+    keys = [f"plan/{other}" for other in range(world)]
+    deadline = time.monotonic() + _PATIENCE
+    pause = _LOOK[0]
+    while not store.check(keys):
+        if ending.wait(pause) or time.monotonic() > deadline:
+            # Whoever comes later need not wait for this rank.
+            store.set(keys[rank], _GONE)
+            absent = [other for other in range(world) if not store.check([keys[other]])]
+            return f"{_ranks(absent)} did not come in time (does every rank have these hooks?)" if absent else ""
+        pause = min(2 * pause, _LOOK[1])
+    plans = [store.get(key).decode() for key in keys]
+    gone = [other for other in range(world) if plans[other] == _GONE]
+    others = [other for other in range(world) if plans[other] != plan]
+    if gone:
+        return f"{_ranks(gone)} did not wait for rank {rank}"
+    return f"{_ranks(others)} and rank {rank} have different hooks" if others else None
 
 
 def _device() -> int:

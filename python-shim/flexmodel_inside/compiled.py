@@ -76,7 +76,28 @@ class Traced:
 
     def padding(self) -> Traced:
         """A hook that makes the same graph, and does nothing."""
-        return type(self)(None, torch.full_like(self.number, -1), self.kinds, self.edits, self.flags)
+        return type(self)(None, _bridge.number(), self.kinds, self.edits, self.flags)
+
+    def release(self) -> None:
+        """From now on it does nothing. A graph that it is in stays as it is."""
+        self.hook = None
+        _bridge.renumber(self.number, None)
+
+    def covers(self, other: Traced) -> bool:
+        """Whether a graph that this is in does all that `other` would."""
+        is_same = type(self) is type(other) and self.flags == other.flags
+        return is_same and not (other.kinds & ~self.kinds or other.edits & ~self.edits)
+
+    def take(self, other: Traced) -> bool:
+        """From now on it does what `other` does, of the same class. Whether graphs that it is in have to be made anew
+        for that."""
+        grows = not self.covers(other)
+        self.flags = other.flags
+        self.kinds |= other.kinds
+        self.edits |= other.edits
+        _bridge.renumber(self.number, other.number)
+        self.hook = other.hook
+        return grows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != self.takes:

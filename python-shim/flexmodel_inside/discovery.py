@@ -2,7 +2,9 @@
 
 While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, or only
 at what is new if that is single modules, puts the original back, and goes on. From then on a module that nobody
-selected pays nothing, until a module is constructed, wrapped or copied, or the process joins others as a rank.
+selected pays nothing, but for models, whose two hooks tell their passes; until a module is constructed, wrapped or
+copied, the process joins others as a rank, or other hooks may begin. A function that torch.compile has compiled calls models past `nn.Module.__call__`: what it calls first
+is ours meanwhile, too.
 """
 
 from __future__ import annotations
@@ -30,9 +32,14 @@ from .module_registry import ModuleRegistry
 from .naming import all_in, authored, authored_class, is_module, is_scripted, stored, walk
 from .orders import UNSTATED, orders
 from .parameters import Parameters, ParameterTaps
+from .patches import given
 from .ranks import Group, rank_and_world, sign, started_by_rank
+from .store import JobStore
 from .tapping import Tapping
 
+
+# A mask of every kind of capture.
+_ALL_KINDS = 0xFFFFFFFF
 
 class Discovery:
     """Finds all models of this process, and has those tapped in which something is selected."""
@@ -41,7 +48,8 @@ class Discovery:
         self._bridge = bridge
         self._faults = Faults(bridge)
         self._registry = ModuleRegistry(self._faults.guard, on_change=self._arm, on_destroyed=self._forget)
-        self._call = patches.prepare(nn.Module, "__call__", self._replacement())
+        # What stands in for that by which models are called, while we are armed.
+        self._entries = [patches.prepare(nn.Module, "__call__", self._replacement())]
         self._meshes = Meshes()
         self._layouts = Layouts()
         self._taps = Tapping(bridge, self._faults, self._registry)
@@ -49,6 +57,8 @@ class Discovery:
         self._holders = Holders(bridge)
         self._communicators = Communicators(bridge)
         self._group = Group()
+        self._store = JobStore(bridge, self._group)
+        self._clock = Clock(bridge, self._holders, self._parameter_taps, self._taps.step_ended, self._turn)
         job = Job(
             bridge=bridge,
             faults=self._faults,
@@ -60,7 +70,7 @@ class Discovery:
             ignoring=self._registry.ignoring,
             pause=self._pause,
             prepared=self._prepared,
-            clock=Clock(bridge, self._holders, self._parameter_taps, self._taps.undo_if_off),
+            clock=self._clock,
             parameter_taps=self._parameter_taps,
             compiler_is_here=self._compiler_is_here,
             caches=lambda: self._taps.caches,
@@ -69,9 +79,13 @@ class Discovery:
         self._parameters = Parameters(self._layouts, self._frameworks)
         self._collectives = Collectives(self._meshes, lambda: bool(self._frameworks.first("is_reducing")))
         self._look_at = guarded(bridge, self._look)
+        # Functions of torch.compile's begin without a word to us.
+        self._settle_early = False
         self._armed = False
         self._paused = False
         self._looking = False
+        # Other hooks may be about to begin.
+        self._turning = False
         self._said_scripted = False
         self._said_started = False
 
@@ -89,6 +103,7 @@ class Discovery:
         # What raises there leaves it unknown which passes are one.
         bridge.count_collectives_with(guard(self._collectives.now, "counting collectives"))
         bridge.undo_with(guarded(bridge, self._taps.undo_if_off))
+        bridge.turn_with(guarded(bridge, self._turn))
         imports.when_imported(
             (collectives.MODULE,), guarded(bridge, lambda: self._collectives.follow(self._faults.guard))
         )
@@ -105,22 +120,42 @@ class Discovery:
 
         @functools.wraps(original)
         def __call__(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and discovery._armed and not discovery._paused:
+            if not torch.compiler.is_compiling() and discovery._armed and not discovery._must_wait():
                 discovery._disarm()
                 discovery._look_at(args[0] if args and is_module(args[0]) else None)
             return original(*args, **kwargs)
 
         return __call__
 
+    def _compiled_replacement(self, original: Any) -> Any:
+        """What stands in for what each function of torch.compile's calls first, before it looks for its graphs."""
+
+        @functools.wraps(original)
+        def _callback_from_stance(*args: Any, **kwargs: Any) -> Any:
+            # Called with nothing it is one that must not be compiled, in the middle of others.
+            if self._armed and not self._must_wait() and callable(given(args, kwargs, 0, "callback")):
+                self._disarm()
+                self._look_at(None)
+            return original(*args, **kwargs)
+
+        return _callback_from_stance
+
     def _arm(self) -> None:
         self._armed = self._armed or self._bridge.active()
         # Somebody else may have replaced it (torch.fx does while it traces): then theirs stays, and we look when theirs
         # calls ours, or when the original is back. Ours may be there already: put back by who found it there before.
         if self._armed:
-            self._call.put()
+            for entry in self._entries:
+                entry.put()
+
+    def _must_wait(self) -> bool:
+        """Whether nobody may look now: what is called is not the job's own work, or a replay within a backward pass, which
+        goes on with the hooks that it was begun with."""
+        return self._paused or (self._turning and torch._C._current_graph_task_id() != -1)
 
     def _disarm(self) -> None:
-        self._call.restore()
+        for entry in self._entries:
+            entry.restore()
         self._armed = False
 
     def _look(self, called: nn.Module | None) -> None:
@@ -135,9 +170,13 @@ class Discovery:
                 self._said_started = True
                 self._bridge.notice(f"started by process {parent}, a rank of the job, and no rank itself: not tapped")
             return
-        self._looking = True
+        self._looking, self._turning = True, False
         try:
             imports.look()
+            self._store.open()
+            if self._bridge.turn(*rank, self._group.number()):
+                self._taps.begin_revision()
+                self._registry.all_again()
             member = self._registry.member
             if called is not None:
                 self._registry.called(called)
@@ -151,6 +190,8 @@ class Discovery:
                 root, others = models[serial], theirs if serial not in stages else set()
                 what = f"a model of class {type(root).__name__} is not captured"
                 self._faults.of(what, self._look_into, root, models.keys(), called, others, *rank)
+            if not self._taps.renew_graphs():
+                self._arm()
             self._bridge.resolved()
             self._holders.tell()
             self._communicators.join()
@@ -215,6 +256,12 @@ class Discovery:
         self._parameter_taps.drop(known.serial)
         self._holders.drop(known.serial)
         if not selected and not of_parameters:
+            # Its passes are counted all the same: hooks may come. What has neither parts nor parameters is a function.
+            if len(modules) > 1 or stored(model):
+                if not self._bridge.wants(_ALL_KINDS):
+                    sign(world)
+                known.model = True
+                self._taps.put(known.serial, model, modules, [], called, models)
             return
         if stage is not None:
             self._tell_microbatches(known.serial, stage)
@@ -255,10 +302,23 @@ class Discovery:
         self._collectives.drop(serial)
         self._bridge.forget(serial)
 
+    def _turn(self) -> None:
+        """Other hooks may begin with the next pass: look again when that begins."""
+        self._turning = True
+        self._arm()
+        if self._settle_early:
+            self._settle()
+
     def _compiler_is_here(self) -> None:
         # What we do when a module is called is not the job's to be compiled.
         self._look_at = torch._dynamo.disable(self._look_at)
+        self._clock.compiler_is_here()
         self._taps.compiler_is_here(self._settle)
+        owner, name = torch._dynamo.eval_frame, "_callback_from_stance"
+        if hasattr(owner, name):
+            self._entries.append(patches.prepare(owner, name, self._compiled_replacement(getattr(owner, name))))
+        else:
+            self._settle_early = True
 
     def _settle(self) -> None:
         """Look at models that were not looked at."""

@@ -109,8 +109,12 @@ class ModuleRegistry:
 
     def changed(self) -> None:
         """More than single modules that came: `roots` gives all of them again."""
-        self._fresh = None
+        self.all_again()
         self._on_change()
+
+    def all_again(self) -> None:
+        """`roots` gives all of them again."""
+        self._fresh = None
 
     def called(self, module: nn.Module) -> None:
         """`module` is known from now on, if it was not."""

@@ -10,7 +10,7 @@ from typing import Any
 
 # wire::env::RANK_PROCESS.
 _RANK_PROCESS = "FLEXMODEL_RANK_PROCESS"
-_MODULE = "torch.distributed.distributed_c10d"
+MODULE = "torch.distributed.distributed_c10d"
 # Under which the ranks of a process group draw its number. A launcher that starts ranks again may keep the store, with
 # what the attempt before left in it.
 _DRAWN = "flexmodel/group/"
@@ -24,7 +24,7 @@ def rank_and_world() -> tuple[int, int] | None:
     A process that multiprocessing started inherits its parent's environment, so only torch.distributed knows
     whether it is a rank.
     """
-    if _joined():
+    if is_joined():
         dist = sys.modules["torch.distributed"]
         return dist.get_rank(), dist.get_world_size()
     if multiprocessing.parent_process() is not None:
@@ -56,7 +56,7 @@ def started_by_rank(world: int) -> int | None:
         return None
     if pid == os.getpid() or world > size:
         return None
-    made_rank = os.environ.get("RANK", "") != its_rank or (multiprocessing.parent_process() is not None and _joined())
+    made_rank = os.environ.get("RANK", "") != its_rank or (multiprocessing.parent_process() is not None and is_joined())
     return None if size == 1 and made_rank else pid
 
 
@@ -72,31 +72,37 @@ class Group:
     def joined(self) -> None:
         """This process has joined one now: its store is there, and answers without a wait for any rank."""
         self._number, self._group = 0, None
-        if _joined():
-            c10d: Any = sys.modules[_MODULE]
+        if is_joined():
+            c10d: Any = sys.modules[MODULE]
             self._group = weakref.ref(c10d._get_default_group())
             self._number = _draw(c10d)
 
     def number(self) -> int:
         """Its number; 0 where there is none."""
-        here = _joined() and self._group is not None and self._group() is sys.modules[_MODULE]._get_default_group()
+        here = is_joined() and self._group is not None and self._group() is sys.modules[MODULE]._get_default_group()
         return self._number if here else 0
+
+
+def store_of(c10d: Any) -> Any:
+    """The store of the default process group, without prefixes."""
+    store = c10d._get_default_store()
+    while isinstance(store, c10d.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def _draw(c10d: Any) -> int:
     """The number that the rank which came first has put into the store; 0 where there is no such store."""
-    store = bare = c10d._get_default_store()
-    while isinstance(bare, c10d.PrefixStore):
-        bare = bare.underlying_store
-    if type(bare).__name__ not in _STORES:
+    if type(store_of(c10d)).__name__ not in _STORES:
         return 0
     key = _DRAWN + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     try:
-        return int(store.compare_set(key, "", os.urandom(8).hex()), 16)
+        return int(c10d._get_default_store().compare_set(key, "", os.urandom(8).hex()), 16)
     except (RuntimeError, ValueError):  # it went with another rank
         return 0
 
 
-def _joined() -> bool:
+def is_joined() -> bool:
+    """Whether this process has a default process group."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from . import compiled, compiler, guarded, hooks, patches, uniform_hooks
 from .caches import Caches
 from .faults import Faults
+from .graphs import Graphs
 from .module_registry import ModuleRegistry
 from .naming import holders, is_called_in_parts, own
 
@@ -28,6 +30,15 @@ class Tapping:
         self._traceable: Any = None
         # Whether hooks have come since modules that share a graph were made uniform.
         self._has_new = False
+        # What torch.compile has made graphs of, from then on.
+        self._graphs: Graphs | None = None
+        # Other hooks are in force, and graphs may lack them: those with modules that have more to do now, and others by
+        # their code. The ids of modules in graphs that must stay as they are, and which of them lack hooks.
+        self._revises = False
+        self._changed: list[nn.Module] = []
+        self._stale: dict[int, types.CodeType] = {}
+        self._fixed: set[int] = set()
+        self._lacking: set[int] = set()
         # What keeps our graphs out of caches, once torch.compile is in use and knows our operations.
         self.caches: Caches | None = None
 
@@ -40,11 +51,11 @@ class Tapping:
         called: nn.Module | None,
         models: Set[int],
     ) -> None:
-        """Taps the `selected` of a model's modules, given by index. `called` is what the job calls now, if that is
-        known; `models` are the serials of all models."""
+        """Marks the passes of a model, and taps the `selected` of its modules, given by index. `called` is what the job
+        calls now, if that is known; `models` are the serials of all models."""
         inside = [module for _, module in modules]
         marking = [model]
-        if is_called_in_parts(inside, model if called is None else called):
+        if selected and is_called_in_parts(inside, model if called is None else called):
             marking += holders(inside, [inside[index] for index, _ in selected])
         for module in marking:
             known = self._registry.member(module)
@@ -52,8 +63,7 @@ class Tapping:
                 known.marks.add(serial)
                 begin, end = self._bridge.pass_hooks(serial, 0 if module is model else known.serial + 1)
                 key = compiled.PASS_KEY - len(known.marks)
-                self._hook(module, "_forward_pre_hooks", key, begin)
-                self._hook(module, "_forward_hooks", key, end, always_call=self._traceable is None)
+                self._hook(module, key, begin, end, always_call=self._traceable is None)
         for index, (before, after) in selected:
             name, module = modules[index]
             self._faults.of(name or "the model", self._tap_module, name, module, before, after, serial, models)
@@ -67,15 +77,29 @@ class Tapping:
             if known.tapped == (serial, name) or (owner != serial and owner in models):
                 return
             self._untap(module)
-        if before is not None:
-            self._hook(module, "_forward_pre_hooks", compiled.TAP_KEY, before)
-        self._hook(module, "_forward_hooks", compiled.TAP_KEY, after)
+        self._hook(module, compiled.TAP_KEY, before, after)
         known.tapped = (serial, name)
 
-    def _hook(self, module: nn.Module, kind: str, key: int, hook: Any, always_call: bool = False) -> None:
+    def _hook(self, module: nn.Module, key: int, before: Any, after: Any, always_call: bool = False) -> None:
+        """Puts both hooks on a module at once: in a graph one counts on the other. `before` may be None."""
         hooks.drop_strays(module)  # of a class with a `__setstate__` of its own
-        hooks.put(module, kind, key, self._dressed(hook, module), always_call)
-        self._registry.member(module).hooks.append((kind, key))
+        each = [("_forward_pre_hooks", before), ("_forward_hooks", after)]
+        new = [(kind, self._dressed(hook, module)) for kind, hook in each if hook is not None]
+        there = {kind: own(module, kind, {}).get(key) for kind, _ in new}
+        traced = [isinstance(there[kind], compiled.Traced) and there[kind].covers(hook) for kind, hook in new]
+        if id(module) in self._fixed and not all(traced):
+            self._lacking.add(id(module))
+            return
+        known = self._registry.member(module)
+        for kind, hook in new:
+            if type(there[kind]) is type(hook) and isinstance(hook, compiled.Traced):
+                there[kind].take(hook)
+            else:
+                hooks.put(module, kind, key, hook, always_call and kind == "_forward_hooks")
+            if (kind, key) not in known.hooks:
+                known.hooks.append((kind, key))
+        if self._revises and not all(traced):
+            self._changed.append(module)
 
     def _dressed(self, hook: Any, module: nn.Module) -> Any:
         bind = getattr(hook, "bind", None)
@@ -89,6 +113,56 @@ class Tapping:
             if key == compiled.TAP_KEY:
                 hooks.drop(module, kind, key)
         known.hooks = [hook for hook in known.hooks if hook[1] != compiled.TAP_KEY]
+
+    def begin_revision(self) -> None:
+        """Takes all taps off: other hooks are in force. What is in a graph of torch.compile's stays, and does
+        nothing."""
+        graphs = self._graphs
+        inside = set() if graphs is None else graphs.inside(self._registry.modules())
+        self._revises = graphs is not None
+        self._fixed = inside if graphs is not None and graphs.forbidden() else set()
+        for member in self._registry.members():
+            module, kept = member.module(), []
+            for kind, key in member.hooks if module is not None else ():
+                hook = own(module, kind, {}).get(key)
+                if id(module) in inside and isinstance(hook, compiled.Traced):
+                    hook.release()
+                    kept.append((kind, key))
+                else:
+                    hooks.drop(module, kind, key)
+            member.hooks, member.tapped = kept, None
+            member.marks.clear()
+
+    def renew_graphs(self) -> bool:
+        """Has graphs made anew that lack hooks of the revision in force, once all are put. False where that has to
+        wait, since torch.compile is making others: to be asked again."""
+        graphs = self._graphs
+        if graphs is not None and self._revises:
+            self._revises = False
+            self._outdate(graphs)
+        if graphs is None or not self._stale:
+            return True
+        if not graphs.forget(self._stale.values()):
+            return False
+        count, revision = len(self._stale), self._bridge.revision()
+        self._stale.clear()
+        functions = "1 compiled function is" if count == 1 else f"{count} compiled functions are"
+        self._bridge.notice(f"{functions} compiled again for revision {revision} of the hooks")
+        return True
+
+    def _outdate(self, graphs: Graphs) -> None:
+        modules, changed = self._registry.modules(), self._changed
+        self._changed = []
+        if graphs.inside(modules):
+            changed = changed + self._make_uniform()
+        self._stale |= {id(code): code for code in graphs.having([*changed, *holders(modules, changed)])}
+        if self._lacking:
+            revision, why, count = self._bridge.revision(), graphs.forbidden(), len(self._lacking)
+            lacking = "1 compiled module is" if count == 1 else f"{count} compiled modules are"
+            self._bridge.notice(
+                f"revision {revision} of the hooks: {lacking} not captured, since nothing may be compiled again: {why}"
+            )
+        self._fixed, self._lacking = set(), set()
 
     def undo_if_off(self) -> bool:
         """The engine switches taps off by itself too. Whether what we replaced is undone."""
@@ -148,11 +222,21 @@ class Tapping:
         guard = functools.partial(guarded, self._bridge)
         self.caches = Caches(self._bridge, settled, self._registry.modules, guard)
         self.caches.watch()
+        self._graphs = Graphs(self._bridge.forbid_compiling)
+        self._graphs.watch(self._faults.guard)
 
-    def _make_uniform(self) -> None:
-        if self._has_new:
-            self._has_new = False
-            modules = self._registry.modules()
-            for module in modules:
-                hooks.drop_strays(module)
-            uniform_hooks.pad(modules)
+    def step_ended(self) -> None:
+        """A step of the job ended."""
+        if self._graphs is not None:
+            self._graphs.step_ended()
+        self.undo_if_off()
+
+    def _make_uniform(self) -> list[nn.Module]:
+        """Which modules have more in a graph now."""
+        if not self._has_new:
+            return []
+        self._has_new = False
+        modules = self._registry.modules()
+        for module in modules:
+            hooks.drop_strays(module)
+        return uniform_hooks.pad(modules, lambda module: id(module) not in self._fixed)

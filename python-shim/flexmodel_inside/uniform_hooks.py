@@ -7,6 +7,8 @@ each block anew. So a module without a tap is padded: it gets a hook that makes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from . import hooks
@@ -16,8 +18,10 @@ from .naming import held_by, is_scripted, own
 _MAX_DEPTH = 32
 
 
-def pad(modules: list[nn.Module]) -> None:
-    """Give modules that may share a graph the same hooks: those of one class. `modules` are all there are."""
+def pad(modules: list[nn.Module], may_change: Callable[[nn.Module], bool] = lambda _: True) -> list[nn.Module]:
+    """Give modules that may share a graph the same hooks: those of one class. `modules` are all there are. Those are
+    returned that now have more in a graph than before, which none has that may not change."""
+    changed: list[nn.Module] = []
     parents: dict[int, list[tuple[str, nn.Module]]] = {}
     for module in modules:
         for key, child in held_by(module):
@@ -41,8 +45,10 @@ def pad(modules: list[nn.Module]) -> None:
         for way, found in ways.items():
             for module in sharing[cls]:
                 below = _down(module, way)
-                for name, key, like in found if below is not None else ():
-                    _pad_one(below, name, key, like)
+                if below is not None and may_change(below):
+                    grown = [_pad_one(below, name, key, like) for name, key, like in found]
+                    changed += [below] if any(grown) else []
+    return changed
 
 
 def _may_have_a_graph(module: nn.Module) -> bool:
@@ -63,11 +69,15 @@ def _down(module: nn.Module | None, way: tuple[str, ...]) -> nn.Module | None:
     return module if isinstance(module, nn.Module) and not is_scripted(module) else None
 
 
-def _pad_one(module: nn.Module, name: str, key: int, like: Traced) -> None:
+def _pad_one(module: nn.Module, name: str, key: int, like: Traced) -> bool:
     there = own(module, name, {})
-    if key not in there:
+    is_new = key not in there
+    if is_new:
         hooks.put(module, name, key, like.padding())
     mine = there[key]
-    if isinstance(mine, Traced):
-        mine.kinds |= like.kinds
-        mine.edits |= like.edits
+    if not isinstance(mine, Traced):
+        return False
+    grows = bool(like.kinds & ~mine.kinds or like.edits & ~mine.edits)
+    mine.kinds |= like.kinds
+    mine.edits |= like.edits
+    return is_new or grows

@@ -62,7 +62,7 @@ class Job:
         return self.faults.guard
 
     def wants_gradients(self) -> bool:
-        """Whether gradients that the scale of a loss is in are to be captured at all."""
+        """Whether gradients that the scale of a loss is in are to be captured at the moment."""
         return bool(self.bridge.wants(KINDS_SCALED))
 
     def loss_scale(self, scale: float) -> None:

@@ -53,20 +53,22 @@ class Amp(Adapter):
 
 
 def follow_scale(job: Job, module: str, name: str) -> None:
-    """Tell the scale of each loss that a scaler of this class scales, if gradients are wanted at all. The class may
-    have its own way to scale, and to update."""
-    if not job.wants_gradients():
-        return
+    """Tell the scale of each loss that a scaler of this class scales, while gradients are wanted at all: it may be on a
+    device, where to look at it makes the job wait. The class may have its own way to scale, and to update."""
 
     def updated(_: Any, *call: Any) -> None:
         of = given(*call, 0, "self")
-        if of.is_enabled():
+        if not job.wants_gradients():
+            _known.pop(of, None)
+        elif of.is_enabled():
             _known[of] = of.get_scale()
 
     def scaled(losses: Any, *call: Any) -> None:
         scaler = given(*call, 0, "self")
-        if scaler.is_enabled():
-            mark(losses, _known.get(scaler, scaler._init_scale))
+        if scaler.is_enabled() and job.wants_gradients():
+            if scaler not in _known:
+                _known[scaler] = scaler.get_scale()
+            mark(losses, _known[scaler])
 
     def mark(losses: Any, scale: float) -> None:
         if isinstance(losses, torch.Tensor):

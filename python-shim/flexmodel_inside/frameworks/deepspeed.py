@@ -112,8 +112,7 @@ class DeepSpeed(Adapter):
             self.job.loss_scale(float(scale) / (engine.gradient_accumulation_steps() if divided else 1))
 
         follow(cls, "__init__", self.job.guard, after=made)
-        if self.job.wants_gradients():
-            follow(cls, "backward", self.job.guard, before=backward, after=lambda *_: self.job.loss_scale(1.0))
+        follow(cls, "backward", self.job.guard, before=backward, after=lambda *_: self.job.loss_scale(1.0))
 
     def see(self, module: nn.Module, model: ModelFacts) -> None:
         if not is_instance(module, _MODULE, _CLASS):

@@ -45,7 +45,7 @@ class Fsdp1(Adapter):
 
     def _follow_sums(self) -> None:
         runtime = sys.modules[_RUNTIME]
-        if not self.job.wants_gradients() or not hasattr(runtime, _ACCUMULATE):
+        if not hasattr(runtime, _ACCUMULATE):
             return
         added = self._added = weakref.WeakKeyDictionary()
 

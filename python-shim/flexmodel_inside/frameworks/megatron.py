@@ -86,7 +86,7 @@ class Megatron(Adapter):
         schedules, guard = sys.modules[_SCHEDULES], self.job.guard
         for name in _PIPELINES:
             follow(schedules, name, guard, before=lambda _, given: self._begin(given))
-        for name in (*_PIPELINES, _WHOLE) if self.job.wants_gradients() else ():
+        for name in (*_PIPELINES, _WHOLE):
             follow(schedules, name, guard, before=lambda _, given: self._scale(given), after=self._unscaled)
 
     def _begin(self, given: dict[str, Any]) -> None:
@@ -105,7 +105,9 @@ class Megatron(Adapter):
 
     def _scale(self, given: dict[str, Any]) -> None:
         """The loss of a microbatch is divided by how many these are, unless it is a sum over tokens. A scale on top of
-        that is read once in a step, before it computes anything."""
+        that is read once in a step, before it computes anything; it may be on a device, where to read it makes the job wait."""
+        if not self.job.wants_gradients():
+            return
         config = _config(_models(given)[0])
         scale = config.grad_scale_func
         divisor = 1 if getattr(config, "calculate_per_token_loss", False) else given["num_microbatches"]
