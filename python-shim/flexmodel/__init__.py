@@ -15,7 +15,20 @@ from ._errors import NotCapturedError, RunError, RunNotFoundError
 from ._record import Record
 from ._run import Run
 from ._run import open_run as open
-from ._types import Axis, Divergence, Dropped, Job, ModelInfo, ModuleInfo, Part, Refusal, RunInfo, Stats, Totals
+from ._types import (
+    Axis,
+    Divergence,
+    Dropped,
+    Job,
+    ModelInfo,
+    ModuleInfo,
+    Part,
+    Refusal,
+    Revision,
+    RunInfo,
+    Stats,
+    Totals,
+)
 
 __version__ = "0.1.0"
 
@@ -30,6 +43,7 @@ __all__ = [
     "Part",
     "Record",
     "Refusal",
+    "Revision",
     "Run",
     "RunError",
     "RunInfo",

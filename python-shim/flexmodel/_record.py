@@ -25,7 +25,8 @@ class Record:
     `out[0]`, `out.logits`, `in[0]`, `in.states`; a gradient has the path of the value it is the gradient of.
     `step` counts optimizer steps, `micro` the model's forward passes within a step, `call` the module's calls within a
     pass, `repeat` backward passes over the same forward. `job` and `attempt` say which of `Run.jobs` it is of; `again`
-    is 0 but for what is called as another record is and was kept beside it.
+    is 0 but for what is called as another record is and was kept beside it. `revision` is that of the hooks that it was
+    captured under: one of `Run.revisions`, or 0 for those that the job was started with.
 
     `shape` is the whole tensor's, or None where the parts make no whole (yet). Where each rank padded its rows to
     its own longest, `padded_shape` is that of `tensor(pad=...)`, and `shape` is None and `complete` False:
@@ -63,6 +64,7 @@ class Record:
     job: int
     attempt: int
     again: int
+    revision: int
     class_name: str
     group: str
     layout: tuple[Axis, ...]

@@ -12,7 +12,7 @@ from typing import Any, overload
 from . import _native, _record
 from ._native import safe
 from ._record import Record
-from ._types import Divergence, Dropped, Identity, Job, ModelInfo, Refusal, RunInfo, jobs, run_info
+from ._types import Divergence, Dropped, Identity, Job, ModelInfo, Refusal, Revision, RunInfo, jobs, revisions, run_info
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -125,6 +125,11 @@ class Run:
     def jobs(self) -> list[Job]:
         """The jobs that wrote into this run, in turn or at once, and the attempts of each, in order."""
         return jobs(self._reader.jobs())
+
+    @property
+    def revisions(self) -> list[Revision]:
+        """Hooks that began while a job ran, in order; `Record.revision` says which of them a record is of."""
+        return revisions(self._reader.revisions())
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import _native
@@ -225,6 +225,27 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Revision:
+    """Hooks that took the place of others while an attempt of a job ran. Those it was started with are revision 0.
+
+    `clauses` are all that it has, as they were written, by the numbers under which they can be removed. `step` is the
+    step that it began with, and the first whose records have it as their `revision`. It is None where there was none:
+    in inference (`rule` is then `inference`), where `begins` counts the forward passes of all models, and where each of
+    the `ranks` began at a pass of its own: then `begins` is None too.
+    """
+
+    revision: int
+    step: int | None
+    clauses: dict[int, str] = field(hash=False)
+    job: int
+    attempt: int
+    begins: int | None
+    rule: str
+    ranks: int
+    time_ns: int
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """`run.json`: what was run, by what, and how it ended.
 
@@ -285,6 +306,19 @@ def jobs(raw: str) -> list[Job]:
     none = {"job": 0, "attempt": 0}
     every = (none | each | {"command": tuple(each["command"])} for each in json.loads(raw))
     return [Job(**{name: value for name, value in each.items() if name != "here"}) for each in every]
+
+
+def revisions(raw: str) -> list[Revision]:
+    """From the JSON of the reader. Which number a clause gets next is for the agent to know."""
+    none = {"job": 0, "attempt": 0}
+    every = (none | each for each in json.loads(raw))
+    return [
+        Revision(**{name: value for name, value in each.items() if name != "last_id"} | {
+            "step": None if each["rule"] == "inference" else each["begins"],
+            "clauses": {clause["id"]: clause["text"] for clause in each["clauses"]},
+        })
+        for each in every
+    ]  # fmt: skip
 
 
 def run_info(raw: dict[str, Any]) -> RunInfo:

@@ -6,7 +6,7 @@ use wire::{
 };
 
 use super::{
-    format::{JobInfo, Line, Location, Part, RunInfo, What},
+    format::{JobInfo, Line, Location, Part, Revision, RunInfo, What},
     limits,
 };
 
@@ -19,6 +19,7 @@ impl Line {
             Line::Divergence { what, .. } => what.check(),
             Line::Dropped { reason, .. } => text("a reason", reason),
             Line::Job(info) => info.check(),
+            Line::Revision(revision) => revision.check(),
             Line::Sealed { shard, len } => text("a name", shard).and_then(|()| bytes(*len)),
             Line::Pass { pass, .. } => check_pass(pass),
             Line::Left { .. } => Ok(()),
@@ -30,6 +31,19 @@ impl JobInfo {
     fn check(&self) -> Result<(), String> {
         [&self.group, &self.launch, &self.launcher].into_iter().try_for_each(|name| text("a sign", name))?;
         check_ranks(&self.here)
+    }
+}
+
+impl Revision {
+    fn check(&self) -> Result<(), String> {
+        if self.revision == 0 {
+            return Err("it is of hooks that took the place of others, and says revision 0".into());
+        }
+        let bytes = self.clauses.iter().fold(0usize, |n, clause| n.saturating_add(clause.text.len()));
+        if bytes > limits::PLAN || self.clauses.len() > limits::PLAN {
+            return Err(format!("it has {} clauses of {bytes} bytes", self.clauses.len()));
+        }
+        Ok(())
     }
 }
 

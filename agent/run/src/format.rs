@@ -5,7 +5,7 @@
 //! RUN/manifest.jsonl                one Line per line; appended, never changed
 //! RUN/shard-00000.safetensors       sealed: any safetensors reader opens it
 //! RUN/shard-00001.open              being written: header space is zero, bytes as the manifest says
-//! RUN/agent.lock                    flock()ed by the agent that writes here
+//! RUN/agent.lock                    flock()ed by the agent that writes here; its [`Holder`](crate::lock::Holder)
 //! ```
 //!
 //! A line of the manifest is JSON and carries its own checksum:
@@ -29,12 +29,13 @@ use wire::{
     loss_scale::LossScale,
     passes::{Pass, Run},
     record::{Axis, MICRO, RecordMeta, Sliced},
+    revision::Clause,
 };
 
 /// Version of everything in this module. In 1, parts had a `recompute`, always false, and shards of a dimension an
 /// `offset`, always null: neither is read. Until 2, the `input_digest` of an axis was `given`, and is read as that. Until 3
-/// a run was of one job.
-pub const FORMAT: u32 = 4;
+/// a run was of one job. Until 4 hooks did not change while a job ran: all of its parts are of revision 0.
+pub const FORMAT: u32 = 5;
 /// `run.json`.
 pub const RUN_FILE: &str = "run.json";
 /// `manifest.jsonl`.
@@ -182,6 +183,8 @@ pub enum Line {
     },
     /// A job, or an attempt of one, as far as it is known: of several lines about it the last counts.
     Job(JobInfo),
+    /// Other hooks began in a job: of several lines about one revision the last counts.
+    Revision(Revision),
     /// A shard was sealed.
     Sealed {
         /// Its stem, such as `shard-00000`.
@@ -228,8 +231,8 @@ impl JobId {
     }
 }
 
-fn is_zero(n: &u32) -> bool {
-    *n == 0
+fn is_zero<T: Default + PartialEq>(n: &T) -> bool {
+    *n == T::default()
 }
 
 /// An attempt of a job.
@@ -256,6 +259,56 @@ pub struct JobInfo {
     pub hooks: String,
     /// When its first rank came, nanoseconds since the Unix epoch.
     pub started_ns: u64,
+}
+
+/// Hooks that took the place of others while a job ran.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revision {
+    /// The attempt of the job.
+    #[serde(flatten)]
+    pub job: JobId,
+    /// Which, from 1: the hooks that the job was started with are revision 0.
+    pub revision: u64,
+    /// The step, or the pass, that it begins with; `None`: with each rank's next pass.
+    #[serde(default)]
+    pub begins: Option<u64>,
+    /// What `begins` counts: steps, or in inference passes of all models.
+    pub rule: StepRule,
+    /// Number of ranks that it began on.
+    pub ranks: u32,
+    /// All of its clauses, in the order in which they were given.
+    #[serde(deserialize_with = "objects::list")]
+    pub clauses: Vec<Clause>,
+    /// The highest number that a clause of the job ever had: none is given twice.
+    #[serde(default)]
+    pub last_id: u32,
+    /// When it was decided, nanoseconds since the Unix epoch.
+    pub time_ns: u64,
+}
+
+impl Revision {
+    /// Since when it holds, in words.
+    pub fn since(&self) -> String {
+        match (self.begins, self.rule) {
+            (Some(pass), StepRule::Inference) => format!("from pass {pass} on"),
+            (Some(step), _) => format!("from step {step} on"),
+            (None, _) => "from each rank's next pass on".to_owned(),
+        }
+    }
+}
+
+/// As `flexmodel ls` lists it.
+impl std::fmt::Display for Revision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "revision {} {}: ", self.revision, self.since())?;
+        match self.clauses.as_slice() {
+            [] => f.write_str("no hooks"),
+            [first, rest @ ..] => {
+                f.write_str(&first.text)?;
+                rest.iter().try_for_each(|clause| write!(f, "; {}", clause.text))
+            }
+        }
+    }
 }
 
 /// A stored part.
@@ -364,6 +417,9 @@ pub struct What {
     /// The optimizer did not use this gradient, since it is not finite.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,
+    /// Revision of the hooks that it was captured under; that of the environment is 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub revision: u64,
     /// When the tap was triggered, nanoseconds since the Unix epoch.
     pub time_ns: u64,
     /// The slab that it came through. An agent that takes a run over tells by this what is in it already.
@@ -462,6 +518,7 @@ impl What {
             dp_size: m.dp_size,
             loss_scale: m.loss_scale,
             skipped: m.skipped,
+            revision: m.revision,
             time_ns: m.time_ns,
             from: None,
             joined: Joined::default(),

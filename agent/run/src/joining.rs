@@ -111,7 +111,7 @@ impl Joining {
             Line::Job(info) => self.job(&info),
             Line::Pass { job, rank, pass } => self.passed(job, rank, &pass),
             Line::Left { job, rank } => self.left(job, rank),
-            Line::Refused { .. } | Line::Dropped { .. } | Line::Sealed { .. } => return Vec::new(),
+            Line::Refused { .. } | Line::Dropped { .. } | Line::Revision(_) | Line::Sealed { .. } => return Vec::new(),
         }
         if self.passes >= LOOK { self.look() } else { Vec::new() }
     }

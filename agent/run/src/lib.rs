@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`format`] | the one definition of a run directory |
 //! | [`limits`], `check` | bounds of what is read |
+//! | [`lock`] | which agent writes to a run, and where it is asked |
 //! | [`manifest`] | lines of the manifest, read and written |
 //! | [`files`], [`owner_only`] | opening files that somebody may have planted; making files that are ours alone |
 //! | [`names`], [`unique`], [`text`] | the names of modules, each kept once; names that differ; text in messages |
@@ -23,6 +24,7 @@ pub mod files;
 pub mod format;
 pub mod joining;
 pub mod limits;
+pub mod lock;
 pub mod manifest;
 pub mod names;
 pub mod owner_only;

@@ -16,10 +16,16 @@ pub const AXES: usize = 64;
 pub const BYTES: u64 = i64::MAX as u64;
 /// Bytes of `run.json`.
 pub const RUN_FILE_BYTES: u64 = 64 << 20;
+/// Bytes of `agent.lock`.
+pub const LOCK_BYTES: usize = 4096;
 /// Models in `run.json`.
 pub const MODELS: usize = 1024;
 /// Jobs that a manifest tells of; what is captured of others is read all the same.
 pub const JOBS: usize = 1 << 16;
+/// Revisions of hooks that a manifest tells of, of all jobs.
+pub const REVISIONS: usize = 1 << 16;
+/// Bytes of all clauses of a revision, and how many there are.
+pub const PLAN: usize = wire::revision::MAX_PLAN;
 /// Notices in `run.json`.
 pub const NOTICES: usize = 4096;
 /// Runs of nodes in one folder.

@@ -208,9 +208,10 @@ impl<R: Source> Iterator for Reader<R> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use wire::loss_scale::LossScale;
+    use wire::{control::StepRule, loss_scale::LossScale, revision::MAX_PLAN};
 
     use super::*;
+    use crate::{format::JobId, testing::revision};
 
     fn sealed() -> Line {
         Line::Sealed { shard: "shard-00000".into(), len: 1 << 40 }
@@ -226,6 +227,61 @@ mod tests {
     #[test]
     fn every_part_of_a_part_round_trips() {
         let line = Line::Part(crate::testing::part("layers.0.mlp", 1, 2));
+        assert_eq!(decode_line(&encode_line(&line)).unwrap(), line);
+    }
+
+    #[test]
+    fn every_part_of_a_revision_round_trips() {
+        let told = revision(JobId { job: 2, attempt: 1 }, 3, 120, &["layers.*.mlp", "lm_head:forward"]);
+        let empty = revision(JobId::default(), u64::MAX, u64::MAX, &[]);
+        let alone = crate::format::Revision { begins: None, ..told.clone() };
+        let passes = crate::format::Revision { rule: StepRule::Inference, ..told.clone() };
+        let words = ["revision 3 from step 120 on: layers.*.mlp; lm_head:forward".to_owned()].into_iter().chain([
+            format!("revision {0} from step {0} on: no hooks", u64::MAX),
+            "revision 3 from each rank's next pass on: layers.*.mlp; lm_head:forward".to_owned(),
+            "revision 3 from pass 120 on: layers.*.mlp; lm_head:forward".to_owned(),
+        ]);
+        for (told, words) in [told, empty, alone, passes].into_iter().zip(words) {
+            assert_eq!(told.to_string(), words);
+            let line = Line::Revision(told);
+            assert_eq!(decode_line(&encode_line(&line)).unwrap(), line);
+        }
+    }
+
+    #[test]
+    fn a_revision_that_cannot_be_is_refused() {
+        let decoded = |line: &Line| decode_line(&encode_line(line)).map_err(|e| e.to_string());
+        let of = |clauses: &[&str]| Line::Revision(revision(JobId::default(), 1, 0, clauses));
+        let longest = "x".repeat(MAX_PLAN);
+        assert!(decoded(&of(&[&longest])).is_ok());
+        for (line, why) in [
+            (of(&[&longest, "x"]), format!("it has 2 clauses of {} bytes", MAX_PLAN + 1)),
+            (of(&vec![""; LINE / 20]), "longer than 1048576 bytes".into()),
+            (Line::Revision(revision(JobId::default(), 0, 0, &[])), "says revision 0".into()),
+        ] {
+            let bytes = encode_line(&line);
+            let read = Reader::new(&bytes[..]).next_line().unwrap().unwrap().line.map_err(|e| e.to_string());
+            assert!(read.as_ref().is_err_and(|e| e.contains(&why)), "{read:?} is not {why}");
+        }
+        let text = serde_json::to_string(&of(&["a"])).unwrap();
+        for (from, to) in [
+            ("{\"id\":1,\"text\":\"a\"}", "[1,\"a\"]"),
+            ("\"id\":1", "\"id\":-1"),
+            ("\"optimizer\"", "\"never\""),
+            ("\"begins\":0", "\"begins\":1.5"),
+            ("\"ranks\":2", "\"ranks\":4294967296"),
+        ] {
+            let bad = crate::testing::fixture::line_of(&text.replace(from, to));
+            assert!(text.contains(from) && matches!(decode_line(&bad), Err(LineError::Unknown(_))), "{to}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_the_hooks_that_a_job_was_started_with_is_as_before_there_were_others() {
+        let mut part = crate::testing::part("layers.0.mlp", 1, 2);
+        assert!(!String::from_utf8(encode_line(&Line::Part(part.clone()))).unwrap().contains("revision"));
+        part.what.revision = u64::MAX;
+        let line = Line::Part(part);
         assert_eq!(decode_line(&encode_line(&line)).unwrap(), line);
     }
 

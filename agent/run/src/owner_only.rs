@@ -13,7 +13,7 @@ use std::{
 /// A folder's mode.
 const FOLDER: u32 = 0o700;
 /// A file's mode.
-const FILE: u32 = 0o600;
+pub const FILE: u32 = 0o600;
 
 /// How a file is opened that may have to be made; a link in its place is an error.
 pub fn file() -> OpenOptions {

@@ -148,6 +148,7 @@ impl Record {
         fields.set_item(pyo3::intern!(py, "again"), id.again)?;
         fields.set_item(pyo3::intern!(py, "model"), id.model)?;
         fields.set_item(pyo3::intern!(py, "repeat"), id.repeat)?;
+        fields.set_item(pyo3::intern!(py, "revision"), record.revision())?;
         fields.set_item(pyo3::intern!(py, "class_name"), &what.class)?;
         fields.set_item(pyo3::intern!(py, "group"), &what.group)?;
         fields.set_item(pyo3::intern!(py, "layout"), json(&what.axes)?)?;

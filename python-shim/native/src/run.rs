@@ -11,6 +11,7 @@ use flexmodel_run::{
     read::{Growing, Wanted, natural},
 };
 use pyo3::{exceptions::PyIndexError, prelude::*};
+use serde::Serialize;
 
 use crate::{
     NotCapturedError,
@@ -101,6 +102,13 @@ impl Run {
     fn state(&self) -> Arc<State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+
+    /// Something that the format has, as it has it.
+    fn json<T: Serialize + Sync>(&self, py: Python<'_>, of: impl FnOnce(&Opened) -> &T + Send) -> PyResult<String> {
+        let state = self.state();
+        py.detach(|| serde_json::to_string(of(&state.run)))
+            .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
+    }
 }
 
 #[pymethods]
@@ -141,16 +149,17 @@ impl Run {
 
     /// What `run.json` says, as JSON.
     fn info(&self, py: Python<'_>) -> PyResult<String> {
-        let state = self.state();
-        py.detach(|| serde_json::to_string(&state.run.info))
-            .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
+        self.json(py, |run| &run.info)
     }
 
     /// Its jobs and their attempts, as JSON.
     fn jobs(&self, py: Python<'_>) -> PyResult<String> {
-        let state = self.state();
-        py.detach(|| serde_json::to_string(&state.run.jobs))
-            .map_err(|e| crate::RunError::new_err(format!("{}: {e}", state.run.path.display())))
+        self.json(py, |run| &run.jobs)
+    }
+
+    /// The revisions of their hooks that began while they ran, as JSON.
+    fn revisions(&self, py: Python<'_>) -> PyResult<String> {
+        self.json(py, |run| &run.revisions)
     }
 
     /// Names of the modules that have records, in the model's order.

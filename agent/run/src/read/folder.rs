@@ -5,10 +5,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, BufReader, Seek, SeekFrom},
-    os::{
-        fd::AsRawFd,
-        unix::fs::{FileExt, MetadataExt},
-    },
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -22,8 +19,9 @@ use super::{
 };
 use crate::{
     files::{open_to_read, read_whole},
-    format::{FORMAT, JobId, LOCK_FILE, Line, MANIFEST_FILE, Part, RUN_FILE, RunInfo},
+    format::{FORMAT, JobId, LOCK_FILE, Line, MANIFEST_FILE, Part, RUN_FILE, Revision, RunInfo},
     limits::{self, PROBLEMS, RUN_FILE_BYTES},
+    lock::is_locked,
     manifest::{self, LineError, Position},
     text,
 };
@@ -54,6 +52,8 @@ pub struct Folder {
     pub lost: Lost,
     /// The jobs that it tells of.
     pub jobs: Table,
+    /// The revisions of their hooks, by its numbers of jobs.
+    pub revisions: BTreeMap<(JobId, u64), Revision>,
     /// Seals: shard and length.
     pub sealed: Vec<(String, u64)>,
     /// What ranks said of passes since this was last taken; `None`: that they say no more.
@@ -197,7 +197,10 @@ impl Folder {
             Line::Divergence { what, against } => self.lost.divergences.push((what, against)),
             Line::Dropped { rank, count, reason, .. } => self.lost.dropped.push((rank, count, reason)),
             Line::Job(info) if self.jobs.len() < limits::JOBS => _ = self.jobs.insert(info.id, info),
-            Line::Job(_) => {}
+            Line::Revision(revision) if self.revisions.len() < limits::REVISIONS => {
+                self.revisions.insert((revision.job, revision.revision), revision);
+            }
+            Line::Job(_) | Line::Revision(_) => {}
             Line::Sealed { shard, len } => {
                 let shard = within(&self.name, shard);
                 needs(&mut self.ends, &shard, len);
@@ -285,12 +288,6 @@ fn anchor(file: &File, end: u64) -> io::Result<u32> {
     Ok(crc32c::crc32c(&bytes))
 }
 
-/// Whether somebody holds the lock of a file.
-fn is_locked(file: &File) -> bool {
-    // SAFETY: the descriptor is open. The lock is one that any number may hold, and goes at once.
-    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) != 0 }
-}
-
 /// A shard's name, with its node's folder.
 fn within(node: &str, shard: String) -> String {
     if node.is_empty() { shard } else { format!("{node}/{shard}") }
@@ -304,7 +301,7 @@ fn needs(ends: &mut BTreeMap<String, u64>, shard: &str, end: u64) {
 }
 
 /// What a run's `run.json` says, `None` if there is none; and why it does not read, where it says nothing.
-fn read_info(run: &Path) -> (Option<RunInfo>, Option<String>) {
+pub(super) fn read_info(run: &Path) -> (Option<RunInfo>, Option<String>) {
     let damaged = |why: String| {
         let info = RunInfo { format: FORMAT, flexmodel: "?".into(), ..RunInfo::default() };
         (Some(info), Some(text::clip(&why)))
@@ -337,7 +334,7 @@ struct Version {
 }
 
 /// Why a directory is no run, naming the one that is in it.
-fn foreign(path: &Path) -> String {
+pub(super) fn foreign(path: &Path) -> String {
     let lead = format!("not a FlexModel run: it has neither {RUN_FILE} nor {MANIFEST_FILE}");
     match nodes::inside(path).first() {
         Some(name) => format!("{lead}; there is one in it, {}", path.join(name).display()),

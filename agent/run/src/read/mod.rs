@@ -44,7 +44,7 @@ pub use source::Source;
 
 use self::{gathered::Gathered, rows::Pad};
 use crate::{
-    format::{Identity, JobInfo, Part, RunInfo, Stats, What},
+    format::{Identity, JobInfo, Part, Revision, RunInfo, Stats, What},
     limits::PROBLEMS,
     ownership::{PartialOwnership, lie_among},
     text,
@@ -89,6 +89,11 @@ impl Record {
     pub fn what(&self) -> &What {
         // A record is made with its first part.
         &self.parts[0].what
+    }
+
+    /// Revision of the hooks that it was captured under; the lowest, should parts differ.
+    pub fn revision(&self) -> u64 {
+        self.parts.iter().map(|part| part.what.revision).min().unwrap_or_default()
     }
 
     /// Shape of the whole, or why there is none.
@@ -154,6 +159,8 @@ pub struct Run {
     pub records: Records,
     /// The jobs and their attempts, in order.
     pub jobs: Vec<JobInfo>,
+    /// The revisions of their hooks that began while they ran, in order.
+    pub revisions: Vec<Revision>,
     /// What is not there, and why.
     pub lost: Lost,
     /// Seals the manifest tells of: shard and length.

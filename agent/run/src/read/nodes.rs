@@ -10,9 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{OpenError, Run, folder::Folder};
+use super::{
+    OpenError, Run,
+    folder::{self, Folder},
+    gathered::Gathered,
+};
 use crate::{
-    format::{MANIFEST_FILE, ModelInfo, RUN_FILE, RunInfo, Totals},
+    format::{LOCK_FILE, MANIFEST_FILE, ModelInfo, RUN_FILE, RunInfo, Totals},
     limits::NODES,
     text,
 };
@@ -29,6 +33,30 @@ pub fn inside(path: &Path) -> Vec<String> {
     let mut names: Vec<String> = names.take(NODES + 1).collect();
     names.sort();
     names
+}
+
+/// The folders that are written to for the run in `path`: itself, or those of a job's nodes in it.
+///
+/// # Errors
+/// It is no run, and those in it are not of one job.
+pub fn folders(path: &Path) -> Result<Vec<PathBuf>, OpenError> {
+    if !path.is_dir() || is_run(path) || path.join(LOCK_FILE).is_file() {
+        Gathered::of_one(path)?;
+        return Ok(vec![path.to_owned()]);
+    }
+    let names = inside(path);
+    if names.len() < 2 {
+        return Err(OpenError::NotARun { path: path.display().to_string(), reason: folder::foreign(path) });
+    }
+    expect_few(path, &names)?;
+    let paths: Vec<PathBuf> = names.iter().map(|name| path.join(name)).collect();
+    let known = |(path, name): (&PathBuf, &String)| {
+        let mut folder = Folder::new(path.clone(), name);
+        folder.info = folder::read_info(path).0;
+        folder
+    };
+    expect_one_job(path, &paths.iter().zip(&names).map(known).collect::<Vec<_>>())?;
+    Ok(paths)
 }
 
 /// Why the runs in `path` are not opened as one.

@@ -8,9 +8,9 @@ use wire::{
 
 use super::*;
 use crate::{
-    format::{Line, MANIFEST_FILE, RUN_FILE},
+    format::{JobId, Line, MANIFEST_FILE, RUN_FILE},
     manifest::LineError,
-    testing::fixture::*,
+    testing::{fixture::*, revision},
 };
 
 fn open(dir: &tempfile::TempDir) -> Run {
@@ -333,6 +333,25 @@ fn empty_and_scalar_tensors_are_whole() {
     let empty = run.whole(&run.records[0]).unwrap();
     assert_eq!((empty.shape, empty.bytes.len()), (vec![0, 4], 0));
     assert_eq!(run.whole(&run.records[1]).unwrap().shape, [0; 0]);
+}
+
+#[test]
+fn a_record_is_of_the_revision_of_its_parts() {
+    let mut f = Fixture::default();
+    for (step, revisions) in [(0, [0, 0]), (1, [2, 2]), (2, [2, 1])] {
+        for rank in 0..2 {
+            f.revision = revisions[rank as usize];
+            f.part(id("a", step), DType::UInt8, &[1], rank, dp(rank, 2, shard(0)), &[1]);
+        }
+    }
+    let told = [revision(JobId::default(), 1, 9, &["b"]), revision(JobId::default(), 2, 1, &["a"])];
+    [&told[1], &revision(JobId::default(), 1, 0, &[]), &told[0]]
+        .into_iter()
+        .for_each(|told| f.line(&Line::Revision(told.clone())));
+    let run = open(&f.finish());
+    assert_eq!(run.records.iter().map(|record| record.revision()).collect::<Vec<_>>(), [0, 2, 1]);
+    assert_eq!(run.revisions, told);
+    assert!(run.problems.is_empty());
 }
 
 #[test]

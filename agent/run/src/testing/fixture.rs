@@ -26,6 +26,8 @@ pub struct Fixture {
     pub loss_scale: LossScale,
     /// What the parts that are added next are a slice by.
     pub slice: Option<Sliced>,
+    /// Of the hooks that they were captured under.
+    pub revision: u64,
 }
 
 /// `step` of a module's forward output.
@@ -77,6 +79,7 @@ impl Default for Fixture {
             lines: Vec::new(),
             loss_scale: LossScale::ONE,
             slice: None,
+            revision: 0,
         }
     }
 }
@@ -109,6 +112,7 @@ impl Fixture {
             rank,
             loss_scale: self.loss_scale,
             skipped: false,
+            revision: self.revision,
             dp_size: axes.iter().filter(|axis| axis.name == "dp").map(|axis| axis.size).product(),
             axes,
             time_ns: 1,

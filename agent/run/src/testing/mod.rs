@@ -3,11 +3,13 @@
 pub mod fixture;
 
 use wire::{
+    control::StepRule,
     dtype::DType,
     record::{Axis, Placement, RecordMeta},
+    revision::Clause,
 };
 
-use crate::format::{Location, Part, Stats, What};
+use crate::format::{JobId, Location, Part, Revision, Stats, What};
 
 /// A float32 forward output of shape `[rows, 4]`, whole.
 pub fn meta(module: &str, step: u64, rows: u64) -> RecordMeta {
@@ -33,4 +35,12 @@ pub fn part(module: &str, step: u64, rows: u64) -> Part {
     let at = Location { shard: "shard-00000".into(), offset: 1 << 20, len: rows * 16, crc: 5 };
     let stats = Stats { count: rows * 4, mean: Some(0.5), std: None, ..Stats::default() };
     Part { what, at: Some(at), stats: Some(stats), same: None }
+}
+
+/// A revision of a job of two ranks that begins with a step, of these clauses.
+pub fn revision(job: JobId, revision: u64, step: u64, clauses: &[&str]) -> Revision {
+    let clauses: Vec<Clause> = (1..).zip(clauses).map(|(id, &text)| Clause { id, text: text.to_owned() }).collect();
+    let (begins, rule) = (Some(step), StepRule::Optimizer);
+    let last_id = clauses.len() as u32;
+    Revision { job, revision, begins, rule, ranks: 2, clauses, last_id, time_ns: 9 }
 }

@@ -98,7 +98,12 @@ impl Account {
                     accounts.entry(*slab).or_default().cut_off = *record;
                 }
             }
-            Line::Divergence { .. } | Line::Job(_) | Line::Left { .. } | Line::Pass { .. } | Line::Sealed { .. } => {}
+            Line::Divergence { .. }
+            | Line::Job(_)
+            | Line::Left { .. }
+            | Line::Pass { .. }
+            | Line::Revision(_)
+            | Line::Sealed { .. } => {}
         }
     }
 

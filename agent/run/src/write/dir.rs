@@ -1,9 +1,9 @@
 //! Run directories as a whole: making, locking and refusing them; `run.json`.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, OsStr},
     fs::{self, File},
-    io::{self, BufWriter, Read, Seek, Write},
+    io::{self, BufWriter, Seek, Write},
     mem::MaybeUninit,
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
@@ -17,15 +17,19 @@ use crate::{
     files::{ToWrite, open_to_write, read_whole},
     format::{FORMAT, LOCK_FILE, MANIFEST_FILE, RUN_FILE, RunInfo},
     limits::RUN_FILE_BYTES,
+    lock::Holder,
     owner_only,
 };
+
+/// Stands for a node's name in `--out`.
+const MARK: &str = "{node}";
 
 /// A run directory that this process alone writes to, as long as it holds this.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
     folder: Arc<Folder>,
-    _lock: File,
+    lock: File,
 }
 
 /// A folder that is open, and a path that leads to it as long as it is: who may write to the folder above it (a group's)
@@ -72,19 +76,16 @@ impl RunDir {
             if error.kind() != io::ErrorKind::WouldBlock {
                 return Err(cannot_write(&path, &error));
             }
-            let mut pid = String::new();
-            // Only for the message.
-            let _ = (&lock).take(20).read_to_string(&mut pid);
             bail!(
                 "{} is being written by another agent (process {}); attach to that one, or give --out {}",
                 path.display(),
-                pid.trim(),
+                Holder::read(&lock).pid,
                 free_name(&path).display()
             );
         }
-        // Only for the message above.
-        let _ = lock.set_len(0).and_then(|()| writeln!(&lock, "{}", std::process::id()));
-        let run = Self { path, folder: Arc::new(folder), _lock: lock };
+        // Only for the message above, until it is asked for more.
+        let _ = Holder::this().write(&lock);
+        let run = Self { path, folder: Arc::new(folder), lock };
         let format = run.read_info().format;
         if format > FORMAT {
             bail!(
@@ -103,6 +104,14 @@ impl RunDir {
     /// The same directory to write in.
     pub fn folder(&self) -> &Arc<Folder> {
         &self.folder
+    }
+
+    /// Says in the lock where the agent that holds it answers HTTP: a port of loopback, and the token that it wants.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn answers_at(&self, port: u16, token: &str) -> io::Result<()> {
+        Holder { port: Some(port), token: Some(token.to_owned()), ..Holder::this() }.write(&self.lock)
     }
 
     /// What `run.json` says; nothing if there is none that reads.
@@ -197,11 +206,19 @@ pub fn check_fresh(path: &Path) -> anyhow::Result<Fresh> {
 /// `--out` as given, with `{node}` in it replaced by this node's name: on a file system that nodes share, each has a run
 /// of its own, beside the others.
 pub fn of_this_node(out: &Path) -> PathBuf {
-    const MARK: &str = "{node}";
     match out.to_str().filter(|text| text.contains(MARK)) {
         Some(text) => PathBuf::from(text.replace(MARK, &node_folder(&wire::env::node()))),
         None => out.to_owned(),
     }
+}
+
+/// The folder that holds those of all nodes, where `--out` has `{node}`.
+pub fn above_nodes(out: &Path) -> Option<PathBuf> {
+    let has_mark = |part: &OsStr| part.to_str().is_some_and(|part| part.contains(MARK));
+    out.iter().any(has_mark).then(|| {
+        let above: PathBuf = out.iter().take_while(|part| !has_mark(part)).collect();
+        if above.as_os_str().is_empty() { PathBuf::from(".") } else { above }
+    })
 }
 
 /// A node's name as the name of a folder.
@@ -250,6 +267,9 @@ mod tests {
         assert_eq!(node_folder("../a b/c"), ".._a_b_c");
         assert_eq!(node_folder(".."), "node");
         assert_eq!(of_this_node(Path::new("runs/x")), Path::new("runs/x"));
+        let above = |out: &str| above_nodes(Path::new(out));
+        assert_eq!((above("runs/x"), above("runs/x/{node}")), (None, Some("runs/x".into())));
+        assert_eq!((above("{node}"), above("/a/b-{node}/c")), (Some(".".into()), Some("/a".into())));
         let node = of_this_node(Path::new("runs/{node}/y"));
         assert!(node.starts_with("runs") && node.ends_with("y") && node.components().count() == 3, "{node:?}");
     }

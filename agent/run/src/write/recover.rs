@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     files::{ToWrite, open_to_write},
-    format::{HEADER_SPACE, JobId, JobInfo, Line, Location, MANIFEST_FILE, Part, Totals},
+    format::{HEADER_SPACE, JobId, JobInfo, Line, Location, MANIFEST_FILE, Part, Revision, Totals},
     joining::{Joining, Told},
     manifest::{LineError, Reader, Source, encode_line},
     passes::Place,
@@ -35,6 +35,8 @@ pub struct Found {
     pub seen: Seen,
     /// Jobs there are.
     pub jobs: BTreeMap<JobId, JobInfo>,
+    /// The last revision of each job that has had another than the environment's.
+    pub revisions: BTreeMap<JobId, Revision>,
     /// What is known of their passes.
     pub joining: Joining,
     /// Some lines do not read.
@@ -62,6 +64,7 @@ pub fn recover(dir: &Path, shown: &Path, finished: bool) -> anyhow::Result<Found
         accounts: Accounts::new(),
         seen: Seen::new(),
         jobs: BTreeMap::new(),
+        revisions: BTreeMap::new(),
         joining: Joining::default(),
         damaged: false,
     };
@@ -151,6 +154,7 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
                 found.joining.job(&info);
                 found.jobs.insert(info.id, info);
             }
+            Line::Revision(revision) => latest(&mut found.revisions, revision),
             Line::Sealed { shard, .. } => {
                 if let Some(number) = number_of(&shard) {
                     found.next_shard = found.next_shard.max(number.saturating_add(1));
@@ -160,6 +164,13 @@ fn scan<R: Source>(lines: &mut Reader<R>, found: &mut Found, unsealed: &mut Unse
         }
     }
     Ok(lines.reached().offset)
+}
+
+/// Keeps the last revision of each job.
+pub fn latest(of: &mut BTreeMap<JobId, Revision>, revision: Revision) {
+    if of.get(&revision.job).is_none_or(|known| known.revision <= revision.revision) {
+        of.insert(revision.job, revision);
+    }
 }
 
 /// Seals what the manifest knows of. A shard that is gone stays gone: verify names it.

@@ -1,6 +1,7 @@
 //! The store of one run: what the ingest threads write through.
 
 use std::{
+    collections::BTreeMap,
     io, mem,
     path::Path,
     sync::{
@@ -24,7 +25,7 @@ use super::{
     shard::{Lie, Shard, stem},
 };
 use crate::{
-    format::{JobId, JobInfo, Line, Origin, RunInfo, Totals, What},
+    format::{JobId, JobInfo, Line, Origin, Revision, RunInfo, Totals, What},
     joining::{Joining, Told},
 };
 
@@ -56,6 +57,8 @@ pub struct Store {
     /// Of the slabs that nobody reads now.
     accounts: Mutex<Accounts>,
     joining: Arc<Mutex<Joining>>,
+    /// The last of each job.
+    revisions: Mutex<BTreeMap<JobId, Revision>>,
     /// A write failed, and not enough went well since.
     broken: AtomicBool,
     notify: Arc<dyn Fn(&str) + Send + Sync>,
@@ -72,7 +75,7 @@ impl Store {
     pub fn open(path: &Path, options: Options) -> anyhow::Result<(Arc<Self>, RunInfo, Vec<JobInfo>)> {
         let dir = RunDir::claim(path)?;
         let info = dir.read_info();
-        let Found { next_shard, totals, accounts, seen, jobs, joining, damaged: _ } =
+        let Found { next_shard, totals, accounts, seen, jobs, revisions, joining, damaged: _ } =
             recover::recover(dir.folder().place(), dir.path(), info.finished_ns.is_some())?;
         let joining = Arc::new(Mutex::new(joining));
         let journal = Arc::new(Journal::open(dir.folder().place()).map_err(|e| dir::cannot_write(dir.path(), &e))?);
@@ -85,6 +88,7 @@ impl Store {
             totals: Mutex::new(totals),
             accounts: Mutex::new(accounts),
             joining,
+            revisions: Mutex::new(revisions),
             broken: AtomicBool::new(false),
             notify,
             sealer: Mutex::new(Some(sealer)),
@@ -111,6 +115,20 @@ impl Store {
         if let Err(e) = self.journal.append(&Line::Job(info.clone())) {
             self.trouble(&e);
         }
+    }
+
+    /// Journals that other hooks began in a job. They must be within what is read ([`Line::check`]).
+    pub fn revision(&self, revision: &Revision) {
+        if let Err(e) = self.journal.append(&Line::Revision(revision.clone())) {
+            self.trouble(&e);
+        }
+        recover::latest(&mut lock(&self.revisions), revision.clone());
+    }
+
+    /// The last revision of each job in which other hooks began than those of the environment, also where an agent before this
+    /// one journalled it.
+    pub fn revisions(&self) -> Vec<Revision> {
+        lock(&self.revisions).values().cloned().collect()
     }
 
     /// Journals that a tensor of a job was refused, for the reason in `meta`.

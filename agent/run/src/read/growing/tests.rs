@@ -162,6 +162,7 @@ fn append(path: &Path, bytes: &[u8]) {
 fn assert_same(growing: &Growing, path: &Path) {
     let (one, other) = (growing.run(), Run::open(path).unwrap());
     assert_eq!((&one.path, &one.nodes, &one.info, &one.jobs), (&other.path, &other.nodes, &other.info, &other.jobs));
+    assert_eq!(one.revisions, other.revisions);
     let records = |run: &Run| run.records.iter().map(|r| (r.id.clone(), r.parts.clone())).collect::<Vec<_>>();
     assert_eq!(records(&one), records(&other));
     assert_eq!((&one.lost, &one.sealed), (&other.lost, &other.sealed));
@@ -196,6 +197,10 @@ fn line(node: u32) -> impl Strategy<Value = Vec<u8>> {
         1 => (0..2u32, 0..3u8).prop_map(|(job, group)| {
             let id = JobId { job, attempt: 0 };
             encode_line(&Line::Job(JobInfo { id, group: format!("{group}"), world: 4, ..JobInfo::default() }))
+        }),
+        1 => (0..2u32, 1..4u64).prop_map(move |(job, number)| {
+            let told = crate::testing::revision(JobId { job, attempt: 0 }, number, u64::from(node), &["a"]);
+            encode_line(&Line::Revision(told))
         }),
         1 => Just(encode_line(&Line::Refused { what: what(), reason: "why".into() })),
         1 => Just(encode_line(&Line::Divergence { what: what(), against: 1 })),

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     format::Origin,
-    testing::{batch, meta, on_rank},
+    testing::{batch, meta, on_rank, revision},
 };
 
 /// Writes 3 records of 2 ranks and leaves the directory as `kill -9` would.
@@ -98,6 +98,30 @@ fn killed_before_the_first_line_nothing_is_left_over() {
     next.finish(true);
     assert_sound(dir.path());
     assert!(!shard::open_path(dir.path(), 0).exists());
+}
+
+#[test]
+fn the_last_revision_of_each_job_is_known_to_the_next_agent() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(dir.path());
+    assert_eq!(first.revisions(), []);
+    let other = JobId { job: 1, attempt: 0 };
+    let told = [
+        revision(JobId::default(), 1, 5, &["a"]),
+        revision(other, 1, 2, &["c"]),
+        revision(JobId::default(), 3, 9, &["a", "b"]),
+    ];
+    told.iter().for_each(|revision| first.revision(revision));
+    let last = [told[2].clone(), told[1].clone()];
+    assert_eq!(first.revisions(), last);
+    std::mem::forget(first);
+    fs::remove_file(dir.path().join(crate::format::LOCK_FILE)).unwrap();
+    let next = store(dir.path());
+    assert_eq!(next.revisions(), last);
+    next.finish(true);
+    drop(next);
+    assert_eq!(store(dir.path()).revisions(), last);
+    assert_eq!(lines(dir.path()), told.map(Line::Revision));
 }
 
 /// STORE-5.
