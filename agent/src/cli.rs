@@ -20,6 +20,8 @@ enum Command {
     Run(commands::run::Args),
     /// Run the sidecar alone; jobs attach and re-attach to it
     Agent(commands::agent::Args),
+    /// Say what is tapped in a job that runs, and change it
+    Hooks(commands::hooks::Args),
     /// List what a run holds: modules, kinds, steps, shapes, bytes
     Ls(commands::ls::Args),
     /// Show statistics and a small picture of one tensor
@@ -81,6 +83,7 @@ impl Cli {
         match self.command {
             Command::Run(args) => commands::run::main(args),
             Command::Agent(args) => commands::agent::main(args),
+            Command::Hooks(args) => commands::hooks::main(args),
             Command::Ls(args) => commands::ls::main(args),
             Command::Show(args) => commands::show::main(args),
             Command::Export(args) => commands::export::main(args),

@@ -10,6 +10,7 @@
 //! | newest records | [`MAX_RECORDS`] with at most [`MAX_PARTS`] parts between them, [`MAX_PART_BYTES`] in all |
 //! | modules | what `run.json` lists, shared with it: [`names`](flexmodel_run::names), [`owners`](flexmodel_run::ownership) |
 //! | notices, divergences, refusals | the last [`MAX_NOTICES`], [`MAX_NOTICES`] and [`MAX_REFUSALS`] |
+//! | revisions of hooks | the last [`MAX_REVISIONS`] with at most [`MAX_REVISION_TEXT`] of clauses between them |
 //! | ranks, models | [`MAX_RANKS`], [`MAX_MODELS`] |
 
 mod recent;
@@ -27,7 +28,7 @@ use std::{
 };
 
 use flexmodel_run::{
-    format::{Identity, ModelInfo, Part, RunInfo, Totals, What},
+    format::{Identity, ModelInfo, Part, Revision, RunInfo, Totals, What},
     joining::Told,
     names::Names,
     ownership::PartialOwnership,
@@ -58,6 +59,10 @@ pub const MAX_PART_BYTES: usize = 20 << 20;
 pub const MAX_NOTICES: usize = 100;
 /// Reasons of refusal kept, with their counts.
 pub const MAX_REFUSALS: usize = 100;
+/// Revisions of hooks kept.
+pub const MAX_REVISIONS: usize = 100;
+/// Bytes of their clauses.
+pub const MAX_REVISION_TEXT: usize = 256 << 10;
 /// Ranks kept apart.
 pub const MAX_RANKS: usize = 1 << 16;
 
@@ -137,6 +142,7 @@ struct Inner {
     notices: VecDeque<String>,
     refusals: VecDeque<Refusal>,
     divergences: VecDeque<Divergence>,
+    revisions: VecDeque<Revision>,
     totals: Totals,
     step: u64,
     /// How the run ended, while it is only shown again.
@@ -185,6 +191,11 @@ impl Live {
     /// A rank lost parts.
     pub fn dropped(&self, rank: u32, count: u64) {
         self.change(|inner| inner.dropped(rank, count));
+    }
+
+    /// Other hooks began in a job.
+    pub fn revision(&self, revision: &Revision) {
+        self.change(|inner| inner.revision(revision));
     }
 
     /// A model was found, or found to be larger than was known.
@@ -283,6 +294,7 @@ impl Inner {
             notices: VecDeque::new(),
             refusals: VecDeque::new(),
             divergences: VecDeque::new(),
+            revisions: VecDeque::new(),
             totals,
             step: 0,
             ended: None,
@@ -361,6 +373,18 @@ impl Inner {
         let divergence = Divergence { record: what.id.to_string(), rank: what.rank, against };
         self.totals.divergences = self.totals.divergences.saturating_add(1);
         push_bounded(&mut self.divergences, divergence, MAX_NOTICES);
+        self.run_changed();
+    }
+
+    fn revision(&mut self, revision: &Revision) {
+        let same = |known: &Revision| (known.job, known.revision) == (revision.job, revision.revision);
+        self.revisions.retain(|known| !same(known));
+        push_bounded(&mut self.revisions, revision.clone(), MAX_REVISIONS);
+        let text = |one: &Revision| one.clauses.iter().map(|clause| clause.text.len()).sum::<usize>();
+        let mut all: usize = self.revisions.iter().map(text).sum();
+        while all > MAX_REVISION_TEXT && self.revisions.len() > 1 {
+            all -= self.revisions.pop_front().as_ref().map_or(0, text);
+        }
         self.run_changed();
     }
 

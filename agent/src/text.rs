@@ -10,7 +10,7 @@ use std::{
 
 use serde::Serialize;
 
-pub use flexmodel_run::text::{clip, count, is_hidden, plain, range, safe, total};
+pub use flexmodel_run::text::{clip, count, few, is_hidden, plain, range, safe, total};
 
 use crate::say;
 

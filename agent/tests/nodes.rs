@@ -7,8 +7,8 @@ use std::{fs, path::Path};
 use command::{flexmodel, text};
 use flexmodel_run::{
     Run,
-    format::{FORMAT, Identity, JobId, JobInfo, Line, RUN_FILE, RunInfo},
-    testing::fixture::*,
+    format::{FORMAT, Identity, JobId, JobInfo, Line, RUN_FILE, Revision, RunInfo},
+    testing::{fixture::*, revision},
 };
 use tempfile::TempDir;
 use wire::{dtype::DType, hooks::Kind, record::Placement};
@@ -101,6 +101,38 @@ fn ls_and_show_speak_of_the_whole_job() {
     assert_eq!(listing["nodes"], serde_json::json!(["node-a", "node-b"]));
     let out = ends(0, &["show", at(job.path()), "mlp"]);
     assert!(out.contains("float32 [4, 2]") && out.contains("whole, from 4 ranks") && out.contains("max 12 "), "{out}");
+}
+
+/// Agents number jobs as they met them, and each may tell of a revision.
+#[test]
+fn a_revision_that_several_nodes_tell_of_is_one() {
+    let job = tempfile::tempdir().unwrap();
+    let numbers = |number| JobId { job: number, attempt: 0 };
+    for (name, rank, groups) in [("node-a", 0, ["x", "y"]), ("node-b", 1, ["y", "x"])] {
+        let mut f = Fixture::default();
+        for (number, group) in (0..).zip(groups) {
+            let info = JobInfo { id: numbers(number), group: group.into(), world: 2, ..JobInfo::default() };
+            f.line(&Line::Job(info));
+            if group == "x" {
+                f.line(&Line::Revision(Revision { ranks: rank + 1, ..revision(numbers(number), 3, 7, &["mlp"]) }));
+            }
+            f.revision = if group == "x" { 3 } else { 0 };
+            let what = Identity { job: numbers(number), ..id("mlp", 7) };
+            f.part(what, DType::Float32, &[1, 1], rank, dp(rank, 2, shard(0)), &f32s(&[1.0]));
+        }
+        if rank == 1 {
+            f.line(&Line::Revision(revision(numbers(1), 4, 9, &[])));
+        }
+        put(&job, name, f);
+    }
+    let run = Run::open(job.path()).unwrap();
+    let x = run.jobs.iter().find(|info| info.group == "x").unwrap().id;
+    assert_eq!(run.revisions, [revision(x, 3, 7, &["mlp"]), revision(x, 4, 9, &[])]);
+    let of = |job: JobId| run.records.iter().find(|record| record.id.job == job).unwrap();
+    assert_eq!(run.jobs.iter().filter(|info| of(info.id).revision() == 3).map(|info| info.id).collect::<Vec<_>>(), [x]);
+    let out = ends(0, &["ls", at(job.path())]);
+    assert!(out.contains(&format!("job {}, attempt 0, revision 3 from step 7 on: mlp\n", x.job)), "{out}");
+    assert!(ends(0, &["verify", at(job.path())]).starts_with("ok: 2 records"));
 }
 
 #[test]

@@ -24,7 +24,10 @@ fn asked(agent: &Agent, rank: u32, world: u32) -> (Rank, u64) {
 }
 
 fn plan(id: u64, revision: u64) -> ToAgent {
-    ToAgent::Answer { id, answer: Answer::Plan { revision, clauses: vec!["layers.*.mlp".into()] } }
+    ToAgent::Answer {
+        id,
+        answer: Answer::Plan { revision, heard: revision, clauses: vec!["layers.*.mlp".into()], ids: vec![1] },
+    }
 }
 
 #[test]
@@ -61,7 +64,7 @@ fn answers_that_nobody_asked_for_and_none_at_all_cost_nothing() {
         liar.say(&plan(wrong, wrong));
     }
     let many = vec!["x".repeat(100); 100_000];
-    liar.say(&ToAgent::Answer { id, answer: Answer::Plan { revision: 0, clauses: many } });
+    liar.say(&ToAgent::Answer { id, answer: Answer::Plan { revision: 0, heard: 0, clauses: many, ids: Vec::new() } });
     liar.say(&plan(id, 7));
     let (mut silent, _) = asked(&agent, 1, 2);
     for rank in [&mut liar, &mut silent] {

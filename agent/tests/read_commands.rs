@@ -5,7 +5,13 @@ mod command;
 use std::{fs, path::Path};
 
 use command::{flexmodel, text};
-use flexmodel_run::testing::fixture::{self, *};
+use flexmodel_run::{
+    format::{JobId, Line},
+    testing::{
+        fixture::{self, *},
+        revision,
+    },
+};
 use tempfile::TempDir;
 use wire::{
     dtype::DType,
@@ -128,6 +134,64 @@ fn show_of_what_is_not_there_names_the_nearest() {
     let output = flexmodel(&["show", at(&dir), "layers.0.mlp", "--kind", "forwad"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("did you mean forward?"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn hooks_that_changed_are_listed_and_a_record_says_of_which_it_is() {
+    let mut f = example();
+    f.revision = 2;
+    for rank in 0..2 {
+        f.part(id("layers.0.mlp", 2), DType::Float32, &[1, 3], rank, dp(rank, 2, shard(0)), &f32s(&[0.0; 3]));
+    }
+    f.line(&Line::Revision(revision(JobId::default(), 1, 1, &[])));
+    f.line(&Line::Revision(revision(JobId::default(), 2, 2, &["layers.*.mlp", "lm_head:forward\nx\x1b"])));
+    let dir = f.finish();
+    let out = ok(&["ls", at(&dir)]);
+    let cells = |module: &str| {
+        let line = out.lines().find(|line| line.starts_with(module)).unwrap();
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(cells("layers.0.mlp")[3..6], ["0..2", "0..2", "train"]);
+    assert_eq!(cells("(root)")[3..6], ["1", "0", "eval"]);
+    let told: Vec<&str> = out.lines().filter(|line| line.starts_with("revision ")).collect();
+    let second = "revision 2 from step 2 on: layers.*.mlp; lm_head:forward\\nx\\u{1b}";
+    assert_eq!(told, ["revision 1 from step 1 on: no hooks", second]);
+    let listing = json(&["ls", at(&dir), "--json"]);
+    assert_eq!(listing["revisions"][1]["clauses"][0], serde_json::json!({"id": 1, "text": "layers.*.mlp"}));
+    assert_eq!(
+        (&listing["rows"][1]["revision"], listing["rows"][0].get("revision")),
+        (&serde_json::json!([0, 2]), None)
+    );
+    let show = |step: &str| ok(&["show", at(&dir), "layers.0.mlp", "--step", step]);
+    assert!(
+        show("2").contains(", train, revision 2 of the hooks\n") && show("1").contains(", revision 0 of the hooks\n")
+    );
+    assert_eq!(json(&["show", at(&dir), "layers.0.mlp", "--json"])["revision"], 2);
+    let never = example().finish();
+    assert!(!ok(&["ls", at(&never)]).contains("revision"));
+    assert!(json(&["show", at(&never), "layers.0.mlp", "--json"]).get("revision").is_none());
+}
+
+#[test]
+fn a_list_of_many_revisions_ends_with_the_newest() {
+    let mut f = example();
+    (1..=30).for_each(|n| f.line(&Line::Revision(revision(JobId::default(), n, n, &["a"]))));
+    let dir = f.finish();
+    let out = ok(&["ls", at(&dir)]);
+    assert!(out.contains("10 revisions before these; --json lists them\nrevision 11 from step 11 on: a\n"), "{out}");
+    assert!(out.contains("revision 30 from step 30 on: a\n"), "{out}");
+    assert_eq!(json(&["ls", at(&dir), "--json"])["revisions"].as_array().map(Vec::len), Some(30));
+}
+
+#[test]
+fn verify_names_a_record_whose_parts_are_of_several_revisions() {
+    let mut f = example();
+    for rank in 0..2 {
+        f.revision = u64::from(rank) + 1;
+        f.part(id("mixed", 0), DType::UInt8, &[1], rank, dp(rank, 2, shard(0)), &[1]);
+    }
+    let out = problems(&f.finish(), |_| {});
+    assert!(out.contains("mixed:forward:out") && out.contains("its parts are of revisions 1, 2 of the hooks"), "{out}");
 }
 
 #[test]

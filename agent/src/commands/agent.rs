@@ -14,7 +14,7 @@ use flexmodel_run::{
     write::{
         DEFAULT_SHARD_BYTES, Options, Store,
         account::{ByRank, NEVER_READ},
-        dir::of_this_node,
+        dir::{above_nodes, of_this_node},
     },
 };
 use tokio::{
@@ -56,6 +56,12 @@ pub struct Args {
     /// Bytes of tensors in a shard file before the next one is begun
     #[arg(long, value_name = "BYTES", value_parser = wire::env::parse_bytes, default_value_t = DEFAULT_SHARD_BYTES)]
     pub shard_bytes: u64,
+    /// Hooks cannot be changed while a job runs
+    #[arg(long)]
+    pub read_only: bool,
+    /// The folder that holds the runs of all nodes, where --out has no {node} any more
+    #[arg(long, hide = true)]
+    pub nodes: Option<PathBuf>,
     /// Started by `flexmodel run`: JSON lines on stdin and stdout
     #[arg(long, hide = true)]
     pub child: bool,
@@ -98,6 +104,7 @@ struct Agent {
     listening: Listening,
     dashboard: std::net::TcpListener,
     token: String,
+    read_only: bool,
 }
 
 impl Agent {
@@ -128,8 +135,9 @@ impl Agent {
         }
         board.show_again(&before);
         save(&store, &board);
-        let server = Server::new(store, board, jobs).context("cannot start a thread")?;
-        Ok(Self { child: args.child, server, listening, dashboard, token })
+        let server = Server::new(store, board, jobs, args.nodes.or_else(|| above_nodes(&args.out)))
+            .context("cannot start a thread")?;
+        Ok(Self { child: args.child, server, listening, dashboard, token, read_only: args.read_only })
     }
 
     fn run(self) -> anyhow::Result<ExitCode> {
@@ -180,7 +188,17 @@ impl Agent {
         let url = format!("http://{address}/?token={}", self.token);
         let run = self.server.store.dir().path().to_owned();
         let page = TcpListener::from_std(self.dashboard.try_clone()?)?;
-        tokio::spawn(dashboard::serve(page, self.server.board.live().clone(), run.clone(), self.token.clone()));
+        let served = dashboard::Served {
+            live: self.server.board.live().clone(),
+            run_dir: run.clone(),
+            token: self.token.clone(),
+            changer: Some(Box::new(self.server.clone())),
+            read_only: self.read_only,
+        };
+        tokio::spawn(dashboard::serve(page, served));
+        if let Err(e) = self.server.store.dir().answers_at(address.port(), &self.token) {
+            self.server.board.trouble(&format!("flexmodel hooks will not find this agent: {e}"));
+        }
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let mut words = if self.child { listen_to_parent() } else { mpsc::unbounded_channel().1 };
         if self.child {

@@ -8,13 +8,16 @@ use std::{
 
 use flexmodel_run::{
     Record, Run,
-    format::{JobId, JobInfo},
+    format::{JobId, JobInfo, Revision},
     read::{LayoutError, Note, display_module, natural},
 };
 use serde::Serialize;
 use wire::{dtype::DType, hooks::Kind};
 
 use crate::text;
+
+/// Most revisions that are printed.
+const MAX_REVISIONS: usize = 20;
 
 /// Options of `flexmodel ls`.
 #[derive(clap::Args, Debug)]
@@ -41,6 +44,9 @@ struct Row {
     last_step: u64,
     records: u64,
     incomplete: u64,
+    /// Lowest and highest revision of the hooks that they are of; left out where they never changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<(u64, u64)>,
     /// Smallest and largest size of each dimension of the whole, and of rows that each rank padded to its own longest;
     /// `null` where no whole can be made.
     shape: Option<(Vec<u64>, Vec<u64>)>,
@@ -58,6 +64,8 @@ struct Listing<'a> {
     nodes: &'a [String],
     /// Its jobs, and the attempts of each.
     jobs: &'a [JobInfo],
+    /// Hooks that began while a job ran.
+    revisions: &'a [Revision],
     rows: Vec<Row>,
     records: u64,
     bytes: u64,
@@ -100,6 +108,7 @@ fn list(run: &Run) -> Listing<'_> {
         world: run.info.world,
         nodes: &run.nodes,
         jobs: &run.jobs,
+        revisions: &run.revisions,
         records: run.records.len() as u64,
         bytes: text::total(rows.iter().map(|r| r.bytes)),
         incomplete: rows.iter().map(|r| r.incomplete).sum(),
@@ -140,6 +149,8 @@ fn row(run: &Run, records: &[&Record]) -> Row {
         shape = None;
         reason.get_or_insert_with(|| "the number of dimensions varies".into());
     }
+    let revision = records.iter().map(|record| record.revision());
+    let revision = revision.clone().min().zip(revision.max()).filter(|(_, highest)| *highest > 0);
     let dtype: DType = records[0].what().dtype;
     Row {
         job: id.job,
@@ -153,32 +164,55 @@ fn row(run: &Run, records: &[&Record]) -> Row {
         last_step: records.iter().map(|r| r.id.step).max().unwrap_or(0),
         records: records.len() as u64,
         incomplete,
+        revision,
         shape,
         reason,
         bytes: text::total(records.iter().map(|r| r.stored_bytes())),
     }
 }
 
+/// Columns that are there where they tell something.
+struct Columns {
+    jobs: bool,
+    models: bool,
+    revisions: bool,
+    modes: bool,
+}
+
+impl Columns {
+    fn of(rows: &[Row]) -> Self {
+        let vary = |differ: &dyn Fn(&Row, &Row) -> bool| rows.iter().any(|row| differ(row, &rows[0]));
+        Self {
+            jobs: vary(&|a, b| a.job != b.job),
+            models: vary(&|a, b| a.model != b.model),
+            revisions: rows.iter().any(|row| row.revision.is_some()),
+            modes: rows.iter().any(|row| !row.train),
+        }
+    }
+}
+
 fn table(listing: &Listing<'_>) -> String {
-    let several_models = listing.rows.iter().any(|r| r.model != listing.rows[0].model);
-    let modes = listing.rows.iter().any(|r| !r.train);
     let mut header = vec!["module", "kind", "path", "steps", "records", "shape", "dtype", "bytes"];
-    if several_models {
+    let columns = Columns::of(&listing.rows);
+    if columns.models {
         header.insert(0, "model");
     }
-    let several_jobs = listing.rows.iter().any(|r| r.job != listing.rows[0].job);
-    if several_jobs {
+    if columns.jobs {
         header.splice(0..0, ["job", "attempt"]);
     }
-    if modes {
+    if columns.revisions {
+        header.insert(header.len() - 4, "revision");
+    }
+    if columns.modes {
         header.insert(header.len() - 4, "mode");
     }
     let right = [header.iter().position(|h| *h == "records").unwrap_or(0), header.len() - 1];
-    let rows: Vec<Vec<String>> = listing.rows.iter().map(|r| cells(r, several_jobs, several_models, modes)).collect();
+    let rows: Vec<Vec<String>> = listing.rows.iter().map(|r| cells(r, &columns)).collect();
     let mut out = match rows.is_empty() {
         true => format!("no records in {}\n", text::safe(&listing.run)),
         false => text::table(&header, &rows, &right),
     };
+    out += &revisions(listing);
     let mut totals = vec![text::count(listing.records, "record"), text::bytes(listing.bytes)];
     let more = [
         (listing.incomplete, "incomplete"),
@@ -204,6 +238,22 @@ fn table(listing: &Listing<'_>) -> String {
     out
 }
 
+/// Hooks that began while a job ran, the newest last, one a line.
+fn revisions(listing: &Listing<'_>) -> String {
+    let earlier = listing.revisions.len().saturating_sub(MAX_REVISIONS);
+    let mut out = match earlier {
+        0 => String::new(),
+        n => format!("{} before these; --json lists them\n", text::count(n as u64, "revision")),
+    };
+    for revision in listing.revisions.iter().skip(earlier) {
+        if listing.jobs.len() > 1 {
+            out += &format!("job {}, attempt {}, ", revision.job.job, revision.job.attempt);
+        }
+        out += &format!("{}\n", text::safe(&text::clip(&revision.to_string())));
+    }
+    out
+}
+
 /// What the table has no room for, on stderr.
 fn notes(run: &Run, listing: &Listing<'_>) {
     let mut reasons: Vec<&String> = listing.rows.iter().filter_map(|r| r.reason.as_ref()).collect();
@@ -217,11 +267,9 @@ fn notes(run: &Run, listing: &Listing<'_>) {
     text::complain_of("problem", &run.problems, 5, "; `flexmodel verify` lists them");
 }
 
-fn cells(row: &Row, several_jobs: bool, several_models: bool, modes: bool) -> Vec<String> {
-    let steps = match (row.first_step, row.last_step) {
-        (a, b) if a == b => a.to_string(),
-        (a, b) => format!("{a}..{b}"),
-    };
+fn cells(row: &Row, columns: &Columns) -> Vec<String> {
+    let range = |(first, last)| if first == last { format!("{first}") } else { format!("{first}..{last}") };
+    let steps = range((row.first_step, row.last_step));
     let records = match row.incomplete {
         0 => row.records.to_string(),
         n => format!("{} ({n} incomplete)", row.records),
@@ -237,13 +285,16 @@ fn cells(row: &Row, several_jobs: bool, several_models: bool, modes: bool) -> Ve
         row.dtype.into(),
         text::bytes(row.bytes),
     ];
-    if several_models {
+    if columns.models {
         cells.insert(0, row.model.to_string());
     }
-    if several_jobs {
+    if columns.jobs {
         cells.splice(0..0, [row.job.job.to_string(), row.job.attempt.to_string()]);
     }
-    if modes {
+    if columns.revisions {
+        cells.insert(cells.len() - 4, row.revision.map_or_else(|| "0".into(), range));
+    }
+    if columns.modes {
         let mode = if row.train { "train" } else { "eval" };
         cells.insert(cells.len() - 4, mode.into());
     }

@@ -5,6 +5,7 @@ pub mod bridge;
 pub mod certify;
 pub mod doctor;
 pub mod export;
+pub mod hooks;
 pub mod ls;
 pub mod run;
 mod selection;

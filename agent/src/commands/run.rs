@@ -24,7 +24,7 @@ use crate::{commands::agent::close_for_the_dead, say, summary};
 /// What to run, and how.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What to tap: clauses, or the path of a TOML file [default: FLEXMODEL_HOOKS]
+    /// What to tap: clauses, or the path of a TOML file; '' for nothing yet [default: FLEXMODEL_HOOKS]
     #[arg(long)]
     pub hooks: Option<String>,
     /// Where captures go; {node} in it is this node's name [default: runs/ and the time]
@@ -36,6 +36,9 @@ pub struct Args {
     /// What a tap does when the agent cannot keep up
     #[arg(long, value_name = "wait|drop", value_parser = ["wait", "drop"], hide_possible_values = true)]
     pub on_full: Option<String>,
+    /// Hooks cannot be changed while the job runs
+    #[arg(long)]
+    pub read_only: bool,
     /// The command and its arguments, behind --
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,

@@ -85,6 +85,8 @@ struct Shown<'a> {
     bytes: Option<usize>,
     ranks: BTreeSet<u32>,
     dp_size: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<u64>,
     stats: Option<Stats>,
     histogram: Option<picture::Histogram>,
     /// Records that fit the question as well.
@@ -111,6 +113,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         Some(whole) => whole.shape.clone(),
         None => shape_of(record, args.rank),
     };
+    let revision = Some(record.revision()).filter(|&revision| revision > 0 || !run.revisions.is_empty());
     if args.json {
         let shown = Shown {
             name: record.id.to_string(),
@@ -121,6 +124,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
             bytes: whole.as_ref().map(|whole| whole.bytes.len()),
             ranks: args.rank.map_or_else(|| record.ranks(), |rank| BTreeSet::from([rank])),
             dp_size: record.data_size(),
+            revision,
             stats: measured,
             histogram: picture.map(|(_, histogram, _)| histogram),
             others: found.len() - 1,
@@ -128,7 +132,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         text::emit_json(&shown)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut out = heading(record, run.jobs.len() > 1, &shape, whole.as_ref(), args.rank);
+    let mut out = heading(record, run.jobs.len() > 1, revision, &shape, whole.as_ref(), args.rank);
     if let Some(measured) = measured {
         out += &statistics(&measured);
     }
@@ -277,7 +281,14 @@ fn shape_of(record: &Record, rank: Option<u32>) -> Vec<u64> {
     }
 }
 
-fn heading(record: &Record, several_jobs: bool, shape: &[u64], whole: Option<&Whole>, rank: Option<u32>) -> String {
+fn heading(
+    record: &Record,
+    several_jobs: bool,
+    revision: Option<u64>,
+    shape: &[u64],
+    whole: Option<&Whole>,
+    rank: Option<u32>,
+) -> String {
     let (id, what) = (&record.id, record.what());
     let mut when = format!("step {}, micro {}, call {}", id.step, id.micro, id.call);
     if id.repeat > 0 {
@@ -286,6 +297,9 @@ fn heading(record: &Record, several_jobs: bool, shape: &[u64], whole: Option<&Wh
     when += if id.train { ", train" } else { ", eval" };
     if several_jobs {
         when += &format!(", job {}, attempt {}", id.job.job, id.job.attempt);
+    }
+    if let Some(revision) = revision {
+        when += &format!(", revision {revision} of the hooks");
     }
     let ranks = text::count(record.ranks().len() as u64, "rank");
     let from = match rank {

@@ -7,8 +7,8 @@ use std::{
 };
 
 use flexmodel_run::{
-    Problem, ReadError, Run,
-    format::{Identity, Location, Part},
+    Problem, ReadError, Record, Run,
+    format::{Identity, Joined, Location, Part},
     read::{LayoutError, sealed},
 };
 use serde::Serialize;
@@ -84,6 +84,9 @@ fn verify(run: &Run) -> Report {
             Err(e) => report.problems.push(Problem::new(record.id.to_string(), e.to_string())),
         }
     }
+    for record in &run.records {
+        check_revision(record, &mut report);
+    }
     match run.nodes.is_empty() {
         true => sealed::check(run, &mut report.problems),
         false => run.folders().iter().for_each(|(node, folder)| check_node(node, folder, &mut report.problems)),
@@ -97,6 +100,19 @@ fn verify(run: &Run) -> Report {
     }
     report.ok = report.problems.is_empty();
     report
+}
+
+/// All ranks change their hooks in one step. Where they change at their next pass each, passes that are only taken for one may
+/// be of two revisions.
+fn check_revision(record: &Record, report: &mut Report) {
+    let revisions: BTreeSet<u64> = record.parts.iter().map(|part| part.what.revision).collect();
+    if revisions.len() > 1 {
+        let why = format!("its parts are of revisions {} of the hooks", text::few(revisions));
+        match record.parts.iter().any(|part| part.what.joined == Joined::Assumed) {
+            true => report.notes.push(format!("{}: {why}", record.id)),
+            false => report.problems.push(Problem::new(record.id.to_string(), why)),
+        }
+    }
 }
 
 /// Checks the bytes of every part; returns the records that have damaged ones. Bytes that several parts have are read once,
@@ -180,6 +196,25 @@ fn overlaps(shard: &str, spans: &BTreeSet<Span>, problems: &mut Vec<Problem>) {
         }
         if last.is_none_or(|before| before.end < span.end) {
             last = Some(span);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flexmodel_run::testing;
+
+    use super::*;
+
+    #[test]
+    fn parts_of_several_revisions_are_damage_unless_they_are_only_taken_for_one_pass() {
+        for (joined, problems, notes) in [(Joined::ByNumber, 1, 0), (Joined::Known, 1, 0), (Joined::Assumed, 0, 1)] {
+            let mut parts = [testing::part("a", 0, 1), testing::part("a", 0, 1)].to_vec();
+            parts[1].what.revision = 1;
+            parts.iter_mut().for_each(|part| part.what.joined = joined);
+            let mut report = Report::default();
+            check_revision(&Record { id: parts[0].what.id.clone(), parts }, &mut report);
+            assert_eq!((report.problems.len(), report.notes.len()), (problems, notes), "{joined:?}");
         }
     }
 }

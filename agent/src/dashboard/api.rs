@@ -14,13 +14,14 @@ use serde_json::json;
 use wire::hooks::Kind;
 
 use super::{Shared, tensor::layout_lines};
-use crate::live::{Picked, RunView, SeriesQuery};
+use crate::live::{Live, Picked, RunView, SeriesQuery};
 
 /// Most records of one answer.
 const MAX_RECORDS: usize = 500;
 
 /// Why a request gets no answer: a status and one clear line.
-pub struct Refusal(StatusCode, String);
+#[derive(Debug)]
+pub struct Refusal(pub StatusCode, pub String);
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
@@ -28,7 +29,8 @@ impl IntoResponse for Refusal {
     }
 }
 
-type Answer<T> = Result<Json<T>, Refusal>;
+/// JSON, or why there is none.
+pub type Answer<T> = Result<Json<T>, Refusal>;
 
 /// The run, and where it lies.
 #[derive(Serialize)]
@@ -90,7 +92,8 @@ pub async fn records(
 ) -> Answer<serde_json::Value> {
     let wanted = parse(wanted)?;
     let limit = wanted.limit.unwrap_or(50).min(MAX_RECORDS);
-    let records: Vec<_> = shared.live.records(&wanted.query(), limit).iter().map(RecordView::of).collect();
+    let records: Vec<_> =
+        shared.live.records(&wanted.query(), limit).iter().map(|picked| RecordView::of(picked, &shared.live)).collect();
     Ok(Json(json!({ "records": records })))
 }
 
@@ -107,10 +110,13 @@ struct RecordView {
     layout: Vec<String>,
     bytes: u64,
     time_ms: f64,
+    /// Of the hooks, where they changed while the job ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<u64>,
 }
 
 impl RecordView {
-    fn of(picked: &Picked) -> Self {
+    fn of(picked: &Picked, live: &Live) -> Self {
         // A record is kept with its first part.
         let first = &picked.parts[0].what;
         Self {
@@ -123,6 +129,7 @@ impl RecordView {
             layout: layout_lines(&first.axes),
             bytes: picked.parts.iter().filter_map(|p| p.at.as_ref()).map(|at| at.len).sum(),
             time_ms: first.time_ns as f64 / 1e6,
+            revision: live.revision_of(&picked.parts),
         }
     }
 }
@@ -203,7 +210,8 @@ pub async fn tensor(
     }
 }
 
-fn parse<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Refusal> {
+/// What a query asks for.
+pub fn parse<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Refusal> {
     match query {
         Ok(Query(wanted)) => Ok(wanted),
         Err(e) => Err(Refusal(StatusCode::BAD_REQUEST, e.body_text())),

@@ -7,9 +7,10 @@
 //! | that has not shown the token | a quarter of the page's share at a time, [`TOKEN`] each; the oldest goes for a new one |
 //! | that has | the rest of it; one more is answered 503 |
 //! | between two requests, or within a request's head | [`IDLE`] |
+//! | within the body of a change of hooks | [`BODY`](super::hooks::BODY); no other body is read |
 //! | whose peer takes nothing of an answer | [`STUCK`] |
 //!
-//! The page's share is one of the agent's descriptors ([`descriptors`]). Bodies of requests are not read.
+//! The page's share is one of the agent's descriptors ([`descriptors`]).
 
 use std::{
     convert::Infallible,

@@ -7,8 +7,13 @@
 //!   (DNS rebinding) and read everything.
 //! - GUARD-3: `Origin`, and `Sec-Fetch-Site` for everything but opening the page, must be ours where they are sent. A
 //!   cookie of `SameSite=Strict` is still sent to every port of this machine, and other ports belong to others.
-//! - GUARD-4: GET and HEAD only.
+//! - GUARD-4: GET and HEAD only, and POST on the one route that changes hooks ([`hooks::ROUTE`]).
 //! - GUARD-5: every answer forbids caching, framing, sniffing and everything that is not from here.
+//! - GUARD-6: a change wants the token as `Authorization: Bearer`, and JSON. The cookie, or the address, is not enough: a
+//!   browser sends the cookie for a page of another port of this machine too, but neither that header nor JSON without asking
+//!   first (OPTIONS), which GUARD-4 refuses.
+//! - GUARD-7: the token is told to a page of ours alone ([`hooks::TOKEN_ROUTE`]): the browser has to say `Sec-Fetch-Site:
+//!   same-origin`, which it says of no link, no bookmark and no other page.
 
 use std::sync::Arc;
 
@@ -23,7 +28,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use super::connections::Visitor;
+use super::{api::Refusal, connections::Visitor, hooks};
 
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -61,10 +66,16 @@ impl Guard {
         headers.get_all(header::ORIGIN).iter().all(ours)
     }
 
-    fn token_ok(&self, headers: &HeaderMap) -> bool {
+    /// Whether it is the token that comes as `Bearer`; `None`: nothing does.
+    fn bearer_ok(&self, headers: &HeaderMap) -> Option<bool> {
         let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
-        if let Some(token) = bearer.and_then(|v| v.split_once(' ')).filter(|(s, _)| s.eq_ignore_ascii_case("bearer")) {
-            return same(token.1.trim().as_bytes(), self.token.as_bytes());
+        let (_, token) = bearer?.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))?;
+        Some(same(token.trim().as_bytes(), self.token.as_bytes()))
+    }
+
+    fn token_ok(&self, headers: &HeaderMap) -> bool {
+        if let Some(ok) = self.bearer_ok(headers) {
+            return ok;
         }
         let cookies = headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok());
         let values = cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
@@ -119,7 +130,10 @@ pub async fn check(
 #[allow(clippy::result_large_err)]
 fn admit(guard: &Guard, visitor: &Visitor, request: &Request) -> Result<(), Response> {
     let headers = request.headers();
-    let refuse = |status: StatusCode, text: String| Err((status, text + "\n").into_response());
+    let refuse = |status: StatusCode, text: String| match request.uri().path().starts_with("/api/") {
+        true => Err(Refusal(status, text).into_response()),
+        false => Err((status, text + "\n").into_response()),
+    };
     if !guard.host_ok(headers) {
         let port = guard.port;
         return refuse(
@@ -133,15 +147,17 @@ fn admit(guard: &Guard, visitor: &Visitor, request: &Request) -> Result<(), Resp
     if !guard.origin_ok(headers) {
         return refuse(StatusCode::FORBIDDEN, "refused: the request comes from another site's page".into());
     }
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        return refuse(StatusCode::METHOD_NOT_ALLOWED, "this dashboard only reads: GET".into());
+    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let changes = request.method() == Method::POST && route == Some(hooks::ROUTE);
+    if request.method() != Method::GET && request.method() != Method::HEAD && !changes {
+        let text = format!("this dashboard answers GET, and POST to {} alone", hooks::ROUTE);
+        return refuse(StatusCode::METHOD_NOT_ALLOWED, text);
     }
     let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
     let elsewhere = !matches!(site, None | Some(b"same-origin" | b"none"));
     let full =
         || refuse(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open on this dashboard; close one".into());
-    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    if let Some((token, rest)) = Guard::query_token(request.uri(), route) {
+    if !changes && let Some((token, rest)) = Guard::query_token(request.uri(), route) {
         if !same(token.as_bytes(), guard.token.as_bytes()) {
             return refuse(StatusCode::UNAUTHORIZED, wrong_token());
         }
@@ -150,10 +166,28 @@ fn admit(guard: &Guard, visitor: &Visitor, request: &Request) -> Result<(), Resp
     if elsewhere && request.uri().path() != "/" {
         return refuse(StatusCode::FORBIDDEN, "refused: the request comes from another site's page".into());
     }
+    if changes && guard.bearer_ok(headers).is_none() {
+        let text =
+            format!("a change wants the token as Authorization: Bearer; a page gets it from {}", hooks::TOKEN_ROUTE);
+        return refuse(StatusCode::UNAUTHORIZED, text);
+    }
     if !guard.token_ok(headers) {
         return refuse(StatusCode::UNAUTHORIZED, wrong_token());
     }
+    if changes && !is_json(headers) {
+        return refuse(StatusCode::BAD_REQUEST, "a change is JSON: send Content-Type: application/json".into());
+    }
+    if route == Some(hooks::TOKEN_ROUTE) && site.is_none_or(|site| site != b"same-origin") {
+        return refuse(StatusCode::FORBIDDEN, "refused: only a page of this dashboard is told the token".into());
+    }
     if visitor.let_in() { Ok(()) } else { full() }
+}
+
+/// Whether a request says that its body is JSON, and nothing else.
+fn is_json(headers: &HeaderMap) -> bool {
+    let mut types = headers.get_all(header::CONTENT_TYPE).iter();
+    let kind = types.next().and_then(|value| value.to_str().ok()).and_then(|value| value.split(';').next());
+    kind.is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) && types.next().is_none()
 }
 
 fn wrong_token() -> String {

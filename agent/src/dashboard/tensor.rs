@@ -52,6 +52,9 @@ pub struct Look {
     dp_size: u32,
     bytes: u64,
     time_ms: f64,
+    /// Of the hooks, where they changed while the job ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<u64>,
     /// The parts that are there, whether they were wanted or not.
     parts: Vec<PartLook>,
     /// The rank whose part alone is shown.
@@ -105,6 +108,7 @@ impl Tensors {
             dp_size: whole.data_size(),
             bytes,
             time_ms: first.time_ns as f64 / 1e6,
+            revision: live.revision_of(&whole.parts),
             parts: whole.parts.iter().map(PartLook::of).collect(),
             rank,
             picture: picture::draw(shape, &|row, start, out| source.read(row, start, out), plan.stats)?,

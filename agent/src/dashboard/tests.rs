@@ -8,16 +8,18 @@ use std::{
 };
 
 use flexmodel_run::{
-    format::{HEADER_SPACE, Location, Part, RunInfo, What},
+    format::{HEADER_SPACE, JobId, Location, Part, RunInfo, What},
     joining::Told,
     stats, testing,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
+use wire::record::RecordMeta;
 
-use super::*;
+use super::{hooks::Later, *};
+use crate::server::changes::{Changed, Hooks, Op};
 
 const TOKEN: &str = "0123456789abcdef";
-const ROUTES: [&str; 14] = [
+const ROUTES: [&str; 15] = [
     "/",
     "/app.css",
     "/app.js",
@@ -31,6 +33,7 @@ const ROUTES: [&str; 14] = [
     "/api/run",
     "/api/modules",
     "/api/series?module=m",
+    "/api/hooks",
     "/events",
 ];
 
@@ -39,6 +42,24 @@ struct Site {
     address: SocketAddr,
     live: Arc<Live>,
     dir: tempfile::TempDir,
+}
+
+/// Of a job whose hooks are always what they were.
+fn served(live: Arc<Live>, run_dir: PathBuf, token: &str) -> Served {
+    Served { live, run_dir, token: token.into(), changer: Some(Box::new(Unmoved)), read_only: false }
+}
+
+struct Unmoved;
+
+impl Changer for Unmoved {
+    fn hooks(&self, _: Option<u32>) -> Later<Hooks> {
+        let job = JobId::default();
+        Box::pin(async move { Ok(Hooks { job, revision: 0, clauses: Vec::new(), ranks: 1, pending: None }) })
+    }
+
+    fn change(&self, _: Option<u32>, _: Op) -> Later<Changed> {
+        Box::pin(async { Ok(Changed { revision: 1, step: None, ranks: 1, notes: Vec::new() }) })
+    }
 }
 
 struct Answer {
@@ -53,6 +74,12 @@ impl Answer {
         lines.filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v).next()
     }
 
+    /// The one line of a JSON route that gives no answer.
+    fn error(&self) -> String {
+        let body: Value = serde_json::from_str(&self.body).unwrap();
+        body["error"].as_str().unwrap().to_owned()
+    }
+
     fn json(&self) -> Value {
         assert_eq!(self.status, 200, "{}", self.body);
         serde_json::from_str(&self.body).unwrap()
@@ -61,18 +88,23 @@ impl Answer {
 
 impl Site {
     fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut Served)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let live =
             Live::new(RunInfo { command: vec!["python".into(), "train.py".into()], world: 2, ..RunInfo::default() });
         let std = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         std.set_nonblocking(true).unwrap();
         let address = std.local_addr().unwrap();
-        let (shared, path) = (live.clone(), dir.path().to_owned());
+        let mut shown = served(live.clone(), dir.path().to_owned(), TOKEN);
+        change(&mut shown);
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = TcpListener::from_std(std).unwrap();
-                serve(listener, shared, path, TOKEN.into()).await.unwrap();
+                serve(listener, shown).await.unwrap();
             });
         });
         Self { address, live, dir }
@@ -112,10 +144,15 @@ impl Site {
 
     /// Captures `[rows, 4]` of `layers.0.mlp` at `step` on two ranks.
     fn capture(&self, step: u64) {
+        self.capture_under(0, step);
+    }
+
+    /// The same, under a revision of the hooks.
+    fn capture_under(&self, revision: u64, step: u64) {
         let mut file = vec![0u8; HEADER_SPACE as usize];
         for rank in 0..2 {
             let meta = testing::on_rank(testing::meta("layers.0.mlp", step, 1), rank, 2, testing::batch());
-            let what = What::from_meta(meta);
+            let what = What::from_meta(RecordMeta { revision, ..meta });
             let bytes: Vec<u8> = (0..4u8).flat_map(|i| f32::from(4 * rank as u8 + i).to_le_bytes()).collect();
             let at = Location {
                 shard: format!("shard-{step:05}"),
@@ -144,6 +181,7 @@ fn every_route_wants_the_token() {
     for route in ROUTES.into_iter().chain([
         "/api/tensor?module=m&kind=forward&path=out&step=0",
         "/api/records?module=m",
+        "/api/token",
         "/none",
     ]) {
         for headers in &wrong {
@@ -310,16 +348,127 @@ fn only_reading_is_answered_and_every_answer_is_locked_down() {
     }
 }
 
+/// Who sends this with POST, and how it is answered.
+fn post(site: &Site, path: &str, headers: &str, body: &str) -> Answer {
+    let head = format!("POST {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n", site.host());
+    site.raw(&format!("{head}{headers}Content-Length: {}\r\n\r\n{body}", body.len()), "")
+}
+
+const JSON: &str = "Content-Type: application/json\r\n";
+const ADD: &str = r#"{"op":"add","clauses":"a"}"#;
+
+/// GUARD-4 and GUARD-6.
+#[test]
+fn a_change_wants_the_token_as_bearer_and_json() {
+    let site = Site::new();
+    let cookie = format!("Cookie: flexmodel_{}={TOKEN}\r\n", site.address.port());
+    let ok = format!("{}{JSON}", bearer(TOKEN));
+    assert_eq!(post(&site, "/api/hooks", &ok, ADD).json()["revision"], 1);
+    assert_eq!(post(&site, "/api/hooks", &format!("{ok}{cookie}"), ADD).status, 200);
+    let charset = format!("{}Content-Type: Application/JSON; charset=utf-8\r\n", bearer(TOKEN));
+    assert_eq!(post(&site, "/api/hooks", &charset, ADD).status, 200);
+    let with_token = format!("/api/hooks?token={TOKEN}");
+    for (path, headers) in [
+        ("/api/hooks", JSON.to_owned()),
+        ("/api/hooks", format!("{cookie}{JSON}")),
+        (&with_token, format!("{cookie}{JSON}")),
+        ("/api/hooks", format!("{cookie}{}{JSON}", bearer("no"))),
+        ("/api/hooks", format!("Authorization: {TOKEN}\r\n{JSON}")),
+    ] {
+        let answer = post(&site, path, &headers, ADD);
+        assert_eq!((answer.status, answer.header("set-cookie")), (401, None), "{path} {headers}");
+        assert!(answer.error().contains("token"), "{}", answer.body);
+    }
+    for kind in ["", "Content-Type: text/plain\r\n", "Content-Type: application/x-www-form-urlencoded\r\n"] {
+        let answer = post(&site, "/api/hooks", &format!("{}{kind}", bearer(TOKEN)), ADD);
+        assert_eq!((answer.status, answer.error().contains("application/json")), (400, true), "{kind}");
+    }
+    for line in
+        ["Sec-Fetch-Site: same-site", "Sec-Fetch-Site: cross-site", "Origin: http://127.0.0.1:1", "Origin: null"]
+    {
+        let answer = post(&site, "/api/hooks", &format!("{ok}{line}\r\n"), ADD);
+        assert_eq!((answer.status, answer.error().is_empty()), (403, false), "{line}");
+    }
+    let ours = format!("{ok}Origin: http://{}\r\nSec-Fetch-Site: same-origin\r\n", site.host());
+    assert_eq!(post(&site, "/api/hooks", &ours, ADD).status, 200);
+    assert_eq!(post(&site, "/api/hooks", &ok, "{}").status, 400);
+    for path in ["/", "/api/run", "/api/token", "/api/hooks/", "/none"] {
+        assert_eq!(post(&site, path, &ok, ADD).status, 405, "{path}");
+    }
+    let asked_first = format!("OPTIONS /api/hooks HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n{ok}\r\n", site.host());
+    assert_eq!(site.raw(&asked_first, "").status, 405);
+}
+
+/// A change whose body is promised and does not come is answered, where it is refused, and ends with its connection.
+#[test]
+fn the_body_of_a_change_that_is_refused_is_not_waited_for() {
+    let site = Site::new();
+    let head = format!("POST /api/hooks HTTP/1.1\r\nHost: {}\r\nContent-Length: 1000000\r\n{JSON}", site.host());
+    assert_eq!(site.raw(&format!("{head}\r\nx"), "").status, 401);
+    let too_long = format!("{head}{}\r\n{}", bearer(TOKEN), "x".repeat(hooks::MAX_BODY + 1));
+    assert_eq!(site.raw(&too_long, "}").status, 400);
+}
+
+/// A job whose ranks take their time.
+struct Slow(Arc<[Semaphore; 2]>);
+
+impl Changer for Slow {
+    fn hooks(&self, job: Option<u32>) -> Later<Hooks> {
+        Unmoved.hooks(job)
+    }
+
+    fn change(&self, job: Option<u32>, op: Op) -> Later<Changed> {
+        let steps = self.0.clone();
+        Box::pin(async move {
+            steps[0].add_permits(1);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            steps[1].add_permits(1);
+            Unmoved.change(job, op).await
+        })
+    }
+}
+
+#[test]
+fn a_change_that_is_begun_is_carried_to_its_end_also_where_nobody_waits() {
+    let steps = Arc::new([Semaphore::new(0), Semaphore::new(0)]);
+    let site = Site::with(|served| served.changer = Some(Box::new(Slow(steps.clone()))));
+    let mut stream = TcpStream::connect(site.address).unwrap();
+    let head = format!("POST /api/hooks HTTP/1.1\r\nHost: {}\r\n{}{JSON}", site.host(), bearer(TOKEN));
+    stream.write_all(format!("{head}Content-Length: {}\r\n\r\n{ADD}", ADD.len()).as_bytes()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let reached = |step: &Semaphore| {
+        let reached = async { tokio::time::timeout(Duration::from_secs(20), step.acquire()).await.is_ok() };
+        runtime.block_on(reached)
+    };
+    assert!(reached(&steps[0]), "it began");
+    drop(stream);
+    assert!(reached(&steps[1]), "it ended");
+}
+
+/// GUARD-7.
+#[test]
+fn only_a_page_of_ours_is_told_the_token() {
+    let site = Site::new();
+    let cookie = format!("Cookie: flexmodel_{}={TOKEN}\r\n", site.address.port());
+    let answer = site.ask("/api/token", &format!("{cookie}Sec-Fetch-Site: same-origin\r\n"));
+    assert_eq!((answer.json()["token"].as_str(), answer.header("cache-control")), (Some(TOKEN), Some("no-store")));
+    for line in ["", "Sec-Fetch-Site: none\r\n", "Sec-Fetch-Site: same-site\r\n", "Sec-Fetch-Site: cross-site\r\n"] {
+        let answer = site.ask("/api/token", &format!("{cookie}{line}"));
+        assert_eq!((answer.status, answer.body.contains(TOKEN)), (403, false), "{line}");
+    }
+    assert_eq!(site.ask("/api/token", "Sec-Fetch-Site: same-origin\r\n").status, 401);
+}
+
 #[test]
 fn nothing_listens_beyond_loopback_or_without_a_token() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let live = Live::new(RunInfo::default());
         let open = TcpListener::bind("0.0.0.0:0").await.unwrap();
-        let error = serve(open, live.clone(), PathBuf::new(), TOKEN.into()).await.unwrap_err();
+        let error = serve(open, served(live.clone(), PathBuf::new(), TOKEN)).await.unwrap_err();
         assert!(error.to_string().contains("127.0.0.1"), "{error}");
         let loopback = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        assert!(serve(loopback, live, PathBuf::new(), String::new()).await.is_err());
+        assert!(serve(loopback, served(live, PathBuf::new(), "")).await.is_err());
     });
 }
 
@@ -378,6 +527,31 @@ fn a_tensor_is_shown_whole_or_by_rank() {
     let answer = site.get(&format!("{at}&rank=9"));
     assert_eq!(answer.status, 404);
     assert!(answer.body.contains("ranks 0, 1"), "{}", answer.body);
+}
+
+#[test]
+fn hooks_that_changed_are_told_and_each_record_says_of_which_it_is() {
+    let site = Site::new();
+    let revision_of = |step: u64| {
+        let look = site.get(&format!("/api/tensor?module=layers.0.mlp&kind=forward&path=out&step={step}")).json();
+        look.get("revision").cloned()
+    };
+    let listed = || {
+        let records = site.get("/api/records?module=layers.0.mlp").json()["records"].as_array().unwrap().clone();
+        records.iter().map(|record| record.get("revision").cloned()).collect::<Vec<_>>()
+    };
+    site.capture(0);
+    assert_eq!(
+        (revision_of(0), listed(), site.get("/api/run").json()["revisions"].clone()),
+        (None, vec![None], json!([]))
+    );
+    site.live.revision(&testing::revision(JobId::default(), 3, 1, &["layers.*.mlp"]));
+    site.capture_under(3, 1);
+    assert_eq!((revision_of(0), revision_of(1)), (Some(0.into()), Some(3.into())));
+    assert_eq!(listed(), [Some(3.into()), Some(0.into())]);
+    let told = &site.get("/api/run").json()["revisions"][0];
+    assert_eq!((&told["revision"], &told["begins"]), (&json!(3), &json!(1)));
+    assert_eq!(told["words"], "revision 3 from step 1 on: layers.*.mlp");
 }
 
 #[test]

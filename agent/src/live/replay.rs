@@ -26,6 +26,7 @@ impl Live {
             match &line {
                 Line::Refused { what, reason } => self.refused(what, reason),
                 Line::Dropped { rank, count, .. } => self.dropped(*rank, *count),
+                Line::Revision(revision) => self.revision(revision),
                 _ => joining.line(line).iter().for_each(|told| self.told(told)),
             }
         }

@@ -1,7 +1,7 @@
 //! Tests of the live state.
 
 use flexmodel_run::{
-    format::{Line, Location, MANIFEST_FILE, Stats},
+    format::{JobId, Line, Location, MANIFEST_FILE, Stats},
     manifest::encode_line,
     testing,
 };
@@ -222,6 +222,7 @@ fn a_manifest_fills_the_state_as_the_ranks_did() {
         Line::Part(two.clone()),
         Line::Divergence { what: two.what.clone(), against: 0 },
         Line::Dropped { rank: 1, count: 5, reason: "the disk is full".into(), from: None },
+        Line::Revision(testing::revision(JobId::default(), 1, 9, &["layers.*.mlp"])),
     ];
     let mut manifest: Vec<u8> = lines.iter().flat_map(encode_line).collect();
     manifest.extend_from_slice(b"damage\n");
@@ -235,6 +236,7 @@ fn a_manifest_fills_the_state_as_the_ranks_did() {
     assert_eq!((run.totals, run.step, run.state), (totals, 1, "idle"));
     assert_eq!((run.ranks[0].parts, run.ranks[1].parts, run.ranks[1].dropped), (2, 1, 5));
     assert_eq!((run.refusals[0].count, run.divergences[0].rank), (1, 1));
+    assert_eq!(run.revisions[0].words, "revision 1 from step 9 on: layers.*.mlp");
     let (_, series) = live.series(&query());
     assert_eq!((series[0].points.step.as_slice(), series[0].points.complete[0]), ([0, 1].as_slice(), true));
     assert!(close(series[0].points.l2[0], Some(5.0)));
@@ -256,6 +258,20 @@ fn a_run_that_is_shown_again_stays_finished_until_a_rank_attaches() {
     assert_eq!((run.state, run.shown_again, run.info.exit_code), ("live", false, None));
     live.left(0);
     assert_eq!(live.run().state, "idle");
+}
+
+#[test]
+fn revisions_are_kept_once_each_and_within_a_bound() {
+    let live = Live::new(RunInfo::default());
+    let tell = |number: u64, text: &str| live.revision(&testing::revision(JobId::default(), number, number, &[text]));
+    let known = || live.run().revisions.iter().map(|view| view.revision.revision).collect::<Vec<_>>();
+    tell(1, "a");
+    tell(1, "a");
+    assert_eq!(known(), [1]);
+    (2..=2 + MAX_REVISIONS as u64).for_each(|number| tell(number, "b"));
+    assert_eq!(known().len(), MAX_REVISIONS);
+    (200..210).for_each(|number| tell(number, &"c".repeat(MAX_REVISION_TEXT / 4)));
+    assert_eq!(known(), [206, 207, 208, 209]);
 }
 
 #[test]

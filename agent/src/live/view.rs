@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use flexmodel_run::format::{Identity, ModelInfo, Module, Part, RunInfo, Totals};
+use flexmodel_run::format::{Identity, ModelInfo, Module, Part, Revision, RunInfo, Totals};
 use serde::{Serialize, Serializer};
 use wire::hooks::Kind;
 
@@ -31,6 +31,18 @@ pub struct RunView {
     pub refusals: Vec<Refusal>,
     /// Replicas that differ.
     pub divergences: Vec<Divergence>,
+    /// Hooks that began while the job ran, in the order in which this was heard of.
+    pub revisions: Vec<RevisionView>,
+}
+
+/// Hooks that began while the job ran.
+#[derive(Clone, Debug, Serialize)]
+pub struct RevisionView {
+    /// What the manifest says.
+    #[serde(flatten)]
+    pub revision: Revision,
+    /// The same in words.
+    pub words: String,
 }
 
 /// The module trees and what was captured of them.
@@ -202,7 +214,14 @@ impl Live {
             notices: inner.notices.iter().cloned().collect(),
             refusals: inner.refusals.iter().cloned().collect(),
             divergences: inner.divergences.iter().cloned().collect(),
+            revisions: inner.revisions.iter().map(RevisionView::of).collect(),
         }
+    }
+
+    /// The revision of the hooks that a record is of, where there is more to say of it than that they never changed.
+    pub fn revision_of(&self, parts: &[Part]) -> Option<u64> {
+        let lowest = parts.iter().map(|part| part.what.revision).min().unwrap_or_default();
+        (lowest > 0 || !self.lock().revisions.is_empty()).then_some(lowest)
     }
 
     /// The module trees and what was captured of them.
@@ -265,6 +284,12 @@ impl Live {
         let point = series.points.get(series.points.partition_point(|p| p.at < at)).filter(|p| p.at == at)?;
         let recent = inner.recent.get(point.number).filter(|r| r.series == index && r.coord == at)?;
         Some(Picked::of(recent, series))
+    }
+}
+
+impl RevisionView {
+    fn of(revision: &Revision) -> Self {
+        Self { revision: revision.clone(), words: revision.to_string() }
     }
 }
 

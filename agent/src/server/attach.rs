@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -17,6 +17,7 @@ use tokio::{
 };
 use wire::{
     control::{self, CONTROL_VERSION, FromAgent, Hello, MAX_BODY, clip},
+    passing,
     slab::SlabReader,
 };
 
@@ -26,7 +27,7 @@ use super::{
     listed::Heard,
     ranks,
     session::{Session, inode_of},
-    socket::{CHUNK, receive},
+    socket::CHUNK,
 };
 
 /// Reason of what a rank lost that no agent took in.
@@ -70,7 +71,7 @@ impl Line {
                 Some(_) => tokio::time::timeout_at(self.moved + STALLED, self.stream.readable()).await??,
             }
             let (stream, inbox, mut fd) = (&self.stream, &mut self.inbox, None);
-            match stream.try_io(Interest::READABLE, || receive(stream, inbox, &mut fd)) {
+            match stream.try_io(Interest::READABLE, || passing::receive(stream.as_fd(), inbox, CHUNK, &mut fd)) {
                 Ok(0) => return Ok(None),
                 Ok(_) => {
                     self.moved = Instant::now();
@@ -110,8 +111,15 @@ impl Line {
     /// Whether the whole message went. All that an agent says on a connection fits into the socket's buffer: a peer for which
     /// that is not so is gone or will be.
     async fn say(&self, message: &FromAgent) -> bool {
+        self.say_with(message, None).await
+    }
+
+    /// The same, with a descriptor.
+    async fn say_with(&self, message: &FromAgent, fd: Option<BorrowedFd<'_>>) -> bool {
         let Ok(bytes) = control::encode(message) else { return false };
-        self.stream.writable().await.is_ok() && self.stream.try_write(&bytes).is_ok_and(|sent| sent == bytes.len())
+        let send = || passing::send(self.stream.as_fd(), &bytes, fd);
+        self.stream.writable().await.is_ok()
+            && self.stream.try_io(Interest::WRITABLE, send).is_ok_and(|sent| sent == bytes.len())
     }
 }
 
@@ -174,11 +182,18 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
         rank.each(Session::hang_up);
         return line.refuse(&too_many(server.max_ranks)).await;
     };
-    line.say(&FromAgent::Welcome).await;
     let number = rank.hello.rank;
     let who = (rank.job.id, number);
+    let plan = server.changes.in_force(rank.job.id.job).map(FromAgent::InForce);
+    for word in plan.into_iter().chain([FromAgent::Welcome]) {
+        // A rank that has heard the second and not the first would begin with other hooks.
+        if !line.say(&word).await {
+            return rank.each(Session::hang_up);
+        }
+    }
     let mut questions = server.ranks.join(who);
     tokio::spawn(ranks::compare_plan(server.clone(), who));
+    tokio::spawn(server.clone().watch(rank.job.id));
     line.done();
     loop {
         tokio::select! {
@@ -186,8 +201,8 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
                 line.refuse("its shared memory is damaged").await;
                 break;
             }
-            question = questions.next() => {
-                if !line.say(&question).await {
+            (question, fd) = questions.next() => {
+                if !line.say_with(&question, fd.as_deref().map(AsFd::as_fd)).await {
                     break;
                 }
             }

@@ -77,6 +77,24 @@ impl Jobs {
         Self(Arc::new(Mutex::new(before.into_iter().map(Known::again).collect())))
     }
 
+    /// Number of ranks of an attempt.
+    pub fn world(&self, id: JobId) -> u32 {
+        lock(&self.0).iter().find(|known| known.info.id == id).map_or(0, |known| known.info.world)
+    }
+
+    /// The number of an attempt's process group; 0: it has none, or none is known.
+    pub fn group(&self, id: JobId) -> u64 {
+        lock(&self.0).iter().find(|known| known.info.id == id).map_or(0, |known| known.group)
+    }
+
+    /// The ranks of an attempt that its launcher started on this node, if it says so.
+    pub fn here(&self, id: JobId) -> Option<BTreeSet<u32>> {
+        let all = lock(&self.0);
+        let known = all.iter().find(|known| known.info.id == id)?;
+        let here: BTreeSet<u32> = known.info.here.iter().copied().flat_map(Run::ranks).collect();
+        (!here.is_empty()).then_some(here)
+    }
+
     /// A rank attaches.
     ///
     /// # Errors

@@ -2,9 +2,11 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | [`socket`] | the listening socket, and messages with descriptors off it |
+//! | [`socket`] | the listening socket |
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
 //! | [`ranks`] | the ranks that are attached, and what they are asked |
+//! | [`changes`] | changes the hooks of a running job |
+//! | [`nodes`] | the same for a job that has several agents |
 //! | [`jobs`] | which job a rank is of, and which attempt |
 //! | [`session`] | one slab of a rank and how far along it is |
 //! | [`listed`] | lists of modules, as they come over it |
@@ -34,9 +36,11 @@
 
 pub mod attach;
 pub mod board;
+pub mod changes;
 pub mod ingest;
 pub mod jobs;
 pub mod listed;
+pub mod nodes;
 pub mod parent;
 pub mod ranks;
 pub mod session;
@@ -44,6 +48,7 @@ pub mod socket;
 
 use std::{
     collections::HashMap,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -63,7 +68,9 @@ use crate::{
     newcomers::{Newcomer, Newcomers},
 };
 use board::Board;
+use changes::Changes;
 use jobs::Jobs;
+use nodes::watch::Nodes;
 use ranks::Ranks;
 use session::Session;
 
@@ -95,6 +102,10 @@ pub struct Server {
     max_ranks: usize,
     /// Who is attached and can be asked.
     pub ranks: Arc<Ranks>,
+    /// The hooks of jobs whose ranks are attached.
+    pub changes: Changes,
+    /// What this agent is among those of other nodes.
+    nodes: Nodes,
     /// Connections that have said hello: two a rank, since the end of one may be noticed late.
     connected: Semaphore,
     /// Room for long messages.
@@ -102,9 +113,16 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts the heart as well. `jobs` are those that the run has already.
-    pub fn new(store: Arc<Store>, board: Arc<Board>, jobs: Vec<JobInfo>) -> std::io::Result<Arc<Self>> {
+    /// Starts the heart as well. `jobs` are those that the run has already, and `nodes` is the folder that holds the runs of
+    /// several nodes, if this one is in it.
+    pub fn new(
+        store: Arc<Store>,
+        board: Arc<Board>,
+        jobs: Vec<JobInfo>,
+        nodes: Option<PathBuf>,
+    ) -> std::io::Result<Arc<Self>> {
         let shares = Shares::now();
+        let changes = Changes::new(store.revisions());
         let server = Arc::new(Self {
             store,
             board,
@@ -116,6 +134,8 @@ impl Server {
             max_slabs: 2 * shares.ranks,
             max_ranks: shares.ranks,
             ranks: Arc::default(),
+            changes,
+            nodes: Nodes::new(nodes),
             connected: Semaphore::new(2 * shares.ranks),
             long: Arc::new(Semaphore::new(attach::LONG_ROOM)),
         });

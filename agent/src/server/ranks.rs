@@ -1,7 +1,8 @@
 //! The ranks that are attached, each with the connection on which it can be asked something.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -15,7 +16,7 @@ use super::{Server, listed::Listed};
 /// What a rank answers, no more of it than a run keeps.
 pub type Answer = control::Answer<Listed<String>>;
 
-/// How long a rank may take to look at its socket: it does so between two steps at the latest.
+/// How long a rank may take to answer: a thread of it does nothing else, unless it is stopped.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a rank did not answer.
@@ -25,13 +26,17 @@ pub enum NoAnswer {
     Absent,
     /// It left with the question.
     Left,
-    /// It did not look at its socket in time, or has not answered as many questions as may be open.
+    /// It did not answer in time, or has not answered as many questions as may be open.
     Late,
 }
+
+/// What a rank is asked, with the descriptor that goes with it.
+pub type Sent = (FromAgent, Option<Arc<OwnedFd>>);
 
 /// A question on its way to the connection of a rank.
 struct Asked {
     question: Question,
+    fd: Option<Arc<OwnedFd>>,
     reply: oneshot::Sender<Answer>,
 }
 
@@ -82,13 +87,43 @@ impl Ranks {
     /// # Errors
     /// The rank is not there, leaves, or does not answer in time.
     pub async fn ask(&self, rank: Who, question: Question, limit: Duration) -> Result<Answer, NoAnswer> {
+        self.ask_with(rank, question, None, limit).await
+    }
+
+    /// The same, with a descriptor.
+    ///
+    /// # Errors
+    /// As for [`ask`](Self::ask).
+    pub async fn ask_with(
+        &self,
+        rank: Who,
+        question: Question,
+        fd: Option<Arc<OwnedFd>>,
+        limit: Duration,
+    ) -> Result<Answer, NoAnswer> {
         let questions = self.lock().peers.get(&rank).map(|peer| peer.questions.clone()).ok_or(NoAnswer::Absent)?;
         let (reply, answer) = oneshot::channel();
         let asked = async {
-            questions.send(Asked { question, reply }).await.map_err(|_| NoAnswer::Left)?;
+            questions.send(Asked { question, fd, reply }).await.map_err(|_| NoAnswer::Left)?;
             answer.await.map_err(|_| NoAnswer::Left)
         };
         tokio::time::timeout(limit, asked).await.unwrap_or(Err(NoAnswer::Late))
+    }
+
+    /// Jobs that have ranks here, each with these.
+    pub fn by_job(&self) -> BTreeMap<JobId, BTreeSet<u32>> {
+        let mut jobs: BTreeMap<JobId, BTreeSet<u32>> = BTreeMap::new();
+        for (job, rank) in self.lock().peers.keys() {
+            jobs.entry(*job).or_default().insert(*rank);
+        }
+        jobs
+    }
+
+    /// The ranks of a job are about to have another revision of the plan: what they said is true no more.
+    pub fn forget_revisions(&self, job: JobId) {
+        for (_, peer) in self.lock().peers.range_mut((job, 0)..=(job, u32::MAX)) {
+            peer.revision = None;
+        }
     }
 
     /// A rank says which revision of the plan it has: the rank of its job that has another one, with that.
@@ -112,15 +147,15 @@ pub struct Questions {
 
 impl Questions {
     /// The next one to be sent, with its number. It waits while as many are open as may be.
-    pub async fn next(&mut self) -> FromAgent {
+    pub async fn next(&mut self) -> Sent {
         if self.open.len() >= MAX_QUESTIONS {
             return std::future::pending().await;
         }
-        let Some(Asked { question, reply }) = self.asked.recv().await else { return std::future::pending().await };
+        let Some(Asked { question, fd, reply }) = self.asked.recv().await else { return std::future::pending().await };
         let id = self.next;
         self.next += 1;
         self.open.insert(id, reply);
-        FromAgent::Ask { id, question }
+        (FromAgent::Ask { id, question }, fd)
     }
 
     /// The rank answers. What nobody asked, or nobody waits for any more, is dropped.
@@ -161,11 +196,11 @@ mod tests {
     }
 
     fn plan(revision: u64) -> Answer {
-        Answer::Plan { revision, clauses: ["a".to_owned()].into_iter().collect() }
+        Answer::Plan { revision, heard: revision, clauses: ["a".to_owned()].into_iter().collect(), ids: vec![1] }
     }
 
-    fn number(ask: &FromAgent) -> u64 {
-        let FromAgent::Ask { id, question: Question::Plan } = ask else { panic!("{ask:?}") };
+    fn number(ask: &Sent) -> u64 {
+        let (FromAgent::Ask { id, question: Question::Plan }, None) = ask else { panic!("{ask:?}") };
         *id
     }
 
@@ -182,8 +217,11 @@ mod tests {
             questions.answered(number(&first), plan(8));
         };
         let (first, second, ()) = tokio::join!(ask(), ask(), rank);
-        let revision = |answer: Result<Answer, NoAnswer>| answer.map(|Answer::Plan { revision, .. }| revision);
-        assert_eq!((revision(first), revision(second)), (Ok(1), Ok(2)));
+        let revision = |answer: Result<Answer, NoAnswer>| match answer.unwrap() {
+            Answer::Plan { revision, .. } => revision,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!((revision(first), revision(second)), (1, 2));
     }
 
     #[tokio::test]

@@ -1,9 +1,9 @@
-//! The listening socket, and messages with descriptors off a connection.
+//! The listening socket.
 
 use std::{
     fs, io,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::AsRawFd,
         unix::{
             fs::{FileTypeExt, MetadataExt},
             net::{UnixListener, UnixStream},
@@ -103,48 +103,6 @@ impl Drop for Listening {
 
 fn cannot_listen(path: &Path, error: &io::Error) -> anyhow::Error {
     anyhow!("cannot listen at {}: {error}; give another --socket", path.display())
-}
-
-/// Reads what has come, without waiting: bytes to the end of `bytes`, a descriptor into `fd`. Further descriptors are
-/// closed. Returns the number of bytes, 0 at the end.
-pub fn receive(stream: &impl AsRawFd, bytes: &mut Vec<u8>, fd: &mut Option<OwnedFd>) -> io::Result<usize> {
-    #[repr(align(8))]
-    struct Ancillary([u8; 256]);
-    let mut ancillary = Ancillary([0; 256]);
-    let before = bytes.len();
-    bytes.resize(before + CHUNK, 0);
-    let mut slice = libc::iovec { iov_base: bytes[before..].as_mut_ptr().cast(), iov_len: CHUNK };
-    // SAFETY: msghdr is plain data.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    (message.msg_iov, message.msg_iovlen) = (&mut slice, 1);
-    (message.msg_control, message.msg_controllen) = (ancillary.0.as_mut_ptr().cast(), ancillary.0.len());
-    // SAFETY: every pointer in the message outlives the call, and the lengths are theirs.
-    let n = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
-    bytes.truncate(before + usize::try_from(n).unwrap_or(0));
-    if n < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: recvmsg filled the ancillary buffer up to msg_controllen.
-    let mut header = unsafe { libc::CMSG_FIRSTHDR(&message) };
-    while !header.is_null() {
-        // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return headers that lie in the buffer.
-        let (level, kind, len) = unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
-        if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
-            // SAFETY: no memory is touched; the length of an empty header.
-            let data = len.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
-            for n in 0..data / size_of::<i32>() {
-                // SAFETY: the kernel put that many descriptors there; each is ours now.
-                let taken =
-                    unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().add(n).read_unaligned()) };
-                if fd.is_none() {
-                    *fd = Some(taken);
-                }
-            }
-        }
-        // SAFETY: as for CMSG_FIRSTHDR.
-        header = unsafe { libc::CMSG_NXTHDR(&message, header) };
-    }
-    Ok(n as usize)
 }
 
 #[cfg(test)]

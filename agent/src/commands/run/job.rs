@@ -125,6 +125,8 @@ fn spawn(plan: &Plan, sidecar: &Sidecar, signals: &Signals) -> io::Result<Child>
     };
     // A run of its own, also when a rank of another run starts it.
     command.env_remove(names::RANK_PROCESS);
+    // The agent's, and nobody's who only runs in the job.
+    command.env_remove(names::KEY);
     if let Some(bridge) = &plan.bridge {
         command.env(names::BRIDGE, bridge);
     }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use flexmodel_run::write::dir::{Fresh, check_fresh, of_this_node};
+use flexmodel_run::write::dir::{Fresh, above_nodes, check_fresh, of_this_node};
 use wire::{
     env::{self as names, OnFull},
     hooks::{self, HookError},
@@ -29,12 +29,16 @@ use crate::{
 pub struct Plan {
     /// The command as given.
     pub command: Vec<OsString>,
-    /// Clauses, or the absolute path of a TOML file.
+    /// Clauses, or the absolute path of a TOML file. Empty: nothing is tapped until hooks are added.
     pub hooks: String,
     /// The run directory, absolute.
     pub out: PathBuf,
+    /// The folder that holds the run directories of all nodes, if that is how they are laid out.
+    pub nodes: Option<PathBuf>,
     /// The dashboard's port.
     pub port: u16,
+    /// Hooks are not changed while the job runs.
+    pub read_only: bool,
     /// What a tap does when the slab is full.
     pub on_full: OnFull,
     /// The preload library.
@@ -73,6 +77,7 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
         return Ok(Prepared::Exit(ExitCode::from(127)));
     };
     let library = home::library()?;
+    let nodes = args.out.as_deref().and_then(above_nodes).map(|nodes| absolute(&nodes)).transpose()?;
     let out = match args.out {
         Some(out) => of_this_node(&out),
         None => Path::new("runs").join(stamp()),
@@ -83,7 +88,9 @@ pub fn prepare(args: Args) -> anyhow::Result<Prepared> {
         command: args.command,
         hooks,
         out: absolute(&out)?,
+        nodes,
         port: args.port,
+        read_only: args.read_only,
         on_full,
         library,
         bridge,
@@ -102,14 +109,21 @@ fn untapped(command: &[OsString]) -> ExitCode {
 
 fn hooks_of(given: Option<String>) -> anyhow::Result<String> {
     let given_as = if given.is_some() { "--hooks" } else { names::HOOKS };
-    let text = given.or_else(|| set(names::HOOKS)).filter(|t| !t.trim().is_empty()).ok_or_else(|| {
-        usage(format!("no hooks; give --hooks or set {}, for example --hooks 'layers.*.mlp:forward'", names::HOOKS))
+    let text = given.or_else(|| env::var(names::HOOKS).ok()).ok_or_else(|| {
+        usage(format!(
+            "no hooks; give --hooks or set {}, for example --hooks 'layers.*.mlp:forward', or --hooks '' to add them while \
+             the job runs",
+            names::HOOKS
+        ))
     })?;
+    if text.trim().is_empty() {
+        return Ok(String::new());
+    }
     let parsed = hooks::parse(&text).map_err(|e| usage(HookError { given_as, ..e }.to_string()))?;
     if let Some((hook, why)) = parsed.iter().find_map(|h| h.unsupported().map(|why| (h, why))) {
         return Err(usage(format!("{given_as}: '{}': {why}", hook.text)).into());
     }
-    if text.trim().ends_with(".toml") {
+    if hooks::names_a_file(&text) {
         let path = absolute(Path::new(text.trim()))?;
         // The job may change its folder before the library reads it.
         return path.into_os_string().into_string().ok().context("the path of the hooks file is not UTF-8");

@@ -91,6 +91,12 @@ impl Sidecar {
         let mut command = Command::new(exe);
         command.arg("agent").arg("--child").arg("--socket").arg(&socket).arg("--out").arg(&plan.out);
         command.arg("--port").arg(plan.port.to_string());
+        if let Some(nodes) = &plan.nodes {
+            command.arg("--nodes").arg(nodes);
+        }
+        if plan.read_only {
+            command.arg("--read-only");
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         let mut child = command.spawn().context("cannot start the agent")?;
         let words = speaker(child.stdin.take().context("the agent has no stdin")?)?;

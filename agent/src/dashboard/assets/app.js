@@ -101,8 +101,9 @@ const loadRun = throttle(1000, async () => {
   const run = await get("/api/run");
   const command = run.info.command.join(" ");
   directory = run.dir;
-  text(byId("hooks"), run.info.hooks ? `hooks  ${run.info.hooks}` : "");
-  byId("hooks").title = `hooks: ${run.info.hooks}`;
+  const newest = run.revisions[run.revisions.length - 1];
+  text(byId("hooks"), newest ? newest.words : run.info.hooks ? `hooks  ${run.info.hooks}` : "");
+  byId("hooks").title = [`hooks: ${run.info.hooks}`, ...run.revisions.map((r) => `${r.words}${ofJob(r)}`)].join("\n");
   text(byId("command"), command);
   byId("command").title = `${command}\nhooks: ${run.info.hooks}\ntorch ${run.info.torch || "?"}, Python ${run.info.python || "?"}, ${run.info.wrapper || "no wrapper known"}, world ${run.info.world}`;
   document.title = `FlexModel${run.info.command.length ? ` · ${command.slice(0, 60)}` : ""}`;

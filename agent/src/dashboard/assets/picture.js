@@ -197,6 +197,7 @@ export class Picture {
       // Only a gradient is to be divided by it.
       ["dp size", look.dp_size > 1 && /^(backward|grad)/.test(look.kind) ? String(look.dp_size) : null],
       ["parts", partsLine(look.parts)],
+      ["revision", Number.isInteger(look.revision) ? `${look.revision} of the hooks` : null],
       ["captured", clock(look.time_ms)],
     ];
     this.facts.replaceChildren(
