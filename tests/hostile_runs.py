@@ -183,6 +183,11 @@ def lines_that_say_nothing(run: Run) -> set[str]:
     return BOTH
 
 
+REVISION = {
+    "t": "revision", "revision": 1, "begins": 1, "rule": "optimizer", "ranks": 1, "clauses": [], "time_ns": 1,
+}  # fmt: skip
+
+
 def _line(name: str, record: Callable[[Run], object], left: set[str] = BOTH) -> None:
     def build(run: Run) -> set[str]:
         run.add(record(run))
@@ -234,6 +239,12 @@ _line("a_list", lambda run: [1])
 _line("a_number", lambda run: "7")
 _line("an_unknown_kind", lambda run: {"t": "omen"})
 _line("dropped_out_of_range", lambda run: {"t": "dropped", "rank": 0, "count": 1 << 64, "reason": "x"})
+for _name, _value in (
+    ("revision", 0), ("begins", -1), ("rule", "never"), ("clauses", [[1, "a"]]),
+    ("clauses", [{"id": 1 << 32, "text": ""}]), ("clauses", [{"id": 1, "text": ""}] * 49153),
+    ("clauses", [{"id": n, "text": "x" * 1000} for n in range(50)]),
+):  # fmt: skip
+    _line(f"{_name}_of_hooks_is_out_of_range_{len(BAD_LINES)}", lambda run, n=_name, v=_value: {**REVISION, n: v})
 _line("a_field_of_a_later_version", lambda run: run.part("later", color="red", deep=[[1]]), {*BOTH, "later"})
 _line("a_name_with_a_zero", lambda run: run.part("a\0b/../c\n"), {*BOTH, "a\0b/../c\n"})
 for _name, _changed in (

@@ -72,7 +72,9 @@ fn of_record(run: &Run, record: &Record) -> Value {
 }
 
 fn of(id: &Identity) -> Value {
-    json!([id.module, id.kind.name(), id.path, id.model, id.step, id.micro, id.call, id.repeat, id.train])
+    let (job, attempt) = (id.job.job, id.job.attempt);
+    let pass = json!([id.step, id.micro, id.call, id.repeat, id.train]);
+    json!([job, attempt, id.module, id.kind.name(), id.path, id.model, pass, id.again, id.apart])
 }
 
 /// A few bytes may be many times as many once rows are filled up.

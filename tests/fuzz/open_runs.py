@@ -76,13 +76,14 @@ def compare(run: flexmodel.Run, said: dict[str, Any]) -> None:
         assert _native.safe(place) in problem, (problem, place)
     assert run.modules == said["modules"]
     assert [len(run.refused), len(run.divergences), len(run.dropped)] == said["lost"]
-    theirs = {tuple(one["id"]): one for one in said["records"]}
+    theirs = {json.dumps(one["id"]): one for one in said["records"]}
     assert len(run.records) == len(said["records"]) == len(theirs)
     for record in run.records:
-        identity = (
-            record.module, record.kind, record.path, record.model, record.step, record.micro, record.call,
-            record.repeat, record.train,
-        )  # fmt: skip
+        its_pass = [record.step, record.micro, record.call, record.repeat, record.train]
+        identity = json.dumps([
+            record.job, record.attempt, record.module, record.kind, record.path, record.model, its_pass,
+            record.again, record.apart,
+        ])  # fmt: skip
         whole = theirs[identity].pop("whole")
         del theirs[identity]["id"]
         if not theirs[identity]:

@@ -49,7 +49,7 @@ impl Agent {
         let options = Options { shard_bytes: 4 << 20, notify: Box::new(|_| {}) };
         let (store, before, jobs) = Store::open(folder, options).expect("an empty folder");
         let board = Arc::new(Board::new(before));
-        Self { server: Server::new(store, board, jobs).expect("a thread") }
+        Self { server: Server::new(store, board, jobs, None).expect("a thread") }
     }
 
     /// A process that connects.
@@ -227,8 +227,10 @@ impl Other {
             }
             Act::Bye => self.say(&ToAgent::Bye),
             Act::Answer { id, revision, clauses } => {
+                let ids = (0..u32::from(clauses % 1999)).collect();
                 let clauses = (0..clauses % 2000).map(|n| n.to_string()).collect();
-                self.say(&ToAgent::Answer { id: id.into(), answer: Answer::Plan { revision, clauses } })
+                let answer = Answer::Plan { revision, heard: revision, clauses, ids };
+                self.say(&ToAgent::Answer { id: id.into(), answer })
             }
             Act::Garbage { bytes } => self.send(&bytes),
             Act::Giant { claims } => self.send(&claims.to_le_bytes()),

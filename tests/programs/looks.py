@@ -32,10 +32,11 @@ def watch(home: str) -> None:
     def nothing(*_about) -> None:
         pass
 
-    names = ("forget", "resolved", "stepped", "finish", "faults_with", "wants", "plan")
-    names += ("describe_with", "capture_parameters_with", "undo_with", "count_collectives_with")
+    names = ("forget", "resolved", "stepped", "finish", "faults_with", "wants", "plan", "due", "turn")
+    names += ("describe_with", "capture_parameters_with", "undo_with", "count_collectives_with", "turn_with")
     told = {"fault": print, "notice": print}
-    bridge = types.SimpleNamespace(select=select, active=lambda: True, **told, **dict.fromkeys(names, nothing))
+    told |= {"active": lambda: True, "pass_hooks": lambda *_about: (nothing, nothing)}
+    bridge = types.SimpleNamespace(select=select, **told, **dict.fromkeys(names, nothing))
     Discovery(bridge).watch()
 
 

@@ -40,7 +40,7 @@ class Writer:
     def part(
         self, module: str, data: np.ndarray | bytes, *, dtype: str | None = None, shape: tuple[int, ...] | None = None,
         rank: int = 0, axes: list[dict] | None = None, align: int = 64, stats: dict | None = None, store: bool = True,
-        loss_scale: object = 1.0, **identity: object,
+        loss_scale: object = 1.0, revision: int = 0, **identity: object,
     ) -> dict:  # fmt: skip
         """Appends a part; `align=1` lays it beside the one before."""
         if isinstance(data, np.ndarray):
@@ -53,7 +53,8 @@ class Writer:
                 at = {"shard": self.stem, "offset": file.tell(), "len": len(data), "crc": google_crc32c.value(data)}
                 file.write(data)
         what = self.what(module, dtype, shape, rank, axes or [], **identity)
-        self.line({"t": "part", **what, "loss_scale": loss_scale, "at": at, "stats": stats})
+        under = {"revision": revision} if revision else {}
+        self.line({"t": "part", **what, "loss_scale": loss_scale, **under, "at": at, "stats": stats})
         return what
 
     @staticmethod
