@@ -16,6 +16,7 @@ void end(void) { CALLGRIND_STOP_INSTRUMENTATION; }
 """
 VARIANTS = {
     "without": {},
+    "with the preload, armed": preload(""),
     "with the preload, hooks that match nothing": preload("no.such.module"),
     "with the preload, a hook on its neighbour": preload("selected"),
 }
