@@ -268,27 +268,6 @@ def test_an_agent_that_is_killed_leaves_one_answer_and_the_next_goes_on(tmp_path
     assert max(steps) == removed["step"] - 1 and min(record.step for record in run["norm"]) == last["step"]
 
 
-def test_ranks_that_are_started_again_begin_with_the_hooks_in_force(tmp_path):
-    out, stop = tmp_path / "run", tmp_path / "stop"
-    program = [str(harness.PROGRAMS / "live.py"), "ddp", str(stop)]
-    argv = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", *program]
-    command = [harness.FLEXMODEL, "run", "--hooks", "lm_head", "--out", str(out), "--", *argv]
-    with harness.Job(command, harness.environment()) as job:
-        each = Session(job, out, stop)
-        each.reach(2)
-        changed = each.change("set", "layers.0.mlp")
-        each.reach(changed["step"] + 2)
-        (tmp_path / "stop.lost").touch()
-        harness.wait_until(lambda: job.out.count("step 3 ") == 2, "the second attempt", job=job)
-        assert each.change()["revision"] == 1
-        outcome = each.stop().expect(0)
-    run = flexmodel.open(outcome.run)
-    again = [record for record in run.records if record.attempt == 1]
-    assert {(record.module, record.revision) for record in again} == {("layers.0.mlp", 1)}
-    assert [record.step for record in again][:4] == [0, 1, 2, 3]
-    assert {record.step for record in run["lm_head"]} == set(range(changed["step"]))
-
-
 def test_a_thousand_changes_leave_nothing_in_the_job(tmp_path):
     """Of ranks that make passes of their own, each of which begins with what is in force: nothing is a step ahead."""
     with session("apart", tmp_path) as job:

@@ -1,13 +1,10 @@
 """Trains until a file appears, in one of several ways of distributing the model: `live.py HOW STOP`.
 
-Where STOP.lost appears, rank 1 of the first attempt is lost.
-
 Its optimizer changes nothing and its batches come again after four steps, so what a step computes is what the first of
 these did.
 """
 
 import itertools
-import os
 import pathlib
 import sys
 import time
@@ -167,9 +164,6 @@ def main(how: str, stop: str) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     for number in itertools.count():
         tiny.report(rank, number, step(number % BATCHES))
-        is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if rank == 1 and is_first and pathlib.Path(stop + ".lost").exists():
-            os._exit(17)
         over = torch.tensor(float(pathlib.Path(stop).exists()))
         if (over if how == "apart" else mean(over)) > 0:
             return
