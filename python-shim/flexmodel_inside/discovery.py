@@ -3,8 +3,8 @@
 While a module that we have not looked at may be called, `nn.Module.__call__` is ours; it looks at every model, or only
 at what is new if that is single modules, puts the original back, and goes on. From then on a module that nobody
 selected pays nothing, but for models, whose two hooks tell their passes; until a module is constructed, wrapped or
-copied, the process joins others as a rank, or other hooks may begin. A function that torch.compile has compiled calls models past `nn.Module.__call__`: what it calls first
-is ours meanwhile, too.
+copied, the process joins others as a rank, or other hooks may begin. A function that torch.compile has compiled calls
+models past `nn.Module.__call__`: what it calls first is ours meanwhile, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from .patches import given
 from .ranks import Group, rank_and_world, sign, started_by_rank
 from .store import JobStore
 from .tapping import Tapping
-
 
 # A mask of every kind of capture.
 _ALL_KINDS = 0xFFFFFFFF
@@ -149,8 +148,8 @@ class Discovery:
                 entry.put()
 
     def _must_wait(self) -> bool:
-        """Whether nobody may look now: what is called is not the job's own work, or a replay within a backward pass, which
-        goes on with the hooks that it was begun with."""
+        """Whether nobody may look now: what is called is not the job's own work, or a replay in a backward pass,
+        which goes on with the hooks that it was begun with."""
         return self._paused or (self._turning and torch._C._current_graph_task_id() != -1)
 
     def _disarm(self) -> None:

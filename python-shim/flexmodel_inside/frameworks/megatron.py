@@ -105,7 +105,7 @@ class Megatron(Adapter):
 
     def _scale(self, given: dict[str, Any]) -> None:
         """The loss of a microbatch is divided by how many these are, unless it is a sum over tokens. A scale on top of
-        that is read once in a step, before it computes anything; it may be on a device, where to read it makes the job wait."""
+        that is read once in a step, before it computes anything. It may be on a device, where the job waits for it."""
         if not self.job.wants_gradients():
             return
         config = _config(_models(given)[0])
