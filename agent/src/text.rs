@@ -4,6 +4,7 @@
 //! [`complain`], and neither lets a character through that a terminal would obey, but for the colours of [`paint`].
 
 use std::{
+    collections::BTreeSet,
     fmt::{Display, Write as _},
     io::{self, Write},
 };
@@ -13,6 +14,12 @@ use serde::Serialize;
 pub use flexmodel_run::text::{clip, count, few, is_hidden, plain, range, safe, total};
 
 use crate::say;
+
+/// `rank 0 is`, `ranks 1, 2, 3 and 5 more are`, with the verb for one and for several.
+pub fn named_ranks(ranks: &BTreeSet<u32>, [one, several]: [&str; 2]) -> String {
+    let (noun, verb) = if ranks.len() == 1 { ("rank", one) } else { ("ranks", several) };
+    format!("{noun} {} {verb}", few(ranks))
+}
 
 /// Writes lines to stdout. A reader that went away (`| head`) is no error.
 pub fn emit(text: &str) -> io::Result<()> {

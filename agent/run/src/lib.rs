@@ -27,6 +27,7 @@ pub mod limits;
 pub mod lock;
 pub mod manifest;
 pub mod names;
+mod objects;
 pub mod owner_only;
 pub mod ownership;
 mod passes;

@@ -10,7 +10,8 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use crate::{
-    dashboard::hooks::{Asked, ChangedAnswer, HooksAnswer},
+    dashboard::hooks::Asked,
+    server::changes::{Changed, Hooks},
     text,
 };
 
@@ -69,7 +70,7 @@ pub fn main(args: Args) -> anyhow::Result<ExitCode> {
         None => ask::hooks(&agent, job),
     }?;
     if is_change {
-        let changed: ChangedAnswer = read(&answer)?;
+        let changed: Changed = read(&answer)?;
         if !json {
             text::emit(&format!("{}\n", outcome(&changed)))?;
         }
@@ -103,12 +104,12 @@ fn ranks(count: u32) -> String {
     text::count(u64::from(count), "rank")
 }
 
-fn outcome(changed: &ChangedAnswer) -> String {
+fn outcome(changed: &Changed) -> String {
     format!("{}, {}", when(changed.revision, changed.step), ranks(changed.ranks))
 }
 
 /// The revision, its clauses, and what comes next.
-fn listing(hooks: &HooksAnswer) -> String {
+fn listing(hooks: &Hooks) -> String {
     let mut out = format!("job {}, revision {}, {}\n", hooks.job, hooks.revision, ranks(hooks.ranks));
     let rows: Vec<Vec<String>> = hooks.clauses.iter().map(|c| vec![c.id.to_string(), c.text.clone()]).collect();
     match rows.is_empty() {

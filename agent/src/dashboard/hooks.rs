@@ -12,7 +12,6 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use wire::revision::Clause;
 
 use super::{
     Shared,
@@ -96,43 +95,6 @@ impl Asked {
     }
 }
 
-/// The hooks that a job has.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HooksAnswer {
-    /// Its number in the run.
-    pub job: u32,
-    /// The revision in force.
-    pub revision: u64,
-    /// Its clauses.
-    pub clauses: Vec<Clause>,
-    /// How many ranks have it.
-    pub ranks: u32,
-    /// The revision that is not decided upon, or has not begun.
-    pub pending: Option<PendingAnswer>,
-}
-
-/// A revision that comes next.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PendingAnswer {
-    /// Its number.
-    pub revision: u64,
-    /// The step that it begins with; `None`: each rank's next pass.
-    pub step: Option<u64>,
-}
-
-/// What a change has come to.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ChangedAnswer {
-    /// The new revision.
-    pub revision: u64,
-    /// The step that it begins with; `None`: each rank's next pass.
-    pub step: Option<u64>,
-    /// How many ranks have it.
-    pub ranks: u32,
-    /// What whoever asked should know.
-    pub notes: Vec<String>,
-}
-
 /// Whose hooks.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -140,17 +102,12 @@ pub struct Wanted {
     job: Option<u32>,
 }
 
-pub async fn hooks(
-    State(shared): State<Arc<Shared>>,
-    wanted: Result<Query<Wanted>, QueryRejection>,
-) -> Answer<HooksAnswer> {
+pub async fn hooks(State(shared): State<Arc<Shared>>, wanted: Result<Query<Wanted>, QueryRejection>) -> Answer<Hooks> {
     let Wanted { job } = parse(wanted)?;
-    let Hooks { job, revision, clauses, ranks, pending } = changer(&shared)?.hooks(job).await?;
-    let pending = pending.map(|next| PendingAnswer { revision: next.revision, step: next.step });
-    Ok(Json(HooksAnswer { job: job.job, revision, clauses, ranks, pending }))
+    Ok(Json(changer(&shared)?.hooks(job).await?))
 }
 
-pub async fn change(State(shared): State<Arc<Shared>>, body: Body) -> Answer<ChangedAnswer> {
+pub async fn change(State(shared): State<Arc<Shared>>, body: Body) -> Answer<Changed> {
     let changer = changer(&shared)?;
     if shared.read_only {
         let text = "the hooks of this run cannot be changed: it was started with --read-only";
@@ -163,8 +120,7 @@ pub async fn change(State(shared): State<Arc<Shared>>, body: Body) -> Answer<Cha
         let text = "the change failed inside the agent; flexmodel hooks RUN tells what is in force";
         return Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, text.into()));
     };
-    let Changed { revision, step, ranks, notes } = changed?;
-    Ok(Json(ChangedAnswer { revision, step, ranks, notes }))
+    Ok(Json(changed?))
 }
 
 pub async fn token(State(shared): State<Arc<Shared>>) -> Json<serde_json::Value> {

@@ -7,12 +7,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::Write,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use flexmodel_run::format::{JobId, Revision};
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use wire::{
     control::Question,
@@ -28,6 +28,7 @@ use super::{
     nodes::{Agent, watch::Attached},
     ranks::{Answer, NoAnswer},
 };
+use crate::text::named_ranks;
 
 /// How long a rank may take to say where it is.
 const ASK: Duration = Duration::from_secs(5);
@@ -37,11 +38,9 @@ pub const CONFIRM: Duration = Duration::from_secs(10);
 const BEGIN: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(50);
 /// How many times further ahead than at first a proposal begins, in turn.
-const PATIENCE: [u64; 3] = [1, 4, 16];
+const FARTHER: [u64; 3] = [1, 4, 16];
 /// The same factor for a job on several nodes, whose agents hear of a proposal one after the other.
 const OVER_NODES: u64 = 2;
-/// Ranks that are named one by one.
-pub const NAMED: usize = 8;
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,22 +54,22 @@ pub enum Op {
 }
 
 /// The hooks of a running job.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hooks {
-    /// The job.
-    pub job: JobId,
+    /// Number of the job in the run.
+    pub job: u32,
     /// The revision in force.
     pub revision: u64,
     /// Its clauses.
     pub clauses: Vec<Clause>,
-    /// Ranks that are attached.
+    /// Ranks that are attached to this agent.
     pub ranks: u32,
     /// What comes next.
     pub pending: Option<Pending>,
 }
 
 /// A revision that is decided upon and has not begun.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pending {
     /// Which.
     pub revision: u64,
@@ -79,7 +78,7 @@ pub struct Pending {
 }
 
 /// What a change has come to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changed {
     /// The new revision.
     pub revision: u64,
@@ -179,7 +178,7 @@ impl Server {
         let last = self.changes.of(job.job, |known| known.last.as_ref().map(|(next, step)| (next.revision, *step)));
         let pending = last.filter(|(revision, _)| *revision > plan.revision);
         let pending = pending.map(|(revision, step)| Pending { revision, step });
-        Ok(Hooks { job, revision: plan.revision, clauses: plan.clauses, ranks: ranks.len() as u32, pending })
+        Ok(Hooks { job: job.job, revision: plan.revision, clauses: plan.clauses, ranks: ranks.len() as u32, pending })
     }
 
     /// Changes them, on all ranks in the same step or on none.
@@ -197,7 +196,7 @@ impl Server {
         let next = next_plan(Plan { last_id: plan.last_id.max(last_id), ..plan }, op)?;
         let mut revision = heard;
         let mut why = String::new();
-        for patience in PATIENCE {
+        for patience in FARTHER {
             let moments = self.moments(job, &ranks).await?;
             let patience = if nodes.is_some() { OVER_NODES * patience } else { patience };
             let begins = beginning(&moments, world, patience).map_err(Refused::Conflict)?;
@@ -271,7 +270,7 @@ impl Server {
         let world = self.jobs.world(job);
         let elsewhere = self.elsewhere(job);
         let here = elsewhere.clone().unwrap_or_else(|| (0..world).collect());
-        let missing: Vec<u32> = here.iter().copied().filter(|rank| !ranks.contains(rank)).collect();
+        let missing: BTreeSet<u32> = here.iter().copied().filter(|rank| !ranks.contains(rank)).collect();
         if missing.is_empty() {
             let Some(here) = elsewhere.filter(|_| ranks.len() < world as usize) else { return Ok(None) };
             let agent = self.as_one_of_several(job, true).map_err(not_changed)?;
@@ -280,7 +279,7 @@ impl Server {
         Err(Refused::Conflict(format!(
             "nothing is changed: {} not attached to this agent, of {world} ranks: not every rank has called a model yet, some \
              cannot be tapped (their lines say why), or they are on other nodes and no launcher says on which",
-            named(missing.iter().copied())
+            named_ranks(&missing, ["is", "are"])
         )))
     }
 
@@ -471,17 +470,4 @@ fn no_answer(rank: u32, why: NoAnswer) -> Refused {
 
 fn nonsense(rank: u32) -> Refused {
     Refused::Conflict(format!("nothing is changed: rank {rank} answers what it was not asked"))
-}
-
-/// `ranks 1, 2, 3 and 5 more are`, `rank 0 is`.
-fn named(ranks: impl ExactSizeIterator<Item = u32>) -> String {
-    let count = ranks.len();
-    let mut text = if count == 1 { "rank ".to_owned() } else { "ranks ".to_owned() };
-    for (n, rank) in ranks.take(NAMED).enumerate() {
-        let _ = write!(text, "{}{rank}", if n == 0 { "" } else { ", " });
-    }
-    if count > NAMED {
-        let _ = write!(text, " and {} more", count - NAMED);
-    }
-    text + if count == 1 { " is" } else { " are" }
 }

@@ -33,10 +33,10 @@ impl HookPlan {
         }
     }
 
-    /// The plan that an agent sends.
+    /// The plan that an agent sends, which has refused what is not supported.
     ///
     /// # Errors
-    /// As for [`parse`](Self::parse).
+    /// A clause does not parse.
     pub fn of(plan: &Plan) -> Result<Self, String> {
         let clauses = plan.clauses.iter().map(|Clause { text, .. }| hooks::parse_one(text).map_err(|e| e.to_string()));
         let clauses = clauses.collect::<Result<Vec<Hook>, String>>()?;

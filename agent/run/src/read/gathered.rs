@@ -19,7 +19,7 @@ use super::{
     layout, nodes,
 };
 use crate::{
-    format::{Identity, JobId, JobInfo, Joined, Owners, Part, Revision, RunInfo, What},
+    format::{Identity, JobId, JobInfo, Joined, Owners, Part, RunInfo, What},
     ownership::{PartialOwnership, lie_alone, lie_among},
     passes::{Joint, Local, Passes, Place, Verdict},
 };
@@ -518,7 +518,7 @@ impl Gathered {
                 None => self.records.clone(),
             },
             jobs,
-            revisions: self.revisions(),
+            revisions: self.numbers.revisions(self.folders.iter().map(|folder| folder.revisions.values())),
             lost,
             sealed: self.folders.iter().flat_map(|folder| folder.sealed.iter().cloned()).collect(),
             problems,
@@ -552,22 +552,6 @@ impl Gathered {
         }
         let (command, hooks) = (info.command.clone(), info.hooks.clone());
         vec![JobInfo { world: info.world, command, hooks, started_ns: info.started_ns, ..JobInfo::default() }]
-    }
-
-    /// What revisions the jobs' hooks have had. Agents of several nodes may each tell of one: what they say of its ranks and of
-    /// when it was decided, they may have learned at different times.
-    fn revisions(&self) -> Vec<Revision> {
-        let mut all: BTreeMap<(JobId, u64), Revision> = BTreeMap::new();
-        for (number, folder) in self.folders.iter().enumerate() {
-            for revision in folder.revisions.values() {
-                let job = self.numbers.number(number, revision.job);
-                let own = || Revision { job, ..revision.clone() };
-                let known = all.entry((job, revision.revision)).or_insert_with(own);
-                known.ranks = known.ranks.max(revision.ranks);
-                known.time_ns = known.time_ns.min(revision.time_ns);
-            }
-        }
-        all.into_values().collect()
     }
 
     /// Lets go of the records of a run that is over. Should its files change all the same, it is read anew.

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::format::{JobId, JobInfo};
+use crate::format::{JobId, JobInfo, Revision};
 
 /// The jobs of a folder, as its manifest tells them.
 pub type Table = BTreeMap<JobId, JobInfo>;
@@ -48,6 +48,22 @@ impl Numbers {
     /// Whether two folders have jobs in common.
     pub fn are_kin(&self, one: usize, other: usize) -> bool {
         self.kin.get(one) == self.kin.get(other)
+    }
+
+    /// The revisions of the run's jobs, of those that each folder tells of. Agents of several nodes may each tell of one: what they
+    /// say of its ranks and of when it was decided, they may have learned at different times.
+    pub fn revisions<'a>(&self, folders: impl Iterator<Item = impl Iterator<Item = &'a Revision>>) -> Vec<Revision> {
+        let mut all: BTreeMap<(JobId, u64), Revision> = BTreeMap::new();
+        for (folder, revisions) in folders.enumerate() {
+            for revision in revisions {
+                let job = self.number(folder, revision.job);
+                let own = || Revision { job, ..revision.clone() };
+                let known = all.entry((job, revision.revision)).or_insert_with(own);
+                known.ranks = known.ranks.max(revision.ranks);
+                known.time_ns = known.time_ns.min(revision.time_ns);
+            }
+        }
+        all.into_values().collect()
     }
 
     /// The jobs of the run.

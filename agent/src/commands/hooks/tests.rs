@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::Parser;
-use flexmodel_run::format::{JobId, RunInfo};
+use flexmodel_run::format::RunInfo;
 use tokio::net::TcpListener;
 use wire::{hooks::parse_clauses, revision::Clause};
 
@@ -17,11 +17,11 @@ use crate::{
     cli::exit_code_of,
     dashboard::{
         Served,
-        hooks::{Changer, Later, PendingAnswer},
+        hooks::{Changer, Later},
         serve,
     },
     live::Live,
-    server::changes::{Changed, Hooks, Op, Pending, Refused},
+    server::changes::{Op, Pending, Refused},
 };
 
 const TOKEN: &str = "0123456789abcdef";
@@ -67,7 +67,7 @@ fn the_change_comes_behind_the_run_and_options_anywhere() {
 #[test]
 fn what_is_printed() {
     let clause = |id, text: &str| Clause { id, text: text.into() };
-    let mut hooks = HooksAnswer {
+    let mut hooks = Hooks {
         job: 0,
         revision: 3,
         clauses: vec![clause(1, "layers.*.mlp"), clause(12, "lm_head\n")],
@@ -76,12 +76,12 @@ fn what_is_printed() {
     };
     let table = "job 0, revision 3, 8 ranks\nid  clause\n 1  layers.*.mlp\n12  lm_head\\n\n";
     assert_eq!(listing(&hooks), table);
-    hooks.pending = Some(PendingAnswer { revision: 4, step: Some(120) });
+    hooks.pending = Some(Pending { revision: 4, step: Some(120) });
     assert_eq!(listing(&hooks), format!("{table}pending: revision 4 from step 120 on\n"));
     hooks.clauses.clear();
     hooks.pending = None;
     assert_eq!(listing(&hooks), "job 0, revision 3, 8 ranks\nnothing is tapped\n");
-    let mut changed = ChangedAnswer { revision: 3, step: Some(120), ranks: 8, notes: Vec::new() };
+    let mut changed = Changed { revision: 3, step: Some(120), ranks: 8, notes: Vec::new() };
     assert_eq!(outcome(&changed), "revision 3 from step 120 on, 8 ranks");
     (changed.step, changed.ranks) = (None, 1);
     assert_eq!(outcome(&changed), "revision 3 from each rank's next pass on, 1 rank");
@@ -95,10 +95,10 @@ impl Changer for Played {
     fn hooks(&self, job: Option<u32>) -> Later<Hooks> {
         let (revision, clauses) = self.0.lock().unwrap().clone();
         Box::pin(async move {
-            let job = JobId { job: job.unwrap_or_default(), attempt: 0 };
+            let job = job.unwrap_or_default();
             let pending = Some(Pending { revision: revision + 1, step: None });
-            if job.job > 1 {
-                Err(Refused::Conflict(format!("no job {} runs", job.job)))
+            if job > 1 {
+                Err(Refused::Conflict(format!("no job {job} runs")))
             } else {
                 Ok(Hooks { job, revision, clauses, ranks: 2, pending })
             }
@@ -165,7 +165,7 @@ fn hooks_are_changed_and_listed_over_http() {
         format!(r#"{{"job":0,"revision":1,"clauses":{clauses},"ranks":2,"pending":{{"revision":2,"step":null}}}}"#);
     assert_eq!(answer.get(), told);
     ask::change(&agent, &Asked::Remove { ids: vec![1], job: None }).unwrap();
-    let hooks: HooksAnswer = read(&ask::hooks(&agent, Some(1)).unwrap()).unwrap();
+    let hooks: Hooks = read(&ask::hooks(&agent, Some(1)).unwrap()).unwrap();
     assert_eq!((hooks.job, hooks.revision, hooks.clauses[0].id), (1, 2, 2));
     assert_eq!(refusal(ask::hooks(&agent, Some(9))), (1, "no job 9 runs".into()));
 }

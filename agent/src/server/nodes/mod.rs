@@ -21,7 +21,7 @@ pub mod watch;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeSet, fmt::Write, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::time::Instant;
@@ -31,7 +31,8 @@ use wire::{
     store::{ABANDONED, Place},
 };
 
-use super::changes::{CONFIRM, NAMED};
+use super::changes::CONFIRM;
+use crate::text::named_ranks;
 use key::{CODE, Key};
 
 /// After how long a proposal that its leader has not decided upon is abandoned by others.
@@ -195,7 +196,7 @@ impl Agent {
                 return Err(No::Lost(format!(
                     "{} not confirmed within {} s: is there an agent on their nodes that has the key of this one, and is \
                      none of their processes stopped?",
-                    have(&missing),
+                    named_ranks(&missing, ["has", "have"]),
                     CONFIRM.as_secs()
                 )));
             };
@@ -254,16 +255,4 @@ fn confirmed(revision: u64, lowest: u32) -> String {
 
 fn verdict(revision: u64) -> String {
     format!("{revision}/verdict")
-}
-
-/// `ranks 2 and 3 have`.
-fn have(ranks: &BTreeSet<u32>) -> String {
-    let mut text = if ranks.len() == 1 { "rank ".to_owned() } else { "ranks ".to_owned() };
-    for (n, rank) in ranks.iter().take(NAMED).enumerate() {
-        let _ = write!(text, "{}{rank}", if n == 0 { "" } else { ", " });
-    }
-    if ranks.len() > NAMED {
-        let _ = write!(text, " and {} more", ranks.len() - NAMED);
-    }
-    text + if ranks.len() == 1 { " has" } else { " have" }
 }
