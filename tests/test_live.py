@@ -21,7 +21,7 @@ import captures
 import harness
 import reference
 
-RANKS = {"plain": 1}
+RANKS = dict.fromkeys(live.ALONE, 1)
 """Of those that have not two."""
 
 FIRST = "layers.0.mlp; lm_head:backward_pre; layers.1.mlp.down.weight:param,grad"
@@ -73,12 +73,13 @@ def session(how: str, folder: pathlib.Path, hooks: str = "", **env: str) -> Iter
     with harness.Job(command, harness.environment(**env)) as job:
         each = Session(job, out, stop)
         each.reach(2)
+        harness.wait_until(each.answers, "ranks that are attached", job=job)
         yield each
 
 
 def expected(how: str) -> dict[tuple[str, str], list[torch.Tensor]]:
     """What one process computes for each batch: by module and kind, of the mean loss of all rows."""
-    build = {"tp": tensor_parallel.build, "staged": pipeline.build}.get(how, tiny.build)
+    build = {"tp": tensor_parallel.build, "staged": pipeline.build, "served": pipeline.build}.get(how, tiny.build)
     model = build()
     rows = live.ROWS * RANKS.get(how, 2)
     wanted = ("layers.0.mlp", "layers.1.mlp", "lm_head")
@@ -109,7 +110,7 @@ def expect_records(run: flexmodel.Run, how: str, module: str, kind: str, steps: 
         captures.expect_close({record.step: record.tensor() / of_job}, {record.step: whole})
 
 
-TRAINING = ["plain", "ddp", "fsdp1", "fsdp2", "tp", "zero3", "staged"]
+TRAINING = ["plain", "ddp", "fsdp1", "fsdp2", "compiled_ddp", "compiled_fsdp2", "tp", "zero3", "staged"]
 
 
 @pytest.mark.parametrize("how", TRAINING)
@@ -161,7 +162,29 @@ def test_hooks_come_change_and_go_in_one_step_on_all_ranks(how, tmp_path):
         assert (loss == outcome.losses[step % live.BATCHES]) == (step not in edited), step
 
 
-@pytest.mark.parametrize("how", ["inference", "apart"])
+@pytest.mark.parametrize("how", ["parts", "by_hand", "in_turn", "in_backward"])
+def test_whatever_ends_a_step_all_of_the_next_has_the_hooks_that_it_began_with(how, tmp_path):
+    with session(how, tmp_path) as job:
+        first = job.change("add", "layers.0.mlp; lm_head; layers.1.mlp.down.weight:grad; lm_head.weight:grad")
+        job.reach(first["step"] + 6)
+        second = job.change("remove", "2")
+        job.reach(second["step"] + 6)
+        last = job.change("set", "layers.1.mlp")
+        job.reach(last["step"] + 6)
+        outcome = job.stop().expect(0)
+    run = captures.expect_sound(outcome.run)
+    begin, middle, end = (answer["step"] for answer in (first, second, last))
+    expect_records(run, how, "layers.0.mlp", "forward", range(begin, end))
+    expect_records(run, how, "lm_head", "forward", range(begin, middle))
+    expect_records(run, how, "layers.1.mlp", "forward", range(end, len(outcome.losses)))
+    if how in ("in_turn", "in_backward"):
+        for name in ("layers.1.mlp.down.weight", "lm_head.weight"):
+            expect_records(run, how, name, "grad", range(begin, end))
+    for step, loss in enumerate(outcome.losses):
+        assert loss == outcome.losses[step % live.BATCHES], step
+
+
+@pytest.mark.parametrize("how", ["inference", "served", "apart"])
 def test_without_an_optimizer_hooks_begin_with_a_pass(how, tmp_path):
     with session(how, tmp_path) as job:
         added = job.change("add", "layers.0.mlp")
@@ -173,7 +196,7 @@ def test_without_an_optimizer_hooks_begin_with_a_pass(how, tmp_path):
         job.reach(job.steps() + 8)
         outcome = job.stop().expect(0)
     run = captures.expect_sound(outcome.run)
-    if how == "inference":
+    if how != "apart":
         expect_records(run, how, "layers.0.mlp", "forward", range(added["step"], removed["step"]))
     else:
         assert (added["step"], removed["step"]) == (None, None)

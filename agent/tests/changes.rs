@@ -18,7 +18,7 @@ use wire::{
     control::{Answer, FromAgent, Question, StepRule, ToAgent, decode_next, encode},
     passing,
     register::SharedRegister,
-    revision::{Moment, Proposal, Register, Verdict},
+    revision::{Moment, Proposal, Register, Since, Verdict},
 };
 
 const SLAB: u64 = 1 << 20;
@@ -45,6 +45,19 @@ struct State {
     got: Vec<(Proposal, SharedRegister)>,
 }
 
+impl State {
+    fn new(does: &[Does]) -> Self {
+        Self {
+            revision: 0,
+            heard: 0,
+            clauses: vec![(1, "a".into())],
+            next: 5,
+            does: does.iter().cloned().collect(),
+            got: Vec::new(),
+        }
+    }
+}
+
 /// A rank that answers, as long as its connection lasts.
 struct Answering {
     state: Arc<Mutex<State>>,
@@ -53,15 +66,7 @@ struct Answering {
 
 impl Answering {
     fn start(agent: &Agent, rank: u32, world: u32, does: &[Does]) -> Self {
-        let state = State {
-            revision: 0,
-            heard: 0,
-            clauses: vec![(1, "a".into())],
-            next: 5,
-            does: does.iter().cloned().collect(),
-            got: Vec::new(),
-        };
-        Self::go_on(agent, rank, world, Arc::new(Mutex::new(state)))
+        Self::go_on(agent, rank, world, Arc::new(Mutex::new(State::new(does))))
     }
 
     fn go_on(agent: &Agent, rank: u32, world: u32, state: Arc<Mutex<State>>) -> Self {
@@ -71,6 +76,11 @@ impl Answering {
             FromAgent::InForce(plan) => assert_eq!(plan.revision, state.lock().unwrap().heard),
             welcome => assert_eq!((welcome, state.lock().unwrap().heard), (FromAgent::Welcome, 0)),
         }
+        Self::answer(made, state)
+    }
+
+    /// Of a rank that is attached.
+    fn answer(mut made: Rank, state: Arc<Mutex<State>>) -> Self {
         let its = state.clone();
         let thread = thread::spawn(move || {
             let (mut inbox, mut fds) = (Vec::new(), VecDeque::new());
@@ -115,7 +125,9 @@ fn answered(state: &mut State, question: Question, fds: &mut VecDeque<OwnedFd>) 
     Some(match question {
         Question::Plan => Answer::Plan {
             revision: state.revision,
+            since: Since { rule: StepRule::Optimizer, begins: Some(state.next) },
             heard: state.heard,
+            open: state.got.last().map(|(proposal, _)| proposal.plan.revision),
             clauses: state.clauses.iter().map(|(_, text)| text.clone()).collect(),
             ids: state.clauses.iter().map(|(id, _)| *id).collect(),
         },
@@ -233,6 +245,83 @@ fn a_rank_that_leaves_or_was_never_there_leaves_all_as_it_was() {
     assert_eq!(first.got(), [(1, Some(7), Verdict::Abandoned)]);
     let (_dir, empty) = self::agent();
     assert!(refused(&hooks(&empty.out, &[])).contains("no rank is attached"));
+}
+
+#[test]
+fn of_several_jobs_the_one_that_is_said_changes_its_hooks() {
+    let (_dir, agent) = agent();
+    let ranks = [0u32, 1].map(|job| {
+        let mut made = Rank::new(0, 1, SLAB);
+        let mut hello = made.hello();
+        (hello.pid, hello.job.group) = (hello.pid + job, 1 + u64::from(job));
+        assert_eq!(made.attach_as(&agent.socket, hello), FromAgent::Welcome);
+        Answering::answer(made, Arc::new(Mutex::new(State::new(&[]))))
+    });
+    let why = refused(&hooks(&agent.out, &["add", "b"]));
+    assert!(why.contains("several jobs are running in this run: 0, 1; say which with --job"), "{why}");
+    assert_eq!(told(&agent.out, &["add", "b", "--job", "1"])["revision"], 1);
+    assert_eq!(told(&agent.out, &["add", "c", "--job", "0"])["revision"], 1);
+    ranks.iter().for_each(Answering::turn);
+    for (job, clause) in [("0", "c"), ("1", "b")] {
+        assert_eq!(told(&agent.out, &["--job", job])["clauses"][1], json!({"id": 2, "text": clause}));
+    }
+    let lines = lines(&agent.out, "revision");
+    assert_eq!(lines.iter().map(|line| line["job"].as_u64().unwrap_or_default()).collect::<Vec<_>>(), [1, 0]);
+}
+
+/// Those of which one could not hear what was decided, and to which nothing more is to begin.
+#[test]
+fn ranks_that_differ_are_named_and_made_alike_by_a_whole_plan() {
+    let (_dir, agent) = agent();
+    let ranks: Vec<Answering> = (0..2).map(|rank| Answering::start(&agent, rank, 2, &[])).collect();
+    assert_eq!(told(&agent.out, &["add", "b"])["revision"], 1);
+    ranks[0].turn();
+    ranks[1].state.lock().unwrap().got.clear();
+    let why = refused(&hooks(&agent.out, &["add", "c"]));
+    assert!(why.contains("rank 1 has revision 0, rank 0 has revision 1 of the hooks"), "{why}");
+    assert!(why.contains("hooks RUN set CLAUSES"), "{why}");
+    assert_eq!(told(&agent.out, &["set", "d"])["revision"], 2);
+    ranks.iter().for_each(Answering::turn);
+    assert_eq!(told(&agent.out, &["add", "e"])["revision"], 3);
+    // Where no rank began what was decided, the hooks are what all have.
+    ranks.iter().for_each(|rank| rank.state.lock().unwrap().got.clear());
+    assert_eq!(told(&agent.out, &["add", "f"])["revision"], 4);
+    ranks.iter().for_each(Answering::turn);
+    let texts: Vec<Value> =
+        told(&agent.out, &[])["clauses"].as_array().unwrap().iter().map(|c| c["text"].clone()).collect();
+    assert_eq!(texts, ["d", "f"]);
+}
+
+/// One that an agent did not live to tell of, or that an attempt began with.
+#[test]
+fn a_revision_that_a_rank_has_is_in_the_manifest_whoever_decided_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::start(dir.path());
+    let mut made = Rank::new(0, 1, SLAB);
+    let clauses = vec![(2, "b".into()), (5, "c:grad".into())];
+    let state = State { revision: 3, heard: 3, clauses, next: 9, ..State::new(&[]) };
+    assert_eq!(made.attach(&agent.socket), FromAgent::Welcome);
+    let _rank = Answering::answer(made, Arc::new(Mutex::new(state)));
+    wait_until("the line", || !lines(&agent.out, "revision").is_empty());
+    let [line] = lines(&agent.out, "revision").try_into().unwrap();
+    assert_eq!((&line["revision"], &line["begins"], &line["ranks"]), (&json!(3), &json!(9), &json!(1)));
+    assert_eq!(line["clauses"], json!([{"id": 2, "text": "b"}, {"id": 5, "text": "c:grad"}]));
+}
+
+#[test]
+fn a_name_that_no_module_has_is_noted() {
+    let (_dir, agent) = agent();
+    let mut made = Rank::new(0, 1, SLAB);
+    assert_eq!(made.attach(&agent.socket), FromAgent::Welcome);
+    let modules = ["", "layers", "layers.0", "layers.0.mlp", "lm_head"].map(str::to_owned).to_vec();
+    made.say(&ToAgent::Others { modules });
+    let rank = Answering::answer(made, Arc::new(Mutex::new(State::new(&[]))));
+    let notes =
+        &told(&agent.out, &["add", "layers.*.mpl; lm_head; lm_haed.weight:grad; class=Nothing; **.mlp"])["notes"];
+    let note = "'layers.*.mpl' matches none of the modules that the job has called so far; nearest: layers.*.mlp";
+    assert_eq!(notes.as_array().unwrap().len(), 1, "{notes}");
+    assert!(notes[0].as_str().unwrap().starts_with(note), "{notes}");
+    rank.turn();
 }
 
 #[test]

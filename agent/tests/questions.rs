@@ -5,7 +5,10 @@ mod rank;
 use std::{io::Write, os::unix::net::UnixStream};
 
 use rank::*;
-use wire::control::{Answer, FromAgent, Question, ToAgent, encode};
+use wire::{
+    control::{Answer, FromAgent, Question, StepRule, ToAgent, encode},
+    revision::Since,
+};
 
 const SLAB: u64 = 1 << 20;
 
@@ -15,7 +18,7 @@ fn asked(agent: &Agent, rank: u32, world: u32) -> (Rank, u64) {
     let stream = UnixStream::connect(&agent.socket).unwrap();
     send_with_fd(&stream, &encode(&ToAgent::Hello(rank.hello())).unwrap(), rank.slab.mapping());
     let mut inbox = Vec::new();
-    assert_eq!(hear(&stream, &mut inbox, |_| true), FromAgent::Welcome);
+    assert_eq!(hear(&stream, &mut inbox, |word| !matches!(word, FromAgent::InForce(_))), FromAgent::Welcome);
     let FromAgent::Ask { id, question: Question::Plan } = hear(&stream, &mut inbox, |_| true) else {
         panic!("another word")
     };
@@ -24,10 +27,12 @@ fn asked(agent: &Agent, rank: u32, world: u32) -> (Rank, u64) {
 }
 
 fn plan(id: u64, revision: u64) -> ToAgent {
-    ToAgent::Answer {
-        id,
-        answer: Answer::Plan { revision, heard: revision, clauses: vec!["layers.*.mlp".into()], ids: vec![1] },
-    }
+    says(id, revision, vec!["layers.*.mlp".into()], vec![1])
+}
+
+fn says(id: u64, revision: u64, clauses: Vec<String>, ids: Vec<u32>) -> ToAgent {
+    let since = Since { rule: StepRule::Optimizer, begins: Some(3) };
+    ToAgent::Answer { id, answer: Answer::Plan { revision, since, heard: revision, open: None, clauses, ids } }
 }
 
 #[test]
@@ -64,7 +69,7 @@ fn answers_that_nobody_asked_for_and_none_at_all_cost_nothing() {
         liar.say(&plan(wrong, wrong));
     }
     let many = vec!["x".repeat(100); 100_000];
-    liar.say(&ToAgent::Answer { id, answer: Answer::Plan { revision: 0, heard: 0, clauses: many, ids: Vec::new() } });
+    liar.say(&says(id, 0, many, Vec::new()));
     liar.say(&plan(id, 7));
     let (mut silent, _) = asked(&agent, 1, 2);
     for rank in [&mut liar, &mut silent] {

@@ -305,6 +305,13 @@ PyObject* py_turn(PyObject*, PyObject* args) {
   return PyBool_FromLong(turned ? 1 : 0);
 }
 
+// goes_on(serial, part, tap) -> bool
+PyObject* py_goes_on(PyObject*, PyObject* args) {
+  long long serial = -1, part = -1, tap = -1;
+  if (PyArg_ParseTuple(args, "LLL", &serial, &part, &tap) == 0) return nullptr;
+  return PyBool_FromLong(host().goes_on(serial, part, tap) ? 1 : 0);
+}
+
 PyObject* py_due(PyObject*, PyObject*) { return PyBool_FromLong(host().due() ? 1 : 0); }
 
 PyObject* py_revision(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(host().revision()); }
@@ -387,6 +394,7 @@ PyMethodDef functions[] = {
     {"stepped", py_stepped, METH_O, "An optimizer stepped, or was skipped."},
     {"backward_ended", py_backward_ended, METH_NOARGS, "A backward pass ended, or raised."},
     {"due", py_due, METH_NOARGS, "Whether the next pass may be one that other hooks begin with."},
+    {"goes_on", py_goes_on, METH_VARARGS, "Whether a call of a part of a model goes on with a pass that has begun."},
     {"turn", py_turn, METH_VARARGS, "A model may be about to be called: whether other hooks are in force from now on."},
     {"forbid_compiling", text<&HostTable::forbid_compiling>, METH_O, "Why modules may not be compiled again from now on; empty: they may."},
     {"turn_with", py_turn_with, METH_O, "Keeps the function that is called when a pass has ended and other hooks may begin with the next."},

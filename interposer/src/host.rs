@@ -12,7 +12,7 @@ use wire::{
     tap_abi::{self, Call, HostTable, Leaf, LeafEdit, ModelDesc, Rank, Selected, Str, TAP_ABI, Trigger},
 };
 
-use capture::{Capture, engine::Engine};
+use capture::{Capture, clock::Caller, engine::Engine};
 
 use crate::{instance, state};
 
@@ -35,6 +35,7 @@ pub static HOST: HostTable = HostTable {
     parameter_due,
     begin_parameter,
     due,
+    goes_on,
     turn,
     revision,
     forbid_compiling,
@@ -157,6 +158,12 @@ unsafe extern "C" fn begin_parameter(tap: u32, kind: u8, version: u64, out: *mut
 
 unsafe extern "C" fn due() -> bool {
     boundary(Capture::is_due)
+}
+
+unsafe extern "C" fn goes_on(serial: i64, part: i64, tap: i64) -> bool {
+    let part = u64::try_from(part).ok().map(Caller::Part);
+    let tap = u32::try_from(tap).ok().map(Caller::Tap);
+    engine(|e| e.goes_on(u64::try_from(serial).ok(), &[part, tap]))
 }
 
 unsafe extern "C" fn turn(rank: Rank) -> bool {

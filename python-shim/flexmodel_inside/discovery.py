@@ -29,13 +29,13 @@ from .holders import Holders
 from .layouts import Layouts
 from .mesh import ASSUMED, PIPELINE, Axis, Meshes, unknown
 from .module_registry import ModuleRegistry
-from .naming import all_in, authored, authored_class, is_module, is_scripted, stored, walk
+from .naming import all_in, authored, authored_class, held_by, is_module, is_scripted, stored, walk
 from .orders import UNSTATED, orders
 from .parameters import Parameters, ParameterTaps
 from .patches import given
 from .ranks import Group, rank_and_world, sign, started_by_rank
 from .store import JobStore
-from .tapping import Tapping
+from .tapping import Tapping, part_of
 
 # A mask of every kind of capture.
 _ALL_KINDS = 0xFFFFFFFF
@@ -78,6 +78,7 @@ class Discovery:
         self._parameters = Parameters(self._layouts, self._frameworks)
         self._collectives = Collectives(self._meshes, lambda: bool(self._frameworks.first("is_reducing")))
         self._look_at = guarded(bridge, self._look)
+        self._goes_on_with = guarded(bridge, self._goes_on)
         # Functions of torch.compile's begin without a word to us.
         self._settle_early = False
         self._armed = False
@@ -119,9 +120,11 @@ class Discovery:
 
         @functools.wraps(original)
         def __call__(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and discovery._armed and not discovery._must_wait():
-                discovery._disarm()
-                discovery._look_at(args[0] if args and is_module(args[0]) else None)
+            if not torch.compiler.is_compiling() and discovery._armed:
+                called = args[0] if args and is_module(args[0]) else None
+                if not discovery._must_wait(called):
+                    discovery._disarm()
+                    discovery._look_at(called)
             return original(*args, **kwargs)
 
         return __call__
@@ -132,7 +135,7 @@ class Discovery:
         @functools.wraps(original)
         def _callback_from_stance(*args: Any, **kwargs: Any) -> Any:
             # Called with nothing it is one that must not be compiled, in the middle of others.
-            if self._armed and not self._must_wait() and callable(given(args, kwargs, 0, "callback")):
+            if self._armed and not self._must_wait(None) and callable(given(args, kwargs, 0, "callback")):
                 self._disarm()
                 self._look_at(None)
             return original(*args, **kwargs)
@@ -147,10 +150,25 @@ class Discovery:
             for entry in self._entries:
                 entry.put()
 
-    def _must_wait(self) -> bool:
-        """Whether nobody may look now: what is called is not the job's own work, or a replay in a backward pass,
-        which goes on with the hooks that it was begun with."""
-        return self._paused or (self._turning and torch._C._current_graph_task_id() != -1)
+    def _must_wait(self, called: nn.Module | None) -> bool:
+        """Whether nobody may look now: what is called is not the job's own work, or goes on with the hooks that it was
+        begun with, as a replay in a backward pass and a part of a pass do."""
+        if self._paused or not self._turning:
+            return self._paused
+        return torch._C._current_graph_task_id() != -1 or bool(called is not None and self._goes_on_with(called))
+
+    def _goes_on(self, called: nn.Module) -> bool:
+        """Whether the call of a module begins no pass."""
+        module = authored(called)
+        known = self._registry.known(module)
+        if known is None or (known.tapped is None and not known.marks):
+            # A function, such as a loss, is in no model; what else nobody knows is a new one.
+            is_function = not held_by(module) and not stored(module)
+            return is_function or (known is not None and self._bridge.goes_on(-1, -1, -1))
+        if known.model:
+            return False
+        models = known.marks if known.tapped is None else {*known.marks, known.tapped[0]}
+        return any(self._bridge.goes_on(serial, part_of(known), known.tap) for serial in models)
 
     def _disarm(self) -> None:
         for entry in self._entries:
@@ -254,6 +272,8 @@ class Discovery:
         )
         self._parameter_taps.drop(known.serial)
         self._holders.drop(known.serial)
+        if stage is not None:
+            self._tell_microbatches(known.serial, stage)
         if not selected and not of_parameters:
             # Its passes are counted all the same: hooks may come. What has neither parts nor parameters is a function.
             if len(modules) > 1 or stored(model):
@@ -262,8 +282,6 @@ class Discovery:
                 known.model = True
                 self._taps.put(known.serial, model, modules, [], called, models)
             return
-        if stage is not None:
-            self._tell_microbatches(known.serial, stage)
         each = list(parameters.items())
         self._parameter_taps.put(known.serial, {tap: each[index] for index, tap in of_parameters})
         sign(world)

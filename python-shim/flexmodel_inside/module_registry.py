@@ -20,17 +20,18 @@ from .patches import follow, given, undone
 class Member:
     """What is known of a module, for as long as that lives."""
 
-    __slots__ = ("hooks", "marks", "model", "module", "serial", "tapped")
+    __slots__ = ("hooks", "marks", "model", "module", "serial", "tap", "tapped")
 
     def __init__(self, module: weakref.ref[nn.Module], serial: int) -> None:
         self.module = module
         # A number of its own, in the order in which modules became known.
         self.serial = serial
-        # Whether it is a model with taps.
+        # Whether it is a model whose passes are counted.
         self.model = False
-        # The serials of models whose passes it marks, and the model and the name that its tap is for.
+        # The serials of models whose passes it marks, and the model and the name that its tap is for, with the tap's number.
         self.marks: set[int] = set()
         self.tapped: tuple[int, str] | None = None
+        self.tap = -1
         # Hooks of ours: the attribute of the module, and the key.
         self.hooks: list[tuple[str, int]] = []
 
@@ -125,6 +126,10 @@ class ModuleRegistry:
         member = self.member(module)
         if self._fresh is not None:
             self._fresh[id(module)] = member
+
+    def known(self, module: nn.Module) -> Member | None:
+        """What is known of the module, if anything is."""
+        return self._members.get(id(module))
 
     def member(self, module: nn.Module) -> Member:
         """What is known of the module; from now on it is known."""

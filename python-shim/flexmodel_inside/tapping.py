@@ -15,8 +15,13 @@ from . import compiled, compiler, guarded, hooks, patches, uniform_hooks
 from .caches import Caches
 from .faults import Faults
 from .graphs import Graphs
-from .module_registry import ModuleRegistry
-from .naming import holders, is_called_in_parts, own
+from .module_registry import Member, ModuleRegistry
+from .naming import authored, holders, is_called_in_parts, own
+
+
+def part_of(member: Member) -> int:
+    """The number of a module as a part of any model that it is in; 0 is the model itself."""
+    return member.serial + 1
 
 
 class Tapping:
@@ -55,19 +60,25 @@ class Tapping:
         calls now, if that is known; `models` are the serials of all models."""
         inside = [module for _, module in modules]
         marking = [model]
-        if selected and is_called_in_parts(inside, model if called is None else called):
-            marking += holders(inside, [inside[index] for index, _ in selected])
+        if is_called_in_parts(inside, model if called is None else called):
+            # Where nothing is selected, what is called first tells the passes.
+            marking += holders(inside, [inside[index] for index, _ in selected]) or self._of_call(inside, called)
         for module in marking:
             known = self._registry.member(module)
             if serial not in known.marks:
                 known.marks.add(serial)
-                begin, end = self._bridge.pass_hooks(serial, 0 if module is model else known.serial + 1)
+                begin, end = self._bridge.pass_hooks(serial, 0 if module is model else part_of(known))
                 key = compiled.PASS_KEY - len(known.marks)
                 self._hook(module, key, begin, end, always_call=self._traceable is None)
         for index, (before, after) in selected:
             name, module = modules[index]
             self._faults.of(name or "the model", self._tap_module, name, module, before, after, serial, models)
         self._has_new = True
+
+    def _of_call(self, modules: list[nn.Module], called: nn.Module | None) -> list[nn.Module]:
+        """What is called, of these modules."""
+        module = None if called is None else authored(called)
+        return [each for each in modules if each is module]
 
     def _tap_module(self, name: str, module: nn.Module, before: Any, after: Any, serial: int, models: Set[int]) -> None:
         known = self._registry.member(module)
@@ -78,7 +89,7 @@ class Tapping:
                 return
             self._untap(module)
         self._hook(module, compiled.TAP_KEY, before, after)
-        known.tapped = (serial, name)
+        known.tapped, known.tap = (serial, name), after.tap
 
     def _hook(self, module: nn.Module, key: int, before: Any, after: Any, always_call: bool = False) -> None:
         """Puts both hooks on a module at once: in a graph one counts on the other. `before` may be None."""
@@ -130,7 +141,7 @@ class Tapping:
                     kept.append((kind, key))
                 else:
                     hooks.drop(module, kind, key)
-            member.hooks, member.tapped = kept, None
+            member.hooks, member.tapped, member.tap = kept, None, -1
             member.marks.clear()
 
     def renew_graphs(self) -> bool:

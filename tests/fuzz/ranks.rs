@@ -21,6 +21,7 @@ use wire::{
     dtype::DType,
     env::OnFull,
     record::{Axis, Placement, RecordMeta},
+    revision::Since,
     slab::SlabWriter,
 };
 
@@ -49,7 +50,7 @@ impl Agent {
         let options = Options { shard_bytes: 4 << 20, notify: Box::new(|_| {}) };
         let (store, before, jobs) = Store::open(folder, options).expect("an empty folder");
         let board = Arc::new(Board::new(before));
-        Self { server: Server::new(store, board, jobs, None).expect("a thread") }
+        Self { server: Server::new(store, board, jobs, None, false).expect("a thread") }
     }
 
     /// A process that connects.
@@ -229,7 +230,8 @@ impl Other {
             Act::Answer { id, revision, clauses } => {
                 let ids = (0..u32::from(clauses % 1999)).collect();
                 let clauses = (0..clauses % 2000).map(|n| n.to_string()).collect();
-                let answer = Answer::Plan { revision, heard: revision, clauses, ids };
+                let (since, open) = (Since::default(), Some(revision));
+                let answer = Answer::Plan { revision, since, heard: revision, open, clauses, ids };
                 self.say(&ToAgent::Answer { id: id.into(), answer })
             }
             Act::Garbage { bytes } => self.send(&bytes),

@@ -4,6 +4,7 @@ Its optimizer changes nothing and its batches come again after four steps, so wh
 these did.
 """
 
+import functools
 import itertools
 import pathlib
 import sys
@@ -71,6 +72,20 @@ def fsdp2() -> Step:
 
     model = tiny.build()
     for layer in model.layers:
+        fully_shard(layer)
+    return training(fully_shard(model))
+
+
+def compiled_ddp() -> Step:
+    return training(torch.compile(torch.nn.parallel.DistributedDataParallel(tiny.build()), backend="aot_eager"))
+
+
+def compiled_fsdp2() -> Step:
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny.build()
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
         fully_shard(layer)
     return training(fully_shard(model))
 
@@ -155,7 +170,94 @@ def apart() -> Step:
     return step
 
 
-HOW = {each.__name__: each for each in (plain, ddp, fsdp1, fsdp2, tp, zero3, staged, inference, apart)}
+def parts() -> Step:
+    """A process that calls the parts of its model, and never the model."""
+    model = tiny.build().eval()
+
+    @torch.no_grad()
+    def step(number: int) -> torch.Tensor:
+        tokens, targets = tiny.batch(number, [ROWS], 0)
+        hidden = model.embed(tokens)
+        for layer in model.layers:
+            hidden = layer(hidden)
+        return tiny.loss_of(model.lm_head(model.norm(hidden)), targets)
+
+    return step
+
+
+def served() -> Step:
+    """Stages of a pipeline without an optimizer: each counts its passes by itself."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    submod = pipeline.stage_of(pipeline.build(), rank, world).eval()
+    stage = pipeline.PipelineStage(submod, rank, world, torch.device("cpu"))
+    schedule = pipeline.get_schedule_class("GPipe")(stage, n_microbatches=len(pipeline.SIZES))
+
+    @torch.no_grad()
+    def step(number: int) -> torch.Tensor:
+        tokens, targets = tiny.batch(number, [sum(pipeline.SIZES)], 0)
+        logits = schedule.eval(*([tokens] if rank == 0 else []))
+        loss = torch.zeros(()) if logits is None else tiny.loss_of(logits, targets)
+        dist.broadcast(loss, src=world - 1)
+        return loss
+
+    return step
+
+
+def by_hand() -> Step:
+    """A process without an optimizer: backward passes end its steps."""
+    model = tiny.build()
+
+    def step(number: int) -> torch.Tensor:
+        tokens, targets = tiny.batch(number, [ROWS], 0)
+        loss = tiny.loss_of(model(tokens), targets)
+        model.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def in_turn() -> Step:
+    """Two optimizers step one after the other, with a module called between that is no model."""
+    model, criterion = tiny.build(), torch.nn.MSELoss()
+    halves = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (model.layers, model.lm_head)]
+
+    def step(number: int) -> torch.Tensor:
+        tokens, targets = tiny.batch(number, [ROWS], 0)
+        loss = tiny.loss_of(model(tokens), targets)
+        model.zero_grad()
+        loss.backward()
+        halves[0].step()
+        criterion(tokens.float(), targets.float())
+        halves[1].step()
+        return loss.detach()
+
+    return step
+
+
+def in_backward() -> Step:
+    """Each parameter has an optimizer of its own, which steps in the backward pass, and layers are computed again there."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = tiny.build()
+    of = {parameter: torch.optim.SGD([parameter], lr=0.0) for parameter in model.parameters()}
+    for parameter, optimizer in of.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    for layer in model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def step(number: int) -> torch.Tensor:
+        tokens, targets = tiny.batch(number, [ROWS], 0)
+        loss = tiny.loss_of(model(tokens), targets)
+        model.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+TRAINING = (plain, ddp, fsdp1, fsdp2, compiled_ddp, compiled_fsdp2, tp, zero3, staged, by_hand, in_turn, in_backward)
+HOW = {each.__name__: each for each in (*TRAINING, inference, apart, parts, served)}
 
 
 def main(how: str, stop: str) -> None:
@@ -170,8 +272,12 @@ def main(how: str, stop: str) -> None:
         time.sleep(0.005)
 
 
+ALONE = {each.__name__ for each in (plain, parts, by_hand, in_turn, in_backward)}
+"""Those of one process."""
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "plain":
+    if sys.argv[1] in ALONE:
         main(*sys.argv[1:])
     else:
         if sys.argv[1] == "zero3":

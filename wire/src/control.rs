@@ -20,12 +20,12 @@ use serde::{Deserialize, Serialize};
 use crate::{
     env::OnFull,
     passes::{Pass, Run},
-    revision::{MAX_PLAN, Moment, Plan, Proposal},
+    revision::{MAX_PLAN, Moment, Plan, Proposal, Since},
     store::{Place, StoreOp},
 };
 
 /// Version of the messages; peers with another one are refused by name.
-pub const CONTROL_VERSION: u32 = 9;
+pub const CONTROL_VERSION: u32 = 10;
 /// Largest body in bytes.
 pub const MAX_BODY: usize = 16 << 20;
 /// Most bytes of a [`FromAgent`] with its length prefix: a rank takes no longer one.
@@ -231,8 +231,12 @@ pub enum Answer<N = Vec<String>> {
     Plan {
         /// Its revision; that of the environment is 0.
         revision: u64,
+        /// When it began.
+        since: Since,
         /// The highest revision that the rank has heard of.
         heard: u64,
+        /// The one that is proposed, or has not begun yet.
+        open: Option<u64>,
         /// Its clauses as they were written.
         clauses: N,
         /// The number of each.
@@ -382,7 +386,7 @@ mod tests {
     fn a_question_and_its_answer_have_one_number() {
         let clauses = vec![Clause { id: u32::MAX, text: "x".repeat(MAX_PLAN) }];
         let plan = Plan { revision: u64::MAX, clauses, last_id: u32::MAX };
-        let proposal = Proposal { plan, base: u64::MAX, rule: StepRule::Optimizer, begins: Some(u64::MAX) };
+        let proposal = Proposal { plan, base: Some(u64::MAX), rule: StepRule::Optimizer, begins: Some(u64::MAX) };
         let mut all = 0;
         let place = Place::Store { key: "k".repeat(MAX_KEY), commit: vec![255; 32] };
         let wait = StoreOp::WaitFor { key: "k".repeat(MAX_KEY), limit_ms: u32::MAX };
@@ -396,7 +400,14 @@ mod tests {
         let settle = StoreOp::Settle { key: "k".repeat(MAX_KEY), value: vec![255; MAX_VALUE] };
         let ask = FromAgent::Ask { id: u64::MAX, question: Question::Store(settle) };
         assert!(encode(&ask).unwrap().len() < MAX_FROM_AGENT);
-        let answer = Answer::Plan { revision: 3, heard: 4, clauses: vec!["a".into()], ids: vec![7] };
+        let answer = Answer::Plan {
+            revision: 3,
+            since: Since { rule: StepRule::Optimizer, begins: Some(5) },
+            heard: 4,
+            open: Some(4),
+            clauses: vec!["a".into()],
+            ids: vec![7],
+        };
         let answer = ToAgent::Answer { id: u64::MAX, answer };
         assert_eq!(decode_next(&mut encode(&answer).unwrap()), Ok(Some(answer)));
     }

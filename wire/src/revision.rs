@@ -60,13 +60,22 @@ pub struct Moment {
     pub together: bool,
 }
 
+/// When a plan began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Since {
+    /// What `begins` counts.
+    pub rule: StepRule,
+    /// The step, or pass, that it began with; `None`: on each rank with another pass.
+    pub begins: Option<u64>,
+}
+
 /// The next plan of a job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proposal {
     /// The plan, with a number that no proposal had before.
     pub plan: Plan,
-    /// The revision that it takes the place of.
-    pub base: u64,
+    /// The revision that it takes the place of; `None`: of any, where nothing of that is left.
+    pub base: Option<u64>,
     /// What `begins` counts.
     pub rule: StepRule,
     /// The step, or pass, that it begins with; `None`: with each rank's next pass.
@@ -101,7 +110,7 @@ pub enum Decided<P> {
     /// It stays, since the register cannot be reached: other ranks may do otherwise.
     Unreachable(u64),
     /// The proposed plan takes its place.
-    Replaced(P),
+    Replaced(P, Since),
 }
 
 /// A rank's half: the proposal that is open, if any. `P` is the plan in the rank's own form.
@@ -133,9 +142,9 @@ impl<P> Ballot<P> {
         self.heard
     }
 
-    /// Whether a proposal is open, or has not begun yet.
-    pub fn is_open(&self) -> bool {
-        self.open.is_some()
+    /// The revision that is proposed, or has not begun yet.
+    pub fn open(&self) -> Option<u64> {
+        self.open.as_ref().map(|open| open.revision)
     }
 
     /// A plan is in force without a proposal.
@@ -165,8 +174,8 @@ impl<P> Ballot<P> {
             }
             self.open = None;
         }
-        if proposal.base != in_force {
-            return Err(format!("has revision {in_force} in force, not {}", proposal.base));
+        if let Some(base) = proposal.base.filter(|base| *base != in_force) {
+            return Err(format!("has revision {in_force} in force, not {base}"));
         }
         if proposal.rule != now.rule {
             return Err("counts its steps otherwise than the other ranks just now".into());
@@ -201,7 +210,7 @@ impl<P> Ballot<P> {
         }
         let Some(open) = self.open.take() else { return Decided::Stays };
         match open.register.settle(Verdict::Abandoned) {
-            Some(Verdict::Commit) => Decided::Replaced(open.plan),
+            Some(Verdict::Commit) => Decided::Replaced(open.plan, Since { rule: open.rule, begins: open.begins }),
             Some(_) => Decided::Stays,
             None => Decided::Unreachable(open.revision),
         }

@@ -19,7 +19,7 @@ use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 use crate::codes::CopyState;
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 12;
+pub const TAP_ABI: u32 = 13;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -335,6 +335,9 @@ pub struct HostTable {
     pub begin_parameter: unsafe extern "C" fn(tap: u32, kind: u8, version: u64, out: *mut Call) -> bool,
     /// Whether the next pass may be one that another plan of hooks begins with: `turn` is to be called before it.
     pub due: unsafe extern "C" fn() -> bool,
+    /// Whether a call of a module goes on with a pass that has begun, so that no other plan begins with it: as a part, by this
+    /// number, or a tap of a model of this serial; negative: it is neither, or of no model.
+    pub goes_on: unsafe extern "C" fn(serial: i64, part: i64, tap: i64) -> bool,
     /// A model may be about to be called, in a process that is this rank. Whether another plan is in force from now on, so that
     /// all models are to be selected from again.
     pub turn: unsafe extern "C" fn(rank: Rank) -> bool,
@@ -525,7 +528,7 @@ layouts! {
     ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count, signature }
     Rank { rank, world, group }
     HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, optimizers_of,
-        stepped, backward_ended, triggered, parameter_due, begin_parameter, due, turn, revision, forbid_compiling, capture, edit, notice, fault, plan, joined, per_rank, store, finish, active }
+        stepped, backward_ended, triggered, parameter_due, begin_parameter, due, goes_on, turn, revision, forbid_compiling, capture, edit, notice, fault, plan, joined, per_rank, store, finish, active }
 }
 
 // SAFETY: plain function pointers.

@@ -5,7 +5,7 @@
 //! the number of a process.
 
 use std::{
-    fs::{File, Permissions},
+    fs::{self, File, Permissions},
     io,
     os::{
         fd::AsRawFd,
@@ -28,6 +28,9 @@ pub struct Holder {
     pub pid: u32,
     /// Its host's name; empty: it does not say, as before there were ports.
     pub node: String,
+    /// The number that its host's kernel drew when it started, since hosts may have one name; empty: it does not say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub boot: String,
     /// The port on its host's loopback where it answers HTTP; `None` before it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -39,7 +42,13 @@ pub struct Holder {
 impl Holder {
     /// This process, which answers nowhere yet.
     pub fn this() -> Self {
-        Self { pid: std::process::id(), node: wire::env::host(), port: None, token: None }
+        Self { pid: std::process::id(), node: wire::env::host(), boot: boot(), port: None, token: None }
+    }
+
+    /// Whether it runs on this host, as far as it says.
+    pub fn is_here(&self) -> bool {
+        let (node, boot) = (wire::env::host(), boot());
+        (self.node == node || self.node.is_empty()) && (self.boot == boot || self.boot.is_empty() || boot.is_empty())
     }
 
     /// Writes it over what a file that is open and locked said.
@@ -75,6 +84,10 @@ impl Holder {
     }
 }
 
+fn boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
 /// Whether somebody holds the lock of a file.
 pub fn is_locked(file: &File) -> bool {
     // SAFETY: the descriptor is open. The lock is one that any number may hold, and goes at once.
@@ -102,8 +115,6 @@ pub fn holder(run: &Path) -> io::Result<Option<Holder>> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[test]
@@ -123,6 +134,16 @@ mod tests {
         }
         assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!((silent.pid, silent.node.is_empty()), (std::process::id(), false));
+    }
+
+    #[test]
+    fn a_host_is_told_from_another_of_its_name() {
+        let this = Holder::this();
+        assert!(
+            this.is_here() && Holder::default().is_here() && Holder { boot: String::new(), ..this.clone() }.is_here()
+        );
+        assert!(!Holder { boot: "another".into(), ..this.clone() }.is_here() || this.boot.is_empty());
+        assert!(!Holder { node: "another".into(), ..this }.is_here());
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Agent {
         }
         board.show_again(&before);
         save(&store, &board);
-        let server = Server::new(store, board, jobs, args.nodes.or_else(|| above_nodes(&args.out)))
+        let server = Server::new(store, board, jobs, args.nodes.or_else(|| above_nodes(&args.out)), args.read_only)
             .context("cannot start a thread")?;
         Ok(Self { child: args.child, server, listening, dashboard, token, read_only: args.read_only })
     }

@@ -25,7 +25,6 @@ use super::{
     Arrival, Server, ingest,
     jobs::Member,
     listed::Heard,
-    ranks,
     session::{Session, inode_of},
     socket::CHUNK,
 };
@@ -192,7 +191,7 @@ pub async fn serve(server: Arc<Server>, stream: UnixStream, arrival: Arrival) {
         }
     }
     let mut questions = server.ranks.join(who);
-    tokio::spawn(ranks::compare_plan(server.clone(), who));
+    tokio::spawn(server.clone().compare_plan(rank.job.id, number));
     tokio::spawn(server.clone().watch(rank.job.id));
     line.done();
     loop {

@@ -1,6 +1,7 @@
 //! What people see of the run: `run.json`, notices, and the dashboard's live state.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -14,7 +15,10 @@ use flexmodel_run::{
     ownership::{self, MAX_MODULES},
     write::Store,
 };
-use wire::control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, StepRule, clip, too_many_models};
+use wire::{
+    control::{Hello, MAX_MODELS, MAX_NOTICE, MAX_NOTICES, ModuleInfo, StepRule, clip, too_many_models},
+    hooks::{Hook, Kind, Selector, nearest},
+};
 
 use super::listed::Listed;
 use crate::{live::Live, say, secrets};
@@ -201,6 +205,25 @@ impl Board {
             self.change();
         }
         self.tell(left_out, changed.is_err());
+    }
+
+    /// Clauses by name that match none of a job's modules, as far as these are known, each with what may be meant.
+    pub fn unmatched(&self, job: JobId, clauses: &[Hook]) -> Vec<String> {
+        let known = self.known();
+        let groups = known.info.owners.iter().filter(|group| group.job == job);
+        let names: BTreeSet<&str> = groups.flat_map(|group| group.modules.iter()).map(|name| &**name).collect();
+        // Of parameters and classes the agent does not know all names.
+        let is_by_name = |clause: &&Hook| {
+            !matches!(clause.selector, Selector::Class(_)) && clause.kind_mask() & !Kind::OF_PARAMETERS != 0
+        };
+        let lost = clauses.iter().filter(is_by_name).filter(|_| !names.is_empty());
+        lost.filter(|clause| !names.iter().any(|name| clause.selector.matches(name, "", "")))
+            .map(|clause| {
+                let near = nearest(&clause.selector, names.iter().map(|name| (*name, "")), 3);
+                let hint = if near.is_empty() { String::new() } else { format!("; nearest: {}", near.join(", ")) };
+                format!("'{}' matches none of the modules that the job has called so far{hint}", clause.selector)
+            })
+            .collect()
     }
 
     /// Says once what is not listed.

@@ -1,9 +1,9 @@
 //! Changes the hooks of a running job: the leader's half of [`wire::revision`].
 //!
 //! One command at a time changes the hooks of a job. Where all of its ranks are attached to this agent it is decided in shared
-//! memory, and else in the job's store, with the agents of the other nodes ([`super::nodes`]). What has come of a command is told to whoever gave it within a bound: each question
-//! to a rank has one ([`ASK`], [`CONFIRM`]), and a proposal that begins too soon for some rank is made again a few times,
-//! further ahead.
+//! memory, and else in the job's store, with the agents of the other nodes ([`super::nodes`]). What has come of a command is
+//! told to whoever gave it within a bound ([`BOUND`]): each question to a rank has one, and a proposal that begins too soon for
+//! some rank is made again a few times, further ahead.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,30 +13,31 @@ use std::{
 
 use flexmodel_run::format::{JobId, Revision};
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinSet;
 use wire::{
     control::Question,
-    hooks,
+    hooks::{self, Hook},
     register::SharedRegister,
-    revision::{Clause, Count, MAX_PLAN, Moment, Plan, Proposal, Register, Verdict, beginning},
+    revision::{Clause, Count, MAX_PLAN, Plan, Proposal, Register, Since, Verdict, beginning},
     store::Place,
 };
 
 use super::{
     Server,
+    asking::{ASK, Found},
     board::now_ns,
     nodes::{Agent, watch::Attached},
-    ranks::{Answer, NoAnswer},
 };
 use crate::text::named_ranks;
 
-/// How long a rank may take to say where it is.
-const ASK: Duration = Duration::from_secs(5);
 /// How long all ranks may take to confirm.
 pub const CONFIRM: Duration = Duration::from_secs(10);
 /// How long a command waits for the revision before it to begin, and how often it looks.
 const BEGIN: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(50);
+/// After how long no proposal is made again.
+const AGAIN: Duration = Duration::from_secs(30);
+/// How long a command may take in all, where each of a job's nodes takes as long as it may.
+pub const BOUND: Duration = Duration::from_secs(120);
 /// How many times further ahead than at first a proposal begins, in turn.
 const FARTHER: [u64; 3] = [1, 4, 16];
 /// The same factor for a job on several nodes, whose agents hear of a proposal one after the other.
@@ -104,6 +105,8 @@ pub enum Refused {
 struct Known {
     /// The last plan that was decided upon, and the step that it begins with.
     last: Option<(Plan, Option<u64>)>,
+    /// The last revision of each attempt that is in the manifest.
+    told: BTreeMap<u32, u64>,
     /// A command is changing them.
     changing: bool,
 }
@@ -129,7 +132,8 @@ impl Changes {
     pub fn new(revisions: Vec<Revision>) -> Self {
         let known = |Revision { job, revision, begins, clauses, last_id, .. }: Revision| {
             let plan = Plan { revision, clauses, last_id };
-            (job.job, Known { last: Some((plan, begins)), changing: false })
+            let told = BTreeMap::from([(job.attempt, revision)]);
+            (job.job, Known { last: Some((plan, begins)), told, changing: false })
         };
         Self(Mutex::new(revisions.into_iter().map(known).collect()))
     }
@@ -156,16 +160,6 @@ impl Changes {
     }
 }
 
-/// The plan that ranks have in force.
-struct Found {
-    /// The oldest, where they have several.
-    plan: Plan,
-    /// They have one.
-    is_one: bool,
-    /// The highest revision that they have heard of.
-    heard: u64,
-}
-
 impl Server {
     /// The hooks that are in force in a running job; of the only one, if it is not said which.
     ///
@@ -174,9 +168,9 @@ impl Server {
     pub async fn hooks(self: &Arc<Self>, job: Option<u32>) -> Result<Hooks, Refused> {
         let (job, ranks) = self.running(job)?;
         let lowest = ranks.iter().take(1).copied();
-        let Found { plan, .. } = self.plans(job, lowest).await?;
+        let Found { plan, open, .. } = self.plans(job, lowest, ASK).await?;
         let last = self.changes.of(job.job, |known| known.last.as_ref().map(|(next, step)| (next.revision, *step)));
-        let pending = last.filter(|(revision, _)| *revision > plan.revision);
+        let pending = last.filter(|(revision, _)| open.is_some() && *revision > plan.revision);
         let pending = pending.map(|(revision, step)| Pending { revision, step });
         Ok(Hooks { job: job.job, revision: plan.revision, clauses: plan.clauses, ranks: ranks.len() as u32, pending })
     }
@@ -190,13 +184,19 @@ impl Server {
         let _claim = self.changes.claim(job.job)?;
         let nodes = self.over_nodes(job, &ranks)?;
         let world = self.jobs.world(job);
-        let Found { plan, heard, .. } = self.settled(job, &ranks).await?;
-        let base = plan.revision;
+        let began = Instant::now();
+        let is_whole = matches!(op, Op::Set(_));
+        let Found { plan, heard, .. } = self.settled(job, &ranks, is_whole).await?;
+        // What takes the place of everything may do so whatever a rank has.
+        let base = (!is_whole).then_some(plan.revision);
         let last_id = self.changes.of(job.job, |known| known.last.as_ref().map_or(0, |(last, _)| last.last_id));
-        let next = next_plan(Plan { last_id: plan.last_id.max(last_id), ..plan }, op)?;
+        let (next, added) = next_plan(Plan { last_id: plan.last_id.max(last_id), ..plan }, op)?;
         let mut revision = heard;
         let mut why = String::new();
         for patience in FARTHER {
+            if !why.is_empty() && began.elapsed() > AGAIN {
+                break;
+            }
             let moments = self.moments(job, &ranks).await?;
             let patience = if nodes.is_some() { OVER_NODES * patience } else { patience };
             let begins = beginning(&moments, world, patience).map_err(Refused::Conflict)?;
@@ -212,7 +212,10 @@ impl Server {
                 None => self.propose(job, &ranks, &proposal).await?,
             };
             match outcome {
-                Ok(()) => return Ok(self.changed(job, world, proposal)),
+                Ok(()) => {
+                    let notes = self.board.unmatched(job, &added);
+                    return Ok(Changed { notes, ..self.changed(job, world, proposal) });
+                }
                 Err(refusal) => why = refusal,
             }
         }
@@ -223,21 +226,33 @@ impl Server {
     /// leads and who follows may both say so.
     pub fn changed(&self, job: JobId, ranks: u32, proposal: Proposal) -> Changed {
         let Proposal { plan, begins, rule, .. } = proposal;
-        let Plan { revision, clauses, last_id } = plan.clone();
-        let is_news = self.changes.of(job.job, |known| {
-            let is_news = known.last.as_ref().is_none_or(|(last, _)| last.revision < revision);
-            if is_news {
-                known.last = Some((plan, begins));
-            }
-            is_news
-        });
-        if is_news {
-            let line = Revision { job, revision, begins, rule, ranks, clauses, last_id, time_ns: now_ns() };
-            self.store.revision(&line);
-            self.board.live().revision(&line);
+        let revision = plan.revision;
+        if self.tell(job, plan, Since { rule, begins }) {
             self.ranks.forget_revisions(job);
         }
         Changed { revision, step: begins, ranks, notes: Vec::new() }
+    }
+
+    /// Has a revision of an attempt in the manifest, if it is not there. Whether it was not.
+    pub(super) fn tell(&self, job: JobId, plan: Plan, Since { rule, begins }: Since) -> bool {
+        let Plan { revision, clauses, last_id } = plan.clone();
+        let is_news = self.changes.of(job.job, |known| {
+            if known.told.get(&job.attempt).is_some_and(|told| *told >= revision) {
+                return false;
+            }
+            known.told.insert(job.attempt, revision);
+            if known.last.as_ref().is_none_or(|(last, _)| last.revision < revision) {
+                known.last = Some((plan, begins));
+            }
+            true
+        });
+        if is_news {
+            let ranks = self.jobs.world(job);
+            let line = Revision { job, revision, begins, rule, ranks, clauses, last_id, time_ns: now_ns() };
+            self.store.revision(&line);
+            self.board.live().revision(&line);
+        }
+        is_news
     }
 
     /// The job that is meant, and its ranks that are attached.
@@ -283,32 +298,19 @@ impl Server {
         )))
     }
 
-    /// Asks ranks the same at once. Each one's answer, or why there is none.
-    async fn ask_all(
-        self: &Arc<Self>,
-        job: JobId,
-        ranks: impl Iterator<Item = u32>,
-        question: &Question,
-        fd: Option<Arc<std::os::fd::OwnedFd>>,
-        limit: Duration,
-    ) -> JoinSet<(u32, Result<Answer, NoAnswer>)> {
-        let mut asked = JoinSet::new();
-        for rank in ranks {
-            let (server, question, fd) = (self.clone(), question.clone(), fd.clone());
-            asked.spawn(async move { (rank, server.ranks.ask_with((job, rank), question, fd, limit).await) });
-        }
-        asked
-    }
-
-    /// The plan that all ranks have in force, once the last one that was decided upon has begun.
-    async fn settled(self: &Arc<Self>, job: JobId, ranks: &BTreeSet<u32>) -> Result<Found, Refused> {
+    /// The plan that all ranks have in force, once what was decided upon has begun; or of `any`, what they have.
+    async fn settled(self: &Arc<Self>, job: JobId, ranks: &BTreeSet<u32>, any: bool) -> Result<Found, Refused> {
         let end = Instant::now() + BEGIN;
         loop {
-            let found = self.plans(job, ranks.iter().copied()).await?;
+            let found = self.plans(job, ranks.iter().copied(), ASK).await?;
             let last = self.changes.of(job.job, |known| known.last.as_ref().map(|(next, step)| (next.revision, *step)));
             let (revision, step) = last.unwrap_or_default();
-            if found.is_one && found.plan.revision >= revision {
+            // Where nothing is to begin any more, a rank that did not hear what was decided stays behind.
+            if found.having.len() == 1 && (found.plan.revision >= revision || found.open.is_none()) {
                 return Ok(found);
+            }
+            if found.open.is_none() {
+                return if any { Ok(found) } else { Err(Refused::Conflict(found.differ())) };
             }
             if Instant::now() > end {
                 let step = step.map_or_else(|| "each rank's next pass".to_owned(), |step| format!("step {step}"));
@@ -318,50 +320,6 @@ impl Server {
             }
             tokio::time::sleep(LOOK).await;
         }
-    }
-
-    /// The plan that ranks have in force.
-    async fn plans(self: &Arc<Self>, job: JobId, ranks: impl Iterator<Item = u32>) -> Result<Found, Refused> {
-        let mut asked = self.ask_all(job, ranks, &Question::Plan, None, ASK).await;
-        let mut found: Option<Found> = None;
-        while let Some(answer) = asked.join_next().await {
-            let (rank, answer) = answer.map_err(|e| Refused::Conflict(e.to_string()))?;
-            let Answer::Plan { revision, heard, clauses, ids } = answer.map_err(|why| no_answer(rank, why))? else {
-                return Err(nonsense(rank));
-            };
-            if clauses.is_cut() || clauses.sent() != ids.len() {
-                return Err(nonsense(rank));
-            }
-            let (heard, is_one) = match &mut found {
-                None => (heard, true),
-                Some(found) => {
-                    found.heard = found.heard.max(heard);
-                    found.is_one &= found.plan.revision == revision;
-                    if found.plan.revision <= revision {
-                        continue;
-                    }
-                    (found.heard, false)
-                }
-            };
-            let clause = |(id, (text, ..)): (u32, (&str, _, _))| Clause { id, text: text.to_owned() };
-            let last_id = ids.iter().copied().max().unwrap_or_default();
-            let clauses = ids.into_iter().zip(clauses.iter()).map(clause).collect();
-            found = Some(Found { plan: Plan { revision, clauses, last_id }, is_one, heard });
-        }
-        found.ok_or_else(|| Refused::Conflict("no rank is attached".into()))
-    }
-
-    async fn moments(self: &Arc<Self>, job: JobId, ranks: &BTreeSet<u32>) -> Result<Vec<Moment>, Refused> {
-        let mut asked = self.ask_all(job, ranks.iter().copied(), &Question::Moment, None, ASK).await;
-        let mut moments = Vec::new();
-        while let Some(answer) = asked.join_next().await {
-            let (rank, answer) = answer.map_err(|e| Refused::Conflict(e.to_string()))?;
-            match answer.map_err(|why| no_answer(rank, why))? {
-                Answer::Moment(moment) => moments.push(moment),
-                _ => return Err(nonsense(rank)),
-            }
-        }
-        Ok(moments)
     }
 
     /// Has all ranks decide on a proposal. If it is abandoned, and may be made again, why.
@@ -385,36 +343,10 @@ impl Server {
             })),
         }
     }
-
-    /// Has ranks confirm a proposal, until there is something to be decided.
-    ///
-    /// # Errors
-    /// One does not answer.
-    pub async fn confirm(
-        self: &Arc<Self>,
-        job: JobId,
-        ranks: &BTreeSet<u32>,
-        question: &Question,
-        fd: Option<Arc<std::os::fd::OwnedFd>>,
-        limit: Duration,
-    ) -> Result<Count, Refused> {
-        let mut asked = self.ask_all(job, ranks.iter().copied(), question, fd, limit).await;
-        let mut count = Count::of(ranks.iter().copied());
-        while count.verdict() == Verdict::Open {
-            let Some(answer) = asked.join_next().await else { break };
-            let (rank, answer) = answer.map_err(|e| Refused::Conflict(e.to_string()))?;
-            match answer {
-                Ok(Answer::Prepare(answer)) => count.hear(rank, answer),
-                Ok(_) => return Err(nonsense(rank)),
-                Err(why) => return Err(no_answer(rank, why)),
-            }
-        }
-        Ok(count)
-    }
 }
 
-/// The plan after a change.
-fn next_plan(before: Plan, op: Op) -> Result<Plan, Refused> {
+/// The plan after a change, and the clauses that are new in it.
+fn next_plan(before: Plan, op: Op) -> Result<(Plan, Vec<Hook>), Refused> {
     let Plan { revision, mut clauses, mut last_id } = before;
     let added = match op {
         Op::Add(text) => Some(text),
@@ -436,15 +368,14 @@ fn next_plan(before: Plan, op: Op) -> Result<Plan, Refused> {
             None
         }
     };
-    if let Some(text) = added {
-        let parsed = hooks::parse_clauses(&text).map_err(|e| Refused::Bad(e.to_string()))?;
-        for clause in parsed {
-            if let Some(why) = clause.unsupported() {
-                return Err(Refused::Bad(format!("'{}': {why}", clause.text)));
-            }
-            last_id += 1;
-            clauses.push(Clause { id: last_id, text: clause.text });
+    let parse = |text: String| hooks::parse_clauses(&text).map_err(|e| Refused::Bad(e.to_string()));
+    let added = added.map(parse).transpose()?.unwrap_or_default();
+    for clause in &added {
+        if let Some(why) = clause.unsupported() {
+            return Err(Refused::Bad(format!("'{}': {why}", clause.text)));
         }
+        last_id += 1;
+        clauses.push(Clause { id: last_id, text: clause.text.clone() });
     }
     let bytes: usize = clauses.iter().map(|clause| clause.text.len() + size_of::<u64>()).sum();
     if bytes > MAX_PLAN {
@@ -452,22 +383,9 @@ fn next_plan(before: Plan, op: Op) -> Result<Plan, Refused> {
             "all clauses together have {bytes} bytes and may have {MAX_PLAN}; remove some"
         )));
     }
-    Ok(Plan { revision, clauses, last_id })
+    Ok((Plan { revision, clauses, last_id }, added))
 }
 
 fn not_changed(why: String) -> Refused {
     Refused::Conflict(format!("nothing is changed: {why}"))
-}
-
-fn no_answer(rank: u32, why: NoAnswer) -> Refused {
-    Refused::Conflict(match why {
-        NoAnswer::Absent | NoAnswer::Left => format!("nothing is changed: rank {rank} has left"),
-        NoAnswer::Late => format!(
-            "nothing is changed: rank {rank} does not answer: its process is stopped, or its taps are off (its own line says why)"
-        ),
-    })
-}
-
-fn nonsense(rank: u32) -> Refused {
-    Refused::Conflict(format!("nothing is changed: rank {rank} answers what it was not asked"))
 }

@@ -6,6 +6,7 @@
 //! | [`attach`] | one connection: hello, welcome, messages, goodbye |
 //! | [`ranks`] | the ranks that are attached, and what they are asked |
 //! | [`changes`] | changes the hooks of a running job |
+//! | [`asking`] | what all ranks of a job are asked for that |
 //! | [`nodes`] | the same for a job that has several agents |
 //! | [`jobs`] | which job a rank is of, and which attempt |
 //! | [`session`] | one slab of a rank and how far along it is |
@@ -34,6 +35,7 @@
 //! [`dashboard`](crate::live)'s bounded tables. Together that stays below 64 MiB beside the slabs for a node of ordinary
 //! size, and below 256 MiB whatever a job does.
 
+pub mod asking;
 pub mod attach;
 pub mod board;
 pub mod changes;
@@ -113,13 +115,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts the heart as well. `jobs` are those that the run has already, and `nodes` is the folder that holds the runs of
-    /// several nodes, if this one is in it.
+    /// Starts the heart as well. `jobs` are those that the run has already, `nodes` is the folder that holds the runs of several
+    /// nodes, if this one is in it, and of a job that is `read_only` nobody changes hooks.
     pub fn new(
         store: Arc<Store>,
         board: Arc<Board>,
         jobs: Vec<JobInfo>,
         nodes: Option<PathBuf>,
+        read_only: bool,
     ) -> std::io::Result<Arc<Self>> {
         let shares = Shares::now();
         let changes = Changes::new(store.revisions());
@@ -135,7 +138,7 @@ impl Server {
             max_ranks: shares.ranks,
             ranks: Arc::default(),
             changes,
-            nodes: Nodes::new(nodes),
+            nodes: Nodes::new(nodes, read_only),
             connected: Semaphore::new(2 * shares.ranks),
             long: Arc::new(Semaphore::new(attach::LONG_ROOM)),
         });

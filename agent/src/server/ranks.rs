@@ -11,13 +11,10 @@ use flexmodel_run::format::JobId;
 use tokio::sync::{mpsc, oneshot};
 use wire::control::{self, FromAgent, MAX_QUESTIONS, Question};
 
-use super::{Server, listed::Listed};
+use super::listed::Listed;
 
 /// What a rank answers, no more of it than a run keeps.
 pub type Answer = control::Answer<Listed<String>>;
-
-/// How long a rank may take to answer: a thread of it does nothing else, unless it is stopped.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a rank did not answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,7 +124,7 @@ impl Ranks {
     }
 
     /// A rank says which revision of the plan it has: the rank of its job that has another one, with that.
-    fn has_revision(&self, rank: Who, revision: u64) -> Option<(u32, u64)> {
+    pub fn has_revision(&self, rank: Who, revision: u64) -> Option<(u32, u64)> {
         let mut known = self.lock();
         known.peers.get_mut(&rank)?.revision = Some(revision);
         let of_job = known.peers.range((rank.0, 0)..=(rank.0, u32::MAX));
@@ -175,28 +172,21 @@ impl Drop for Questions {
     }
 }
 
-/// Asks a rank that has just attached for its plan, and names it where another rank has another revision.
-pub async fn compare_plan(server: Arc<Server>, rank: Who) {
-    let Ok(Answer::Plan { revision, .. }) = server.ranks.ask(rank, Question::Plan, PATIENCE).await else { return };
-    if let Some((other, its)) = server.ranks.has_revision(rank, revision) {
-        server.board.trouble_once(&format!(
-            "rank {} has revision {revision} of the hooks and rank {other} has revision {its}: what they capture \
-             may not go together",
-            rank.1
-        ));
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use wire::revision::Since;
+
     use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     fn of(rank: u32) -> Who {
         (JobId::default(), rank)
     }
 
     fn plan(revision: u64) -> Answer {
-        Answer::Plan { revision, heard: revision, clauses: ["a".to_owned()].into_iter().collect(), ids: vec![1] }
+        let (since, clauses) = (Since::default(), ["a".to_owned()].into_iter().collect());
+        Answer::Plan { revision, since, heard: revision, open: None, clauses, ids: vec![1] }
     }
 
     fn number(ask: &Sent) -> u64 {

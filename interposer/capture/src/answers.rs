@@ -43,11 +43,13 @@ impl Answers {
         let known = self.with(|engine| match question {
             Question::Plan => {
                 let plan = engine.plan();
-                let clauses = plan.texts().map(str::to_owned).collect();
+                let (heard, open) = engine.heard();
                 Some(Answer::Plan {
                     revision: plan.revision(),
-                    heard: engine.heard(),
-                    clauses,
+                    since: engine.since(),
+                    heard,
+                    open,
+                    clauses: plan.texts().map(str::to_owned).collect(),
                     ids: plan.ids().to_vec(),
                 })
             }

@@ -7,7 +7,7 @@ use std::{
 
 use wire::{
     codes::{Refusal, Role},
-    control::{Answer, FromAgent, Question, ToAgent, encode},
+    control::{FromAgent, Question, ToAgent, encode},
     counts::Counts,
     env::{MIN_SLAB_BYTES, OnFull},
     hooks::Kind,
@@ -16,7 +16,7 @@ use wire::{
 };
 
 use super::*;
-use crate::testing::{Agent, BRIDGE, Folder, Model, StandInProcess, Tensor, heard, hello, training};
+use crate::testing::{Agent, BRIDGE, Folder, Model, StandInProcess, Tensor, heard, hello, plan_of, training};
 
 /// A bound for hangs.
 const HANG: Duration = Duration::from_secs(30);
@@ -180,8 +180,7 @@ fn a_rank_in_a_long_step_answers_all_the_same() {
     w.capture.engine().replace_plan(HookPlan::parse(4, "b; c").unwrap());
     let question = encode(&FromAgent::Ask { id: 9, question: Question::Plan }).unwrap();
     stream.write_all(&question).unwrap();
-    let plan = Answer::Plan { revision: 4, heard: 0, clauses: vec!["b".into(), "c".into()], ids: vec![1, 2] };
-    let expected = ToAgent::Answer { id: 9, answer: plan };
+    let expected = ToAgent::Answer { id: 9, answer: plan_of(4, &["b", "c"]) };
     let (begun, mut said) = (Instant::now(), Vec::new());
     while !said.contains(&expected) {
         assert!(begun.elapsed() < HANG, "it never answered: {said:?}");

@@ -1,25 +1,39 @@
 use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex},
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// A register of one process. Where it is cut off, nobody reaches it.
+/// A register, as one process reaches it while nothing is in the way.
 #[derive(Clone, Debug)]
-struct Word(Arc<Mutex<Verdict>>);
+struct Word {
+    verdict: Arc<Mutex<Verdict>>,
+    silent: Arc<AtomicBool>,
+}
 
 impl Word {
     fn open() -> Self {
-        Self(Arc::new(Mutex::new(Verdict::Open)))
+        Self { verdict: Arc::new(Mutex::new(Verdict::Open)), silent: Arc::default() }
+    }
+
+    /// The same, as another process reaches it.
+    fn reached_by(&self, silent: &Arc<AtomicBool>) -> Self {
+        Self { verdict: self.verdict.clone(), silent: silent.clone() }
     }
 }
 
 impl Register for Word {
     fn settle(&self, verdict: Verdict) -> Option<Verdict> {
-        let mut word = self.0.lock().unwrap();
+        if self.silent.load(Ordering::Relaxed) {
+            return None;
+        }
+        let mut word = self.verdict.lock().unwrap();
         if *word == Verdict::Open {
             *word = verdict;
         }
@@ -27,7 +41,7 @@ impl Register for Word {
     }
 
     fn peek(&self) -> Verdict {
-        *self.0.lock().unwrap()
+        if self.silent.load(Ordering::Relaxed) { Verdict::Open } else { *self.verdict.lock().unwrap() }
     }
 }
 
@@ -49,24 +63,28 @@ fn at(next: u64) -> Moment {
 }
 
 fn proposal(revision: u64, base: u64, begins: Option<u64>) -> Proposal {
-    Proposal { plan: Plan { revision, ..Plan::default() }, base, rule: StepRule::Optimizer, begins }
+    Proposal { plan: Plan { revision, ..Plan::default() }, base: Some(base), rule: StepRule::Optimizer, begins }
+}
+
+const fn since(begins: Option<u64>) -> Since {
+    Since { rule: StepRule::Optimizer, begins }
 }
 
 #[test]
 fn a_rank_obeys_what_the_register_says_when_it_gets_there() {
     for (settled, then) in [
-        (Verdict::Commit, Decided::Replaced("new")),
+        (Verdict::Commit, Decided::Replaced("new", since(Some(7)))),
         (Verdict::Abandoned, Decided::Stays),
         (Verdict::Open, Decided::Stays),
     ] {
         let (mut ballot, word) = (Ballot::default(), Word::open());
         ballot.prepare(0, at(5), &proposal(1, 0, Some(7)), "new", Box::new(word.clone())).unwrap();
         assert_eq!(ballot.decide(at(6)), Decided::Stays);
-        assert_eq!((ballot.is_open(), word.peek()), (true, Verdict::Open), "it is not there yet");
+        assert_eq!((ballot.open().is_some(), word.peek()), (true, Verdict::Open), "it is not there yet");
         word.settle(settled);
         assert_eq!(ballot.decide(at(7)), then);
         let last = if settled == Verdict::Open { Verdict::Abandoned } else { settled };
-        assert_eq!((ballot.is_open(), word.peek()), (false, last));
+        assert_eq!((ballot.open().is_some(), word.peek()), (false, last));
         assert_eq!(ballot.decide(at(7)), Decided::Stays);
     }
 }
@@ -78,7 +96,7 @@ fn without_a_common_step_a_rank_changes_once_it_is_decided() {
     assert!(!ballot.is_due(at(900)) && word.peek() == Verdict::Open, "it waits for nobody, and abandons nothing");
     word.settle(Verdict::Commit);
     assert!(ballot.is_due(at(901)) && !ballot.must_decide(at(901)), "any pass will do");
-    assert_eq!(ballot.decide(at(901)), Decided::Replaced("new"));
+    assert_eq!(ballot.decide(at(901)), Decided::Replaced("new", since(None)));
 }
 
 #[test]
@@ -89,6 +107,8 @@ fn a_rank_says_why_it_does_not_confirm() {
     };
     assert!(refuses(0, at(7), proposal(1, 0, Some(7))).contains("past step 7"));
     assert!(refuses(2, at(3), proposal(3, 1, Some(7))).contains("revision 2 in force, not 1"));
+    let any = Proposal { base: None, ..proposal(1, 0, Some(7)) };
+    assert!(refuses(9, at(7), any).contains("past step 7"), "and not for what it has in force");
     let inference = Moment { rule: StepRule::Inference, ..at(3) };
     assert!(refuses(0, inference, proposal(1, 0, Some(7))).contains("otherwise"));
     let word = Word::open();
@@ -107,7 +127,7 @@ fn a_decision_that_waits_for_its_step_is_not_abandoned_for_another() {
     word.settle(Verdict::Commit);
     let next = ballot.prepare(0, at(3), &proposal(2, 0, Some(8)), "second", Box::new(Word::open()));
     assert!(next.unwrap_err().contains("about to begin revision 1"));
-    assert_eq!(ballot.decide(at(7)), Decided::Replaced("first"));
+    assert_eq!(ballot.decide(at(7)), Decided::Replaced("first", since(Some(7))));
 }
 
 #[test]
@@ -153,13 +173,19 @@ struct Rank {
     /// Proposals on their way to it.
     inbox: VecDeque<(Proposal, Word)>,
     is_stopped: bool,
+    /// The store says nothing to it.
+    silent: Arc<AtomicBool>,
+    /// It could not know what began, and has said so.
+    is_astray: bool,
 }
 
 impl Rank {
     /// Runs one step; under which revision.
     fn step(&mut self) -> u64 {
-        if let Decided::Replaced(revision) = self.ballot.decide(at(self.next)) {
-            self.in_force = revision;
+        match self.ballot.decide(at(self.next)) {
+            Decided::Replaced(revision, _) => (self.in_force, self.is_astray) = (revision, false),
+            Decided::Unreachable(_) => self.is_astray = true,
+            Decided::Stays => {}
         }
         self.next += 1;
         self.in_force
@@ -170,32 +196,36 @@ impl Rank {
 #[derive(Default)]
 struct World {
     ranks: Vec<Rank>,
+    /// Ranks make passes of their own.
+    apart: bool,
     leader: Option<Leader>,
     /// Answers on their way: of which revision, from whom, and what.
     answers: VecDeque<(u64, u32, Result<(), String>)>,
     /// What whoever gave a command was told, by revision: from which step on it holds.
     told: BTreeMap<u64, Option<u64>>,
     begins: BTreeMap<u64, u64>,
-    /// The revision of each step.
+    /// The revision of each step, and all that were in force.
     steps: BTreeMap<u64, u64>,
+    seen: BTreeSet<u64>,
 }
 
 impl World {
-    fn of(ranks: usize) -> Self {
-        Self { ranks: (0..ranks).map(|_| Rank::default()).collect(), ..Self::default() }
+    fn of(ranks: usize, apart: bool) -> Self {
+        Self { ranks: (0..ranks).map(|_| Rank::default()).collect(), apart, ..Self::default() }
     }
 
     /// A command comes. A leader that was at something is dead by now; the next one asks the ranks, and not all may answer.
-    fn propose(&mut self, lost: usize, ahead: u64, stale: u64) {
-        let revision =
-            1 + self.ranks.iter().map(|rank| rank.ballot.heard()).max().unwrap_or(0).max(self.begins.len() as u64);
-        let base = self.ranks[0].in_force;
+    fn propose(&mut self, lost: usize, ahead: u64, stale: u64, anew: bool) {
+        let heard = self.ranks.iter().map(|rank| rank.ballot.heard()).max().unwrap_or(0);
+        let revision = 1 + heard.max(self.begins.keys().max().copied().unwrap_or_default());
+        let base = (!anew).then(|| self.ranks[0].in_force);
         let moments: Vec<Moment> = self.ranks.iter().map(|rank| at(rank.next.saturating_sub(stale))).collect();
         let Ok(Some(begins)) = beginning(&moments, moments.len() as u32, ahead) else { return };
         let word = Word::open();
         for (number, rank) in self.ranks.iter_mut().enumerate() {
             if number != lost {
-                rank.inbox.push_back((proposal(revision, base, Some(begins)), word.clone()));
+                let proposal = proposal(revision, 0, (!self.apart).then_some(begins));
+                rank.inbox.push_back((Proposal { base, ..proposal }, word.reached_by(&rank.silent)));
             }
         }
         self.begins.insert(revision, begins);
@@ -217,7 +247,11 @@ impl World {
         if !rank.is_stopped {
             let step = rank.next;
             let revision = rank.step();
-            prop_assert_eq!(*self.steps.entry(step).or_insert(revision), revision, "two revisions in step {}", step);
+            self.seen.insert(revision);
+            if !rank.is_astray && !self.apart {
+                let of_step = *self.steps.entry(step).or_insert(revision);
+                prop_assert_eq!(of_step, revision, "two revisions in step {}", step);
+            }
         }
         Ok(())
     }
@@ -225,8 +259,7 @@ impl World {
     /// The leader hears an answer, or has waited for long enough, and tells whoever gave the command.
     fn decide(&mut self, late: bool) {
         let Some(leader) = &mut self.leader else { return };
-        if let Some((revision, rank, answer)) = self.answers.pop_front().filter(|(of, ..)| *of == leader.revision) {
-            let _ = revision;
+        if let Some((_, rank, answer)) = self.answers.pop_front().filter(|(of, ..)| *of == leader.revision) {
             leader.count.hear(rank, answer);
         }
         let verdict = match leader.count.verdict() {
@@ -239,17 +272,33 @@ impl World {
             self.leader = None;
         }
     }
+
+    /// The job is started again: its ranks hear what was in force, of which the agent knows what it has told.
+    fn restart(&mut self) {
+        let committed = |(revision, told): (&u64, &Option<u64>)| told.map(|_| *revision);
+        let in_force = self.told.iter().filter_map(committed).max().unwrap_or_default();
+        for rank in &mut self.ranks {
+            *rank = Rank { in_force, ..Rank::default() };
+            rank.ballot.begins_with(in_force);
+        }
+        (self.leader, self.steps) = (None, BTreeMap::new());
+        self.answers.clear();
+        // Of ranks that are gone.
+        self.told.retain(|_, told| told.is_none());
+        self.told.insert(in_force, Some(0));
+    }
 }
 
 proptest! {
-    /// Messages are late, lost and out of order between ranks; agents die and are followed; ranks stop for ever, and go at a
-    /// pace of their own.
+    /// Messages are late, lost and out of order between ranks; agents die and are followed; ranks stop for ever, go at a pace
+    /// of their own, lose the store, and are started again.
     #[test]
     fn no_step_has_two_revisions_and_who_was_told_was_told_the_truth(
         ranks in 1usize..5,
-        events in proptest::collection::vec((0u8..16, 0usize..5, 0u64..4), 1..400),
+        apart: bool,
+        events in proptest::collection::vec((0u8..18, 0usize..5, 0u64..4), 1..400),
     ) {
-        let mut world = World::of(ranks);
+        let mut world = World::of(ranks, apart);
         for (event, which, amount) in events {
             let number = which % ranks;
             match event {
@@ -257,29 +306,40 @@ proptest! {
                 6..=9 => world.hear(number),
                 10..=11 => world.decide(false),
                 12 => world.decide(true),
-                13 if world.leader.is_none() || amount == 0 => world.propose(usize::MAX, 1 + amount, amount),
-                14 if amount == 0 => world.propose(number, 1, 0),
+                13 if world.leader.is_none() || amount == 0 => world.propose(usize::MAX, 1 + amount, amount, which == 0),
+                14 if amount == 0 => world.propose(number, 1, 0, false),
                 15 if amount == 3 && which == 4 => world.ranks[number].is_stopped = true,
+                16 if amount < 2 => world.ranks[number].silent.store(amount == 0, Ordering::Relaxed),
+                17 if amount == 0 && which == 0 => world.restart(),
                 _ => {}
             }
         }
-        // Everybody goes on for a while, and hears nothing more.
-        let last = world.begins.values().max().copied().unwrap_or_default() + 2;
+        // Whoever gave a command has an answer; then everybody goes on for a while, and hears nothing more.
+        world.decide(true);
+        prop_assert!(world.leader.is_none());
+        for rank in &world.ranks {
+            rank.silent.store(false, Ordering::Relaxed);
+        }
+        let last = world.ranks.iter().map(|rank| rank.next).chain(world.begins.values().copied()).max().unwrap_or_default() + 2;
         for number in 0..ranks {
             while world.ranks[number].next <= last && !world.ranks[number].is_stopped {
                 world.step(number)?;
             }
         }
+        let newest = world.told.iter().filter_map(|(revision, told)| told.map(|_| *revision)).max();
         for (revision, told) in &world.told {
-            for (step, in_force) in &world.steps {
-                match told {
-                    None => prop_assert!(in_force != revision, "revision {} was abandoned", revision),
-                    Some(begins) => prop_assert!((step >= begins) || in_force != revision, "before its step"),
+            match told {
+                None => prop_assert!(!world.seen.contains(revision), "revision {} was abandoned", revision),
+                Some(begins) => {
+                    let early = world.steps.iter().any(|(step, in_force)| step < begins && in_force == revision);
+                    prop_assert!(!early, "before its step");
+                    prop_assert!(world.steps.get(begins).is_none_or(|in_force| in_force == revision));
                 }
             }
-            if let Some(begins) = told {
-                prop_assert!(world.steps.get(begins).is_none_or(|in_force| in_force == revision));
-            }
+        }
+        // Of what was decided, no rank is left behind but those that were stopped or have said so.
+        for rank in world.ranks.iter().filter(|rank| !rank.is_stopped && !rank.is_astray) {
+            prop_assert!(rank.in_force >= newest.unwrap_or_default());
         }
     }
 }

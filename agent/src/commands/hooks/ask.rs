@@ -16,11 +16,12 @@ use super::find::Agent;
 use crate::{
     cli::Usage,
     dashboard::hooks::{Asked, ROUTE},
+    server::changes::BOUND,
     text::{clip, safe},
 };
 
-/// How long all of it may take. Ranks are waited for within that.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long all of it may take: what the agent may, and what its answer takes to come.
+const PATIENCE: Duration = BOUND.saturating_add(Duration::from_secs(5));
 /// Most bytes of an answer. Clauses have [`MAX_PLAN`](wire::revision::MAX_PLAN), six times that where JSON spells them out.
 const MAX_ANSWER: usize = 1 << 20;
 

@@ -54,9 +54,7 @@ fn choose(run: &Path, holders: Vec<Holder>) -> anyhow::Result<Agent> {
              one: flexmodel agent --socket PATH --out {shown}, with the path of the job's FLEXMODEL_AGENT)"
         );
     }
-    let host = wire::env::host();
-    let (here, elsewhere): (Vec<Holder>, Vec<Holder>) =
-        holders.into_iter().partition(|holder| holder.node == host || holder.node.is_empty());
+    let (here, elsewhere): (Vec<Holder>, Vec<Holder>) = holders.into_iter().partition(Holder::is_here);
     for Holder { port, token, .. } in &here {
         if let (Some(port), Some(token)) = (port, token) {
             return Ok(Agent { run: run.to_owned(), port: *port, token: token.clone() });
@@ -83,7 +81,7 @@ mod tests {
     use super::*;
 
     fn holder(pid: u32, node: &str, port: Option<u16>) -> Holder {
-        Holder { pid, node: node.into(), port, token: port.map(|port| format!("t{port}")) }
+        Holder { pid, node: node.into(), port, token: port.map(|port| format!("t{port}")), ..Holder::default() }
     }
 
     fn refusal(holders: &[Holder]) -> String {

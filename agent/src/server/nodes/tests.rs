@@ -96,7 +96,7 @@ fn agent(name: &str, key: &str) -> Agent {
 
 fn proposal(revision: u64) -> Proposal {
     let clauses = vec![Clause { id: 1, text: "layers.*.mlp".into() }];
-    Proposal { plan: Plan { revision, clauses, last_id: 9 }, base: 0, rule: StepRule::Optimizer, begins: Some(9) }
+    Proposal { plan: Plan { revision, clauses, last_id: 9 }, base: Some(0), rule: StepRule::Optimizer, begins: Some(9) }
 }
 
 /// Follows the first revision once it is announced.

@@ -36,13 +36,16 @@ pub struct Nodes {
     name: String,
     since: u64,
     watched: Mutex<BTreeSet<JobId>>,
+    /// Its ranks' hooks are not to be changed.
+    read_only: bool,
 }
 
 impl Nodes {
-    /// Of an agent whose run is in this folder of several nodes' runs, if it is.
-    pub fn new(folder: Option<PathBuf>) -> Self {
+    /// Of an agent whose run is in this folder of several nodes' runs, if it is, and of whose ranks no hooks are changed where
+    /// it is `read_only`.
+    pub fn new(folder: Option<PathBuf>, read_only: bool) -> Self {
         let name = format!("that of node {} (process {})", wire::env::node(), std::process::id());
-        Self { source: Source::new(folder), name, since: now_ns(), watched: Mutex::default() }
+        Self { source: Source::new(folder), name, since: now_ns(), watched: Mutex::default(), read_only }
     }
 
     fn begins(&self, job: JobId) -> bool {
@@ -71,10 +74,10 @@ impl Attached {
         self.server.ranks.by_job().remove(&self.job).unwrap_or_default()
     }
 
-    /// By the lowest rank that answers: what is done twice in the store is done once.
+    /// By the lowest rank that answers: what is done twice in the store is done once. Where two do not answer, no third is asked.
     async fn in_store(&self, op: StoreOp, limit: Duration) -> Result<Option<Vec<u8>>, String> {
         let mut why = "no rank is attached".to_owned();
-        for rank in self.attached() {
+        for rank in self.attached().into_iter().take(2) {
             match self.server.ranks.ask((self.job, rank), Question::Store(op.clone()), limit).await {
                 Ok(Answer::Store(found)) => return found,
                 Ok(_) => why = format!("rank {rank} answers what it was not asked"),
@@ -102,6 +105,10 @@ impl Job for Attached {
     }
 
     async fn prepare(&self, proposal: &Proposal, place: Place) -> Result<(), No> {
+        let nodes = &self.server.nodes;
+        if nodes.read_only {
+            return Err(No::Lost(format!("the agent {} was started with --read-only", nodes.name)));
+        }
         let attached = self.attached();
         if let Some(rank) = self.here.iter().find(|rank| !attached.contains(rank)) {
             return Err(No::Lost(format!("rank {rank} is not attached to its agent")));
@@ -150,8 +157,11 @@ impl Server {
             let of = Attached::new(self.clone(), job, here);
             match of.wait_for(announced(next), NEXT).await {
                 Ok(Some(sealed)) => {
-                    self.follow(&of, next, &sealed).await;
-                    next += 1;
+                    // What became of one is learned, unless it is none of ours, or until there is another.
+                    let is_known = self.follow(&of, next, &sealed).await;
+                    if is_known || of.wait_for(announced(next + 1), PAUSE).await.is_ok_and(|next| next.is_some()) {
+                        next += 1;
+                    }
                 }
                 Ok(None) => {}
                 Err(_) if !self.is_attached(job) => return,
@@ -160,16 +170,19 @@ impl Server {
         }
     }
 
-    async fn follow(&self, of: &Attached, revision: u64, sealed: &[u8]) {
+    /// Whether it is known what became of a revision.
+    async fn follow(&self, of: &Attached, revision: u64, sealed: &[u8]) -> bool {
         let outcome = match self.as_one_of_several(of.job, false) {
             Ok(agent) => agent.follow(of, revision, sealed).await,
             Err(why) => Err(format!("another agent is changing the hooks (revision {revision}): {why}")),
         };
+        let is_known = outcome.is_ok();
         match outcome {
             Ok(Some(proposal)) => _ = self.changed(of.job, self.jobs.world(of.job), proposal),
             Ok(None) => {}
             Err(why) => self.board.trouble_once(&why),
         }
+        is_known
     }
 
     /// The ranks of a job that are on this node, if it has others elsewhere and that is known.

@@ -86,7 +86,7 @@ impl Clock {
 
     /// Whether some model was called.
     pub fn has_begun(&self) -> bool {
-        !self.models.is_empty()
+        self.models.values().any(|passes| passes.number > 0)
     }
 
     /// Whether one forward is under way, and that is not inside of another.
@@ -101,9 +101,22 @@ impl Clock {
         }
     }
 
-    /// Whether no forward is under way, as far as is known.
-    pub fn is_idle(&self) -> bool {
-        self.models.values().all(|passes| passes.forwards() == 0)
+    /// Whether a call goes on with a pass that has begun, or is in none: by a part of a model or a tap in it, or by a module that
+    /// is neither. Where steps are counted all that comes after one is in the next.
+    pub fn goes_on(&self, model: Option<u64>, callers: &[Option<Caller>]) -> bool {
+        self.steps.rule() == Rule::Inference
+            && model.is_none_or(|model| self.models.get(&model).is_some_and(|passes| passes.goes_on(callers)))
+    }
+
+    /// Whatever is called next begins a pass.
+    pub fn end_passes(&mut self) {
+        self.models.values_mut().for_each(|passes| passes.is_over = true);
+    }
+
+    /// Whether no forward is under way, as far as is known, and no batch of which several make one.
+    pub fn is_between(&self) -> bool {
+        let by_steps = self.steps.rule() == Rule::Optimizer;
+        self.models.values().all(|passes| passes.forwards() == 0 && (by_steps || !passes.is_within_batch()))
     }
 
     /// Whether steps are counted, or will be since a pass trains, which ranks take together; or the last pass of every model was

@@ -86,6 +86,8 @@ pub struct Passes {
     pub(super) forwards: Vec<Forward>,
     pub(super) grad_enabled: bool,
     called: HashSet<Caller>,
+    /// Whatever is called next begins another pass.
+    pub(super) is_over: bool,
     /// What the last passes were called with.
     inputs: VecDeque<(u64, Input)>,
     /// What other ranks have to know of them.
@@ -133,13 +135,15 @@ impl Passes {
     }
 
     pub(super) fn begin(&mut self, steps: &mut Steps, caller: Caller, trigger: &Trigger) {
+        let is_within = self.is_within_batch();
         // A pipeline has backward passes within a batch.
-        let within_batch = steps.rule() == Rule::Backward && self.is_within_batch();
+        let within_batch = steps.rule() == Rule::Backward && is_within;
         let inference = steps.rule() == Rule::Inference || (within_batch && self.inference);
         let step = if inference || within_batch { self.step } else { steps.begin_pass() };
         let new_step = self.number == 0 || inference != self.inference || step != self.step;
         // The model's own forward is a pass, whatever parts of it did before.
-        if new_step || caller == Caller::Model || self.called.contains(&caller) {
+        let is_over = std::mem::take(&mut self.is_over);
+        if new_step || is_over || caller == Caller::Model || self.called.contains(&caller) {
             let is_whole = self.counted.iter().sum::<u32>() >= self.microbatches.max(1);
             if inference && (new_step || is_whole) {
                 self.step = self.inferences;
@@ -167,13 +171,21 @@ impl Passes {
                 self.inputs.pop_front();
             }
             let made = Made { step: self.step, micro: self.micro, train: self.train, inference };
-            self.together.begin(made, trigger);
+            // All stages of a pipeline make a batch, and where nothing else is distributed only they do.
+            let of_pipeline = self.microbatches > 0 && trigger.collectives.iter().all(|count| *count < 0);
+            let is_together = of_pipeline || (is_within && self.together.was_together());
+            self.together.begin(made, is_together, trigger);
         }
         self.called.insert(caller);
         self.grad_enabled |= trigger.grad_enabled;
         if self.grad_enabled {
             self.differentiable = Some((self.number, self.micro, self.train));
         }
+    }
+
+    /// Whether a call of a part, from outside, goes on with the last pass.
+    pub fn goes_on(&self, callers: &[Option<Caller>]) -> bool {
+        self.number > 0 && !self.is_over && callers.iter().flatten().all(|caller| !self.called.contains(caller))
     }
 
     /// Whether the next pass is one of a pipeline's batch of which some were made.

@@ -91,6 +91,27 @@ fn the_microbatches_of_a_pipeline_are_one_step_of_inference() {
 }
 
 #[test]
+fn a_batch_of_a_pipeline_is_one_of_several_ranks() {
+    let at = |collectives: i64| {
+        let mut trigger = Trigger { collectives: [-1; 8], ..evaluation() };
+        trigger.collectives[0] = collectives;
+        trigger
+    };
+    let seen = |microbatches: u32, collectives: &[i64]| -> Vec<bool> {
+        let mut w = World::default();
+        w.clock.microbatches(MODEL, microbatches);
+        let passes = collectives.iter().map(|&each| {
+            w.pass(at(each));
+            w.clock.is_together()
+        });
+        passes.collect()
+    };
+    assert_eq!(seen(2, &[-1, -1, -1]), [true, true, true], "of its stages");
+    assert_eq!(seen(2, &[3, 3, 4, 4, 4, 4]), [false, false, true, true, false, false], "and of others as they say");
+    assert_eq!(seen(0, &[-1, -1]), [false, false]);
+}
+
+#[test]
 fn parts_that_are_called_one_after_the_other_are_one_step_of_inference() {
     let mut w = World::default();
     for step in 0..3 {
@@ -100,6 +121,31 @@ fn parts_that_are_called_one_after_the_other_are_one_step_of_inference() {
             w.exit(Caller::Part(part), 0);
         }
     }
+}
+
+#[test]
+fn a_part_goes_on_with_a_pass_and_begins_one_where_it_was_called_before() {
+    let mut w = World::default();
+    let goes_on = |w: &World, part: u64| w.clock.goes_on(Some(MODEL), &[Some(Caller::Part(part)), None]);
+    assert!(!goes_on(&w, 0) && w.clock.goes_on(None, &[]), "what is in no model begins nothing");
+    for step in 0..3 {
+        assert!(!goes_on(&w, 0), "step {step}");
+        for part in 0..3 {
+            w.enter(Caller::Part(part), 0);
+            w.exit(Caller::Part(part), 0);
+            assert_eq!((w.passes().step, goes_on(&w, part), goes_on(&w, part + 1)), (step, false, true));
+        }
+    }
+    w.clock.end_passes();
+    assert!(!goes_on(&w, 7));
+    w.enter(Caller::Part(7), 0);
+    w.exit(Caller::Part(7), 0);
+    assert_eq!((w.passes().step, goes_on(&w, 0)), (3, true), "of other hooks, it begins a pass all the same");
+    w.clock.steps().optimizer_made();
+    assert!(
+        !goes_on(&w, 9) && !w.clock.goes_on(None, &[]),
+        "where steps are counted, what comes after one is in the next"
+    );
 }
 
 #[test]

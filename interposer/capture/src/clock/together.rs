@@ -55,8 +55,8 @@ pub struct Together {
 }
 
 impl Together {
-    /// A pass begins; one that is under way has ended, nobody knows when.
-    pub fn begin(&mut self, made: Made, trigger: &Trigger) {
+    /// A pass begins, which may be known to be one of several ranks; one that is under way has ended, nobody knows when.
+    pub fn begin(&mut self, made: Made, is_together: bool, trigger: &Trigger) {
         self.end(None);
         let mut since = [made.micro; MAX_GROUPS];
         let mut grew = false;
@@ -74,7 +74,7 @@ impl Together {
                 *counted += 1;
             }
         }
-        self.together = grew;
+        self.together = grew || is_together;
         let begin = trigger.collectives;
         let pass = Ended { made, reduces: trigger.reduces, begin, since, together: [false; MAX_GROUPS] };
         self.open = Some((pass, std::mem::take(&mut self.follows)));
@@ -106,7 +106,8 @@ impl Together {
         }
     }
 
-    /// Whether the last pass was one of several ranks: collectives were called in it, or between it and the one before.
+    /// Whether the last pass was one of several ranks: so it was said to be, or collectives were called in it, or between it and
+    /// the one before.
     pub fn was_together(&self) -> bool {
         self.together
     }
@@ -138,7 +139,7 @@ mod tests {
         for (micro, train, begin, end) in
             [(0, true, 3, 3), (0, false, 3, 3), (1, true, 3, 3), (2, true, 4, 6), (1, false, 6, 6)]
         {
-            passes.begin(made(micro, train), &at(begin));
+            passes.begin(made(micro, train), false, &at(begin));
             passes.keep();
             passes.end(Some(&at(end)));
             let [ended] = passes.take().try_into().unwrap();
@@ -151,15 +152,15 @@ mod tests {
     #[test]
     fn a_pass_whose_end_was_not_seen_ends_when_the_next_begins() {
         let mut passes = Together::default();
-        passes.begin(made(0, true), &at(3));
+        passes.begin(made(0, true), false, &at(3));
         passes.keep();
-        passes.begin(made(1, true), &at(9));
+        passes.begin(made(1, true), false, &at(9));
         assert_eq!(passes.open(), Some(made(1, true)));
         let ended: Vec<_> = passes.take().iter().map(|pass| (pass.made.micro, pass.together[0])).collect();
         assert_eq!(ended, [(0, false)]);
         passes.end(None);
         assert_eq!(passes.take().len(), 1, "it shows that the one before has ended");
-        passes.begin(made(2, true), &at(9));
+        passes.begin(made(2, true), false, &at(9));
         passes.end(None);
         assert!(passes.take().is_empty(), "nobody has to know of it");
     }

@@ -15,7 +15,7 @@ use wire::{
     control::{StepRule, ToAgent},
     hooks::{Edit, Hook, Kind, Mode},
     passes::{Group, Pass},
-    revision::{Ballot, Decided, Moment, Plan, Proposal, Register},
+    revision::{Ballot, Decided, Moment, Plan, Proposal, Register, Since},
     tap_abi::{Call, LeafEdit, Rank, Trigger},
 };
 
@@ -46,7 +46,9 @@ pub struct Engine {
     plans: Arc<PlanInForce>,
     taps: TapRegistry,
     clock: Clock,
-    /// What was found of the plan in force.
+    /// When the plan in force began.
+    since: Since,
+    /// What was found of it.
     findings: Findings,
     /// Models of which nothing was ever selected, whose modules were told of: by serial.
     others: HashSet<u64>,
@@ -71,6 +73,7 @@ impl Engine {
     /// No model is known yet.
     pub fn new(plans: Arc<PlanInForce>, process: Arc<dyn Process>, reports: Arc<dyn Reports>) -> Self {
         Self {
+            since: Since::default(),
             findings: Findings::of(&plans.get()),
             others: HashSet::new(),
             ballot: Ballot::default(),
@@ -102,9 +105,14 @@ impl Engine {
         Moment { rule, next: self.clock.next(), pace_ns: self.pace.fastest(), together: self.clock.is_together() }
     }
 
-    /// The highest revision that was heard of.
-    pub fn heard(&self) -> u64 {
-        self.ballot.heard()
+    /// When the plan in force began.
+    pub fn since(&self) -> Since {
+        self.since
+    }
+
+    /// The highest revision that was heard of, and the one that is proposed or has not begun yet.
+    pub fn heard(&self) -> (u64, Option<u64>) {
+        (self.ballot.heard(), self.ballot.open())
     }
 
     /// Confirms a proposal, or says why not: [`Ballot::prepare`].
@@ -128,10 +136,11 @@ impl Engine {
 
     /// A plan that was in force before this process began is in force here too, if nothing else is.
     pub fn continue_with(&mut self, plan: &Plan) {
-        if plan.revision > self.plans.get().revision() && !self.ballot.is_open() && !self.clock.has_begun() {
+        if plan.revision > self.plans.get().revision() && !self.has_proposal() && !self.clock.has_begun() {
             match HookPlan::of(plan) {
                 Ok(plan) => {
                     self.ballot.begins_with(plan.revision());
+                    self.since = Since { rule: self.clock.rule(), begins: Some(0) };
                     self.replace_plan(plan);
                     self.reselect = true;
                 }
@@ -142,12 +151,18 @@ impl Engine {
 
     /// Whether a proposal is open.
     pub fn has_proposal(&self) -> bool {
-        self.ballot.is_open()
+        self.ballot.open().is_some()
     }
 
     /// Whether the next pass may be one that another plan begins with, or that has no taps of the plan in force.
     pub fn is_due(&self) -> bool {
-        self.clock.is_idle() && (self.reselect || (self.ballot.is_open() && self.ballot.is_due(self.moment())))
+        self.clock.is_between() && (self.reselect || (self.has_proposal() && self.ballot.is_due(self.moment())))
+    }
+
+    /// Whether a call of a part of a model, or of no model that is known, goes on with a pass that has begun: no other plan may
+    /// begin with it.
+    pub fn goes_on(&self, model: Option<u64>, callers: &[Option<Caller>]) -> bool {
+        self.clock.goes_on(model, callers)
     }
 
     /// A pass is about to begin: decides which plan it begins with. Whether that is another one, so that the models are to
@@ -164,7 +179,9 @@ impl Engine {
     fn decide(&mut self) {
         match self.ballot.decide(self.moment()) {
             Decided::Stays => {}
-            Decided::Replaced(plan) => {
+            Decided::Replaced(plan, since) => {
+                self.since = since;
+                self.clock.end_passes();
                 self.replace_plan(plan);
                 self.reselect = true;
             }
@@ -215,9 +232,9 @@ impl Engine {
 
     /// The model is a stage of a pipeline. `microbatch` is [batch, length], negative where not known.
     pub fn microbatches(&mut self, serial: u64, count: u32, microbatch: [i64; 2]) {
+        self.clock.microbatches(serial, count);
         if let Some(model) = self.taps.model(serial) {
             model.microbatches = count.max(1);
-            self.clock.microbatches(serial, count);
             model.microbatch = microbatch;
         }
     }

@@ -127,9 +127,8 @@ impl Engine {
         let seen = &mut self.findings.seen;
         seen.extend(names.into_iter().map(|name| (name, String::new())));
         seen.extend(modules.iter().map(|m| (m.name.clone(), m.class.clone())));
-        // Whoever is told of nothing may be told of something later.
-        let told = !out.is_empty() || self.taps.model(desc.serial).is_some();
-        if !told {
+        // A model in which something was selected once has a number, by which all is told of it.
+        if out.is_empty() && self.taps.model(desc.serial).is_none() {
             // Other ranks may have modules that this one lacks: whoever reads the run has to know which. And whoever adds hooks
             // to a job that runs has to know what there is.
             let some_for_all = plan.clauses().iter().any(|clause| clause.options.ranks.is_none());

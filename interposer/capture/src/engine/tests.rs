@@ -309,7 +309,7 @@ fn a_job_that_lets_nothing_be_compiled_again_loses_clauses_and_gets_none() {
         w.engine.forbid_compiling(why.to_owned());
         let clauses = ids.iter().map(|&id| Clause { id, text: "c".into() }).collect();
         let rule = w.engine.moment().rule;
-        let proposal = Proposal { plan: Plan { revision, clauses, last_id: 9 }, base: 0, rule, begins: Some(9) };
+        let proposal = Proposal { plan: Plan { revision, clauses, last_id: 9 }, base: Some(0), rule, begins: Some(9) };
         w.engine.prepare(&proposal, Box::new(Willing))
     };
     assert_eq!(prepare("the job says so", 1, &[1]), Ok(()));
@@ -347,8 +347,12 @@ fn proposed(w: &mut World, revision: u64, hooks: &str, begins: Option<u64>) -> S
     let clause = |(id, text): (usize, &str)| Clause { id: id as u32, text: text.into() };
     let clauses = hooks.split(';').filter(|text| !text.is_empty()).enumerate().map(clause).collect();
     let base = w.engine.plan().revision();
-    let proposal =
-        Proposal { plan: Plan { revision, clauses, last_id: 9 }, base, rule: w.engine.moment().rule, begins };
+    let proposal = Proposal {
+        plan: Plan { revision, clauses, last_id: 9 },
+        base: Some(base),
+        rule: w.engine.moment().rule,
+        begins,
+    };
     w.engine.prepare(&proposal, Box::new(SharedRegister::attach(fd).unwrap())).unwrap();
     leader
 }
@@ -465,7 +469,8 @@ fn a_rank_that_comes_late_begins_with_the_plan_in_force() {
     assert!(w.engine.turn(), "models may have been selected from before");
     let model = Model::of(1, &["", "a", "b"]);
     let taps = w.taps(&model);
-    assert_eq!((taps.as_slice(), w.engine.heard()), (&[(2, taps[0].1)][..], 3));
+    assert_eq!((taps.as_slice(), w.engine.heard()), (&[(2, taps[0].1)][..], (3, None)));
+    assert_eq!(w.engine.since().begins, Some(0), "of a process that begins with it");
     w.pass(1, &taps, &training());
     w.engine.continue_with(&plan(4, "a"));
     assert_eq!(w.engine.plan().revision(), 3, "not in the middle of its work");

@@ -13,9 +13,10 @@ use std::{
 
 use wire::{
     codes::Role,
-    control::{CONTROL_VERSION, Hello, ToAgent},
+    control::{Answer, CONTROL_VERSION, Hello, ToAgent},
     env::OnFull,
     hooks::Kind,
+    revision::Since,
     tap_abi::{MeshAxis, ModelDesc, ModuleDesc, Rank, Selected, Str, Trigger},
 };
 
@@ -23,6 +24,13 @@ use crate::{engine::Reports, process::Process, switch::Switch};
 
 pub use agent::{Agent, heard};
 pub use bridge::{BRIDGE, Store, Tensor};
+
+/// What a rank says of a plan of these clauses, numbered from 1, with which its process began.
+pub fn plan_of(revision: u64, clauses: &[&str]) -> Answer {
+    let ids = (1..).take(clauses.len()).collect();
+    let clauses = clauses.iter().map(|&text| text.to_owned()).collect();
+    Answer::Plan { revision, since: Since::default(), heard: 0, open: None, clauses, ids }
+}
 
 /// A folder that goes with the test.
 pub struct Folder(PathBuf);

@@ -361,13 +361,13 @@ impl Link {
                     self.stream = None;
                     return false;
                 }
-                // It has asked more than it may have open: what is too much is not answered.
-                Ok(Some(FromAgent::Ask { .. }))
-                    if self.heard.len() >= MAX_QUESTIONS || self.outbox.is_full_of_answers() => {}
                 Ok(Some(FromAgent::Ask { id, question })) => {
                     let with = matches!(question, Question::Prepare(_, Place::Shared));
                     let fd = if with { self.fds.pop_front() } else { None };
-                    self.heard.push_back(Heard::Question { connection: self.connections, id, question, fd });
+                    // An agent that has asked more than it may have open gets no answer to what is too much.
+                    if self.heard.len() < MAX_QUESTIONS && !self.outbox.is_full_of_answers() {
+                        self.heard.push_back(Heard::Question { connection: self.connections, id, question, fd });
+                    }
                 }
                 Ok(Some(FromAgent::InForce(plan))) => {
                     self.heard.retain(|heard| !matches!(heard, Heard::InForce(_)));

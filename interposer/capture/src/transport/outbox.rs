@@ -113,9 +113,10 @@ impl Outbox {
 
 #[cfg(test)]
 mod tests {
-    use wire::control::{Answer, MAX_MODELS, MAX_NOTICES, ModuleInfo, decode_next};
+    use wire::control::{MAX_MODELS, MAX_NOTICES, ModuleInfo, decode_next};
 
     use super::*;
+    use crate::testing::plan_of;
 
     fn model(number: u32, class: &str) -> ToAgent {
         let module = ModuleInfo { name: "a".into(), class: class.into(), kinds: 1 };
@@ -219,7 +220,7 @@ mod tests {
     }
 
     fn answer(id: u64) -> ToAgent {
-        ToAgent::Answer { id, answer: Answer::Plan { revision: 0, heard: 0, clauses: Vec::new(), ids: Vec::new() } }
+        ToAgent::Answer { id, answer: plan_of(0, &[]) }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 
 use wire::{
     control::StepRule,
-    control::{self, Answer, FromAgent, MAX_QUESTIONS, ModuleInfo, Question, decode_next, encode},
+    control::{self, FromAgent, MAX_QUESTIONS, ModuleInfo, Question, decode_next, encode},
     env::{MIN_SLAB_BYTES, OnFull},
     passing,
     register::SharedRegister,
@@ -21,7 +21,7 @@ use wire::{
 };
 
 use super::*;
-use crate::testing::{Folder, StandInProcess, heard, hello};
+use crate::testing::{Folder, StandInProcess, heard, hello, plan_of};
 
 /// A listener and the link of a rank that looks for it.
 struct Pair {
@@ -58,7 +58,7 @@ impl Pair {
         assert!(self.alive());
         while let Some(heard) = self.link.next_heard() {
             let Heard::Question { connection, id, question: Question::Plan, .. } = heard else { panic!() };
-            let answer = Answer::Plan { revision: 0, heard: 0, clauses: vec!["*".into()], ids: vec![1] };
+            let answer = plan_of(0, &["*"]);
             self.link.answer(connection, ToAgent::Answer { id, answer }, &self.slabs);
         }
     }
@@ -434,7 +434,7 @@ fn a_descriptor_goes_with_the_proposal_that_it_was_sent_with() {
     let (agent, _) = pair.listener.accept().unwrap();
     let proposal = |revision| Proposal {
         plan: Plan { revision, ..Plan::default() },
-        base: 0,
+        base: Some(0),
         rule: StepRule::Optimizer,
         begins: None,
     };
