@@ -63,12 +63,16 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(how: str, folder: pathlib.Path, hooks: str = "", **env: str) -> Iterator[Session]:
+def session(
+    how: str, folder: pathlib.Path, hooks: str = "", launcher: list[str] | None = None, **env: str
+) -> Iterator[Session]:
     """A job that has made its first steps."""
     out, stop = folder / "run", folder / "stop"
     program = ["live.py", how, str(stop)]
     ranks = RANKS.get(how, 2)
     argv = harness.python(*program) if ranks == 1 else harness.on_ranks(*program, ranks=ranks)
+    if launcher is not None:
+        argv = [*launcher, str(harness.PROGRAMS / program[0]), *program[1:]]
     command = [harness.FLEXMODEL, "run", "--hooks", hooks, "--out", str(out), "--", *argv]
     with harness.Job(command, harness.environment(**env)) as job:
         each = Session(job, out, stop)
@@ -289,6 +293,25 @@ def test_an_agent_that_is_killed_leaves_one_answer_and_the_next_goes_on(tmp_path
     assert [revision.revision for revision in run.revisions] == [1, 2, 3]
     steps = [record.step for record in run["lm_head"]]
     assert max(steps) == removed["step"] - 1 and min(record.step for record in run["norm"]) == last["step"]
+
+
+def test_ranks_that_are_started_again_begin_with_the_hooks_in_force(tmp_path):
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    with session("ddp", tmp_path, launcher=launcher, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as job:
+        first = job.change("add", "layers.0.mlp; lm_head")
+        job.reach(first["step"] + 4)
+        pathlib.Path(f"{tmp_path / 'stop'}-rank").touch()
+        harness.wait_until(lambda: job.job.out.count("step 3 ") == 2, "the second attempt", job=job.job)
+        now = job.change()
+        assert (now["revision"], [clause["id"] for clause in now["clauses"]]) == (1, [1, 2])
+        removed = job.change("remove", "2")
+        harness.wait_until(lambda: job.change()["revision"] == 2, "revision 2", job=job.job)
+        outcome = job.stop().expect(0)
+    run = captures.expect_sound(outcome.run)
+    told = [(each.attempt, each.revision, each.step) for each in run.revisions]
+    assert told == [(0, 1, first["step"]), (1, 1, 0), (1, 2, removed["step"])]
+    steps = [record.step for record in run["lm_head"] if record.attempt == 1]
+    assert steps == list(range(removed["step"]))
 
 
 def test_a_thousand_changes_leave_nothing_in_the_job(tmp_path):

@@ -14,26 +14,44 @@ _MODULE = "torch.distributed.pipelining.stage"
 _TRACING = "torch.distributed.pipelining._IR"
 
 
+class _Stage:
+    """One of torch's."""
+
+    def __init__(self, stage: Any) -> None:
+        self._stage = weakref.ref(stage)
+        # Torch's own says it only where it has backward passes.
+        self.chunks: int | None = None
+
+    @property
+    def submod(self) -> Any:
+        return getattr(self._stage(), "submod", None)
+
+    @property
+    def group(self) -> Any:
+        return getattr(self._stage(), "group", None)
+
+
 class Pipelining(Adapter):
-    """torch's own objects are the stages."""
+    """Follows torch's own stages."""
 
     imports = (_MODULE,)
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self._stages: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._stages: weakref.WeakKeyDictionary[Any, _Stage] = weakref.WeakKeyDictionary()
 
     def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
         return [((_MODULE,), self._follow), ((_TRACING,), self._follow_tracing)]
 
     def stages(self) -> list[Stage]:
-        return list(self._stages)
+        return list(self._stages.values())
 
     def _follow(self) -> None:
         module: Any = sys.modules[_MODULE]
 
         def made(_: Any, *call: Any) -> None:
-            self._stages.add(given(*call, 0, "self"))
+            stage = given(*call, 0, "self")
+            self._stages[stage] = _Stage(stage)
             self.job.changed()
 
         follow(module._PipelineStageBase, "__init__", self.job.guard, after=made)
@@ -59,7 +77,7 @@ class Pipelining(Adapter):
     def _pause_during(self, cls: Any, name: str) -> None:
         """Before its first step a stage runs its module on made-up input, to learn the shapes of what it gives: nothing
         of that is captured."""
-        pause, prepared = self.job.guard(self.job.pause), self.job.guard(self.job.prepared)
+        pause, prepared = self.job.guard(self.job.pause), self.job.guard(self._prepared)
 
         def pausing(original: Any) -> Any:
             def prepare(*args: Any, **kwargs: Any) -> Any:
@@ -68,8 +86,12 @@ class Pipelining(Adapter):
                     return original(*args, **kwargs)
                 finally:
                     pause(False)
-                    prepared(given(args, kwargs, 0, "self"))
+                    prepared(given(args, kwargs, 0, "self"), given(args, kwargs, 1, "num_microbatches"))
 
             return prepare
 
         wrap(cls, name, pausing)
+
+    def _prepared(self, stage: Any, chunks: int) -> None:
+        self._stages[stage].chunks = chunks
+        self.job.prepared(self._stages[stage])

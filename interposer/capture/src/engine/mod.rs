@@ -140,7 +140,8 @@ impl Engine {
             match HookPlan::of(plan) {
                 Ok(plan) => {
                     self.ballot.begins_with(plan.revision());
-                    self.since = Since { rule: self.clock.rule(), begins: Some(0) };
+                    // However steps will be counted, the first is 0.
+                    self.since = Since { rule: StepRule::Optimizer, begins: Some(0) };
                     self.replace_plan(plan);
                     self.reselect = true;
                 }
