@@ -118,6 +118,26 @@ impl Api {
     }
 }
 
+/// An error where a variable of the job's says that our calls would harm its own.
+fn harmless(variable: impl Fn(&str) -> Option<String>) -> Result<(), Error> {
+    let refuse = |setting, harm| Err(Error::Environment { setting, harm });
+    if variable("NCCL_COMM_ID").is_some() {
+        // It gives all communicators one meeting place.
+        return refuse("NCCL_COMM_ID is set", "which lets communicators of FlexModel's meet the job's");
+    }
+    let is = |name: &str, value: fn(&str) -> bool| variable(name).is_some_and(|text| value(text.trim()));
+    if is("NCCL_LAUNCH_ORDER_IMPLICIT", |text| !matches!(text, "" | "0")) {
+        // Whichever of two threads launches on a device while the other does gets ncclInvalidUsage.
+        return refuse("NCCL_LAUNCH_ORDER_IMPLICIT is set", "with which NCCL may fail a call of the job's beside ours");
+    }
+    if is("CUDA_DEVICE_MAX_CONNECTIONS", |text| text == "1") {
+        // All streams share one queue to the device.
+        let harm = "with which the job's kernels wait behind transfers of ours, and so for other ranks";
+        return refuse("CUDA_DEVICE_MAX_CONNECTIONS is 1", harm);
+    }
+    Ok(())
+}
+
 fn text(from: *const c_char) -> String {
     if from.is_null() {
         return String::new();
@@ -153,9 +173,7 @@ impl Nccl {
 
     /// A loaded library by another name or path: a stand-in beside the real one, in tests.
     pub fn loaded_as(name: &str) -> Result<Self, Error> {
-        if std::env::var_os("NCCL_COMM_ID").is_some() {
-            return Err(Error::OneMeetingPlace);
-        }
+        harmless(|name| std::env::var(name).ok())?;
         let api = Api::find(name)?;
         let mut code = 0;
         // SAFETY: writes one int.
@@ -184,5 +202,27 @@ impl fmt::Debug for Nccl {
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_harm_the_job_is_refused_by_name() {
+        let said = |name: &str, value: &str| {
+            harmless(|asked| (asked == name).then(|| value.to_owned())).map_err(|why| why.to_string())
+        };
+        assert_eq!(said("PATH", "1"), Ok(()));
+        for harmless in [("NCCL_LAUNCH_ORDER_IMPLICIT", "0"), ("CUDA_DEVICE_MAX_CONNECTIONS", "8")] {
+            assert_eq!(said(harmless.0, harmless.1), Ok(()), "{harmless:?}");
+        }
+        for (name, value) in
+            [("NCCL_COMM_ID", ""), ("NCCL_LAUNCH_ORDER_IMPLICIT", "1"), ("CUDA_DEVICE_MAX_CONNECTIONS", "1")]
+        {
+            let why = said(name, value).unwrap_err();
+            assert!(why.starts_with(name) && why.ends_with(": unset it, or use assemble=agent"), "{why}");
+        }
     }
 }

@@ -23,11 +23,14 @@ pub enum Error {
         /// What it lacks.
         symbol: &'static str,
     },
-    /// `NCCL_COMM_ID` gives all communicators one meeting place, so ours could meet the job's.
-    #[error(
-        "NCCL_COMM_ID is set, which lets communicators of FlexModel's meet the job's: unset it, or use assemble=agent"
-    )]
-    OneMeetingPlace,
+    /// What the job's environment says would have our calls harm the job's.
+    #[error("{setting}, {harm}: unset it, or use assemble=agent")]
+    Environment {
+        /// The variable, and what it is.
+        setting: &'static str,
+        /// What it does.
+        harm: &'static str,
+    },
     /// What was asked for makes no sense. Nothing was sent.
     #[error("{0}")]
     Argument(String),

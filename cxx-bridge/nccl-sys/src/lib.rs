@@ -45,3 +45,4 @@ pub use comm::{Comm, GRACE};
 pub use error::{Error, Failure};
 pub use group::{Group, Stream};
 pub use id::UniqueId;
+pub use worker::Nap;

@@ -176,12 +176,13 @@ impl Worker {
 
 /// Pauses that grow: what takes microseconds is noticed soon, what takes seconds costs nothing.
 #[derive(Default)]
-pub(crate) struct Nap {
+pub struct Nap {
     taken: u32,
 }
 
 impl Nap {
-    pub(crate) fn take(&mut self) {
+    /// The next one.
+    pub fn take(&mut self) {
         self.taken = self.taken.saturating_add(1);
         match self.taken {
             ..=32 => thread::yield_now(),

@@ -16,6 +16,7 @@ use crate::{
     group::{self, Transfer},
     log,
     room::{ABORTED, Id, LEFT, MOST, Room},
+    stream::{self, Gate},
 };
 
 /// Groups that were begun in this process.
@@ -34,7 +35,7 @@ enum Known {
 }
 
 enum Job {
-    Group(u32, Vec<Transfer>),
+    Group(u32, Vec<Transfer>, Option<Gate>),
     Finalize,
 }
 
@@ -207,11 +208,13 @@ impl Comm {
 
     /// Gives a group to the thread.
     pub fn launch(&self, transfers: Vec<Transfer>) -> Outcome {
-        count(&streams_of(&transfers), 1);
-        if !faults::get().late {
+        let streams = streams_of(&transfers);
+        let gate = stream::gate(&streams).map_err(|why| log::refuse(Some(self.rank), code::USAGE, &why))?;
+        count(&streams, 1);
+        if !faults::get().late && gate.is_none() {
             self.set(code::IN_PROGRESS);
         }
-        self.give(Job::Group(GROUPS.fetch_add(1, Ordering::Relaxed) + 1, transfers));
+        self.give(Job::Group(GROUPS.fetch_add(1, Ordering::Relaxed) + 1, transfers, gate));
         Ok(code::IN_PROGRESS)
     }
 
@@ -243,12 +246,12 @@ impl Comm {
         }
         while let Some(job) = self.next() {
             match job {
-                Job::Group(number, mut transfers) => self.make(&room, number, &mut transfers),
+                Job::Group(number, mut transfers, gate) => self.make(&room, number, &mut transfers, gate),
                 Job::Finalize => return self.finish(&room),
             }
         }
         for job in lock(&self.jobs).drain(..) {
-            if let Job::Group(_, transfers) = job {
+            if let Job::Group(_, transfers, _gate) = job {
                 count(&streams_of(&transfers), -1);
             }
         }
@@ -275,9 +278,17 @@ impl Comm {
         }
     }
 
-    fn make(&self, room: &Room, number: u32, transfers: &mut [Transfer]) {
-        match group::run(self, room, number, transfers) {
-            Ok(()) if faults::get().late => {}
+    /// The streams go on when the gate is dropped.
+    fn make(&self, room: &Room, number: u32, transfers: &mut [Transfer], gate: Option<Gate>) {
+        let come = gate.as_ref().is_none_or(|gate| gate.is_come_to(|| self.is_aborted()));
+        let outcome = if come {
+            group::run(self, room, number, transfers)
+        } else {
+            log::note(self.rank, &format!("group {number}: aborted before its stream came to it"));
+            Ok(())
+        };
+        match outcome {
+            Ok(()) if faults::get().late || gate.is_some() => {}
             Ok(()) => self.set(code::SUCCESS),
             // The stream stands still until an abort.
             Err(code) => {

@@ -14,8 +14,10 @@
 //!
 //! # The model
 //!
-//! Each communicator has a thread, which makes groups one after the other: that is its stream, whichever stream it is
-//! given. The transfers of a group progress together. One is done when the other rank has taken or given the last byte:
+//! Each communicator has a thread, which makes groups one after the other. Where the stand-in for the driver is loaded
+//! (`tests/cuda-standin`), that is done on the streams that a group is given: it begins when these have come to it, and what
+//! is behind it on them waits for it ([`stream`]); success is said once it is on them, as NCCL does. Elsewhere the thread
+//! is the stream, whichever is given. The transfers of a group progress together. One is done when the other rank has taken or given the last byte:
 //! NCCL may let a send go earlier, into a buffer, so what works here cannot depend on that. A rank that dies or aborts
 //! is not noticed by the others, as within a node; they wait. As a communicator is non-blocking, `ncclGroupEnd`
 //! returns `ncclInProgress`. `ncclCommGetAsyncError` goes on saying that until the group is *done*: there is no event
@@ -50,6 +52,7 @@ mod group;
 mod log;
 mod ring;
 mod room;
+mod stream;
 #[cfg(test)]
 mod tests;
 

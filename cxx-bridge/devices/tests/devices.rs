@@ -1,0 +1,87 @@
+//! Over the stand-in for the driver: whose context a thread has, and what a capture sees of us.
+//!
+//! The tests share a driver, so each has devices of its own, and its turn.
+
+mod standin;
+
+use std::{sync::mpsc, thread, time::Duration};
+
+use devices::{Device, Error, Event};
+use standin::{Cuda, Graph};
+
+/// DEVICE-1.
+#[test]
+fn a_thread_that_never_chose_a_device_leaves_no_context_behind_and_has_none_after() {
+    let (_alone, cuda) = Cuda::alone();
+    assert_eq!(Device::of(3).err(), Some(Error::NotUsed(3)), "the job does not use it");
+    let stream = cuda.stream_on(2);
+    let device = Device::of(2).unwrap();
+    let ours = thread::spawn(move || {
+        let event = Event::record(device, stream).unwrap();
+        event.wait().unwrap();
+        event.hold(stream).unwrap();
+        drop(event);
+        Cuda::load().current()
+    });
+    assert_eq!(ours.join().unwrap(), 0, "it has the context that it had: none");
+    assert_eq!((cuda.is_active(0), cuda.is_active(3)), (false, false));
+    assert_eq!(Device::of(-1).err(), Some(Error::NotUsed(-1)));
+    cuda.expect_no_violation();
+}
+
+/// DEVICE-1.
+#[test]
+fn a_job_that_is_on_another_device_stays_there() {
+    let (_alone, cuda) = Cuda::alone();
+    let (stream, job) = (cuda.stream_on(4), cuda.retained(5));
+    cuda.push(job);
+    let event = Event::record(Device::of(4).unwrap(), stream).unwrap();
+    event.wait().unwrap();
+    assert_eq!(cuda.current(), job);
+    drop(event);
+    assert_eq!(cuda.current(), job);
+    cuda.expect_no_violation();
+}
+
+/// DEVICE-2.
+#[test]
+fn nothing_that_we_do_breaks_a_capture_of_the_job() {
+    let (_alone, cuda) = Cuda::alone();
+    let (stream, captured) = (cuda.stream_on(1), cuda.stream_on(1));
+    let device = Device::of(1).unwrap();
+    let kept = Event::record(device, stream).unwrap();
+    let graph = Graph::begin(&cuda, captured);
+    assert!(device.is_capturing(captured));
+    assert!(!device.is_capturing(stream));
+    assert!(device.is_capturing(0), "nobody can say");
+    assert!(device.is_capturing(0x77), "no stream");
+    let ours = thread::spawn(move || {
+        let (from, mut to) = (vec![7u8; 5 << 20], vec![0u8; 5 << 20]);
+        device.pin(to.as_mut_ptr(), to.len()).unwrap();
+        kept.wait().unwrap();
+        // SAFETY: both vectors live on.
+        unsafe { device.fetch(from.as_ptr().expose_provenance(), from.len(), to.as_mut_ptr()) }.unwrap();
+        // Many at once: some are destroyed.
+        drop((0..1100).map(|_| Event::record(device, stream).unwrap()).collect::<Vec<_>>());
+        from == to
+    });
+    assert!(ours.join().unwrap());
+    // On the thread that captures, too: what it does on other streams is its own.
+    Event::record(device, stream).unwrap().wait().unwrap();
+    assert_eq!(graph.end(), 0, "the capture is whole");
+    cuda.expect_no_violation();
+}
+
+#[test]
+fn an_event_comes_when_its_stream_has_come_to_it() {
+    let (_alone, cuda) = Cuda::alone();
+    let stream = cuda.stream_on(6);
+    let (open, gate) = mpsc::channel::<()>();
+    cuda.queue(6, stream, move || gate.recv_timeout(Duration::from_secs(60)).unwrap());
+    let event = Event::record(Device::of(6).unwrap(), stream).unwrap();
+    assert!(!event.has_come().unwrap());
+    open.send(()).unwrap();
+    event.wait().unwrap();
+    assert!(event.has_come().unwrap());
+    cuda.expect_no_violation();
+}
