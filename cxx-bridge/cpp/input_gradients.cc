@@ -5,7 +5,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/real.h>
 #include <ATen/record_function.h>
-#include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
@@ -23,6 +22,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "flexmodel/ffi.h"
 #include "flexmodel/gradients.h"
 #include "flexmodel/tensor.h"
 
@@ -43,22 +43,16 @@ class Sum {
       return;
     }
     const Unseen unseen;
-    if (part.is_cpu()) {
-      accumulate(part);
-      return;
-    }
-    const c10::impl::VirtualGuardImpl guard(part.device().type());
-    const c10::Stream now = guard.getStream(part.device());
-    if (done_ && part.device() == value_.device()) {
-      done_->block(now);
-      guard.recordDataPtrOnStream(value_.storage().data_ptr(), now);
-    }
+    if (done_) here();
     accumulate(part);
-    c10::Event done(part.device().type());
-    done.record(now);
-    done_.emplace(std::move(done));
+    if (!value_.is_cpu()) done_ = recorded(value_.device().index(), stream_on(value_.device()));
   }
-  const at::Tensor& value() const { return value_; }
+
+  // Ready on this thread's stream, which may be another than it came on.
+  const at::Tensor& value() {
+    if (done_) here();
+    return value_;
+  }
 
  private:
   // `part` is autograd's, which may add to it, or give it away.
@@ -70,8 +64,16 @@ class Sum {
     }
   }
 
+  // Has this thread's stream wait for the sum, and the sum's memory for the stream.
+  void here() {
+    const c10::Device device = value_.device();
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    (*done_)->hold(stream_on(device));
+    guard.recordDataPtrOnStream(value_.storage().data_ptr(), guard.getStream(device));
+  }
+
   at::Tensor value_;
-  std::optional<c10::Event> done_;
+  std::optional<rust::Box<Mark>> done_;
 };
 
 // The gradient of one input through one call: collects what its nodes send, in every backward pass.

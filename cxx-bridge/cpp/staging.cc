@@ -1,10 +1,10 @@
-// Tensors of our own, which other ranks get, or got from them.
+// Makes tensors of our own, which other ranks get, or got from them.
 #include "flexmodel/staging.h"
 
 #include "flexmodel/ffi.h"
 #include "flexmodel/tensor.h"
 
-#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 
 #include <utility>
@@ -13,36 +13,25 @@
 namespace flexmodel {
 namespace {
 
-c10::Device device_of(int32_t index) {
-  if (index < 0) return c10::Device(c10::DeviceType::CPU);
-  return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
+// One of ours, which torch's pool does not have: as torch makes a stream of a handle that is not its own.
+c10::Stream stream_of(const Place& place) {
+  const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(place.device));
+  return c10::Stream(c10::Stream::UNSAFE, device, static_cast<c10::StreamId>(place.stream));
 }
 
-at::Tensor room(at::IntArrayRef sizes, uint8_t dtype, c10::Device device) {
+at::Tensor room_for(at::IntArrayRef sizes, uint8_t dtype, c10::DeviceType device) {
   const auto type = dtype_of(dtype);
   TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
-  return at::empty(sizes, at::TensorOptions().dtype(*type).device(device));
+  return room(sizes, *type, device);
 }
 
 }  // namespace
 
 std::unique_ptr<at::Tensor> stage(const at::Tensor& tensor, uint8_t dtype) {
   const Unseen unseen;
-  const c10::Device device = tensor.device();
-  if (device.is_cpu()) {
-    at::Tensor staged = room(tensor.sizes(), dtype, device);
-    staged.copy_(tensor);
-    return std::make_unique<at::Tensor>(std::move(staged));
-  }
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  expect_no_capture(guard, device);
-  at::Tensor staged = room(tensor.sizes(), dtype, device);
+  const c10::DeviceGuard on(tensor.device());
+  at::Tensor staged = room_for(tensor.sizes(), dtype, tensor.device().type());
   staged.copy_(tensor, /*non_blocking=*/true);
-  const c10::Stream side = side_stream(device);
-  c10::Event taken(device.type());
-  taken.record(guard.getStream(device));
-  taken.block(side);
-  staged.record_stream(side);
   return std::make_unique<at::Tensor>(std::move(staged));
 }
 
@@ -69,35 +58,16 @@ std::unique_ptr<at::Tensor> view_of(const at::Tensor& tensor, rust::Slice<const 
 
 std::unique_ptr<at::Tensor> share(const at::Tensor& tensor) { return std::make_unique<at::Tensor>(tensor); }
 
-std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, int32_t device) {
+std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, Place place) {
   const Unseen unseen;
   const std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  if (device < 0) return std::make_unique<at::Tensor>(room(shape, dtype, device_of(device)));
+  if (place.device < 0) return std::make_unique<at::Tensor>(room_for(shape, dtype, c10::DeviceType::CPU));
   // Memory belongs to the stream that it was asked for on: another one's may be in use by work of the job's that is still
   // to come.
-  const c10::StreamGuard on_side(side_stream(device_of(device)));
-  const Uncaptured uncaptured;
-  return std::make_unique<at::Tensor>(room(shape, dtype, device_of(device)));
+  const c10::StreamGuard on(stream_of(place));
+  return std::make_unique<at::Tensor>(room_for(shape, dtype, c10::DeviceType::CUDA));
 }
 
-size_t go_aside(int32_t index) {
-  if (index < 0) return 0;
-  // For good: the thread is ours.
-  capture_mode(2);
-  const c10::Device device = device_of(index);
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  guard.setDevice(device);
-  const c10::Stream side = side_stream(device);
-  guard.exchangeStream(side);
-  return reinterpret_cast<size_t>(side.native_handle());
-}
-
-std::unique_ptr<Ticket> mark(int32_t index) {
-  if (index < 0) return nullptr;
-  const c10::Device device = device_of(index);
-  c10::Event done(device.type());
-  done.record(side_stream(device));
-  return std::make_unique<Ticket>(at::Tensor(), std::move(done));
-}
+void used_on(const at::Tensor& tensor, Place place) { tensor.record_stream(stream_of(place)); }
 
 }  // namespace flexmodel

@@ -3,23 +3,26 @@
 
 #include "flexmodel/ffi.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/take.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/ScalarType.h>
-#include <c10/core/StreamGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cstring>
 #include <exception>
-#include <map>
-#include <mutex>
+#include <iterator>
+#include <numeric>
 #include <string>
 #include <string_view>
-#include <thread>
+#include <utility>
+#include <vector>
 
 namespace flexmodel {
 namespace {
@@ -71,49 +74,47 @@ void copy_range(const at::Tensor& source, int64_t first, const at::Tensor& flat)
   }
 }
 
-// A copy of a vector on a stream of our own, so that the job does not wait for the bus. It must be ready there.
-std::unique_ptr<Ticket> copy_aside(at::Tensor flat, uint8_t* destination) {
-  const c10::Stream side = side_stream(flat.device());
-  c10::Event done(flat.device().type());
-  const c10::StreamGuard on_side(side);
-  at::Tensor bytes =
-      at::from_blob(destination, flat.sizes(), at::TensorOptions().dtype(flat.scalar_type()).pinned_memory(false));
-  bytes.copy_(flat, /*non_blocking=*/true);
-  done.record(side);
-  return std::make_unique<Ticket>(std::move(flat), std::move(done));
+// The elements at these positions, in row-major order, of a tensor on a device: no more of it comes to the host. It is waited
+// for by an event of ours, since the job may have torch refuse whatever waits (torch.cuda.set_sync_debug_mode).
+at::Tensor elements_at(const at::Tensor& source, const std::vector<int64_t>& positions) {
+  constexpr ScalarType kOfSize[] = {ScalarType::Byte, ScalarType::Short, ScalarType::Int, ScalarType::Long};
+  const auto item = static_cast<size_t>(source.element_size());
+  const auto* size = std::find_if(std::begin(kOfSize), std::end(kOfSize),
+                                  [item](ScalarType type) { return c10::elementSize(type) == item; });
+  const c10::DeviceGuard on(source.device());
+  const auto count = static_cast<int64_t>(positions.size());
+  at::Tensor where = room({count}, ScalarType::Long, c10::DeviceType::CPU);
+  std::copy(positions.begin(), positions.end(), where.mutable_data_ptr<int64_t>());
+  const at::Tensor some = at::take(source.view(*size), where.to(source.device(), /*non_blocking=*/true));
+  at::Tensor out = room({count}, *size, c10::DeviceType::CPU);
+  out.copy_(some, /*non_blocking=*/true);
+  recorded(source.device().index(), stream_on(source.device()))->wait();
+  return out;
 }
 
-// A snapshot on the job's stream first, so that a later in-place operation does not change the record.
-std::unique_ptr<Ticket> copy_from_device(const at::Tensor& source, ScalarType type, int64_t first, int64_t count,
-                                         uint8_t* destination) {
-  const c10::Device device = source.device();
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  expect_no_capture(guard, device);
-  at::Tensor snapshot = at::empty({count}, at::TensorOptions().dtype(type).device(device));
-  copy_range(source, first, snapshot);
-  c10::Event taken(device.type());
-  taken.record(guard.getStream(device));
-  taken.block(side_stream(device));
-  return copy_aside(std::move(snapshot), destination);
+ScalarType known(uint8_t dtype) {
+  const auto type = dtype_of(dtype);
+  TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
+  return *type;
 }
 
 }  // namespace
 
-c10::Stream side_stream(c10::Device device) {
-  static std::mutex mutex;
-  static std::map<c10::DeviceIndex, c10::Stream> streams;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = streams.find(device.index());
-  if (found == streams.end()) {
-    const c10::impl::VirtualGuardImpl guard(device.type());
-    found = streams.emplace(device.index(), guard.getStreamFromGlobalPool(device, false)).first;
-  }
-  return found->second;
+size_t stream_on(c10::Device device) {
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return reinterpret_cast<size_t>(guard.getStream(device).native_handle());
 }
 
-void expect_no_capture(const c10::impl::VirtualGuardImpl& guard, c10::Device device) {
-  TORCH_CHECK(!is_capturing(reinterpret_cast<size_t>(guard.getStream(device).native_handle())),
-              "the stream is being captured into a CUDA graph");
+bool is_being_captured(c10::Device device) { return is_capturing(device.index(), stream_on(device)); }
+
+at::Tensor room(at::IntArrayRef sizes, ScalarType type, c10::DeviceType device) {
+  const c10::DispatchKey key = device == c10::DeviceType::CPU ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
+  return at::detail::empty_generic(sizes, c10::GetAllocator(device), c10::DispatchKeySet(key), type, std::nullopt);
+}
+
+Place place_of(const at::Tensor& tensor) {
+  const c10::Device device = tensor.device();
+  return device.is_cpu() ? Place{-1, 0} : Place{device.index(), stream_on(device)};
 }
 
 uint8_t code_of(ScalarType type) {
@@ -158,18 +159,26 @@ uint32_t digest_of(const at::Tensor& tensor) {
   };
   for (const int64_t size : tensor.sizes()) mix(static_cast<uint64_t>(size));
   at::Tensor source = tensor;
-  if (!source.device().is_cpu()) {
-    const c10::impl::VirtualGuardImpl guard(source.device().type());
-    if (is_capturing(reinterpret_cast<size_t>(guard.getStream(source.device()).native_handle()))) return 0;
-    source = source.cpu();
-  }
   const int64_t step = std::max<int64_t>(1, source.numel() / kElements);
-  const size_t item = source.element_size();
-  const auto* bytes = static_cast<const uint8_t*>(source.const_data_ptr());
+  std::vector<int64_t> positions;
   for (int64_t n = 0; n * step < source.numel(); ++n) {
     // Not in one column, which may be the same in all batches.
-    int64_t index = n * step + static_cast<int64_t>((static_cast<uint64_t>(n) * kPrime >> 32) % step);
+    const auto index = n * step + static_cast<int64_t>((static_cast<uint64_t>(n) * kPrime >> 32) % step);
     if (index >= source.numel()) break;
+    positions.push_back(index);
+  }
+  if (!source.device().is_cpu() && !positions.empty()) {
+    if (is_being_captured(source.device())) return 0;
+    if (static_cast<size_t>(source.element_size()) > sizeof(int64_t) || source.is_conj() || source.is_neg()) {
+      source = source.cpu();
+    } else {
+      source = elements_at(source, positions);
+      std::iota(positions.begin(), positions.end(), 0);
+    }
+  }
+  const size_t item = source.element_size();
+  const auto* bytes = static_cast<const uint8_t*>(source.const_data_ptr());
+  for (int64_t index : positions) {
     int64_t offset = 0;
     for (int64_t dim = source.dim() - 1; dim >= 0; --dim) {
       offset += index % source.size(dim) * source.stride(dim);
@@ -189,33 +198,26 @@ bool is_plain(const at::Tensor& tensor, uint8_t dtype) {
          !tensor.is_conj() && !tensor.is_neg();
 }
 
-std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool staged, uint8_t dtype, uint64_t first, uint64_t count,
-                                 uint8_t* destination) {
-  const auto type = dtype_of(dtype);
-  TORCH_CHECK(type.has_value(), "unknown element type ", static_cast<int>(dtype));
-  Unseen unseen;
+void copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count, uint8_t* destination) {
+  const ScalarType type = known(dtype);
+  const Unseen unseen;
   if (is_plain(tensor, dtype)) {
     const size_t item = tensor.element_size();
     const auto* bytes = static_cast<const uint8_t*>(tensor.const_data_ptr());
     std::memcpy(destination, bytes + first * item, count * item);
-    return nullptr;
+    return;
   }
-  const auto from = static_cast<int64_t>(first), length = static_cast<int64_t>(count);
-  // Row-major, as it was asked for. The stream of this thread, which is not the job's, knows nothing of it.
-  if (!tensor.device().is_cpu() && staged) return copy_aside(tensor.view({-1}).narrow(0, from, length), destination);
-  if (!tensor.device().is_cpu()) return copy_from_device(tensor, *type, from, length, destination);
-  copy_range(tensor, from, at::from_blob(destination, {length}, at::TensorOptions().dtype(*type)));
-  return nullptr;
+  const auto length = static_cast<int64_t>(count);
+  copy_range(tensor, static_cast<int64_t>(first), at::from_blob(destination, {length}, at::TensorOptions().dtype(type)));
 }
 
-Uncaptured::Uncaptured() : before_(capture_mode(2)) {}
-
-Uncaptured::~Uncaptured() { capture_mode(before_); }
-
-void Ticket::wait() const {
-  const Uncaptured uncaptured;
-  // Looked at now and then: waiting for the event itself would keep a core busy.
-  while (!done_.query()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+std::unique_ptr<at::Tensor> snapshot(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count) {
+  const ScalarType type = known(dtype);
+  const Unseen unseen;
+  const c10::DeviceGuard on(tensor.device());
+  at::Tensor copy = room({static_cast<int64_t>(count)}, type, tensor.device().type());
+  copy_range(tensor, static_cast<int64_t>(first), copy);
+  return std::make_unique<at::Tensor>(std::move(copy));
 }
 
 }  // namespace flexmodel

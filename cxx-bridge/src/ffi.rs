@@ -1,11 +1,12 @@
 //! The one bridge between Rust and C++: what each side offers the other.
 //!
 //! *Mutability.* Tensors are only read. *Aliasing.* A `&Tensor` borrows what a tap holds on its stack and never
-//! outlives the call; what has to live longer is a [`bridge::Ticket`], which owns its own reference.
+//! outlives the call; what has to live longer is in a [`Ticket`](crate::staging::Ticket) or
+//! [`Staged`](crate::staging::Staged), which own a reference.
 
 use crate::codes::{constants, dtype_code};
 use crate::gather::joined;
-use crate::pin::{capture_mode, is_capturing};
+use crate::staging::{Mark, is_capturing, recorded};
 use crate::store::opened;
 
 #[cxx::bridge(namespace = "flexmodel")]
@@ -37,14 +38,29 @@ pub mod bridge {
         keeps: bool,
     }
 
+    /// Where a tensor is, and a stream there.
+    struct Place {
+        /// -1 for the CPU.
+        device: i32,
+        stream: usize,
+    }
+
     extern "Rust" {
         fn constants() -> Vec<Constant>;
         /// Of the element type with this name, without the `torch.`; 0 where it has none.
         fn dtype_code(name: &str) -> u8;
         fn joined(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32);
         fn opened(store: UniquePtr<Store>);
-        fn is_capturing(stream: usize) -> bool;
-        fn capture_mode(mode: u32) -> u32;
+        /// Whether work on this stream of a device goes into a CUDA graph instead of being run, or nobody can say.
+        fn is_capturing(device: i32, stream: usize) -> bool;
+
+        /// What a stream had to do when it was recorded: C++ has no other events (DEVICE-1).
+        type Mark;
+        fn recorded(device: i32, stream: usize) -> Result<Box<Mark>>;
+        /// Has another stream of the same device wait for it.
+        fn hold(self: &Mark, stream: usize) -> Result<()>;
+        /// Waits until it has come.
+        fn wait(self: &Mark) -> Result<()>;
     }
 
     unsafe extern "C++" {
@@ -57,28 +73,18 @@ pub mod bridge {
         #[namespace = "at"]
         type Tensor;
 
-        /// A copy from a device that is under way.
-        type Ticket;
+        /// Where a tensor is, and this thread's stream there.
+        fn place_of(tensor: &Tensor) -> Place;
 
-        /// Copies elements `first .. first + count` of `tensor`, row-major and as `dtype`, to `destination`. Null: the
-        /// bytes are there. What is `staged` nobody changes, and it is ready on the side stream.
+        /// Copies elements `first .. first + count` of a tensor of the CPU, row-major and as `dtype`, to `destination`.
         ///
         /// # Safety
-        /// `destination` must take `count` elements of `dtype`, until the ticket was waited for.
-        unsafe fn copy_out(
-            tensor: &Tensor,
-            staged: bool,
-            dtype: u8,
-            first: u64,
-            count: u64,
-            destination: *mut u8,
-        ) -> Result<UniquePtr<Ticket>>;
+        /// `destination` must take `count` elements of `dtype`.
+        unsafe fn copy_out(tensor: &Tensor, dtype: u8, first: u64, count: u64, destination: *mut u8) -> Result<()>;
 
-        /// Waits until the copy is done.
-        fn wait(self: &Ticket) -> Result<()>;
-
-        /// Whether it is.
-        fn has_come(self: &Ticket) -> Result<bool>;
+        /// A copy of elements `first .. first + count`, row-major and as `dtype`, on the tensor's device and by this thread's
+        /// stream there.
+        fn snapshot(tensor: &Tensor, dtype: u8, first: u64, count: u64) -> Result<UniquePtr<Tensor>>;
 
         /// A row-major copy of `tensor` as `dtype`, on its device.
         fn stage(tensor: &Tensor, dtype: u8) -> Result<UniquePtr<Tensor>>;
@@ -100,15 +106,11 @@ pub mod bridge {
         /// Another reference to it.
         fn share(tensor: &Tensor) -> UniquePtr<Tensor>;
 
-        /// Room for what is received, on a device (on the CPU: -1), to be used on its side stream alone.
-        fn receiver(dtype: u8, sizes: &[u64], device: i32) -> Result<UniquePtr<Tensor>>;
+        /// Room for what is received, to be used on this stream alone. This thread is aside.
+        fn receiver(dtype: u8, sizes: &[u64], place: Place) -> Result<UniquePtr<Tensor>>;
 
-        /// Makes the device and its side stream, on which staged tensors come and go, those of this thread; the
-        /// stream.
-        fn go_aside(device: i32) -> Result<usize>;
-
-        /// Comes when the side stream has done what it has to do now.
-        fn mark(device: i32) -> Result<UniquePtr<Ticket>>;
+        /// A stream uses it: memory of its device that is freed meanwhile waits for that.
+        fn used_on(tensor: &Tensor, place: Place);
 
         /// Ranks that can send each other messages and tensors.
         type Communicator;

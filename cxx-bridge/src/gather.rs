@@ -10,12 +10,15 @@ use std::{
 };
 
 use cxx::UniquePtr;
-use wire::tap_abi;
+use devices::{Device, Transfer};
+use nccl_sys::Error;
+use wire::{codes::MoveState, tap_abi};
 
 use crate::{
-    ffi::bridge::{self, Communicator, Move, Tensor},
-    host,
-    nccl::{Devices, Transfer},
+    ffi::bridge::{self, Communicator, Move, Place},
+    host, nccl,
+    staging::Staged,
+    table::report,
 };
 
 /// What an exception says, without its stack.
@@ -27,49 +30,90 @@ pub fn first_line(why: &cxx::Exception) -> &str {
 pub struct Ranks {
     words: UniquePtr<Communicator>,
     /// Used by one thread.
-    devices: Option<Mutex<Devices>>,
+    devices: Option<Mutex<devices::Ranks>>,
+    /// This rank's, or -1.
+    device: i32,
     cut: AtomicBool,
 }
 
 impl Ranks {
     /// Joined by `words`. `device` is this rank's, or -1.
     pub fn new(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32) -> Self {
-        let devices = Devices::join(&words, index, size, device).map(Mutex::new);
-        Self { words, devices, cut: AtomicBool::new(false) }
+        let devices = nccl::join(&words, index, size, device).map(Mutex::new);
+        Self { words, devices, device, cut: AtomicBool::new(false) }
     }
 
-    /// Whether tensors of devices can be transferred.
-    pub fn takes_devices(&self) -> bool {
-        self.devices.is_some()
+    /// The device whose tensors can be transferred, or -1.
+    pub fn device(&self) -> i32 {
+        if self.devices.is_some() { self.device } else { -1 }
     }
 
-    /// Carries out moves. What is received has its tensor then, also after an error.
-    fn transfer(&self, moves: &mut [tap_abi::Move]) -> Result<(), String> {
-        let mut devices = self.devices.as_ref().map(|devices| devices.lock().unwrap_or_else(PoisonError::into_inner));
-        let device = devices.as_ref().map_or(-1, |devices| devices.device());
+    /// Carries out moves. What is received has its tensor then, also after an error. Where ranks have devices, nothing begins
+    /// before all have room for what they are to receive: a kernel whose other end never comes holds its device up.
+    fn transfer(&self, moves: &mut [tap_abi::Move]) -> Result<MoveState, String> {
+        let room = self.make_room(moves);
+        if self.devices.is_some() {
+            let ready = self.words.exchange(&[u8::from(room.is_ok())]).map_err(|why| first_line(&why).to_owned())?;
+            let _ = room.inspect_err(|why| report("some tensors are not gathered", why));
+            if ready.iter().any(|words| words.bytes != [1]) {
+                return Ok(MoveState::NotReady);
+            }
+        } else {
+            room?;
+        }
+        // In tests NCCL takes what is on the CPU.
+        let far = |one: &&tap_abi::Move| self.devices.is_some() && (one.on_device || self.device < 0);
+        let near = moves.iter().filter(|one| !far(one)).filter_map(|one| {
+            // SAFETY: the tensors are the caller's, or were made above, and live through the call.
+            let staged = unsafe { one.tensor.cast::<Staged>().as_ref()? };
+            Some(Move { peer: one.peer, send: one.send, tensor: std::ptr::from_ref(&*staged.tensor) as usize })
+        });
+        let near: Vec<Move> = near.collect();
+        if !near.is_empty() {
+            self.words.transfer(&near).map_err(|why| first_line(&why).to_owned())?;
+        }
+        let far = moves.iter().filter(far).filter_map(|one| {
+            // SAFETY: as above.
+            Some((one, unsafe { one.tensor.cast::<Staged>().as_ref()? }))
+        });
+        self.transfer_far(&far.collect::<Vec<_>>()).map(|()| MoveState::Done)
+    }
+
+    fn make_room(&self, moves: &mut [tap_abi::Move]) -> Result<(), String> {
         for one in moves.iter_mut().filter(|one| !one.send) {
             // SAFETY: the sizes are the caller's and live through the call (BridgeTable).
             let sizes = unsafe { std::slice::from_raw_parts(one.sizes, one.ndim as usize) };
-            let tensor = bridge::receiver(one.dtype, sizes, if one.on_device { device } else { -1 });
-            one.tensor = tensor.map_err(|why| first_line(&why).to_owned())?.into_raw().cast();
+            let room = Staged::receiver(one.dtype, sizes, if one.on_device { self.device } else { -1 })?;
+            one.tensor = Box::into_raw(Box::new(room)).cast();
         }
-        // In tests NCCL takes what is on the CPU.
-        let far = |one: &&tap_abi::Move| devices.is_some() && (one.on_device || device < 0);
-        let near = |one: &tap_abi::Move| Move { peer: one.peer, send: one.send, tensor: one.tensor as usize };
-        let list: Vec<Move> = moves.iter().filter(|one| !far(one)).map(near).collect();
-        if !list.is_empty() {
-            self.words.transfer(&list).map_err(|why| first_line(&why).to_owned())?;
+        Ok(())
+    }
+
+    fn transfer_far(&self, moves: &[(&tap_abi::Move, &Staged)]) -> Result<(), String> {
+        let Some(devices) = self.devices.as_ref().filter(|_| !moves.is_empty()) else { return Ok(()) };
+        if self.device >= 0 {
+            let stream = Device::of(self.device).and_then(Device::transfers).map_err(|why| why.to_string())?;
+            for (_, staged) in moves {
+                // Memory that is freed after an error is not given to anybody before the stream has passed it.
+                bridge::used_on(&staged.tensor, Place { device: self.device, stream });
+            }
         }
-        let list = moves.iter().filter(far).filter_map(|one| {
-            // SAFETY: the tensors are the caller's, or were made above, and live through the call.
-            let tensor = unsafe { one.tensor.cast::<Tensor>().as_ref()? };
-            Some(Transfer { peer: one.peer, send: one.send, tensor })
-        });
-        let list: Vec<Transfer<'_>> = list.collect();
-        match devices.as_mut().filter(|_| !list.is_empty()) {
-            Some(devices) => devices.transfer(&list, &self.cut).map_err(|why| why.to_string()),
-            None => Ok(()),
+        let transfer = |(one, staged): &(&tap_abi::Move, &Staged)| Transfer {
+            peer: one.peer,
+            send: one.send,
+            at: bridge::address_of(&staged.tensor),
+            bytes: bridge::bytes_of(&staged.tensor),
+        };
+        let transfers: Vec<Transfer> = moves.iter().map(transfer).collect();
+        let mut devices = devices.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the tensors are on this rank's device and there, as the caller has asked (`come`); they live through the
+        // call, or are shared below.
+        let outcome = unsafe { devices.transfer(&transfers, &self.cut) };
+        if matches!(outcome, Err(Error::Stuck { .. })) {
+            // NCCL may use them as long as the process lives.
+            moves.iter().for_each(|(_, staged)| std::mem::forget(bridge::share(&staged.tensor)));
         }
+        outcome.map_err(|why| why.to_string())
     }
 }
 
@@ -77,9 +121,9 @@ impl Ranks {
 pub fn joined(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32) {
     let Some(host) = host::host() else { return };
     let ranks = Ranks::new(words, index, size, device);
-    let devices = ranks.takes_devices();
+    let device = ranks.device();
     // SAFETY: the host leaves the communicator once, through the bridge's table.
-    unsafe { (host.joined)(Box::into_raw(Box::new(ranks)).cast(), index, size, devices) };
+    unsafe { (host.joined)(Box::into_raw(Box::new(ranks)).cast(), index, size, device) };
 }
 
 /// # Safety
@@ -89,9 +133,9 @@ unsafe fn borrow<'a>(comm: *mut c_void) -> &'a Ranks {
     unsafe { &*comm.cast() }
 }
 
-/// Whether it went well; if not, the host hears that there is no communicator any more.
-fn settled(outcome: Result<(), String>) -> bool {
-    outcome.inspect_err(|why| host::per_rank(why)).is_ok()
+/// What came of it; after an error the host hears that there is no communicator any more.
+fn settled<T>(outcome: Result<T, String>) -> Option<T> {
+    outcome.inspect_err(|why| host::per_rank(why)).ok()
 }
 
 pub unsafe extern "C" fn exchange(
@@ -109,12 +153,13 @@ pub unsafe extern "C" fn exchange(
             unsafe { hear(context, words.bytes.as_ptr(), words.bytes.len()) };
         }
     });
-    settled(heard.map_err(|why| first_line(&why).to_owned()))
+    settled(heard.map_err(|why| first_line(&why).to_owned())).is_some()
 }
 
-pub unsafe extern "C" fn transfer(comm: *mut c_void, moves: *mut tap_abi::Move, count: usize) -> bool {
+pub unsafe extern "C" fn transfer(comm: *mut c_void, moves: *mut tap_abi::Move, count: usize) -> MoveState {
     // SAFETY: the caller's `count` moves live through the call (BridgeTable); so does the communicator.
-    settled(unsafe { borrow(comm).transfer(std::slice::from_raw_parts_mut(moves, count)) })
+    let outcome = unsafe { borrow(comm).transfer(std::slice::from_raw_parts_mut(moves, count)) };
+    settled(outcome).unwrap_or(MoveState::Failed)
 }
 
 pub unsafe extern "C" fn cut(comm: *mut c_void) {

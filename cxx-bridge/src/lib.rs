@@ -13,7 +13,7 @@
 //! | [`gather`] | a communicator as the interposer sees it |
 //! | [`nccl`] | its way between devices, over NCCL |
 //! | [`store`] | the job's store as the interposer sees it |
-//! | [`pin`] | asks the CUDA driver, where there is one: page-locks the slab, knows graph captures |
+//! | [`staging`] | tensors of our own: staged for other ranks, or on their way from a device |
 //! | `build.rs` | generates the header of what is shared: `wire.h`, with structs, tables and codes |
 //! | `cpp/tensor.cc` | describes tensors and copies them out |
 //! | `cpp/faults.cc` | what one leaf, container or gradient costs that raises |
@@ -22,7 +22,7 @@
 //! | `cpp/compiled.cc` | what is put into a graph while torch.compile traces it |
 //! | `cpp/operations.cc` | the operations in these graphs, as they run |
 //! | `cpp/tap.cc` | the Python callable that a hook is |
-//! | `cpp/staging.cc` | tensors of our own, which other ranks get |
+//! | `cpp/staging.cc` | makes tensors of our own |
 //! | `cpp/communicator.cc` | a communicator of our own, over c10d's Gloo |
 //! | `cpp/store.cc` | the store of the job's process group |
 //! | `cpp/module.cc` | the Python module for the shim |
@@ -32,7 +32,7 @@ mod ffi;
 mod gather;
 mod host;
 mod nccl;
-mod pin;
+mod staging;
 mod store;
 mod table;
 

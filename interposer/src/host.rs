@@ -216,9 +216,9 @@ unsafe extern "C" fn plan(out: *mut u8, cap: usize) -> usize {
     })
 }
 
-unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, devices: bool) {
+unsafe extern "C" fn joined(comm: *mut c_void, index: u32, size: u32, device: i32) {
     let Some(capture) = instance::get() else { return };
-    let comm = capture.communicator(comm, index as usize, devices);
+    let comm = capture.communicator(comm, index as usize, device);
     if state::is_on() {
         boundary(|capture| capture.gather().joined(comm, size as usize));
     } else {

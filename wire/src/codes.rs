@@ -155,12 +155,25 @@ pub enum CopyState {
     Failed = 2,
 }
 
+/// What became of moves between ranks, the same on all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, CheckedBitPattern)]
+#[repr(u8)]
+pub enum MoveState {
+    /// All were carried out.
+    Done = 0,
+    /// A rank had no memory for what it was to receive: none was begun.
+    NotReady = 1,
+    /// The communicator is of no use any more.
+    Failed = 2,
+}
+
 impl Code for Kind {}
 impl Code for Role {}
 impl Code for Order {}
 impl Code for Refusal {}
 impl Code for Flag {}
 impl Code for CopyState {}
+impl Code for MoveState {}
 
 impl Kind {
     /// Every kind, in the order of their codes.

@@ -16,7 +16,7 @@
 
 use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 
-use crate::codes::CopyState;
+use crate::codes::{CopyState, MoveState};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
 pub const TAP_ABI: u32 = 13;
@@ -356,9 +356,9 @@ pub struct HostTable {
     /// What all ranks must agree on to gather tensors by collective, in `out`, of `cap` bytes; its length. 0: no hook wants
     /// it.
     pub plan: unsafe extern "C" fn(out: *mut u8, cap: usize) -> usize,
-    /// The ranks have a communicator of ours, for the host to leave: member `index` of `size`. Whether it takes tensors
-    /// that are on devices.
-    pub joined: unsafe extern "C" fn(comm: *mut c_void, index: u32, size: u32, devices: bool),
+    /// The ranks have a communicator of ours, for the host to leave: member `index` of `size`. Whose tensors it takes beside
+    /// those of the CPU: the index of a device, or -1.
+    pub joined: unsafe extern "C" fn(comm: *mut c_void, index: u32, size: u32, device: i32),
     /// The ranks have no communicator, or none any more, for this reason: each sends its own parts.
     pub per_rank: unsafe extern "C" fn(why: Str<'_>),
     /// The store of the job's process group, over a connection of ours and for the host to leave; or null, and why there is
@@ -428,8 +428,11 @@ pub struct BridgeTable {
     pub size: u32,
     /// New reference to the Python module with which the shim makes taps; null with a Python error set. Needs the GIL.
     pub python_module: unsafe extern "C" fn() -> *mut c_void,
-    /// Copies elements `first .. first + count`, row-major and converted to `dtype`, to `dst`. `staged`: the handle is what
-    /// `stage` or `transfer` gave, not the job's.
+    /// Whether a tap's tensor can be read now: not while its stream is captured into a CUDA graph, when a slab must not be
+    /// made for it either.
+    pub readable: unsafe extern "C" fn(handle: *const c_void) -> bool,
+    /// Copies elements `first .. first + count`, row-major and converted to `dtype`, to `dst`; from a device, when the ticket
+    /// is waited for. `staged`: the handle is what `stage` or `transfer` gave, not the job's.
     pub copy: unsafe extern "C" fn(
         handle: *const c_void,
         staged: bool,
@@ -439,17 +442,25 @@ pub struct BridgeTable {
         dst: *mut u8,
     ) -> Copied,
     /// A view of what a slice takes of the tensor of a tap, `cuts` for each of its dimensions: a handle that is given back
-    /// by `release`; null if there is none.
+    /// by `release_view`; null if there is none.
     pub view: unsafe extern "C" fn(handle: *const c_void, cuts: *const Cut, count: usize) -> *mut c_void,
-    /// Waits for a copy that is under way; whether its bytes are there. Does not need the GIL.
+    /// Gives a view back.
+    pub release_view: unsafe extern "C" fn(view: *mut c_void),
+    /// Pins the memory that a ticket's copy goes to, for fast copies. Whether it did. No thread of the job's does this: it
+    /// takes long.
+    pub pin: unsafe extern "C" fn(ticket: *const c_void, base: *mut u8, len: usize) -> bool,
+    /// Makes a copy from a device that is pending, once its tensor is there, and waits for it; whether its bytes are there.
+    /// Does not need the GIL.
     pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
     /// crc32c of a tensor's elements, row-major and converted to `dtype`, in `out`; false where they are on a device, or
-    /// cannot be read.
-    pub checksum: unsafe extern "C" fn(handle: *const c_void, dtype: u8, out: *mut u32) -> bool,
+    /// cannot be read. `staged` as for `copy`.
+    pub checksum: unsafe extern "C" fn(handle: *const c_void, staged: bool, dtype: u8, out: *mut u32) -> bool,
     /// Stages a tensor: a row-major copy of it as `dtype`, on its device, as the job's stream has it now; null if it cannot
-    /// be. It may be used from any thread, also where a `handle` is asked for. Says whether it is on a device, not the CPU.
-    pub stage: unsafe extern "C" fn(handle: *const c_void, dtype: u8, on_device: *mut bool) -> *mut c_void,
-    /// Gives a staged tensor, or a view, back.
+    /// be. It may be used from any thread, also where a `handle` is asked for. Says which device it is on, -1 for the CPU.
+    pub stage: unsafe extern "C" fn(handle: *const c_void, dtype: u8, device: *mut i32) -> *mut c_void,
+    /// Whether what is staged is there, or yet to come on its device. Only what is there may be given to `transfer`.
+    pub come: unsafe extern "C" fn(staged: *const c_void) -> CopyState,
+    /// Gives a staged tensor back.
     pub release: unsafe extern "C" fn(staged: *mut c_void),
     /// Sends some bytes to all members of a communicator, and then passes those of each to `hear`, in order. False: the
     /// communicator is of no use any more, and [`HostTable::per_rank`] was called with the reason. Does not need the GIL.
@@ -460,9 +471,9 @@ pub struct BridgeTable {
         context: *mut c_void,
         hear: unsafe extern "C" fn(*mut c_void, *const u8, usize),
     ) -> bool,
-    /// Carries out moves, all of them or with `false` as for `exchange`. Between two members they are in the same order
-    /// on both. Does not need the GIL.
-    pub transfer: unsafe extern "C" fn(comm: *mut c_void, moves: *mut Move, count: usize) -> bool,
+    /// Carries out moves, all of them or none; after a failure as for `exchange`. Between two members they are in the same
+    /// order on both. All members call it, also where they have none. Does not need the GIL.
+    pub transfer: unsafe extern "C" fn(comm: *mut c_void, moves: *mut Move, count: usize) -> MoveState,
     /// Makes what is under way on a communicator fail.
     pub cut: unsafe extern "C" fn(comm: *mut c_void),
     /// Gives a communicator back.
@@ -481,8 +492,6 @@ pub struct BridgeTable {
     pub store_look: unsafe extern "C" fn(store: *mut c_void, key: Str<'_>, context: *mut c_void, hear: HearStore),
     /// Gives a store back.
     pub store_leave: unsafe extern "C" fn(store: *mut c_void),
-    /// Pins the slab for fast copies from a device, where there is one. Whether it did.
-    pub pin: unsafe extern "C" fn(base: *mut u8, len: usize) -> bool,
 }
 
 /// A struct that crosses, as Rust lays it out. The generated header asserts that C++ does so too.

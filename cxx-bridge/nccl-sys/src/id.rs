@@ -1,6 +1,6 @@
 //! What the ranks of one communicator have in common.
 
-use std::fmt;
+use std::{fmt, thread};
 
 use crate::{Error, Nccl};
 
@@ -16,11 +16,17 @@ impl UniqueId {
 
     /// A new one.
     pub fn new(nccl: &Nccl) -> Result<Self, Error> {
-        let mut id = Self([0; Self::BYTES]);
-        // SAFETY: NCCL writes 128 bytes.
-        let code = unsafe { (nccl.api().get_unique_id)(&mut id) };
-        nccl.api().outcome("ncclGetUniqueId", code)?;
-        Ok(id)
+        let api = nccl.api().clone();
+        // On a thread that is no one else's (NCCL-3).
+        let make = move || {
+            let mut id = Self([0; Self::BYTES]);
+            // SAFETY: NCCL writes 128 bytes.
+            let code = unsafe { (api.get_unique_id)(&mut id) };
+            api.outcome("ncclGetUniqueId", code).map(|()| id)
+        };
+        let thread = thread::Builder::new().name("flexmodel-nccl".into()).spawn(make);
+        let thread = thread.map_err(|e| Error::Thread(e.to_string()))?;
+        thread.join().unwrap_or_else(|_| Err(Error::Thread("it has ended".into())))
     }
 
     /// To be carried to the other ranks. Whoever has them can join.

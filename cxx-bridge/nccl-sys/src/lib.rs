@@ -25,7 +25,7 @@
 //!   ranks and NCCL do.
 //! - **NCCL-2** After the first error a communicator is aborted, and every further call returns that error at once. No
 //!   transfer is made again: the ranks would not agree which one it is.
-//! - **NCCL-3** NCCL is called on a thread of the communicator's own. NCCL keeps the depth of groups, and what is
+//! - **NCCL-3** NCCL is called on a thread of the communicator's own, or one made for the call. NCCL keeps the depth of groups, and what is
 //!   wrong with the open one, per thread. On a thread of the job, a tap inside of the job's group would become part of
 //!   it, and NCCL fails a group that has blocking communicators, which the job's are, and others, which ours are; and
 //!   an NCCL call that fails can leave a group open, which would swallow the job's next.

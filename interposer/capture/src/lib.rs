@@ -204,8 +204,8 @@ impl Capture {
     }
 
     /// A communicator of the bridge's making, as in [`wire::tap_abi::HostTable::joined`].
-    pub fn communicator(&self, comm: *mut c_void, index: usize, devices: bool) -> Communicator {
-        Communicator::new(comm, index, devices, self.bridge)
+    pub fn communicator(&self, comm: *mut c_void, index: usize, device: i32) -> Communicator {
+        Communicator::new(comm, index, device, self.bridge)
     }
 
     /// What is gathered with the other ranks.

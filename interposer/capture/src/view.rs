@@ -30,6 +30,6 @@ impl View {
 impl Drop for View {
     fn drop(&mut self) {
         // SAFETY: `view` made it, and it is given back once.
-        unsafe { (self.bridge.release)(self.handle.as_ptr()) };
+        unsafe { (self.bridge.release_view)(self.handle.as_ptr()) };
     }
 }

@@ -22,8 +22,7 @@ size_t address_of(const at::Tensor& tensor);
 size_t bytes_of(const at::Tensor& tensor);
 std::unique_ptr<at::Tensor> view_of(const at::Tensor& tensor, rust::Slice<const Cut> cuts);
 std::unique_ptr<at::Tensor> share(const at::Tensor& tensor);
-std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, int32_t device);
-size_t go_aside(int32_t index);
-std::unique_ptr<Ticket> mark(int32_t index);
+std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, Place place);
+void used_on(const at::Tensor& tensor, Place place);
 
 }  // namespace flexmodel

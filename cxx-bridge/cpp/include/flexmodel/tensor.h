@@ -3,9 +3,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <cstdint>
 #include <memory>
@@ -28,39 +27,18 @@ struct Unseen {
       c10::autocast_dispatch_keyset};
 };
 
-// What a thread of ours does is no part of a CUDA graph that a thread of the job is capturing. CUDA would see it as one,
-// in torch's default way of capturing, and fail the capture if it is an allocation or the query of an event.
-class Uncaptured {
- public:
-  Uncaptured();
-  ~Uncaptured();
-  Uncaptured(const Uncaptured&) = delete;
-  Uncaptured& operator=(const Uncaptured&) = delete;
+// See ffi.rs.
+struct Place;
 
- private:
-  uint32_t before_;
-};
+// The handle of this thread's stream on a device, by which Rust knows it. torch's own events are not used: they set a thread's
+// device back by its number, which makes a context on device 0 for a thread that has none (DEVICE-1).
+size_t stream_on(c10::Device device);
 
-// A copy from a device that is under way. Owns what the copy reads.
-class Ticket {
- public:
-  Ticket(at::Tensor source, c10::Event done) : source_(std::move(source)), done_(std::move(done)) {}
-  // Blocks until the bytes are there. Does not need the GIL.
-  void wait() const;
-  // Whether they are.
-  bool has_come() const { return done_.query(); }
+// Whether that stream is being captured into a CUDA graph.
+bool is_being_captured(c10::Device device);
 
- private:
-  at::Tensor source_;
-  mutable c10::Event done_;
-};
-
-// The stream that copies and transfers leave a device on.
-c10::Stream side_stream(c10::Device device);
-
-// Refuses the stream of a job's that is being captured into a CUDA graph: what is put on it would be replayed into
-// memory that is long somebody else's, and break the capture.
-void expect_no_capture(const c10::impl::VirtualGuardImpl& guard, c10::Device device);
+// Memory for `sizes` that no deterministic mode fills, on the current device where it is on one.
+at::Tensor room(at::IntArrayRef sizes, c10::ScalarType type, c10::DeviceType device);
 
 // The code of a torch type, which Rust knows by its name; 0 for one that has none.
 uint8_t code_of(c10::ScalarType type);
@@ -74,8 +52,9 @@ Refusal refusal_of(const at::Tensor& tensor, const char* python_type);
 uint32_t digest_of(const at::Tensor& tensor);
 
 // See ffi.rs.
+Place place_of(const at::Tensor& tensor);
 bool is_plain(const at::Tensor& tensor, uint8_t dtype);
-std::unique_ptr<Ticket> copy_out(const at::Tensor& tensor, bool staged, uint8_t dtype, uint64_t first, uint64_t count,
-                                 uint8_t* destination);
+void copy_out(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count, uint8_t* destination);
+std::unique_ptr<at::Tensor> snapshot(const at::Tensor& tensor, uint8_t dtype, uint64_t first, uint64_t count);
 
 }  // namespace flexmodel

@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, atomic::AtomicU64},
 };
 
-use wire::tap_abi::{self, BridgeTable};
+use wire::{
+    codes::MoveState,
+    tap_abi::{self, BridgeTable},
+};
 
 use super::{
     agreement::{Held, OfferedPart},
@@ -17,7 +20,8 @@ use super::{
 pub struct Communicator {
     comm: *mut c_void,
     index: usize,
-    devices: bool,
+    /// The device whose tensors it takes, or -1.
+    device: i32,
     bridge: &'static BridgeTable,
 }
 
@@ -73,14 +77,16 @@ impl<'a> Transfer<'a> {
 }
 
 impl Communicator {
-    /// Of the bridge's making. `index` is this rank among its members, `devices` whether it takes what is on devices.
-    pub fn new(comm: *mut c_void, index: usize, devices: bool, bridge: &'static BridgeTable) -> Self {
-        Self { comm, index, devices, bridge }
+    /// Of the bridge's making. `index` is this rank among its members, `device` whose tensors it takes beside those of the
+    /// CPU, or -1.
+    pub fn new(comm: *mut c_void, index: usize, device: i32, bridge: &'static BridgeTable) -> Self {
+        Self { comm, index, device, bridge }
     }
 
-    /// Whether it takes a tensor.
+    /// Whether it takes a tensor. NCCL looks at no address: what is on another device than the communicator's may fault there,
+    /// and cost the job its context.
     pub fn takes(&self, staged: &Staged) -> bool {
-        self.devices || !staged.is_on_device()
+        !staged.is_on_device() || staged.device() == self.device
     }
 
     /// This rank among the members.
@@ -100,25 +106,24 @@ impl Communicator {
         unsafe { (self.bridge.exchange)(self.comm, mine.as_ptr(), mine.len(), list, hear) }.then_some(heard)
     }
 
-    /// Carries out transfers; what was received, in order, counted in `budget`. All members must begin theirs. `None`: as
-    /// for `exchange`.
+    /// Carries out transfers; what was received, in order, counted in `budget`. All members must begin theirs.
     pub fn transfer(
         &self,
         transfers: Vec<Transfer<'_>>,
         replicas_once: bool,
         budget: &Arc<AtomicU64>,
-    ) -> Option<Vec<Staged>> {
+    ) -> (MoveState, Vec<Staged>) {
         let mut list: Vec<tap_abi::Move> = transfers.iter().map(Transfer::as_abi).collect();
         // SAFETY: the communicator is not left yet; tensors and sizes live through the call.
-        let went_well = unsafe { (self.bridge.transfer)(self.comm, list.as_mut_ptr(), list.len()) };
+        let outcome = unsafe { (self.bridge.transfer)(self.comm, list.as_mut_ptr(), list.len()) };
         let received = |(done, one): (&tap_abi::Move, &Transfer<'_>)| {
             let What::Receive(part) = one.what else { return None };
             // A rank that describes more bytes than there can be gets no tensor.
             let bytes = part.meta.payload_len().unwrap_or_default();
-            Staged::received(done.tensor, done.on_device, bytes, replicas_once, self.bridge, budget)
+            let device = if done.on_device { self.device } else { -1 };
+            Staged::received(done.tensor, device, bytes, replicas_once, self.bridge, budget)
         };
-        let received = list.iter().zip(&transfers).filter_map(received).collect();
-        went_well.then_some(received)
+        (outcome, list.iter().zip(&transfers).filter_map(received).collect())
     }
 
     /// Makes what is under way fail. From any thread.

@@ -2,15 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
 };
 
-use wire::record::RecordMeta;
+use wire::{
+    codes::{CopyState, MoveState},
+    record::RecordMeta,
+};
 
 use super::{
     Gather, Outgoing, PATIENCE, Route, STALE, State,
     agreement::{Agreement, Held, Offer, OfferedPart, Report, Verdict, Why},
+    coming::Coming,
     communicator::{Communicator, Transfer},
     message,
     staging::Staged,
@@ -19,6 +23,8 @@ use super::{
 /// How long a rank that has nothing to say lets the others wait, and how long where none has had for a while.
 const TICK: Duration = Duration::from_millis(10);
 const IDLE: Duration = Duration::from_millis(200);
+/// How often a device is asked what has come.
+const LOOK: Duration = Duration::from_millis(1);
 /// Most bytes that a rank receives at once, unless a single part has more.
 const BATCH: u64 = 64 << 20;
 /// Divergences that are named one by one.
@@ -35,6 +41,8 @@ pub struct Meeting {
     gather: Arc<Gather>,
     comm: Communicator,
     agreement: Agreement,
+    /// What is not offered yet.
+    coming: Coming,
     /// By number.
     mine: BTreeMap<u64, Outgoing>,
     /// How many there were.
@@ -48,7 +56,8 @@ pub struct Meeting {
 impl Meeting {
     /// Of `size` ranks.
     pub fn new(gather: Arc<Gather>, comm: Communicator, size: usize) -> Self {
-        Self { gather, comm, agreement: Agreement::new(size), mine: BTreeMap::new(), offered: 0, named: 0, tick: TICK }
+        let (agreement, coming, mine) = (Agreement::new(size), Coming::default(), BTreeMap::new());
+        Self { gather, comm, agreement, coming, mine, offered: 0, named: 0, tick: TICK }
     }
 
     /// Goes on until the ranks part, and brings to the agent what is left then.
@@ -78,6 +87,7 @@ impl Meeting {
             self.carry_out(vec![verdict]);
         }
         self.gather.send_all(std::mem::take(&mut self.mine).into_values());
+        self.gather.send_all(self.coming.give_up());
         let mut gather = self.gather.lock();
         let quiet = why.is_empty() || gather.route == Route::PerRank || gather.closing.is_some();
         gather.route = Route::PerRank;
@@ -96,18 +106,30 @@ impl Meeting {
 
     /// What there is to tell, once there is something, or a tick later.
     fn news(&mut self) -> Report {
-        let state = self.gather.lock();
         let quiet = |gather: &mut State| gather.queue.is_empty() && gather.closing.is_none() && !gather.stop;
-        drop(self.gather.news.wait_timeout_while(state, self.tick, quiet));
+        let end = Instant::now() + self.tick;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            // Of what comes on a device nobody tells.
+            let wait = if self.coming.is_empty() { left } else { left.min(LOOK) };
+            let waited = self.gather.news.wait_timeout_while(self.gather.lock(), wait, quiet);
+            let timed_out = waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
+            if !timed_out || wait == left || self.coming.has_news() {
+                break;
+            }
+        }
         // Before the queue: what is offered of earlier steps is in it.
         let step = (self.gather.step)();
         let mut gather = self.gather.lock();
         let queue = std::mem::take(&mut gather.queue);
         let (closing, stop) = (gather.closing, gather.stop);
         drop(gather);
-        let mut offers = Vec::with_capacity(queue.len());
-        for mut outgoing in queue {
-            if let Some(staged) = outgoing.staged.take_if(|staged| !self.comm.takes(staged)) {
+        let come = self.coming.take(queue);
+        let step = self.coming.step(step);
+        let mut offers = Vec::with_capacity(come.len());
+        for mut outgoing in come {
+            let cannot = |staged: &mut Staged| !self.comm.takes(staged) || staged.state() == CopyState::Failed;
+            if let Some(staged) = outgoing.staged.take_if(cannot) {
                 self.gather.transport.send(staged.captured(outgoing.meta.clone()));
             }
             let held = outgoing.staged.as_ref().map_or(Held::Not, Staged::held);
@@ -115,10 +137,13 @@ impl Meeting {
             self.mine.insert(self.offered, outgoing);
             self.offered += 1;
         }
-        let waited = closing.is_some_and(|since| self.mine.is_empty() || since.elapsed() > PATIENCE);
+        let none_left = self.mine.is_empty() && self.coming.is_empty();
+        let waited = closing.is_some_and(|since| none_left || since.elapsed() > PATIENCE);
         let leaving = stop || waited || !self.gather.process.is_on();
         let stale = self.mine.iter().filter(|(_, mine)| mine.since.elapsed() > STALE);
-        Report { step, closing: closing.is_some(), leaving, offers, withdrawn: stale.map(|(&n, _)| n).collect() }
+        // Who ends offers nothing any more.
+        let closing = closing.is_some() && self.coming.is_empty();
+        Report { step, closing, leaving, offers, withdrawn: stale.map(|(&n, _)| n).collect() }
     }
 
     /// Whether all transfers went well. Where not, the tensors are still staged.
@@ -161,7 +186,16 @@ impl Meeting {
             }
         }
         let (once, budget) = (self.gather.replicas_once.load(Ordering::Relaxed), &self.gather.staged_bytes);
-        let Some(received) = self.comm.transfer(transfers, once, budget) else { return false };
+        let (outcome, received) = self.comm.transfer(transfers, once, budget);
+        match outcome {
+            MoveState::Done => {}
+            MoveState::Failed => return false,
+            MoveState::NotReady => {
+                drop(received);
+                batch.iter().for_each(|bound| self.send_per_rank(std::slice::from_ref(&bound.part), Why::Withdrawn));
+                return true;
+            }
+        }
         let mut received = received.into_iter();
         for Bound { to, part } in batch {
             if part.member == me {

@@ -2,8 +2,9 @@
 //! agent, as one tensor's parts.
 //!
 //! A tap stages a copy of its tensor and goes on: nothing here ever makes the job wait. One thread of each rank meets the
-//! other ranks' in rounds, in which they tell each other what they have staged ([`agreement`]), and transfers begin only of what
-//! all members have. So ranks may come in any order, skip modules, stop or die.
+//! other ranks' in rounds, in which they tell each other what they have staged ([`agreement`]) and what of it has come on its
+//! device ([`coming`]), and transfers begin only of what all members have. So ranks may come in any order, skip modules, stop
+//! or die.
 //!
 //! | what happens | what becomes of tensors |
 //! |---|---|
@@ -11,10 +12,12 @@
 //! | a rank does not take part in its step for [`STALE`] | the same |
 //! | there is no communicator: other hooks on a rank, no process group | said once; every part goes to its own agent |
 //! | more is staged than a slab holds | what is more goes to its own agent |
+//! | a rank has no memory for what it is to receive | these parts go to their own agents |
 //! | a rank ends, dies or stands still, a transfer fails | within the communicator's bound, as without a communicator |
 //! | the process ends | the others are waited for at most [`PATIENCE`] |
 
 mod agreement;
+mod coming;
 mod communicator;
 mod meeting;
 mod message;

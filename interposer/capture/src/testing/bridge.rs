@@ -5,12 +5,12 @@ use std::{
     ffi::c_void,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
 };
 
 use wire::{
-    codes::{CopyState, Refusal},
+    codes::{Code, CopyState, MoveState, Refusal},
     dtype::DType,
     hooks::Kind,
     tap_abi::{self, BridgeTable, Copied, Cut, HearStore, Leaf, Move, Str, TAP_ABI},
@@ -21,11 +21,19 @@ pub struct Tensor {
     pub floats: Vec<f32>,
     /// It cannot be read after all.
     pub fails: bool,
+    /// Its stream is captured into a CUDA graph.
+    pub captured: bool,
+    /// How far what is staged of it is: code of [`CopyState`].
+    pub state: Arc<AtomicU8>,
 }
 
 impl Tensor {
     pub fn of(floats: usize) -> Self {
-        Self { floats: (0..floats).map(|n| n as f32).collect(), fails: false }
+        Self::with((0..floats).map(|n| n as f32).collect())
+    }
+
+    fn with(floats: Vec<f32>) -> Self {
+        Self { floats, fails: false, captured: false, state: Arc::default() }
     }
 
     /// As a tap describes it. It lies in one dimension, of `sizes`.
@@ -78,11 +86,15 @@ pub static BRIDGE: BridgeTable = BridgeTable {
     abi: TAP_ABI,
     size: size_of::<BridgeTable>() as u32,
     python_module,
+    readable,
     copy,
     view,
+    release_view: release,
+    pin,
     wait,
     checksum,
     stage,
+    come,
     release,
     exchange,
     transfer,
@@ -91,7 +103,6 @@ pub static BRIDGE: BridgeTable = BridgeTable {
     store_settle,
     store_look,
     store_leave,
-    pin,
 };
 
 unsafe extern "C" fn python_module() -> *mut c_void {
@@ -114,24 +125,25 @@ unsafe extern "C" fn view(handle: *const c_void, cuts: *const Cut, count: usize)
     let (tensor, cuts) = unsafe { (&*handle.cast::<Tensor>(), wire::tap_abi::array(cuts, count)) };
     let [cut] = cuts else { return std::ptr::null_mut() };
     let floats = (0..cut.len).map(|n| tensor.floats[(cut.start + n * cut.step) as usize]).collect();
-    Box::into_raw(Box::new(Tensor { floats, fails: false })).cast()
+    Box::into_raw(Box::new(Tensor::with(floats))).cast()
 }
 
 unsafe extern "C" fn wait(_: *mut c_void) -> bool {
     true
 }
 
-unsafe extern "C" fn checksum(_: *const c_void, _: u8, _: *mut u32) -> bool {
+unsafe extern "C" fn checksum(_: *const c_void, _: bool, _: u8, _: *mut u32) -> bool {
     false
 }
 
-unsafe extern "C" fn stage(handle: *const c_void, _: u8, on_device: *mut bool) -> *mut c_void {
-    // SAFETY: as in copy; `on_device` is the caller's to be written.
-    let floats = unsafe {
-        on_device.write(false);
-        (*handle.cast::<Tensor>()).floats.clone()
+unsafe extern "C" fn stage(handle: *const c_void, _: u8, device: *mut i32) -> *mut c_void {
+    // SAFETY: as in copy; `device` is the caller's to be written.
+    let tensor = unsafe {
+        device.write(-1);
+        &*handle.cast::<Tensor>()
     };
-    Box::into_raw(Box::new(Tensor { floats, fails: false })).cast()
+    let state = tensor.state.clone();
+    Box::into_raw(Box::new(Tensor { state, ..Tensor::with(tensor.floats.clone()) })).cast()
 }
 
 unsafe extern "C" fn release(staged: *mut c_void) {
@@ -149,8 +161,8 @@ unsafe extern "C" fn exchange(
     false
 }
 
-unsafe extern "C" fn transfer(_: *mut c_void, _: *mut Move, _: usize) -> bool {
-    false
+unsafe extern "C" fn transfer(_: *mut c_void, _: *mut Move, _: usize) -> MoveState {
+    MoveState::Failed
 }
 
 unsafe extern "C" fn cut(_: *mut c_void) {}
@@ -197,6 +209,17 @@ unsafe extern "C" fn store_leave(store: *mut c_void) {
     drop(unsafe { Box::from_raw(store.cast::<Store>()) });
 }
 
-unsafe extern "C" fn pin(_: *mut u8, _: usize) -> bool {
+unsafe extern "C" fn readable(handle: *const c_void) -> bool {
+    // SAFETY: as in copy.
+    unsafe { !(*handle.cast::<Tensor>()).captured }
+}
+
+unsafe extern "C" fn come(staged: *const c_void) -> CopyState {
+    // SAFETY: `stage` made it.
+    let code = unsafe { (*staged.cast::<Tensor>()).state.load(Ordering::Relaxed) };
+    CopyState::from_code(code).unwrap()
+}
+
+unsafe extern "C" fn pin(_: *const c_void, _: *mut u8, _: usize) -> bool {
     false
 }

@@ -1,4 +1,4 @@
-//! Copies from a device that are still under way: one thread waits for them in order and commits their frames.
+//! Copies from a device: one thread makes them in order, waits for them and commits their frames.
 
 use std::{
     ffi::c_void,
@@ -11,7 +11,10 @@ use std::{
 };
 
 use crossbeam::channel::{Sender, unbounded};
-use wire::{slab::Reservation, tap_abi::BridgeTable};
+use wire::{
+    slab::{Mapping, Reservation},
+    tap_abi::BridgeTable,
+};
 
 use super::in_flight::InFlight;
 
@@ -25,11 +28,22 @@ struct Copy {
 // SAFETY: a ticket may be waited for from any thread (BridgeTable).
 unsafe impl Send for Copy {}
 
+/// What the user should hear of copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// A slab cannot be pinned.
+    Slow,
+    /// A copy has failed.
+    Failed,
+}
+
+/// Hears of [`Trouble`], each time.
+type Tell = Arc<dyn Fn(Trouble) + Send + Sync>;
+
 /// The copies under way. They hold no tensor bytes, and there are no more of them than slabs have frames.
 pub struct Copies {
     bridge: &'static BridgeTable,
-    /// Called when a copy has failed.
-    failed: Arc<dyn Fn() + Send + Sync>,
+    tell: Tell,
     /// The thread, once there was a copy; `None` if none could be made.
     queue: OnceLock<Option<Sender<Copy>>>,
     under_way: Arc<AtomicU64>,
@@ -37,11 +51,11 @@ pub struct Copies {
 
 impl Copies {
     /// None yet.
-    pub fn new(bridge: &'static BridgeTable, failed: Arc<dyn Fn() + Send + Sync>) -> Self {
-        Self { bridge, failed, queue: OnceLock::new(), under_way: Arc::default() }
+    pub fn new(bridge: &'static BridgeTable, tell: Tell) -> Self {
+        Self { bridge, tell, queue: OnceLock::new(), under_way: Arc::default() }
     }
 
-    /// Commits `slot` when the copy behind `ticket` is done.
+    /// Makes the copy behind `ticket`, and then commits `slot`.
     pub fn finish_later(&self, ticket: *mut c_void, slot: Reservation, record: Arc<InFlight>) {
         let queue = self.queue.get_or_init(|| self.start());
         self.under_way.fetch_add(1, Ordering::Acquire);
@@ -51,17 +65,17 @@ impl Copies {
             None => Some(copy),
         };
         if let Some(copy) = left {
-            finish(self.bridge, &*self.failed, copy);
+            finish(self.bridge, &self.tell, copy);
             self.under_way.fetch_sub(1, Ordering::Release);
         }
     }
 
     fn start(&self) -> Option<Sender<Copy>> {
         let (sender, receiver) = unbounded::<Copy>();
-        let (bridge, failed, under_way) = (self.bridge, self.failed.clone(), self.under_way.clone());
+        let (bridge, tell, under_way) = (self.bridge, self.tell.clone(), self.under_way.clone());
         let worker = move || {
             for copy in receiver {
-                finish(bridge, &*failed, copy);
+                finish(bridge, &tell, copy);
                 under_way.fetch_sub(1, Ordering::Release);
             }
         };
@@ -77,13 +91,29 @@ impl Copies {
     }
 }
 
-fn finish(bridge: &BridgeTable, failed: &(dyn Fn() + Send + Sync), copy: Copy) {
+fn finish(bridge: &BridgeTable, tell: &Tell, copy: Copy) {
+    if let Some(pinning) = &copy.record.pinning
+        && pinning.before_copy(|| pin(bridge, copy.ticket, &copy.record.map))
+    {
+        tell(Trouble::Slow);
+    }
     // SAFETY: the ticket came from the bridge and is given to it once.
     let arrived = unsafe { (bridge.wait)(copy.ticket) };
     settle(copy.slot, &copy.record, arrived);
     if !arrived {
-        failed();
+        tell(Trouble::Failed);
     }
+}
+
+/// Pins a slab for copies such as this one. It stays mapped then, since a device may write to it.
+fn pin(bridge: &BridgeTable, ticket: *mut c_void, map: &Mapping) -> bool {
+    let (base, len) = map.whole();
+    // SAFETY: the ticket came from the bridge and is waited for later; the range is mapped, and stays so if it is pinned.
+    let pinned = unsafe { (bridge.pin)(ticket, base, len) };
+    if pinned {
+        map.keep_mapped();
+    }
+    pinned
 }
 
 /// Hands a frame over, or gives it up and its tensor with it. Of a tensor that is counted as lost no more goes to the
@@ -98,16 +128,42 @@ fn settle(slot: Reservation, record: &InFlight, arrived: bool) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use wire::slab::{Fetched, SlabReader, SlabWriter};
 
     use super::*;
+    use crate::testing::BRIDGE;
+
+    #[test]
+    fn copies_and_what_pins_the_slab_for_them_are_on_a_thread_of_ours() {
+        let mut writer = SlabWriter::create(1 << 20, 0).unwrap();
+        let mut reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let hears = told.clone();
+        let tell = move |trouble| hears.lock().unwrap().push((trouble, thread::current().name().map(str::to_owned)));
+        // This bridge pins nothing.
+        let copies = Copies::new(&BRIDGE, Arc::new(tell));
+        let pinning = Some(Arc::default());
+        for _ in 0..2 {
+            let record = writer.begin_record();
+            let slot = writer.try_reserve(record, b"meta", 0, 64, 64).unwrap();
+            let in_flight = InFlight::new(writer.mapping().clone(), record, 64, pinning.clone());
+            copies.finish_later(std::ptr::null_mut(), slot, Arc::new(in_flight));
+        }
+        copies.drain(Duration::from_secs(30));
+        assert_eq!(*told.lock().unwrap(), [(Trouble::Slow, Some("flexmodel-copies".to_owned()))], "said once");
+        for _ in 0..2 {
+            assert!(matches!(reader.fetch().unwrap(), Fetched::Frame(_)));
+        }
+    }
 
     #[test]
     fn a_tensor_whose_first_copy_failed_sends_no_end() {
         let mut writer = SlabWriter::create(1 << 20, 0).unwrap();
         let mut reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
         let record = writer.begin_record();
-        let in_flight = InFlight::new(writer.mapping().clone(), record, 64);
+        let in_flight = InFlight::new(writer.mapping().clone(), record, 64, None);
         for arrived in [false, true] {
             let slot = writer.try_reserve(record, b"", u64::from(arrived) * 64, 64, 128).unwrap();
             settle(slot, &in_flight, arrived);
@@ -122,7 +178,7 @@ mod tests {
         let mut reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
         for arrived in [false, true] {
             let record = writer.begin_record();
-            let in_flight = InFlight::new(writer.mapping().clone(), record, 64);
+            let in_flight = InFlight::new(writer.mapping().clone(), record, 64, None);
             for piece in 0..2 {
                 let meta: &[u8] = if piece == 0 { b"meta" } else { b"" };
                 let slot = writer.try_reserve(record, meta, piece * 64, 64, 128).unwrap();

@@ -7,6 +7,8 @@ use std::sync::{
 
 use wire::slab::Mapping;
 
+use super::pinning::Pinning;
+
 /// Shared by the tap that sends a tensor and the thread that waits for its copies from a device.
 pub struct InFlight {
     /// The slab. A process that turns out to be another rank gets another one.
@@ -15,13 +17,15 @@ pub struct InFlight {
     pub record: u64,
     /// Most bytes of a piece.
     pub max_piece: u64,
+    /// Of the slab, where it is the one for tensors of a device.
+    pub pinning: Option<Arc<Pinning>>,
     lost: AtomicBool,
 }
 
 impl InFlight {
     /// A tensor that is about to be sent.
-    pub fn new(map: Arc<Mapping>, record: u64, max_piece: u64) -> Self {
-        Self { map, record, max_piece, lost: AtomicBool::new(false) }
+    pub fn new(map: Arc<Mapping>, record: u64, max_piece: u64, pinning: Option<Arc<Pinning>>) -> Self {
+        Self { map, record, max_piece, pinning, lost: AtomicBool::new(false) }
     }
 
     /// The tensor will not arrive whole. It is counted once, whichever of its pieces fail.

@@ -48,12 +48,12 @@ use wire::{
     control::{Hello, ToAgent},
     counts::Counts,
     record::{Axis, Placement, RecordMeta},
-    slab::{Mapping, Reservation},
+    slab::Reservation,
     tap_abi::{BridgeTable, Cut, Rank},
 };
 
 use crate::{answers::Answers, engine::Reports, process::Process};
-use copies::Copies;
+use copies::{Copies, Trouble};
 use ear::Ear;
 use in_flight::InFlight;
 use link::{Heard, Link};
@@ -138,7 +138,7 @@ impl Transport {
         let state = Mutex::new(State::new(link, slabs, counts, on_full, process.clone()));
         Arc::new_cyclic(|this| Self {
             state,
-            copies: Copies::new(bridge, copy_failed(this.clone())),
+            copies: Copies::new(bridge, trouble_with_copies(this.clone())),
             ear: Ear::default(),
             hearing: Mutex::default(),
             answers: OnceLock::new(),
@@ -259,7 +259,8 @@ impl Transport {
     pub fn checksum(&self, tensor: &Captured) -> Option<u32> {
         let mut crc = 0;
         // SAFETY: the handle is the tensor of the tap that is triggered, or one that is staged.
-        let known = unsafe { (self.bridge.checksum)(tensor.handle, tensor.meta.dtype as u8, &raw mut crc) };
+        let known =
+            unsafe { (self.bridge.checksum)(tensor.handle, tensor.staged, tensor.meta.dtype as u8, &raw mut crc) };
         known.then_some(crc)
     }
 
@@ -271,39 +272,26 @@ impl Transport {
             unsafe { (self.bridge.copy)(tensor.handle, tensor.staged, dtype, first, elements, slot.payload()) };
         match copied.state {
             CopyState::Done => slot.commit(),
-            CopyState::Pending => {
-                self.copies.finish_later(copied.ticket, slot, record.clone());
-                self.device_copied(&record.map);
-            }
+            CopyState::Pending => self.copies.finish_later(copied.ticket, slot, record.clone()),
             CopyState::Failed => record.lose(),
         }
     }
 
-    /// Pins the slab if that was not possible when it was made.
-    fn device_copied(&self, map: &Arc<Mapping>) {
-        let refused = self.lock().slabs.device_copied(map, || self.pin(map));
-        if refused {
-            self.notice("the slab cannot be pinned: copies from the device are slower than they could be".into());
-        }
-    }
-
-    fn pin(&self, map: &Mapping) -> bool {
-        let (base, len) = map.whole();
-        // SAFETY: the range is mapped, and stays so if it is pinned.
-        let pinned = unsafe { (self.bridge.pin)(base, len) };
-        if pinned {
-            map.keep_mapped();
-        }
-        pinned
+    /// Whether a tensor needs the slab for those of a device, which is not made in the middle of a CUDA graph that the job
+    /// captures.
+    fn is_for_device(&self, tensor: &Captured) -> bool {
+        // SAFETY: the handle is the tensor of the tap that is triggered: what is staged can be read whenever.
+        tensor.on_device && (tensor.staged || unsafe { (self.bridge.readable)(tensor.handle) })
     }
 
     /// A tensor that is about to be sent, and the frame for its first piece if there is room for it at once.
     fn begin(&self, tensor: &Captured, meta: &[u8], total: u64) -> Option<(Arc<InFlight>, Option<Reservation>)> {
+        let for_device = self.is_for_device(tensor);
         let mut state = self.lock();
         if let Some(counts) = &state.counts {
             counts.captured(tensor.meta.rank);
         }
-        let begun = state.begin(tensor.on_device, |map| self.pin(map), meta, total);
+        let begun = state.begin(for_device, meta, total);
         let (news, has_slab) = (state.slabs.news.take(), state.slabs.current().is_some());
         drop(state);
         match news {
@@ -361,14 +349,20 @@ impl Reports for Transport {
     }
 }
 
-/// Says once that a copy from a device failed.
-fn copy_failed(transport: Weak<Transport>) -> Arc<dyn Fn() + Send + Sync> {
-    let said = AtomicBool::new(false);
-    Arc::new(move || {
+/// Says each thing once that is wrong with copies from a device.
+fn trouble_with_copies(transport: Weak<Transport>) -> Arc<dyn Fn(Trouble) + Send + Sync> {
+    let (slow, failed) = (AtomicBool::new(false), AtomicBool::new(false));
+    Arc::new(move |trouble| {
+        let (said, text) = match trouble {
+            Trouble::Slow => (&slow, "the slab cannot be pinned: copies from the device are slower than they could be"),
+            Trouble::Failed => {
+                (&failed, "a copy from the device failed: that capture is lost, and so are others like it")
+            }
+        };
         if !said.swap(true, Ordering::Relaxed)
             && let Some(transport) = transport.upgrade()
         {
-            transport.notice("a copy from the device failed: that capture is lost, and so are others like it".into());
+            transport.notice(text.into());
         }
     })
 }

@@ -1,30 +1,23 @@
 //! When the slab is pinned for copies from a device.
 
-/// A device is not always in use when the slab is made: pinning is tried then, and once more when a copy has come from
-/// one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pinning {
-    /// Copies from a device go at full speed.
-    Pinned,
-    /// No device was in use yet.
-    NotYet,
-    /// It was in use, and refused.
-    Refused,
+use std::sync::OnceLock;
+
+/// The slab for tensors of a device is pinned with the first copy into it, on the thread that makes copies: it takes long,
+/// and a device is in use then.
+#[derive(Debug, Default)]
+pub struct Pinning {
+    pinned: OnceLock<bool>,
 }
 
 impl Pinning {
-    /// The slab was made.
-    pub fn new(pin: impl FnOnce() -> bool) -> Self {
-        if pin() { Self::Pinned } else { Self::NotYet }
-    }
-
-    /// A copy came from a device. Whether it is now clear that it will stay slow.
-    pub fn device_copied(&mut self, pin: impl FnOnce() -> bool) -> bool {
-        if *self != Self::NotYet {
-            return false;
-        }
-        *self = if pin() { Self::Pinned } else { Self::Refused };
-        *self == Self::Refused
+    /// A copy is about to be made. Whether it is now clear that it will be slow, and all others.
+    pub fn before_copy(&self, pin: impl FnOnce() -> bool) -> bool {
+        let mut asked = false;
+        let pinned = self.pinned.get_or_init(|| {
+            asked = true;
+            pin()
+        });
+        asked && !pinned
     }
 }
 
@@ -33,19 +26,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slab_made_before_the_device_was_used_is_pinned_with_the_first_copy() {
-        let mut pinning = Pinning::new(|| false);
-        assert!(!pinning.device_copied(|| true));
-        assert_eq!(pinning, Pinning::Pinned);
-        assert!(!pinning.device_copied(|| false), "asked once more");
-        assert_eq!(pinning, Pinning::Pinned);
+    fn a_slab_is_pinned_once_with_the_first_copy() {
+        let pinning = Pinning::default();
+        assert!(!pinning.before_copy(|| true));
+        assert!(!pinning.before_copy(|| unreachable!("it is pinned already")));
     }
 
     #[test]
     fn a_device_that_refuses_is_reported_once() {
-        let mut pinning = Pinning::new(|| false);
-        assert!(pinning.device_copied(|| false));
-        assert!(!pinning.device_copied(|| false), "said once more");
-        assert!(!Pinning::new(|| true).device_copied(|| false));
+        let pinning = Pinning::default();
+        assert!(pinning.before_copy(|| false));
+        assert!(!pinning.before_copy(|| unreachable!("it was refused already")));
     }
 }

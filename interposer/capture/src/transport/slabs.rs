@@ -2,7 +2,7 @@
 //!
 //! The first is small. One that is full while an agent reads it is followed by one twice as large, as long as all
 //! together stay within what the user allows and the machine has. The first tensor of a device begins the last one, of all
-//! that is left, which is pinned.
+//! that is left, which is pinned ([`Pinning`]).
 
 use std::{os::fd::BorrowedFd, sync::Arc};
 
@@ -25,8 +25,8 @@ pub struct Slabs {
     current: Option<SlabWriter>,
     /// Those before it that the agent has not settled, oldest first.
     retiring: Vec<SlabWriter>,
-    /// Whether the current one is the one for tensors of a device, and is pinned.
-    pinning: Option<Pinning>,
+    /// Of the current one, if it is the one for tensors of a device.
+    pinning: Option<Arc<Pinning>>,
     /// A tensor found the current one full.
     pub full: bool,
     /// What the user should hear.
@@ -125,9 +125,9 @@ impl Slabs {
         }
     }
 
-    /// The first tensor of a device: makes the slab for it, of all bytes that are left and fit, and `pin`s that. The number
-    /// of the new slab, if there is one: where too little is left the current one is pinned.
-    pub fn begin_for_device(&mut self, rank: u32, pin: impl FnOnce(&Mapping) -> bool) -> Option<u64> {
+    /// The first tensor of a device: makes the slab for it, of all bytes that are left and fit. The number of the new slab, if
+    /// there is one: where too little is left it is the current one.
+    pub fn begin_for_device(&mut self, rank: u32) -> Option<u64> {
         if self.pinning.is_some() {
             return None;
         }
@@ -147,19 +147,16 @@ impl Slabs {
                 Err(refused) => why = Some(refused),
             }
         }
-        let current = self.current.as_ref()?;
-        self.pinning = Some(Pinning::new(|| pin(current.mapping())));
+        self.pinning = Some(Arc::default());
         if let Some(why) = why {
             self.stay(&why);
         }
         followed
     }
 
-    /// A copy has come from a device into `map`: pins that if it is the slab for it and was not pinned. Whether it is now
-    /// clear that such copies will stay slow.
-    pub fn device_copied(&mut self, map: &Arc<Mapping>, pin: impl FnOnce() -> bool) -> bool {
-        let current = self.current.as_ref().is_some_and(|writer| Arc::ptr_eq(writer.mapping(), map));
-        current && self.pinning.as_mut().is_some_and(|pinning| pinning.device_copied(pin))
+    /// Of the current one, if it is the one for tensors of a device.
+    pub fn pinning(&self) -> Option<Arc<Pinning>> {
+        self.pinning.clone()
     }
 
     /// Follows the current slab with a first one, since the job has closed its descriptor: no agent that comes can be given
@@ -354,34 +351,22 @@ mod tests {
     #[test]
     fn the_first_tensor_of_a_device_begins_all_that_is_left_and_that_is_the_last_slab() {
         let mut slabs = slabs(32 * MIB);
-        let mut pinned = Vec::new();
-        let mut pin = |map: &Mapping| {
-            pinned.push(map.whole().1 as u64 / MIB);
-            true
-        };
-        assert!(slabs.begin_for_device(0, &mut pin).is_some());
-        assert!(slabs.begin_for_device(0, &mut pin).is_none());
+        assert!(slabs.pinning().is_none());
+        assert!(slabs.begin_for_device(0).is_some());
+        let pinning = slabs.pinning().unwrap();
+        assert!(slabs.begin_for_device(0).is_none());
+        assert!(Arc::ptr_eq(&pinning, &slabs.pinning().unwrap()), "pinned once");
         assert_eq!(sizes(&slabs), [1, 31]);
-        assert_eq!(pinned, [31], "registered once");
         let _reader = read(&mut slabs);
         assert!(!slabs.may_grow());
-        let current = slabs.current().unwrap().mapping().clone();
-        assert!(!slabs.device_copied(&current, || unreachable!("it is pinned already")));
     }
 
     #[test]
-    fn where_too_little_is_left_for_a_device_the_current_slab_is_pinned() {
+    fn where_too_little_is_left_for_a_device_the_current_slab_is_the_one() {
         let mut slabs = slabs(MIB);
-        let mut pinned = 0;
-        assert!(
-            slabs
-                .begin_for_device(0, |_| {
-                    pinned += 1;
-                    true
-                })
-                .is_none()
-        );
-        assert_eq!((sizes(&slabs), pinned), (vec![1], 1));
+        assert!(slabs.begin_for_device(0).is_none());
+        assert!(slabs.pinning().is_some());
+        assert_eq!(sizes(&slabs), [1]);
         assert!(slabs.news.is_none());
     }
 
@@ -389,22 +374,18 @@ mod tests {
     fn a_device_gets_what_fits_and_the_user_a_line() {
         let mut slabs = slabs(1 << 62);
         slabs.shared_by(500);
-        assert!(slabs.begin_for_device(0, |_| false).is_some());
+        assert!(slabs.begin_for_device(0).is_some());
         let news = slabs.news.take().unwrap();
         assert!(news.contains("GiB") && news.contains("FLEXMODEL_SLAB"), "{news}");
         assert!(slabs.bound() < 1 << 50);
-        let current = slabs.current().unwrap().mapping().clone();
-        assert!(slabs.device_copied(&current, || false), "it is slow, which is said");
     }
 
     /// A device may still write to it.
     #[test]
     fn a_pinned_slab_stays_mapped_when_it_is_left() {
         let mut slabs = slabs(2 * MIB);
-        slabs.begin_for_device(0, |map| {
-            map.keep_mapped();
-            true
-        });
+        slabs.begin_for_device(0);
+        slabs.current().unwrap().mapping().keep_mapped();
         let start = slabs.current().unwrap().mapping().whole().0.addr();
         drop(slabs.leave());
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();

@@ -9,7 +9,7 @@ use wire::{
     control::ToAgent,
     counts::Counts,
     env::OnFull,
-    slab::{Mapping, Reservation, SlabWriter},
+    slab::{Reservation, SlabWriter},
 };
 
 use super::{ASK, WORD, in_flight::InFlight, link::Link, slabs::Slabs};
@@ -37,21 +37,16 @@ impl State {
         Self { link, slabs, counts, on_full, stalled: None, refused: None, unseen: 0, process }
     }
 
-    /// Makes the first slab with the first tensor, a larger one where need be, and looks after the link.
-    pub fn begin(
-        &mut self,
-        on_device: bool,
-        pin: impl Fn(&Mapping) -> bool,
-        meta: &[u8],
-        total: u64,
-    ) -> Option<(InFlight, Option<Reservation>)> {
+    /// Makes the first slab with the first tensor, a larger one where need be, and looks after the link. `for_device`: the
+    /// tensor needs the slab for those of a device.
+    pub fn begin(&mut self, for_device: bool, meta: &[u8], total: u64) -> Option<(InFlight, Option<Reservation>)> {
         if !self.make_slab() {
             self.unseen += 1;
             return None;
         }
         self.link.matters = true;
         self.sweep();
-        if on_device && let Some(id) = self.slabs.begin_for_device(self.link.rank(), pin) {
+        if for_device && let Some(id) = self.slabs.begin_for_device(self.link.rank()) {
             self.link.say(ToAgent::Slab { id }, &self.slabs);
         }
         self.link.tend(&self.slabs);
@@ -67,8 +62,9 @@ impl State {
             if slot.is_none() && self.grow() {
                 continue;
             }
+            let pinning = self.slabs.pinning();
             let writer = self.slabs.current()?;
-            return Some((InFlight::new(writer.mapping().clone(), writer.begin_record(), max_piece), slot));
+            return Some((InFlight::new(writer.mapping().clone(), writer.begin_record(), max_piece, pinning), slot));
         }
     }
 

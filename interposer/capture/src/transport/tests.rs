@@ -12,16 +12,17 @@ use std::{
 use wire::{
     control::StepRule,
     control::{self, FromAgent, MAX_QUESTIONS, ModuleInfo, Question, decode_next, encode},
+    dtype::DType,
     env::{MIN_SLAB_BYTES, OnFull},
     passing,
     register::SharedRegister,
     revision::{Plan, Proposal, Register, Verdict},
-    slab::{Fetched, SlabReader, SlabWriter},
+    slab::{Fetched, Mapping, SlabReader, SlabWriter},
     store::Place,
 };
 
 use super::*;
-use crate::testing::{Folder, StandInProcess, heard, hello, plan_of};
+use crate::testing::{BRIDGE, Folder, StandInProcess, Tensor, heard, hello, plan_of};
 
 /// A listener and the link of a rank that looks for it.
 struct Pair {
@@ -211,7 +212,7 @@ impl State {
 
     /// A tensor of the CPU begins.
     fn begin_here(&mut self, total: u64) -> Option<(InFlight, Option<Reservation>)> {
-        self.begin(false, |_| false, b"meta", total)
+        self.begin(false, b"meta", total)
     }
 
     fn current(&mut self) -> Arc<Mapping> {
@@ -481,4 +482,25 @@ fn what_an_agent_asked_that_died_is_not_answered_to_the_next() {
     assert!(pair.retry());
     pair.answer();
     assert!(answers_of(&heard(&mut pair.listener.accept().unwrap().0)).is_empty());
+}
+
+#[test]
+fn no_slab_for_a_device_is_made_in_the_middle_of_a_graph_that_the_job_captures() {
+    let settings = Settings { socket: String::new(), slab_bytes: 4 << 20, counts: None, hello: hello(OnFull::Drop) };
+    let transport = Transport::new(settings, StandInProcess::on(), &BRIDGE);
+    let slabs = |captured| {
+        let tensor = Tensor { captured, ..Tensor::of(4) };
+        transport.send(Captured {
+            meta: RecordMeta::output("m", DType::Float32, vec![4]),
+            handle: std::ptr::from_ref(&tensor).cast(),
+            on_device: true,
+            staged: false,
+            collective: false,
+            replicas_once: false,
+            cut: None,
+        });
+        transport.lock().slabs.live().count()
+    };
+    assert_eq!(slabs(true), 1, "the one that tensors of the CPU would have");
+    assert_eq!(slabs(false), 2);
 }
