@@ -138,3 +138,38 @@ impl Communicator {
         unsafe { (self.bridge.leave)(self.comm) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use wire::{dtype::DType, record::RecordMeta};
+
+    use super::*;
+    use crate::{
+        testing::{BRIDGE, Tensor},
+        transport::Captured,
+    };
+
+    fn staged_on(device: i32) -> Staged {
+        let tensor = Tensor { device, ..Tensor::of(4) };
+        let captured = Captured {
+            meta: RecordMeta::output("m", DType::Float32, vec![4]),
+            handle: std::ptr::from_ref(&tensor).cast(),
+            on_device: device >= 0,
+            staged: false,
+            collective: true,
+            replicas_once: false,
+            cut: None,
+        };
+        Staged::new(&captured, 1 << 20, &BRIDGE, &Arc::default()).unwrap()
+    }
+
+    #[test]
+    fn what_is_on_another_device_than_the_communicators_is_not_given_to_it() {
+        let takes = |device| {
+            let comm = Communicator::new(std::ptr::null_mut(), 0, device, &BRIDGE);
+            [-1, 0, 1].map(|tensor| comm.takes(&staged_on(tensor)))
+        };
+        assert_eq!(takes(1), [true, false, true]);
+        assert_eq!(takes(-1), [true, false, false], "it has none");
+    }
+}

@@ -22,6 +22,8 @@ mod communicator;
 mod meeting;
 mod message;
 mod staging;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::VecDeque,

@@ -5,10 +5,12 @@ use std::{
     ffi::c_void,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
+use crossbeam::channel::{Receiver, Sender, unbounded};
 use wire::{
     codes::{Code, CopyState, MoveState, Refusal},
     dtype::DType,
@@ -21,6 +23,8 @@ pub struct Tensor {
     pub floats: Vec<f32>,
     /// It cannot be read after all.
     pub fails: bool,
+    /// Where what is staged of it is, or -1.
+    pub device: i32,
     /// Its stream is captured into a CUDA graph.
     pub captured: bool,
     /// How far what is staged of it is: code of [`CopyState`].
@@ -33,7 +37,7 @@ impl Tensor {
     }
 
     fn with(floats: Vec<f32>) -> Self {
-        Self { floats, fails: false, captured: false, state: Arc::default() }
+        Self { floats, fails: false, device: -1, captured: false, state: Arc::default() }
     }
 
     /// As a tap describes it. It lies in one dimension, of `sizes`.
@@ -81,7 +85,32 @@ impl Store {
     }
 }
 
-/// A bridge whose tensors are [`Tensor`]s of `f32`, without communicators or devices, and whose stores are [`Store`]s.
+/// A member of a communicator of two.
+pub struct Member {
+    index: usize,
+    to: Sender<Vec<u8>>,
+    from: Receiver<Vec<u8>>,
+    /// What all moves come to.
+    outcome: MoveState,
+    /// How often moves were to be carried out.
+    pub transfers: AtomicU32,
+}
+
+impl Member {
+    /// Both, by index.
+    pub fn pair(outcome: MoveState) -> [Box<Self>; 2] {
+        let ((to_second, at_second), (to_first, at_first)) = (unbounded(), unbounded());
+        let member = |index, to, from| Box::new(Self { index, to, from, outcome, transfers: AtomicU32::new(0) });
+        [member(0, to_second, at_first), member(1, to_first, at_second)]
+    }
+
+    /// The communicator, as the bridge hands one over. The member outlives it.
+    pub fn handle(&self) -> *mut c_void {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
+/// A bridge whose tensors are [`Tensor`]s of `f32`, whose communicators are [`Member`]s, and whose stores are [`Store`]s.
 pub static BRIDGE: BridgeTable = BridgeTable {
     abi: TAP_ABI,
     size: size_of::<BridgeTable>() as u32,
@@ -139,8 +168,9 @@ unsafe extern "C" fn checksum(_: *const c_void, _: bool, _: u8, _: *mut u32) -> 
 unsafe extern "C" fn stage(handle: *const c_void, _: u8, device: *mut i32) -> *mut c_void {
     // SAFETY: as in copy; `device` is the caller's to be written.
     let tensor = unsafe {
-        device.write(-1);
-        &*handle.cast::<Tensor>()
+        let tensor = &*handle.cast::<Tensor>();
+        device.write(tensor.device);
+        tensor
     };
     let state = tensor.state.clone();
     Box::into_raw(Box::new(Tensor { state, ..Tensor::with(tensor.floats.clone()) })).cast()
@@ -152,17 +182,32 @@ unsafe extern "C" fn release(staged: *mut c_void) {
 }
 
 unsafe extern "C" fn exchange(
-    _: *mut c_void,
-    _: *const u8,
-    _: usize,
-    _: *mut c_void,
-    _: unsafe extern "C" fn(*mut c_void, *const u8, usize),
+    comm: *mut c_void,
+    bytes: *const u8,
+    len: usize,
+    context: *mut c_void,
+    hear: unsafe extern "C" fn(*mut c_void, *const u8, usize),
 ) -> bool {
-    false
+    // SAFETY: tests have communicators of this type, which live through the call; so do the bytes.
+    let (member, mine) = unsafe { (&*comm.cast::<Member>(), tap_abi::array(bytes, len).to_vec()) };
+    if member.to.send(mine.clone()).is_err() {
+        return false;
+    }
+    let Ok(theirs) = member.from.recv_timeout(Duration::from_secs(30)) else { return false };
+    let mut heard = vec![theirs];
+    heard.insert(member.index, mine);
+    for words in heard {
+        // SAFETY: `hear` takes `context`, says the caller.
+        unsafe { hear(context, words.as_ptr(), words.len()) };
+    }
+    true
 }
 
-unsafe extern "C" fn transfer(_: *mut c_void, _: *mut Move, _: usize) -> MoveState {
-    MoveState::Failed
+unsafe extern "C" fn transfer(comm: *mut c_void, _: *mut Move, _: usize) -> MoveState {
+    // SAFETY: as in exchange.
+    let member = unsafe { &*comm.cast::<Member>() };
+    member.transfers.fetch_add(1, Ordering::Relaxed);
+    member.outcome
 }
 
 unsafe extern "C" fn cut(_: *mut c_void) {}

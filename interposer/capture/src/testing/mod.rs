@@ -23,7 +23,7 @@ use wire::{
 use crate::{engine::Reports, process::Process, switch::Switch};
 
 pub use agent::{Agent, heard};
-pub use bridge::{BRIDGE, Store, Tensor};
+pub use bridge::{BRIDGE, Member, Store, Tensor};
 
 /// What a rank says of a plan of these clauses, numbered from 1, with which its process began.
 pub fn plan_of(revision: u64, clauses: &[&str]) -> Answer {
