@@ -85,3 +85,24 @@ fn an_event_comes_when_its_stream_has_come_to_it() {
     assert!(event.has_come().unwrap());
     cuda.expect_no_violation();
 }
+
+/// DEVICE-3.
+#[test]
+fn transfers_are_on_a_stream_that_is_neither_the_jobs_nor_that_of_copies() {
+    let (_alone, cuda) = Cuda::alone();
+    let job = cuda.stream_on(7);
+    let device = Device::of(7).unwrap();
+    let transfers = device.transfers().unwrap();
+    assert_eq!(device.transfers().unwrap(), transfers, "one for all");
+    assert_ne!(transfers, job);
+    let (open, gate) = mpsc::channel::<()>();
+    cuda.queue(7, transfers, move || gate.recv_timeout(Duration::from_secs(60)).unwrap());
+    let (from, mut to) = ([7u8; 8], [0u8; 8]);
+    // Goes by while the other stands still.
+    // SAFETY: both arrays live on.
+    unsafe { device.fetch(from.as_ptr().expose_provenance(), from.len(), to.as_mut_ptr()) }.unwrap();
+    assert_eq!(from, to);
+    open.send(()).unwrap();
+    cuda.synchronize(7);
+    cuda.expect_no_violation();
+}
