@@ -1,13 +1,19 @@
-"""Trains on a GPU a rank under FSDP2, with an in-place operation right behind a tapped module."""
+"""Trains under FSDP2 with deterministic algorithms: `gpu.py DTYPE STEPS cuda|cpu`, on a GPU a rank where there are any.
 
+An in-place operation lies right behind a tapped module. At its end each rank prints the GPUs that its process has a
+context on.
+"""
+
+import ctypes
 import os
 import sys
-import time
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+
+WIDTH, DEPTH, ROWS, LENGTH = 256, 4, 8, 128
 
 
 class Block(nn.Module):
@@ -23,10 +29,10 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
-        self.head = nn.Linear(width, 16)
+        self.layers = nn.ModuleList(Block(WIDTH) for _ in range(DEPTH))
+        self.head = nn.Linear(WIDTH, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -34,40 +40,55 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def build(dtype: torch.dtype, width: int, depth: int) -> Net:
+def build(dtype: str, device: str) -> Net:
     torch.manual_seed(0)
-    return Net(width, depth).to("cuda", dtype)
+    return Net().to(device, getattr(torch, dtype))
 
 
-def batch(step: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+def batch(step: int, dtype: str, device: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(rows, 128, width, generator=generator).to("cuda", dtype)
+    return torch.randn(ROWS, LENGTH, WIDTH, generator=generator).to(device, getattr(torch, dtype))
 
 
-def main(dtype: str = "float32", width: int = 256, depth: int = 4, rows: int = 8, steps: int = 4) -> None:
+def loss_of(out: torch.Tensor) -> torch.Tensor:
+    return out.float().square().mean()
+
+
+def contexts() -> list[int]:
+    """GPUs on which this process has a primary context."""
+    driver, found = ctypes.CDLL("libcuda.so.1"), []
+    for number in range(torch.cuda.device_count()):
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        driver.cuDevicePrimaryCtxGetState(number, ctypes.byref(flags), ctypes.byref(active))
+        if active.value:
+            found.append(number)
+    return found
+
+
+def main(dtype: str, steps: int, device: str) -> None:
     torch.use_deterministic_algorithms(True)
-    kind = getattr(torch, dtype)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    model = build(kind, width, depth)
+    if device == "cuda":
+        mine = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(mine)
+        dist.init_process_group("nccl", device_id=mine)
+    else:
+        dist.init_process_group("gloo")
+    model = build(dtype, device)
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(steps):
-        x = batch(step, rows, width, kind)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        loss = model(x).float().square().mean()
+        loss = loss_of(model(batch(step, dtype, device)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
-        print(f"time {step} {time.perf_counter() - start:.6f}", file=sys.stderr, flush=True)
         print(f"step {step} loss {loss.item().hex()}", flush=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        print("contexts", contexts(), flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
