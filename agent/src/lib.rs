@@ -7,6 +7,7 @@ mod dashboard;
 mod descriptors;
 mod home;
 mod live;
+mod memory;
 mod newcomers;
 mod say;
 mod secrets;

@@ -15,7 +15,7 @@ WHY = "CUDA graph"
 
 
 def beside(setting: Setting) -> None:
-    """Graphs captured by hand, in the strictest mode: inside of them all is refused by name, beside them none is lost."""
+    """Graphs captured by hand: inside of them all is refused by name, and beside them nothing is lost."""
     steps, depth = 20 if setting.on_gpu else 2, cuda_graphs.DEPTH
     argv = setting.program("cuda_graphs.py", "beside", steps)
     plain = setting.job(argv)

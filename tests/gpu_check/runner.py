@@ -83,6 +83,7 @@ def _be(stage: Stage, setting: Setting, log: pathlib.Path) -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for number in (1, 2):
             os.dup2(file, number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         stage.check(setting)
         code = 0
     except BaseException as error:

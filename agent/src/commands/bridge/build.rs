@@ -8,6 +8,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    thread,
 };
 
 use anyhow::{Context, bail};
@@ -21,14 +22,16 @@ use super::{
     cache,
     probe::{Python, Torch, on_path},
 };
-use crate::say;
+use crate::{memory, say};
 
 /// What the bridge shows to the world; all else would clash with what torch has loaded.
 const EXPORTS: &str = "{ global: flexmodel_bridge_open; flexmodel_bridge_marker; local: *; };\n";
 /// Pulled out of the archive though no C++ mentions it.
 const ENTRY: &str = "-Wl,-u,flexmodel_bridge_open";
-/// torch's headers take a compiler past a gigabyte of memory each.
-const AT_ONCE: usize = 2;
+/// Bytes for a compiler: torch's headers take each past a gigabyte.
+const COMPILER: u64 = 2 << 30;
+/// Compilers at once at most: a container may have less memory than its machine says.
+const MOST: usize = 4;
 
 /// The sources that this FlexModel was installed with.
 pub fn installed() -> anyhow::Result<Sources> {
@@ -115,10 +118,11 @@ impl Job<'_> {
         let compiler = compiler()?;
         let log = owner_only::file().write(true).create(true).truncate(true).open(&self.log);
         log.with_context(|| self.log.display().to_string())?;
+        let at_once = compilers(thread::available_parallelism().map_or(1, usize::from), memory::available());
         let mut objects = Vec::new();
         let mut running: Vec<(PathBuf, Child)> = Vec::new();
         for (number, source) in self.sources.files.iter().filter(|f| is_source(f)).enumerate() {
-            if running.len() >= AT_ONCE {
+            if running.len() >= at_once {
                 self.finish(running.remove(0), &mut running)?;
             }
             let object = self.work.join(format!("{number}.o"));
@@ -206,6 +210,12 @@ impl Job<'_> {
     }
 }
 
+/// How many compilers run at once, by cores and by bytes of free memory.
+fn compilers(cores: usize, free: Option<u64>) -> usize {
+    let fit = free.map_or(1, |free| usize::try_from(free / COMPILER).unwrap_or(MOST));
+    cores.min(fit).clamp(1, MOST)
+}
+
 /// Whether a compiler's or linker's line says what is wrong.
 fn is_error(line: &str) -> bool {
     ["error:", "undefined reference", "cannot find", "Killed"].iter().any(|word| line.contains(word))
@@ -227,6 +237,16 @@ fn standard(version: &str) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn compilers_run_together_as_cores_and_memory_allow() {
+        let gib = |n: u64| Some(n << 30);
+        assert_eq!(compilers(16, gib(128)), MOST);
+        assert_eq!(compilers(2, gib(128)), 2);
+        assert_eq!(compilers(16, gib(5)), 2);
+        assert_eq!(compilers(16, gib(1)), 1);
+        assert_eq!(compilers(16, None), 1);
+    }
 
     #[test]
     fn newer_headers_want_a_newer_standard() {

@@ -12,7 +12,7 @@ use std::{
 use wire::env::DEFAULT_SLAB_BYTES;
 
 use super::Check;
-use crate::text;
+use crate::{memory, text};
 
 /// Everything about the machine.
 pub fn checks() -> Vec<Check> {
@@ -118,12 +118,8 @@ fn pass_descriptor() -> std::io::Result<bool> {
 
 fn memory() -> Check {
     let name = "memory";
-    let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
-    });
     let slab = text::bytes(DEFAULT_SLAB_BYTES);
-    match available {
+    match memory::available() {
         None => Check::absent(name, "free memory cannot be told (/proc/meminfo)"),
         Some(free) if free < DEFAULT_SLAB_BYTES => Check::no(
             name,
