@@ -46,7 +46,7 @@ def test_what_it_packs_goes_through_every_stage_elsewhere(tmp_path):
     assert f"doctor: bridge: ok: {there}/bridges/" in outcome.out
     # What a dry run could not tell is said where it was to be told.
     silent = {each["name"] for each in ended if not each["needs_gpu"]}
-    assert silent == {"reuse5", "reuse", "graphed"}
+    assert silent == {"reuse5", "reuse"}
 
 
 def test_what_is_asked_for_wrongly_is_said():
@@ -143,7 +143,8 @@ def test_what_costs_too_much_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "measure", lambda _setting, _load: (found, 0.5))
     cost._stage(setting, LOAD, ratio=1.02, host=6e-6)
     said = [what for kind, what in setting.noted() if kind == "failure"]
-    assert [line.split()[0] for line in said] == ["0.500", "a", "a"]
+    assert [line.partition(" takes ")[0] for line in said[1:]] == ["not so: a tapped step", "not so: a tap"]
+    assert said[0].startswith("0.500 of what was asked for is stored")
     cost._stage(setting, LOAD, ratio=1.26, host=8e-6, least=0.5)
     assert len(setting.noted()) == 3
 

@@ -159,12 +159,12 @@ def small_taps(setting: Setting) -> None:
 
 def one_layer(setting: Setting) -> None:
     """67 MB a step, which is below what an agent stores."""
-    _stage(setting, Load("one-layer", "0", **LARGE, tapped=10, rounds=3, slab=256), ratio=1.01)
+    _stage(setting, Load("one-layer", "0", **LARGE, tapped=10, rounds=5, slab=256), ratio=1.01)
 
 
 def all_drop(setting: Setting) -> None:
     """Every layer, 1.07 GB, in one step of twenty: taps alone, since nothing ever waits for the agent."""
-    load = Load("all-drop", "*", **LARGE, tapped=1, rounds=3, slab=2048, options=("--on-full", "drop"))
+    load = Load("all-drop", "*", **LARGE, tapped=1, rounds=7, slab=2048, options=("--on-full", "drop"))
     _stage(setting, load, ratio=1.02, least=0.9)
 
 

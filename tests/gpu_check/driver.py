@@ -45,9 +45,9 @@ class Gpu:
     """The driver, with what torch has of it."""
 
     def __init__(self) -> None:
-        global torch
-        import torch
+        import torch  # seconds, and only a device needs it
 
+        self._torch = torch
         torch.ones(1, device="cuda")
         self._cuda = ctypes.CDLL("libcuda.so.1")
 
@@ -68,14 +68,14 @@ class Gpu:
 
     def pinned(self, size: int) -> int:
         """The address of memory that the driver made itself."""
-        self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._memory = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
         return self._memory.data_ptr()
 
     def copies(self, at: int, size: int, times: int = 20) -> dict[str, float]:
         """GB/s of copies from the device, and microseconds that a call takes of the host."""
-        stream, source = torch.cuda.Stream(), torch.empty(size, dtype=torch.uint8, device="cuda")
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+        stream, source = self._torch.cuda.Stream(), self._torch.empty(size, dtype=self._torch.uint8, device="cuda")
+        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._torch.cuda.synchronize()
         begin.record(stream)
         start = time.perf_counter()
         for _ in range(times):
@@ -87,10 +87,10 @@ class Gpu:
 
     def item_behind(self, at: int, size: int, piece: int) -> float:
         """Milliseconds that `.item()` takes while `size` bytes leave the device in pieces."""
-        stream, source = torch.cuda.Stream(), torch.empty(size, dtype=torch.uint8, device="cuda")
-        number, took = torch.ones((), device="cuda"), []
+        stream, source = self._torch.cuda.Stream(), self._torch.empty(size, dtype=self._torch.uint8, device="cuda")
+        number, took = self._torch.ones((), device="cuda"), []
         for _ in range(20):
-            torch.cuda.synchronize()
+            self._torch.cuda.synchronize()
             for offset in range(0, size, piece):
                 self._copy(at, source, offset, piece, stream)
             start = time.perf_counter()
@@ -106,19 +106,19 @@ class Gpu:
 
     def capture(self, unsafe: Callable[[Callable[[], Any]], None]) -> str:
         """Captures a graph, and calls `unsafe` meanwhile with an event that is busy; what came of the capture."""
-        busy, big = torch.cuda.Stream(), torch.ones(64 * MB, device="cuda")
-        events = [torch.cuda.Event()]
-        with torch.cuda.stream(busy):
-            for _ in range(200):
-                big.mul_(1.0)
-            events[0].record()
-        graph, ones = torch.cuda.CUDAGraph(), torch.ones(8, device="cuda")
+        busy, big = self._torch.cuda.Stream(), self._torch.ones(64 * MB, device="cuda")
+        events = [self._torch.cuda.Event()]
+        graph, ones = self._torch.cuda.CUDAGraph(), self._torch.ones(8, device="cuda")
         try:
-            with torch.cuda.graph(graph):
+            with self._torch.cuda.graph(graph):  # waits for the device first
                 ones.add_(1)
+                with self._torch.cuda.stream(busy):  # which is not captured
+                    for _ in range(200):
+                        big.mul_(1.0)
+                    events[0].record()
                 unsafe(events.pop)
             graph.replay()
-            torch.cuda.synchronize()
+            self._torch.cuda.synchronize()
         except RuntimeError as error:
             return str(error).splitlines()[0]
         return "survives" if ones[0].item() == 2 else "computes something else"

@@ -52,9 +52,9 @@ class Setting:
             self.failed(what)
 
     def expect_on_gpu(self, holds: bool, what: str) -> None:
-        """The same of what only a GPU can tell. A dry run says so."""
+        """The same of what only a GPU can tell, `what` being what has to hold. A dry run says so."""
         if self.on_gpu:
-            self.expect(holds, what)
+            self.expect(holds, f"not so: {what}")
         else:
             self.needs_gpu(what)
 
@@ -132,7 +132,6 @@ class Setting:
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",  # on a CPU, sums in one order
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic algorithms ask for it
-            "NCCL_DEBUG": "WARN",
         }
         return env | ours | extra
 
