@@ -72,7 +72,7 @@ def test_stages_that_fail_or_hang_end_no_other(tmp_path, capsys):
 
     chosen = [
         runner.Stage(check.__name__, bound, check, "")
-        for check, bound in ((fails, 60), (expects, 60), (hangs, 2), (lambda _setting: None, 60))
+        for check, bound in ((fails, 60), (expects, 60), (hangs, 1), (lambda _setting: None, 60))
     ]
     with report.Report(tmp_path) as saying:
         runner.run(chosen, Setting(tmp_path, "cpu"), saying)

@@ -111,14 +111,13 @@ class Setting:
         return Ended(code, text, errors, out)
 
     def command(self, *argv: str) -> str:
-        """What a command prints; nothing, where it is missing or takes a minute."""
+        """What a command prints, its stderr last; nothing, where it is missing or takes a minute."""
         try:
             done = subprocess.run(argv, env=self.environment(), capture_output=True, text=True, check=False, timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:
             print(f"{argv[0]}: {error}", flush=True)
             return ""
-        print(done.stderr, end="", flush=True)
-        return done.stdout
+        return done.stdout + done.stderr
 
     def environment(self, **extra: str) -> dict[str, str]:
         """A job's environment: this one, where FlexModel is, and nothing else of FlexModel's."""
@@ -129,9 +128,6 @@ class Setting:
         ours = {
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",  # on a CPU, sums in one order
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic algorithms ask for it
         }
         return env | ours | extra
 
