@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import pathlib
 import sys
@@ -32,11 +33,22 @@ def main() -> int:
     if unknown:
         parser.error(f"no stage is called {', '.join(sorted(unknown))}; --list says which there are")
     chosen = [stage for stage in stages.ALL if not asked.stages or stage.name in asked.stages]
+    if not asked.dry_run and not _has_driver():
+        parser.error("no CUDA driver is here (libcuda.so.1); --dry-run goes through every stage without one")
     setting = Setting(asked.prefix.resolve(), "cpu" if asked.dry_run else "cuda")
     asked.out.mkdir(parents=True, exist_ok=True)
     with report.Report(asked.out) as saying:
         runner.run(chosen, setting, saying, asked.within)
     return int(any(ended.status not in report.GOOD for ended in saying.stages))
+
+
+def _has_driver() -> bool:
+    """Looks for it and asks it nothing: a process that has can fork none that uses a GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
