@@ -49,10 +49,16 @@ macro_rules! cuda {
 
 /// Some memory, and a stream. It is given back by the end of the process alone.
 pub enum Place {
-    /// Of this process: transfers of a stand-in are done when their group has returned.
-    Host(UnsafeCell<Vec<u8>>),
+    /// Of this process, for a stand-in.
+    Host(Host),
     /// Of the first GPU.
     Gpu(Gpu),
+}
+
+/// Memory, and what stands for an event: how many groups of a stream are not done.
+pub struct Host {
+    memory: UnsafeCell<Vec<u8>>,
+    pending: unsafe extern "C" fn(Stream) -> c_int,
 }
 
 /// A context with what it has.
@@ -65,9 +71,12 @@ pub struct Gpu {
 }
 
 impl Place {
-    /// `bytes` of this process.
-    pub fn host(bytes: usize) -> Self {
-        Self::Host(UnsafeCell::new(vec![0; bytes]))
+    /// `bytes` of this process, for the stand-in that `library` is.
+    pub fn host(library: &Library, bytes: usize) -> Result<Self, String> {
+        // SAFETY: the stand-in's own function, of this type; the library stays open until the process ends.
+        let pending = unsafe { library.get::<unsafe extern "C" fn(Stream) -> c_int>("ncclStandinPending") };
+        let pending = *pending.map_err(|e| format!("it is no stand-in: {e}"))?;
+        Ok(Self::Host(Host { memory: UnsafeCell::new(vec![0; bytes]), pending }))
     }
 
     /// `bytes` of the first GPU, in its primary context, as torch's are.
@@ -107,7 +116,7 @@ impl Place {
     pub fn at(&self, offset: usize) -> *mut u8 {
         match self {
             // SAFETY: nobody holds a reference into it across a transfer; callers stay within it.
-            Self::Host(memory) => unsafe { (*memory.get()).as_mut_ptr().add(offset) },
+            Self::Host(host) => unsafe { (*host.memory.get()).as_mut_ptr().add(offset) },
             Self::Gpu(gpu) => ptr::without_provenance_mut(gpu.memory as usize + offset),
         }
     }
@@ -149,11 +158,14 @@ impl Place {
 
     /// An event behind all that the stream has.
     pub fn record(&self) -> Result<Event<'_>, String> {
-        let Self::Gpu(gpu) = self else { return Ok(Event(None)) };
+        let gpu = match self {
+            Self::Host(host) => return Ok(Event::Host(host)),
+            Self::Gpu(gpu) => gpu,
+        };
         let mut event = ptr::null_mut();
         cuda!(gpu.driver, cuEventCreate(&mut event => *mut *mut c_void, NO_TIMING => c_uint))?;
         cuda!(gpu.driver, cuEventRecord(event => *mut c_void, gpu.stream => Stream))?;
-        Ok(Event(Some((gpu, event))))
+        Ok(Event::Gpu(gpu, event))
     }
 
     /// Lets the stream stand still until [`Self::release`].
@@ -180,12 +192,21 @@ impl Place {
 }
 
 /// A mark on the stream. A few of them are made, and left.
-pub struct Event<'a>(Option<(&'a Gpu, *mut c_void)>);
+pub enum Event<'a> {
+    /// Behind all that the stream of a stand-in has.
+    Host(&'a Host),
+    /// `CUevent`.
+    Gpu(&'a Gpu, *mut c_void),
+}
 
 impl Event<'_> {
     /// Whether the stream has passed it.
     pub fn has_come(&self) -> Result<bool, String> {
-        let Some((gpu, event)) = &self.0 else { return Ok(true) };
+        let (gpu, event) = match self {
+            // SAFETY: takes any stream.
+            Self::Host(host) => return Ok(unsafe { (host.pending)(ptr::null_mut()) } == 0),
+            Self::Gpu(gpu, event) => (gpu, event),
+        };
         // SAFETY: the type that cuda.h gives; the event is live.
         match unsafe { gpu.driver.get::<unsafe extern "C" fn(*mut c_void) -> c_int>("cuEventQuery")?(*event) } {
             0 => Ok(true),

@@ -37,10 +37,10 @@ fn main() -> Outcome {
     let host = arguments.next().is_some_and(|word| word == "--host");
     println!("before it is loaded: {}", Nccl::loaded().map_or_else(|e| e.to_string(), |n| n.version().to_string()));
     // SAFETY: it is trusted as much as torch, which would load it.
-    let _library = unsafe { Library::new(&path) }?;
+    let library = unsafe { Library::new(&path) }?;
     let nccl = Nccl::loaded()?;
     println!("NCCL {}", nccl.version());
-    let place = if host { Place::host(2 * BYTES) } else { Place::first_gpu(2 * BYTES)? };
+    let place = if host { Place::host(&library, 2 * BYTES)? } else { Place::first_gpu(2 * BYTES)? };
 
     let mut comm = alone(&nccl, &place)?;
     to_itself(&mut comm, &place)?;
