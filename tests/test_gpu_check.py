@@ -11,7 +11,7 @@ import time
 import known
 import pytest
 from gpu_check import cost, driver, machine, report, runner, stages, values
-from gpu_check.setting import Ended, Setting
+from gpu_check.setting import Setting
 
 import captures
 import harness
@@ -183,5 +183,5 @@ def standin() -> str:
 def test_a_job_that_fails_fails_its_stage(tmp_path):
     setting = Setting(harness.VENV, "cpu", tmp_path)
     ended = setting.job([sys.executable, "-c", "import sys; print(1); sys.exit(3)"])
-    assert ended == Ended(3, "1\n", "", pathlib.Path())
+    assert ended == harness.Outcome(3, "1\n", "", pathlib.Path())
     assert [kind for kind, *_ in setting.noted()] == ["failure"]

@@ -64,7 +64,7 @@ def compiled(setting: Setting) -> None:
     argv = setting.program("cuda_graphs.py", "compiled", steps)
     plain = setting.job(argv)
     job = setting.tapped("compiled", "layers.*:forward,backward", argv)
-    before, after = ([line.split()[3] for line in each.out.splitlines()] for each in (plain, job))
+    before, after = plain.losses, job.losses
     setting.fact("losses bitwise equal", before == after)
     setting.expect(len(before) == len(after) and captures.close_losses(after, before), f"losses {after}, not {before}")
     if not setting.on_gpu:

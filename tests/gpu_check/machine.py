@@ -12,7 +12,8 @@ import sys
 import torch
 
 from . import driver
-from .setting import ROOT, Setting
+from .setting import Setting
+from harness import ROOT
 
 HERE = pathlib.Path(__file__).parent
 REQUIRED = ("shared memory", "unix sockets", "preload library", "python", "torch", "bridge")

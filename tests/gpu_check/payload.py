@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 
-from .setting import ROOT
+from harness import ROOT
 
 LARGEST = 64 << 20
 """Bytes that a payload may have."""

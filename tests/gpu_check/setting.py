@@ -12,18 +12,7 @@ from collections.abc import Sequence
 
 import flexmodel
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-PROGRAMS = ROOT / "tests" / "programs"
-
-
-@dataclasses.dataclass
-class Ended:
-    """How a job ended."""
-
-    code: int
-    out: str
-    err: str
-    run: pathlib.Path
+from harness import LAUNCHER, PROGRAMS, Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +76,9 @@ class Setting:
     def on_ranks(self, count: int, name: str, *arguments: object) -> list[str]:
         """The same on so many ranks. torchrun would look up the machine's name, minutes where there is no network."""
         python, *program = self.program(name, *arguments)
-        return [python, str(ROOT / "tests" / "launcher.py"), str(count), *program]
+        return [python, LAUNCHER, str(count), *program]
 
-    def tapped(self, name: str, hooks: str, argv: Sequence[str], *options: str, **env: str) -> Ended:
+    def tapped(self, name: str, hooks: str, argv: Sequence[str], *options: str, **env: str) -> Outcome:
         """`argv` under `flexmodel run`; see `job`."""
         out = self.work / name
         ours = [self.flexmodel, "run", "--hooks", hooks, "--out", str(out), *options, "--"]
@@ -97,7 +86,7 @@ class Setting:
 
     def job(
         self, argv: Sequence[str], out: pathlib.Path = pathlib.Path(), may_fail: bool = False, **env: str
-    ) -> Ended:
+    ) -> Outcome:
         """Runs `argv` to its end; one that fails is a failure, unless it may. Its stderr is printed."""
         files = self.work / "out", self.work / "err"
         with open(files[0], "w") as stdout, open(files[1], "w") as stderr:
@@ -108,7 +97,7 @@ class Setting:
         print(errors[-6000:], end="", flush=True)
         if code and not may_fail:
             self.failed(f"{' '.join(argv)} ended with {code}")
-        return Ended(code, text, errors, out)
+        return Outcome(code, text, errors, out)
 
     def command(self, *argv: str) -> str:
         """What a command prints, its stderr last; nothing, where it is missing or takes a minute."""
