@@ -267,7 +267,7 @@ Part part_in_graph(const at::Tensor& tensor, PyObject* like) {
 
 void capture_in_graph(const Site& site, uint32_t kinds, const std::string& path, const Part& part, Refusal because) {
   static const auto handle = operation("flexmodel::gradient").typed<Gradient>();
-  handle.call(part.local, site.traced, site.slot, kinds, path, text_of(part.axes), static_cast<int64_t>(because));
+  handle.call(site.traced, part.local, site.slot, kinds, path, text_of(part.axes), static_cast<int64_t>(because));
 }
 
 at::Tensor edited_in_graph(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor) {

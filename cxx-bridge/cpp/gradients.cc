@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "flexmodel/compiled.h"
+#include "flexmodel/loss_scale.h"
 
 namespace flexmodel {
 namespace {
@@ -166,32 +167,6 @@ class OnBase final : public Receiver {
   }
 };
 
-// Whether a backward pass is under way whose loss the job scaled.
-std::atomic<bool> is_scaled = false;
-// The scale of the loss of the last backward pass, until it is asked for.
-std::atomic<double> last_scale = 1;
-
-// On the node that computed a loss that the job scaled: until the end of a backward pass through it, gradients are scaled.
-class ScaledLoss final : public torch::autograd::FunctionPreHook {
- public:
-  explicit ScaledLoss(double scale) : scale_(scale) {}
-
-  variable_list operator()(const variable_list& gradients) override {
-    guarded_gradient([&] {
-      is_scaled = true;
-      last_scale = scale_;
-      host().loss_scale(scale_);
-      torch::autograd::Engine::get_default_engine().queue_callback(unscaled);
-    });
-    return gradients;
-  }
-
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { report_compiled_autograd(); }
-
- private:
-  const double scale_;
-};
-
 template <typename Hook, typename... Rest>
 void add_hooks(Node& node, const std::shared_ptr<Wanted>& wanted, uint32_t number, Rest... rest) {
   node.add_tensor_pre_hook(std::make_unique<Hook>(wanted, &node, number, false, rest...));
@@ -225,15 +200,17 @@ void capture(const Site& site, uint32_t kinds, const std::string& path, uint32_t
   }
   const at::Tensor& tensor = part.local;
   const bool readable = part.refusal == Refusal::None || part.refusal == because;
+  Refusal refusal = part.refusal == Refusal::None ? because : part.refusal;
+  if (refusal == Refusal::None && is_in_graph(tensor.device())) refusal = Refusal::InGraph;
   const c10::IntArrayRef sizes = readable || part.refusal == Refusal::Sparse ? tensor.sizes() : c10::IntArrayRef();
   std::vector<LeafAxis> axes;
   for (const Axis& axis : part.axes) axes.push_back(axis.borrowed());
   Leaf leaf{};
   leaf.kinds = site.capture & kinds;
   leaf.dtype = code_of(tensor.scalar_type());
-  leaf.refusal = code(part.refusal == Refusal::None ? because : part.refusal);
+  leaf.refusal = code(refusal);
   // What is refused may be asked nothing.
-  leaf.on_device = leaf.refusal == code(Refusal::None) && !tensor.device().is_cpu();
+  leaf.on_device = refusal == Refusal::None && !tensor.device().is_cpu();
   leaf.skipped = part.skipped;
   leaf.repeat = repeat;
   leaf.path = str(path);
@@ -242,13 +219,14 @@ void capture(const Site& site, uint32_t kinds, const std::string& path, uint32_t
   leaf.ndim = sizes.size();
   leaf.axes = axes.data();
   leaf.axis_count = axes.size();
+  if (refusal == Refusal::None && (leaf.kinds & KINDS_OF_GRADIENTS) != 0) tell_loss_scale();
   host().capture(&site.call, &leaf);
 }
 
 at::Tensor edited(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor) {
   if ((site.edit & kinds) == 0) return {};
   if (site.traced.defined()) return edited_in_graph(site, kinds, path, tensor);
-  const LeafEdit edit = host().edit(&site.call, site.edit & kinds, str(path));
+  const LeafEdit edit = host().edit(&site.call, site.edit & kinds, str(path), is_in_graph(tensor.device()));
   if (edit.zero) return zeroed(tensor);
   return edit.factor != 1 && scales(tensor) ? at::mul(tensor, edit.factor) : at::Tensor();
 }
@@ -268,16 +246,6 @@ void watch_gradient(const Site& site, uint32_t kinds, const std::string& path, c
   wanted->offset = tensor.sym_storage_offset() - base.sym_storage_offset();
   add_hooks<OnBase>(*base.grad_fn(), wanted, base.output_nr());
 }
-
-void scaled(const at::Tensor& loss, double scale) {
-  if (const auto& node = loss.grad_fn()) node->add_pre_hook(std::make_unique<ScaledLoss>(scale));
-}
-
-void unscaled() {
-  if (is_scaled.exchange(false) && active()) host().loss_scale(1);
-}
-
-double take_last_scale() { return last_scale.exchange(1); }
 
 std::vector<Consumer> consumers(const Node* of) {
   // Of all nodes in one backward pass.

@@ -96,7 +96,8 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     Part part;
     if (gradient.defined()) {
       const bool traced = site_.traced.defined();
-      if (traced || !gradient.unsafeGetTensorImpl()->is_python_dispatch()) gradient = as_received(std::move(gradient));
+      const bool plain = !gradient.unsafeGetTensorImpl()->is_python_dispatch() && !is_in_graph(gradient.device());
+      if (traced || plain) gradient = as_received(std::move(gradient));
       part = gradient_at(site_, gradient, axes_);
     }
     if ((site_.capture & KINDS_OF_INPUT_GRADIENTS) != 0) collect(part);
@@ -116,6 +117,8 @@ class Gathering : public std::enable_shared_from_this<Gathering> {
     void add(const Part& part, bool traced) {
       if (because == Refusal::None && any.local.defined() && !same(any.axes, part.axes)) because = Refusal::SharedInput;
       if (part.refusal != Refusal::None) because = part.refusal;
+      // A sum would be part of the job's graph.
+      if (because == Refusal::None && !traced && is_in_graph(part.local.device())) because = Refusal::InGraph;
       any = part;
       if (because == Refusal::None) sum.add(part.local, traced);
     }

@@ -20,6 +20,7 @@
 #include "flexmodel/faults.h"
 #include "flexmodel/gradients.h"
 #include "flexmodel/leaves.h"
+#include "flexmodel/loss_scale.h"
 #include "flexmodel/parts.h"
 #include "flexmodel/store.h"
 #include "flexmodel/tap.h"
@@ -117,14 +118,6 @@ PyObject* py_microbatches(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
-// loss_scale(scale)
-PyObject* py_loss_scale(PyObject*, PyObject* scale) {
-  const double value = PyFloat_AsDouble(scale);
-  if (PyErr_Occurred() != nullptr) return nullptr;
-  host().loss_scale(value);
-  Py_RETURN_NONE;
-}
-
 // stepped(optimizer)
 PyObject* py_stepped(PyObject*, PyObject* optimizer) {
   const unsigned long number = PyLong_AsUnsignedLong(optimizer);
@@ -133,13 +126,12 @@ PyObject* py_stepped(PyObject*, PyObject* optimizer) {
   Py_RETURN_NONE;
 }
 
-// backward_ended() -> the scale of its loss, or None if it is inside of another
+// backward_ended() -> whether it did: it may be inside of another, as reentrant checkpointing has it
 PyObject* py_backward_ended(PyObject*, PyObject*) {
-  // Reentrant checkpointing has one inside of another.
-  if (torch::autograd::get_current_graph_task_id() != -1) Py_RETURN_NONE;
-  unscaled();
+  if (torch::autograd::get_current_graph_task_id() != -1) Py_RETURN_FALSE;
+  backward_scale_ended();
   host().backward_ended();
-  return PyFloat_FromDouble(take_last_scale());
+  Py_RETURN_TRUE;
 }
 
 // optimizers_of(tap, [optimizer])
@@ -154,18 +146,6 @@ PyObject* py_optimizers_of(PyObject*, PyObject* args) {
   if (PyErr_Occurred() != nullptr) return nullptr;
   host().optimizers_of(tap, optimizers.data(), optimizers.size());
   Py_RETURN_NONE;
-}
-
-// scaled(loss, scale)
-PyObject* py_scaled(PyObject*, PyObject* args) {
-  PyObject* loss = nullptr;
-  double scale = 1;
-  if (PyArg_ParseTuple(args, "Od", &loss, &scale) == 0) return nullptr;
-  if (!is_tensor(loss)) return PyErr_Format(PyExc_TypeError, "not a tensor");
-  return into_python([&] {
-    scaled(THPVariable_Unpack(loss), scale);
-    Py_RETURN_NONE;
-  });
 }
 
 // pause(paused)
@@ -373,8 +353,6 @@ PyObject* py_finish(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
     {"microbatches", py_microbatches, METH_VARARGS, "A model is a stage of a pipeline."},
-    {"loss_scale", py_loss_scale, METH_O, "The factor by which the job scales its losses, and so its gradients."},
-    {"scaled", py_scaled, METH_VARARGS, "The job scaled this loss: gradients of backward passes through it are scaled too."},
     {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
     {"digest_inputs", py_digest_inputs, METH_NOARGS, "From now on a pass of a model is reported with a digest of its input."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},
@@ -392,7 +370,7 @@ PyMethodDef functions[] = {
     {"optimizer_made", event<&HostTable::optimizer_made>, METH_NOARGS, "The process made an optimizer."},
     {"optimizers_of", py_optimizers_of, METH_VARARGS, "The optimizers, ascending, that hold the parameters of a tap's module."},
     {"stepped", py_stepped, METH_O, "An optimizer stepped, or was skipped."},
-    {"backward_ended", py_backward_ended, METH_NOARGS, "A backward pass ended, or raised."},
+    {"backward_ended", py_backward_ended, METH_NOARGS, "A backward pass ended, or raised. Whether it was none inside of another."},
     {"due", py_due, METH_NOARGS, "Whether the next pass may be one that other hooks begin with."},
     {"goes_on", py_goes_on, METH_VARARGS, "Whether a call of a part of a model goes on with a pass that has begun."},
     {"turn", py_turn, METH_VARARGS, "A model may be about to be called: whether other hooks are in force from now on."},
@@ -426,7 +404,7 @@ const HostTable& host() { return *engine; }
 size_t python_module() {
   if (!ready_types()) return 0;
   Ref module(PyModule_Create(&definition));
-  if (!module || !add_compiled(module.get())) return 0;
+  if (!module || !add_compiled(module.get()) || !add_loss_scale(module.get())) return 0;
   for (const Constant& constant : constants()) {
     const std::string name(constant.name);
     if (PyModule_AddIntConstant(module.get(), name.c_str(), static_cast<long>(constant.value)) != 0) return 0;

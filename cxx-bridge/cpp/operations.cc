@@ -23,16 +23,19 @@
 namespace flexmodel {
 namespace {
 
-// A call as a tensor: its bytes in words, and then for every leaf how many of its gradients came.
+// A call as a tensor: its own words, and then for every leaf how many of its gradients came.
 constexpr size_t kWords = kCallWords;
 static_assert(std::is_trivially_copyable_v<Call>);
 
 bool has(int64_t flags, Flag flag) { return (flags & code(flag)) != 0; }
 
-at::Tensor packed(const Call& call, size_t leaves) {
+at::Tensor packed(const Call& call, at::TensorList leaves) {
+  const auto on_device = std::find_if(leaves.begin(), leaves.end(), [](const at::Tensor& leaf) { return leaf.is_cuda(); });
   const Unseen unseen;
-  at::Tensor words = at::zeros({static_cast<int64_t>(kWords + leaves)}, at::TensorOptions().dtype(at::kLong));
-  std::memcpy(words.mutable_data_ptr<int64_t>(), &call, sizeof(Call));
+  at::Tensor words = at::zeros({static_cast<int64_t>(kWords + leaves.size())}, at::TensorOptions().dtype(at::kLong));
+  auto* const at = words.mutable_data_ptr<int64_t>();
+  std::memcpy(at, &call, sizeof(Call));
+  at[kDeviceWord] = on_device == leaves.end() ? -1 : on_device->get_device();
   return words;
 }
 
@@ -41,6 +44,13 @@ Call unpacked(const at::Tensor& words) {
   TORCH_CHECK(words.is_cpu() && words.numel() >= static_cast<int64_t>(kWords), "a call that is none");
   std::memcpy(static_cast<void*>(&call), words.const_data_ptr<int64_t>(), sizeof(Call));
   return call;
+}
+
+// Of the tensors of a call.
+c10::Device device_in(const at::Tensor& words) {
+  const int64_t index = words.const_data_ptr<int64_t>()[kDeviceWord];
+  if (index < 0) return c10::Device(c10::DeviceType::CPU);
+  return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
 }
 
 Trigger trigger(const std::optional<at::Tensor>& first, int64_t flags) {
@@ -85,10 +95,10 @@ at::Tensor tap_op(const at::Tensor& number, at::TensorList leaves, c10::List<std
       attempt([&] { capture(Site(call), kinds, paths.get(i), 0, part, static_cast<Refusal>(refusals[i])); }, name);
     }
   });
-  return packed(call, leaves.size());
+  return packed(call, leaves);
 }
 
-void gradient_op(const at::Tensor& gradient, const at::Tensor& words, int64_t slot, int64_t kinds, c10::string_view path,
+void gradient_op(const at::Tensor& words, const at::Tensor& gradient, int64_t slot, int64_t kinds, c10::string_view path,
                  c10::string_view layout, int64_t refusal) {
   guarded_operation([&] {
     const Call call = unpacked(words);
@@ -109,7 +119,7 @@ at::Tensor factors_op(const at::Tensor& words, int64_t kinds, c10::string_view p
   guarded_operation([&] {
     const Call call = unpacked(words);
     const uint32_t edited = call.edit & static_cast<uint32_t>(kinds);
-    if (edited != 0) edit = host().edit(&call, edited, str({path.data(), path.size()}));
+    if (edited != 0) edit = host().edit(&call, edited, str({path.data(), path.size()}), is_in_graph(device_in(words)));
   });
   const Unseen unseen;
   at::Tensor out = at::empty({2}, at::TensorOptions().dtype(at::kDouble));
@@ -138,11 +148,12 @@ void forward_pass_op(const at::Tensor& number, const std::optional<at::Tensor>& 
 }
 
 TORCH_LIBRARY(flexmodel, library) {
-  // A replayed CUDA graph would not call them.
+  // A replayed CUDA graph would not call them: inductor leaves them out of its own. Wrapped as effects they lose the tag
+  // there, and the device of the first tensor decides: of each it is on the CPU.
   const std::vector<at::Tag> tags = {at::Tag::cudagraph_unsafe};
   library.def("tap(Tensor number, Tensor[] leaves, str[] paths, str[] layouts, int[] refusals, Tensor? first, int flags, "
               "str[] split) -> Tensor", tags);
-  library.def("gradient(Tensor gradient, Tensor call, int slot, int kinds, str path, str layout, int refusal) -> ()", tags);
+  library.def("gradient(Tensor call, Tensor gradient, int slot, int kinds, str path, str layout, int refusal) -> ()", tags);
   library.def("factors(Tensor call, int kinds, str path) -> Tensor", tags);
   library.def("forward_pass(Tensor number, Tensor? first, int flags) -> ()", tags);
 }

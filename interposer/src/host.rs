@@ -192,9 +192,9 @@ unsafe extern "C" fn capture(call: *const Call, leaf: *const Leaf<'_>) {
     boundary(|capture| unsafe { capture.capture(&*call, &*leaf) });
 }
 
-unsafe extern "C" fn edit(call: *const Call, kinds: u32, path: Str<'_>) -> LeafEdit {
+unsafe extern "C" fn edit(call: *const Call, kinds: u32, path: Str<'_>, in_graph: bool) -> LeafEdit {
     // SAFETY: as in capture.
-    engine(|e| Some(e.edit(unsafe { &*call }, kinds, unsafe { path.get() }))).unwrap_or(LeafEdit::NONE)
+    engine(|e| Some(e.edit(unsafe { &*call }, kinds, unsafe { path.get() }, in_graph))).unwrap_or(LeafEdit::NONE)
 }
 
 unsafe extern "C" fn notice(text: Str<'_>) {

@@ -13,23 +13,20 @@ everywhere. Here are the caches that are asked before there is a graph, by a key
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import hooks, imports
-from .naming import own
 from .patches import follow, wrap
 
 _OPERATIONS = ("tap", "gradient", "factors", "forward_pass")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Caches:
@@ -99,7 +96,7 @@ class Caches:
         def hiding(original: Any) -> Any:
             def aot_compile_fullgraph(*args: Any, **kwargs: Any) -> Any:
                 self._settle()
-                with _hidden([] if self.is_keyed else self._modules()):
+                with hooks.hidden([] if self.is_keyed else self._modules()):
                     return original(*args, **kwargs)
 
             return aot_compile_fullgraph
@@ -114,20 +111,3 @@ class Caches:
                 "modules inside what is compiled ahead of time (aot_compile) are not captured, since that is saved for "
                 "jobs without taps; torch.compile by itself is captured"
             )
-
-
-@contextlib.contextmanager
-def _hidden(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Our hooks are on none of the modules."""
-    kept: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for module in modules:
-            for name in _HOOKS:
-                there = own(module, name, None)
-                if there and any(map(hooks.is_ours, there.values())):
-                    kept.append((module, name, there))
-                    setattr(module, name, type(there)((k, h) for k, h in there.items() if not hooks.is_ours(h)))
-        yield
-    finally:
-        for module, name, there in kept:
-            setattr(module, name, there)

@@ -86,9 +86,8 @@ class Clock:
     def backward_ended(self, has_left: bool, found: Versions | None) -> None:
         """A backward pass ended, and may have left gradients. One that the compiler makes to look into it is none."""
         if torch._guards.TracingContext.try_get() is None:
-            scale = self._bridge.backward_ended()
-            if has_left and scale is not None:
-                self._parameter_taps.after_backward(scale, self._ended, found)
+            if self._bridge.backward_ended() and has_left:
+                self._parameter_taps.after_backward(self._ended, found)
             if self._bridge.due():
                 self._turn()
 

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 import zlib
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -40,8 +41,9 @@ class Communicators:
         self._group: weakref.ref[Any] | None = None
         self._ending = threading.Event()
 
-    def join(self) -> None:
-        """Begin to wait for the other ranks, if hooks want tensors gathered and the job has a process group."""
+    def join(self, parameters: Callable[[], Iterable[Any]]) -> None:
+        """Begin to wait for the other ranks, if hooks want tensors gathered and the job has a process group.
+        `parameters` are those of its models."""
         plan = self._bridge.plan()
         if not plan:
             # The engine leaves what there is. Hooks may want it again.
@@ -61,12 +63,13 @@ class Communicators:
             # What is in the store of an earlier time is none of this one's.
             prefix = f"{_PREFIX}/{self._bridge.revision()}"
             store = c10d.PrefixStore(prefix, c10d._get_default_store().clone())
+            device = _device(parameters())
         except Exception as e:
             self._bridge.per_rank(_failed(e))
             return
         self._ending = threading.Event()
         place = (c10d.get_rank(), c10d.get_world_size())
-        meeting = (self._ending, store, *place, f"{zlib.crc32(plan.encode()):08x}", _device())
+        meeting = (self._ending, store, *place, f"{zlib.crc32(plan.encode()):08x}", device)
         self._thread = threading.Thread(target=self._meet, args=meeting, name="flexmodel-join", daemon=True)
         self._thread.start()
 
@@ -114,8 +117,12 @@ def _absent(ending: threading.Event, store: Any, rank: int, world: int, plan: st
     return f"{_ranks(others)} and rank {rank} have different hooks" if others else None
 
 
-def _device() -> int:
-    """The device of this process, whose first model is about to be called; -1 if it has none."""
+def _device(parameters: Iterable[Any]) -> int:
+    """The device of this process: that of the first parameter that is on one. Where all are elsewhere it is the current
+    one, which on all ranks of a script that never sets it is the machine's first; -1 if there is none."""
+    for parameter in parameters:
+        if parameter.device.type == "cuda":
+            return parameter.device.index
     cuda = sys.modules.get("torch.cuda")
     return cuda.current_device() if cuda is not None and cuda.is_initialized() else -1
 

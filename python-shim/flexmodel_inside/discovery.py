@@ -13,6 +13,7 @@ import atexit
 import functools
 import zlib
 from collections.abc import Set
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from .tapping import Tapping, part_of
 
 # A mask of every kind of capture.
 _ALL_KINDS = 0xFFFFFFFF
+
 
 class Discovery:
     """Finds all models of this process, and has those tapped in which something is selected."""
@@ -68,6 +70,8 @@ class Discovery:
             meet=self._registry.member,
             ignoring=self._registry.ignoring,
             pause=self._pause,
+            settle=guarded(bridge, self._settle),
+            tapped_as=self._registry.tapped_as,
             prepared=self._prepared,
             clock=self._clock,
             parameter_taps=self._parameter_taps,
@@ -202,7 +206,7 @@ class Discovery:
             models = {member(authored(root)).serial: root for root in self._registry.roots()}
             self._take_out(stages, models)
             # A stage may be made of parts of a model that is still there: they are the stage's.
-            theirs = {id(p) for stage in stages.values() for module in all_in(stage) for p in stored(module).values()}
+            theirs = {id(p) for stage in stages.values() for p in _parameters_in(stage)}
             for serial in sorted(models, key=lambda serial: (serial not in stages, serial)):
                 root, others = models[serial], theirs if serial not in stages else set()
                 what = f"a model of class {type(root).__name__} is not captured"
@@ -211,7 +215,7 @@ class Discovery:
                 self._arm()
             self._bridge.resolved()
             self._holders.tell()
-            self._communicators.join()
+            self._communicators.join(lambda: chain.from_iterable(map(_parameters_in, models.values())))
         except BaseException:  # the job's: there are models that were not looked at
             self._registry.changed()
             raise
@@ -267,7 +271,14 @@ class Discovery:
             self._bridge.digest_inputs()
         self._collectives.put(known.serial, facts.mesh, facts.reduces)
         selected, of_parameters = self._bridge.select(
-            known.serial, entries, list(parameters), facts.wrapper, facts.mesh, _signature(entries, facts), rank, world,
+            known.serial,
+            entries,
+            list(parameters),
+            facts.wrapper,
+            facts.mesh,
+            _signature(entries, facts),
+            rank,
+            world,
             self._group.number(),
         )
         self._parameter_taps.drop(known.serial)
@@ -362,6 +373,10 @@ class Discovery:
         if not self._said_scripted:
             self._said_scripted = True
             self._bridge.notice(f"{what} is compiled by torch.jit, and cannot be tapped; tap modules around it")
+
+
+def _parameters_in(root: nn.Module) -> list[torch.Tensor]:
+    return [parameter for module in all_in(root) for parameter in stored(module).values()]
 
 
 def _signature(entries: list[Any], facts: ModelFacts) -> int:

@@ -1,10 +1,11 @@
-"""Our hooks on modules: how to recognize and remove them, and what keeps them out of copies, pickles and torch.jit."""
+"""Our hooks on modules: how to recognize and hide them, and what keeps them out of copies, pickles and torch.jit."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -114,6 +115,45 @@ def drop_all(modules: Iterable[nn.Module]) -> None:
                 drop(module, name, key)
 
 
+# Hooks of ours by key, with the module and the attribute that they were in.
+_Taken = list[tuple[nn.Module, str, dict[Any, Any]]]
+
+
+def take_out(modules: Iterable[nn.Module]) -> _Taken:
+    """Removes our hooks, for `put_back`. What the job has of a module's hooks, such as a handle, stays good."""
+    taken: _Taken = []
+    for module in modules:
+        for name in _KINDS:
+            there = own(module, name, {})
+            ours = {key: hook for key, hook in there.items() if is_ours(hook)}
+            for key in ours:
+                del there[key]
+            if ours:
+                taken.append((module, name, ours))
+    return taken
+
+
+def put_back(taken: _Taken) -> None:
+    """Has hooks that were taken out where they were, unless taps are off since, or others of ours came."""
+    if undone():
+        return
+    for module, name, ours in taken:
+        there = own(module, name, {})
+        for key, hook in ours.items():
+            there.setdefault(key, hook)
+        _arrange(module, name)
+
+
+@contextlib.contextmanager
+def hidden(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While in it, our hooks are on none of the modules."""
+    taken = take_out(modules)
+    try:
+        yield
+    finally:
+        put_back(taken)
+
+
 def keep_from_copies(guard: Callable[..., Any]) -> None:
     """Leave our hooks out of pickles and copies of modules, which then work where there is no FlexModel.
 
@@ -172,27 +212,16 @@ def _same(one: object, other: object) -> bool:
 
 def hide_from_jit(guard: Callable[..., Any]) -> None:
     """torch.jit.script compiles a module's hooks with it, and would refuse ours."""
-    hide = guard(_others_only)
+    take, give = guard(take_out), guard(put_back)
 
     def hiding(original: Any) -> Any:
         def get_hook_stubs(*args: Any, **kwargs: Any) -> Any:
-            module = given(args, kwargs, 0, "nn_module")
-            hidden = hide(module) or {}
+            taken = take([given(args, kwargs, 0, "nn_module")]) or []
             try:
                 return original(*args, **kwargs)
             finally:
-                for name, hooks in hidden.items():
-                    object.__setattr__(module, name, hooks)
+                give(taken)
 
         return get_hook_stubs
 
     wrap(torch.jit._recursive, "get_hook_stubs", hiding)
-
-
-def _others_only(module: Any) -> dict[str, Any]:
-    """Gives a module the hooks of others alone, and returns those that it had, by attribute."""
-    had = {name: hooks for name in _KINDS if (hooks := own(module, name, None))}
-    theirs = {name: type(hooks)((k, h) for k, h in hooks.items() if not is_ours(h)) for name, hooks in had.items()}
-    for name, hooks in theirs.items():
-        object.__setattr__(module, name, hooks)
-    return had

@@ -140,6 +140,11 @@ class ModuleRegistry:
             self._members[key] = member
         return member
 
+    def tapped_as(self, module: nn.Module) -> str | None:
+        """The name under which a module is tapped; None if it is not."""
+        member = self._members.get(id(module))
+        return None if member is None or member.tapped is None else member.tapped[1]
+
     def _destroyed(self, key: int) -> None:
         member = self._members.pop(key, None)
         if self._fresh is not None:

@@ -154,8 +154,8 @@ class _Use:
 
     # Ids of its parameters; None: of all.
     held: Set[int] | None = None
-    # It divides gradients by this.
-    scale: torch.Tensor | float | None = None
+    # It divides gradients by this, which may have to be waited for.
+    scale: torch.Tensor | float | Callable[[], float] | None = None
     # It does not use them.
     is_skipped: Callable[[], bool] = lambda: False
 
@@ -163,7 +163,8 @@ class _Use:
         """As the optimizer would use it."""
         if isinstance(self.scale, torch.Tensor):
             return gradient / self.scale.to(gradient.device)
-        return gradient if self.scale is None or self.scale == 1 else gradient / self.scale
+        scale = self.scale() if callable(self.scale) else self.scale
+        return gradient if scale is None or scale == 1 else gradient / scale
 
 
 class ParameterTaps:
@@ -229,13 +230,13 @@ class ParameterTaps:
             taps = [tap for tap in taps if self._bridge.parameter_due(tap[0], KIND_GRAD_UNCLIPPED)]
             return {tap: self._faults.of(name, _found, parameter, otherwise=0) for tap, (name, parameter) in taps}
 
-    def after_backward(self, scale: float, ended: int, before: Versions | None) -> None:
-        """A backward pass has left gradients of a loss that was scaled, where it found some of these versions; `ended`
-        counts the steps that have ended."""
+    def after_backward(self, ended: int, before: Versions | None) -> None:
+        """A backward pass has left gradients, where it found some of these versions; `ended` counts the steps that have
+        ended."""
         if self._bridge.wants(KINDS_OF_ACCUMULATED_GRADIENTS):
             self.frameworks.tell("went_backward", ended)
             for serial in self._taps:
-                self.capture(serial, KIND_GRAD_UNCLIPPED, _Use(scale=scale), before)
+                self.capture(serial, KIND_GRAD_UNCLIPPED, _Use(scale=self._bridge.backward_scale), before)
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to use gradients: those that are there or, if it is given a closure, those that this

@@ -1,15 +1,29 @@
-"""Scaled losses: `scaled.py scaler|deepspeed`, a GradScaler whose scale changes, or DeepSpeed's accumulation."""
+"""Scaled losses: `scaled.py scaler|loaded|deepspeed`, a GradScaler whose scale changes, also by a state that is loaded,
+or DeepSpeed's accumulation. Prints how often anything looked at a tensor's value while the scaler did its work.
+"""
 
 import os
 import sys
 
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 3
+LOADED = 256.0
 
 
-def scaler() -> None:
+class Looks(TorchDispatchMode):
+    """Counts what makes a job wait for its device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def scaler(loads: bool) -> None:
     model = tiny.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
@@ -17,9 +31,15 @@ def scaler() -> None:
         tokens, targets = tiny.batch(step, [4], 0)
         loss = tiny.loss_of(model(tokens), targets)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        with Looks() as looks:
+            scaled = scaler.scale(loss)
+        scaled.backward()
+        with looks:
+            scaler.step(optimizer)
+            scaler.update()
+        print("looks", looks.count)
+        if loads and step == 0:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": LOADED})
         tiny.report(0, step, loss)
 
 
@@ -48,4 +68,4 @@ def accumulating() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scaler() if sys.argv[1] == "scaler" else accumulating()
+    accumulating() if sys.argv[1] == "deepspeed" else scaler(sys.argv[1] == "loaded")

@@ -129,6 +129,7 @@ pub enum Refusal {
     Raised = 13,
     Elsewhere = 14,
     Packed = 15,
+    InGraph = 16,
 }
 
 /// A bit of the flags that a compiled graph passes to the operations `tap` and `forward_pass`.
@@ -306,6 +307,10 @@ impl Refusal {
             Self::Raised => "a tensor that raised when it was looked at; a notice says what",
             Self::Elsewhere => {
                 "a gradient that the framework keeps in buffers of its own until the optimizer steps; kind grad has it then"
+            }
+            Self::InGraph => {
+                "a tensor inside of a CUDA graph that the job captures: what is captured runs later, and replays of the graph \
+                 call no tap"
             }
             Self::Split => {
                 "an input of a module that torch.compile put into several graphs, as it does for DDP unless \

@@ -35,6 +35,10 @@ pub const FAULT: &str = "FLEXMODEL_TEST_FAULT";
 /// Path of an open library that stands in for NCCL in tests: tensors of the CPU are gathered over it.
 pub const TEST_NCCL: &str = "FLEXMODEL_TEST_NCCL";
 
+/// In tests: the CPU stands in for a device. `1` while its operations count as captured into a CUDA graph; a process that does not
+/// have the name at its first tap never looks again.
+pub const TEST_GRAPH: &str = "FLEXMODEL_TEST_GRAPH";
+
 /// A name that is text at compile time.
 const fn text(name: &CStr) -> &str {
     match name.to_str() {

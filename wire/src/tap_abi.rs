@@ -19,7 +19,7 @@ use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 use crate::codes::{CopyState, MoveState};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 14;
+pub const TAP_ABI: u32 = 15;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -347,8 +347,9 @@ pub struct HostTable {
     pub forbid_compiling: unsafe extern "C" fn(why: Str<'_>),
     /// Captures a leaf, once for each of its kinds.
     pub capture: unsafe extern "C" fn(call: *const Call, leaf: *const Leaf<'_>),
-    /// How a leaf is edited by what edits any of these kinds, a mask.
-    pub edit: unsafe extern "C" fn(call: *const Call, kinds: u32, path: Str<'_>) -> LeafEdit,
+    /// How a leaf is edited by what edits any of these kinds, a mask. `in_graph`: the job captures its operations into a CUDA
+    /// graph, so it is not.
+    pub edit: unsafe extern "C" fn(call: *const Call, kinds: u32, path: Str<'_>, in_graph: bool) -> LeafEdit,
     /// One line for the user, on stderr and in the run.
     pub notice: unsafe extern "C" fn(text: Str<'_>),
     /// An inner error: taps go off in this process for good, with this line.

@@ -32,6 +32,7 @@ _FILES = (
     "checkpoint",  # steps that torch's checkpoints make
     "optimizers",  # the clock: what ends a step
     "distributed",  # when this process becomes a rank
+    "cuda_graphs",  # CUDA graphs that are made of modules
     "compiler",  # when torch.compile comes into use
     "vllm",  # the keys of vLLM's compiled graphs
 )

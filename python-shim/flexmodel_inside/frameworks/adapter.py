@@ -48,6 +48,10 @@ class Job:
     ignoring: Callable[[], contextlib.AbstractContextManager[None]]
     # Models that are called from now on are not the job's own work, or are again.
     pause: Callable[[bool], None]
+    # Models that were not looked at are looked at now.
+    settle: Callable[[], None]
+    # The name under which a module is tapped; None if it is not.
+    tapped_as: Callable[[nn.Module], str | None]
     # A stage of a pipeline knows its microbatches.
     prepared: Callable[[Stage], None]
     # What ends a step.
@@ -65,9 +69,29 @@ class Job:
         """Whether gradients that the scale of a loss is in are to be captured at the moment."""
         return bool(self.bridge.wants(KINDS_SCALED))
 
-    def loss_scale(self, scale: float) -> None:
-        """From now on gradients are those of the job's loss times `scale`. `bridge.scaled` says it of one loss."""
-        self.bridge.loss_scale(scale)
+    def scale(self, value: torch.Tensor | float, divisor: float = 1.0) -> Any:
+        """A scale as it is now, divided: for the functions below. No device is waited for before a gradient needs it.
+        None where it cannot be known, as inside of a CUDA graph."""
+        return self.bridge.scale(value, divisor)
+
+    def loss_scale(self, scale: Any) -> None:
+        """From now on gradients are those of the job's loss times a scale."""
+        if scale is not None:
+            self.bridge.loss_scale(scale)
+
+    def unscaled(self) -> None:
+        """From now on gradients are those of the job's loss."""
+        self.loss_scale(self.scale(1.0))
+
+    def scaled(self, losses: Any, scale: Any) -> None:
+        """Gradients of backward passes through these losses are those of the job's own times a scale."""
+        if scale is None:
+            return
+        for loss in losses if isinstance(losses, (list, tuple)) else (losses,):
+            if isinstance(loss, torch.Tensor):
+                self.bridge.scaled(loss, scale)
+            elif isinstance(loss, (list, tuple)):
+                self.scaled(loss, scale)
 
 
 class Stage(Protocol):

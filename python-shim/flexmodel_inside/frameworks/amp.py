@@ -2,8 +2,8 @@
 the steps that it skips.
 
 A backward pass has the scale of the loss that it begins with: one whose loss was not scaled, as an attack's before the
-training pass, has none. A scale is never read from a device while the job computes: `update` waits for the device
-anyway, and the scaler is asked after that.
+training pass, has none. A scale is on a device as a rule, and the job goes on while that computes: so it leaves the
+device when the scaler has updated it, and is read when the next gradient needs it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .adapter import Adapter, Job
 
 _MODULE = "torch.amp.grad_scaler"
 
-# What scalers said after their last update.
-_known: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+# By scaler: its tensor, how often that had changed, and the scale in it then.
+_known: weakref.WeakKeyDictionary[Any, tuple[torch.Tensor | None, int, Any]] = weakref.WeakKeyDictionary()
 
 
 class Amp(Adapter):
@@ -53,30 +53,33 @@ class Amp(Adapter):
 
 
 def follow_scale(job: Job, module: str, name: str) -> None:
-    """Tell the scale of each loss that a scaler of this class scales, while gradients are wanted at all: it may be on a
-    device, where to look at it makes the job wait. The class may have its own way to scale, and to update."""
+    """Tell the scale of each loss that a scaler of this class scales, while gradients are wanted at all. The class may
+    have its own way to scale, and to update."""
 
     def updated(_: Any, *call: Any) -> None:
-        of = given(*call, 0, "self")
-        if not job.wants_gradients():
-            _known.pop(of, None)
-        elif of.is_enabled():
-            _known[of] = of.get_scale()
+        scaler = given(*call, 0, "self")
+        if scaler.is_enabled() and job.wants_gradients():
+            _look(job, scaler)
+        else:
+            _known.pop(scaler, None)
 
     def scaled(losses: Any, *call: Any) -> None:
         scaler = given(*call, 0, "self")
         if scaler.is_enabled() and job.wants_gradients():
-            if scaler not in _known:
-                _known[scaler] = scaler.get_scale()
-            mark(losses, _known[scaler])
-
-    def mark(losses: Any, scale: float) -> None:
-        if isinstance(losses, torch.Tensor):
-            job.bridge.scaled(losses, scale)
-        elif isinstance(losses, (list, tuple)):
-            for loss in losses:
-                mark(loss, scale)
+            job.scaled(losses, _look(job, scaler))
 
     scaler_class = getattr(sys.modules[module], name)
     follow(scaler_class, "scale", job.guard, after=scaled)
     follow(scaler_class, "update", job.guard, after=updated)
+
+
+def _look(job: Job, scaler: Any) -> Any:
+    """The scale that a scaler has now. Nobody waits for it before it is read."""
+    tensor = scaler._get_scale_async()
+    changes = 0 if tensor is None else tensor._version
+    known = _known.get(scaler)
+    if known is None or known[0] is not tensor or known[1] != changes:
+        # Where there is no tensor yet, it is a number.
+        known = tensor, changes, job.scale(scaler.get_scale() if tensor is None else tensor)
+        _known[scaler] = known
+    return known[2]

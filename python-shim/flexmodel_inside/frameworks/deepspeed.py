@@ -109,10 +109,11 @@ class DeepSpeed(Adapter):
             engine, divided = given(*call, 0, "self"), given(*call, 3, "scale_wrt_gas", True)
             scale = getattr(engine.optimizer, "loss_scale", None) or 1.0
             # It also divides the loss by the number of accumulation steps.
-            self.job.loss_scale(float(scale) / (engine.gradient_accumulation_steps() if divided else 1))
+            divisor = engine.gradient_accumulation_steps() if divided else 1
+            self.job.loss_scale(self.job.scale(scale, divisor))
 
         follow(cls, "__init__", self.job.guard, after=made)
-        follow(cls, "backward", self.job.guard, before=backward, after=lambda *_: self.job.loss_scale(1.0))
+        follow(cls, "backward", self.job.guard, before=backward, after=lambda *_: self.job.unscaled())
 
     def see(self, module: nn.Module, model: ModelFacts) -> None:
         if not is_instance(module, _MODULE, _CLASS):

@@ -26,6 +26,7 @@ _LAYERS = "megatron.core.tensor_parallel.layers"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_SCALERS = "megatron.core.optimizer.grad_scaler"
 _MAKES_STATES = "_init_optimizer_states_with_dummy_values"
 # What runs the steps of a pipeline, and those of a model in one piece.
 _PIPELINES = (
@@ -54,6 +55,8 @@ class Megatron(Adapter):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self._chunks: list[_Chunk] = []
+        # Divisors and scales, by the optimizers whose scale never changes.
+        self._constants: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
 
     def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
         return [
@@ -105,16 +108,28 @@ class Megatron(Adapter):
 
     def _scale(self, given: dict[str, Any]) -> None:
         """The loss of a microbatch is divided by how many these are, unless it is a sum over tokens. A scale on top of
-        that is read once in a step, before it computes anything. It may be on a device, where the job waits for it."""
+        that is asked for once in a step, before it computes anything; one that never changes, once."""
         if not self.job.wants_gradients():
             return
         config = _config(_models(given)[0])
-        scale = config.grad_scale_func
         divisor = 1 if getattr(config, "calculate_per_token_loss", False) else given["num_microbatches"]
-        self.job.loss_scale((1.0 if scale is None else float(scale(torch.ones(())))) / divisor)
+        self.job.loss_scale(self._scale_by(config.grad_scale_func, divisor))
+
+    def _scale_by(self, function: Callable[[torch.Tensor], torch.Tensor] | None, divisor: int) -> Any:
+        """What a function scales losses by, if there is one, over `divisor`."""
+        if function is None:
+            return self.job.scale(1.0, divisor)
+        optimizer = getattr(function, "__self__", None)
+        constant = _has_constant_scale(optimizer)
+        if constant and (known := self._constants.get(optimizer)) is not None and known[0] == divisor:
+            return known[1]
+        scale = self.job.scale(function(torch.ones(())), divisor)
+        if constant and scale is not None:
+            self._constants[optimizer] = divisor, scale
+        return scale
 
     def _unscaled(self, *_: Any) -> None:
-        self.job.loss_scale(1.0)
+        self.job.unscaled()
 
     def stages(self) -> list[Stage]:
         return list(self._chunks)
@@ -175,6 +190,13 @@ class _Chunk:
 def _main(parameter: Any) -> torch.Tensor | None:
     """What an optimizer has for a parameter of another type; None where it has that itself, or a piece of it."""
     return None if getattr(parameter, "main_param_sharded", False) else getattr(parameter, "main_param", None)
+
+
+def _has_constant_scale(optimizer: Any) -> bool:
+    """Whether the scale of an optimizer's losses never changes: it has a scaler that keeps it, or none."""
+    if not hasattr(optimizer, "grad_scaler"):
+        return False
+    return optimizer.grad_scaler is None or is_instance(optimizer.grad_scaler, _SCALERS, "ConstantGradScaler")
 
 
 def _models(given: dict[str, Any]) -> list[nn.Module]:

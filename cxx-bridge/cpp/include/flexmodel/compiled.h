@@ -26,8 +26,9 @@ namespace flexmodel {
 // that blocks which share a graph may differ in it.
 PyObject* traced_form(const char* role, int64_t first, int64_t second, uint32_t kinds, uint32_t edits);
 
-// Words that a call takes.
-inline constexpr size_t kCallWords = (sizeof(Call) + sizeof(int64_t) - 1) / sizeof(int64_t);
+// Words that a call takes: its bytes, and the CUDA device of its tensors, negative for the CPU.
+inline constexpr size_t kDeviceWord = (sizeof(Call) + sizeof(int64_t) - 1) / sizeof(int64_t);
+inline constexpr size_t kCallWords = kDeviceWord + 1;
 
 // What the graph that is being traced can have of a tensor, which may be made of others. `like`: the first input of the
 // module that returns it, if that has no parameters.

@@ -37,15 +37,6 @@ at::Tensor identity(const at::Tensor& tensor);
 void watch_gradient(const Site& site, uint32_t kinds, const std::string& path, const at::Tensor& tensor,
                     const Axes& axes, bool alone = false);
 
-// Gradients of backward passes through `loss` are those of the job's own loss times `scale`.
-void scaled(const at::Tensor& loss, double scale);
-
-// No such backward pass is under way any more.
-void unscaled();
-
-// The scale of the loss of the last backward pass; 1 from then on.
-double take_last_scale();
-
 // A node that has another as an edge.
 struct Consumer {
   const torch::autograd::Node* node;

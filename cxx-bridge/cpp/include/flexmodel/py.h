@@ -49,6 +49,18 @@ class Gil {
   PyGILState_STATE state_;
 };
 
+// Does not hold the GIL, which this thread has.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // Python raised; its exception is set.
 struct PyError {};
 

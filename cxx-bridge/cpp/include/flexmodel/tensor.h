@@ -34,8 +34,8 @@ struct Place;
 // device back by its number, which makes a context on device 0 for a thread that has none (DEVICE-1).
 size_t stream_on(c10::Device device);
 
-// Whether that stream is being captured into a CUDA graph.
-bool is_being_captured(c10::Device device);
+// Whether what this thread does on a device goes into a CUDA graph that the job captures, and is not done now.
+bool is_in_graph(c10::Device device);
 
 // Memory for `sizes` that no deterministic mode fills, on the current device where it is on one.
 at::Tensor room(at::IntArrayRef sizes, c10::ScalarType type, c10::DeviceType device);

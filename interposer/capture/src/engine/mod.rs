@@ -1,5 +1,6 @@
 //! Decides what taps do. One [`Engine`] behind one lock; tensor bytes are copied outside of it.
 
+mod graphs;
 mod pace;
 mod record;
 mod select;
@@ -26,6 +27,7 @@ use crate::{
     process::Process,
     taps::{Tap, TapRegistry},
 };
+use graphs::InGraphs;
 use pace::Pace;
 use select::Findings;
 
@@ -58,6 +60,8 @@ pub struct Engine {
     no_compiling: String,
     /// How long steps take.
     pace: Pace,
+    /// What was said of CUDA graphs.
+    in_graphs: InGraphs,
     /// The plan in force has no taps yet.
     reselect: bool,
     rank: Rank,
@@ -79,6 +83,7 @@ impl Engine {
             ballot: Ballot::default(),
             no_compiling: String::new(),
             pace: Pace::default(),
+            in_graphs: InGraphs::default(),
             reselect: false,
             plans,
             taps: TapRegistry::default(),
@@ -396,10 +401,16 @@ impl Engine {
         }
     }
 
-    /// How a leaf is edited by what edits any of these kinds: all edits on it are one.
-    pub fn edit(&self, call: &Call, kinds: u32, path: &str) -> LeafEdit {
-        let Some((tap, _)) = self.taps.get(call.tap) else { return LeafEdit::NONE };
+    /// How a leaf is edited by what edits any of these kinds: all edits on it are one. None is, where the job captures its
+    /// operations into a CUDA graph: what is done there once is done in all steps in which the graph is replayed.
+    pub fn edit(&mut self, call: &Call, kinds: u32, path: &str, in_graph: bool) -> LeafEdit {
+        let Self { taps, in_graphs, reports, .. } = self;
+        let Some((tap, _)) = taps.get(call.tap) else { return LeafEdit::NONE };
         tap.for_leaf(call, kinds, path).fold(LeafEdit::NONE, |edit, clause| match &clause.edit {
+            Some(_) if in_graph => {
+                in_graphs.leave(clause, &tap.name, &**reports);
+                edit
+            }
             Some(Edit::BuiltIn(next)) => edit.then(*next),
             Some(Edit::Python { .. }) | None => edit,
         })

@@ -20,14 +20,14 @@ impl Engine {
     ///
     /// # Safety
     /// The arrays of `tensor` are as long as it says, and live through the call, as its path does.
-    pub unsafe fn describe(&self, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Vec<Captured> {
+    pub unsafe fn describe(&mut self, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Vec<Captured> {
         // SAFETY: the caller vouches for it.
         Kind::in_mask(tensor.kinds).filter_map(|kind| unsafe { self.describe_as(kind, call, tensor) }).collect()
     }
 
     /// # Safety
     /// As for [`Engine::describe`].
-    unsafe fn describe_as(&self, kind: Kind, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Option<Captured> {
+    unsafe fn describe_as(&mut self, kind: Kind, call: &Call, tensor: &tap_abi::Leaf<'_>) -> Option<Captured> {
         let (tap, model) = self.taps.get(call.tap)?;
         // SAFETY: the string lives through the call (caller).
         let path = unsafe { tensor.path.get() };
@@ -65,6 +65,9 @@ impl Engine {
                 layout::of_some(leaf, known, clause.options.shard.as_ref(), (&model.mesh, from_torch), self.rank, ranks)
             }
         };
+        if refusal == Refusal::InGraph {
+            self.in_graphs.refuse(clause, &tap.name, &*self.reports);
+        }
         // What a pipeline cuts comes out as one.
         let is_cut = axes.iter().any(|axis| axis.name == MICRO);
         let taken = match &clause.options.slice {

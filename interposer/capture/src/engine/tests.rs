@@ -45,7 +45,7 @@ impl World {
     }
 
     /// The record of a leaf of 4 x 8, if it is captured.
-    fn record(&self, call: &Call, kind: Kind, path: &str) -> Option<RecordMeta> {
+    fn record(&mut self, call: &Call, kind: Kind, path: &str) -> Option<RecordMeta> {
         let tensor = Tensor::of(32);
         let described = tensor.described(kind, path, &[4, 8], Refusal::None);
         // SAFETY: sizes and path live through the call.
@@ -194,12 +194,35 @@ fn edits_multiply_and_zero_wins() {
     let mut w = engine("a|scale(2); a@steps=0..0|scale(3); b|scale(5); b|zero");
     let taps = w.taps(&Model::of(1, &["", "a", "b"]));
     let first: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&first[0], Kind::Forward.bit(), "out"), LeafEdit { factor: 6.0, zero: false });
-    assert!(w.engine.edit(&first[1], Kind::Forward.bit(), "out").zero);
+    assert_eq!(w.engine.edit(&first[0], Kind::Forward.bit(), "out", false), LeafEdit { factor: 6.0, zero: false });
+    assert!(w.engine.edit(&first[1], Kind::Forward.bit(), "out", false).zero);
     w.engine.stepped(0);
     let second: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
-    assert_eq!(w.engine.edit(&second[0], Kind::Forward.bit(), "out"), LeafEdit { factor: 2.0, zero: false });
-    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre.bit(), "in[0]"), LeafEdit::NONE);
+    assert_eq!(w.engine.edit(&second[0], Kind::Forward.bit(), "out", false), LeafEdit { factor: 2.0, zero: false });
+    assert_eq!(w.engine.edit(&second[0], Kind::ForwardPre.bit(), "in[0]", false), LeafEdit::NONE);
+}
+
+#[test]
+fn inside_of_a_cuda_graph_leaves_are_refused_and_not_edited_and_each_clause_says_so_once() {
+    let mut w = engine("a|scale(2); b:forward");
+    let taps = w.taps(&Model::of(1, &["", "a", "b"]));
+    let calls: Vec<Call> = w.calls(1, &taps, &training()).into_iter().flatten().collect();
+    for _ in 0..2 {
+        for call in &calls {
+            let tensor = Tensor::of(32);
+            let described = tensor.described(Kind::Forward, "out", &[4, 8], Refusal::InGraph);
+            // SAFETY: sizes and path live through the call.
+            let captured = unsafe { w.engine.describe(call, &described) };
+            assert_eq!(captured[0].meta.refused, Refusal::InGraph.reason());
+            assert_eq!(w.engine.edit(call, Kind::Forward.bit(), "out", true), LeafEdit::NONE);
+        }
+    }
+    let news = w.reports.news();
+    let starts =
+        ["'a|scale(2)' taps a inside of a CUDA graph", "'a|scale(2)' edits nothing of a", "'b:forward' taps b"];
+    assert_eq!(news.len(), starts.len(), "{news:?}");
+    assert!(news.iter().zip(starts).all(|(line, start)| line.starts_with(start)), "{news:?}");
+    assert_eq!(w.engine.edit(&calls[0], Kind::Forward.bit(), "out", false), LeafEdit { factor: 2.0, zero: false });
 }
 
 #[test]
@@ -207,10 +230,10 @@ fn the_first_clause_that_keeps_bytes_captures_a_leaf_and_a_disagreement_is_said(
     let mut w = engine("a@reduce=stats; a@path=out[1],group=x; a@group=y");
     let taps = w.taps(&Model::of(1, &["", "a"]));
     let call = w.calls(1, &taps, &training())[0].unwrap();
-    let group = |path| w.record(&call, Kind::Forward, path).map(|meta| (meta.group, meta.stats_only));
+    let mut group = |path| w.record(&call, Kind::Forward, path).map(|meta| (meta.group, meta.stats_only));
     assert_eq!(group("out[1]"), Some(("x".into(), false)));
     assert_eq!(group("out[0]"), Some(("y".into(), false)));
-    assert_eq!(group("out[0]").is_some(), w.record(&call, Kind::Backward, "in[0]").is_none());
+    assert!(w.record(&call, Kind::Backward, "in[0]").is_none());
     assert!(w.reports.news().iter().all(|text| text.contains("the first decides")));
 }
 
@@ -256,13 +279,13 @@ fn gradients_of_a_destroyed_model_are_still_described() {
     let taps = w.taps(&Model::of(1, &["", "a"]));
     let call = w.calls(1, &taps, &Trigger { pre: true, ..training() })[0].unwrap();
     w.engine.forget(1);
-    let record = |w: &World| w.record(&call, Kind::Backward, "in[0]").map(|meta| meta.model);
-    assert_eq!(record(&w), Some(0));
+    let record = |w: &mut World| w.record(&call, Kind::Backward, "in[0]").map(|meta| meta.model);
+    assert_eq!(record(&mut w), Some(0));
     for serial in 2..100 {
         w.taps(&Model::of(serial, &["", "a"]));
         w.engine.forget(serial);
     }
-    assert_eq!(record(&w), None, "it is not remembered for ever");
+    assert_eq!(record(&mut w), None, "it is not remembered for ever");
 }
 
 #[test]
@@ -273,7 +296,7 @@ fn another_plan_takes_the_place_of_all_clauses_at_once() {
     let begun = w.calls(1, &old, &Trigger { pre: true, ..training() })[0].unwrap();
     w.engine.replace_plan(HookPlan::parse(1, "b@every=2,group=new").unwrap());
     assert_eq!(w.pass(1, &old, &training()), [0, 0], "old taps begin nothing");
-    assert_eq!(w.engine.edit(&begun, Kind::Backward.bit(), "in[0]"), LeafEdit::NONE);
+    assert_eq!(w.engine.edit(&begun, Kind::Backward.bit(), "in[0]", false), LeafEdit::NONE);
     let gradient = w.record(&begun, Kind::Backward, "in[0]").unwrap();
     assert_eq!((gradient.module.as_str(), gradient.group.as_str()), ("a", ""), "as its own plan says");
     let new = w.taps(&model);
