@@ -54,6 +54,10 @@ class Session:
         """Returns once the job has made this step."""
         harness.wait_until(lambda: self.steps() > step, f"step {step}", job=self.job)
 
+    def reach_revision(self, revision: int) -> None:
+        """Returns once it is in force."""
+        harness.wait_until(lambda: self.change()["revision"] == revision, f"revision {revision}", job=self.job)
+
     def stop(self) -> harness.Outcome:
         """Lets the job end."""
         self._stop.touch()
@@ -86,7 +90,7 @@ def expected(how: str) -> dict[tuple[str, str], list[torch.Tensor]]:
     build = {"tp": tensor_parallel.build, "staged": pipeline.build, "served": pipeline.build}.get(how, tiny.build)
     model = build()
     rows = live.ROWS * RANKS.get(how, 2)
-    wanted = ("layers.0.mlp", "layers.1.mlp", "lm_head")
+    wanted = ("embed", "layers.0.mlp", "layers.1.mlp", "norm", "lm_head")
     recorder = reference.Recorder(model, wanted.__contains__)
     found: dict[tuple[str, str], list[torch.Tensor]] = {}
     for number in range(live.BATCHES):
@@ -188,15 +192,44 @@ def test_whatever_ends_a_step_all_of_the_next_has_the_hooks_that_it_began_with(h
         assert loss == outcome.losses[step % live.BATCHES], step
 
 
+def test_where_parts_are_called_hooks_go_from_one_to_another(tmp_path):
+    with session("parts", tmp_path, "layers.0.mlp") as job:
+        answers = []
+        for words in (["add", "embed"], ["set", "lm_head"], ["set", "norm"]):
+            answers.append(job.change(*words)["step"])
+            job.reach(answers[-1] + 4)
+        outcome = job.stop().expect(0)
+    run = captures.expect_sound(outcome.run)
+    first, second, last = answers
+    expect_records(run, "parts", "layers.0.mlp", "forward", range(second))
+    expect_records(run, "parts", "embed", "forward", range(first, second))
+    expect_records(run, "parts", "lm_head", "forward", range(second, last))
+    expect_records(run, "parts", "norm", "forward", range(last, len(outcome.losses)))
+
+
+def test_all_stages_of_a_rank_begin_with_a_batch(tmp_path):
+    with session("looped", tmp_path) as job:
+        for words in (["add", "layers.0.mlp"], ["set", "layers.*.mlp"], ["set", "layers.2.mlp"]):
+            revision = job.change(*words)["revision"]
+            job.reach_revision(revision)
+            job.reach(job.steps() + 4)
+        outcome = job.stop().expect(0)
+    run = captures.expect_sound(outcome.run)
+    steps = {layer: [record.step for record in run[f"layers.{layer}.mlp"]] for layer in range(pipeline.LAYERS)}
+    assert steps[1] == steps[3] and steps[1] == list(range(steps[1][0], steps[1][-1] + 1))
+    assert steps[0][-1] == steps[1][-1] and steps[2][0] == steps[1][0] and steps[0][0] < steps[1][0]
+    assert all(record.complete for record in run.records)
+
+
 @pytest.mark.parametrize("how", ["inference", "served", "apart"])
 def test_without_an_optimizer_hooks_begin_with_a_pass(how, tmp_path):
     with session(how, tmp_path) as job:
         added = job.change("add", "layers.0.mlp")
-        harness.wait_until(lambda: job.change()["revision"] == 1, "revision 1", job=job.job)
+        job.reach_revision(1)
         here = job.steps()
         job.reach(here + 8)
         removed = job.change("set", "lm_head")
-        harness.wait_until(lambda: job.change()["revision"] == 2, "revision 2", job=job.job)
+        job.reach_revision(2)
         job.reach(job.steps() + 8)
         outcome = job.stop().expect(0)
     run = captures.expect_sound(outcome.run)
@@ -305,7 +338,7 @@ def test_ranks_that_are_started_again_begin_with_the_hooks_in_force(tmp_path):
         now = job.change()
         assert (now["revision"], [clause["id"] for clause in now["clauses"]]) == (1, [1, 2])
         removed = job.change("remove", "2")
-        harness.wait_until(lambda: job.change()["revision"] == 2, "revision 2", job=job.job)
+        job.reach_revision(2)
         outcome = job.stop().expect(0)
     run = captures.expect_sound(outcome.run)
     told = [(each.attempt, each.revision, each.step) for each in run.revisions]

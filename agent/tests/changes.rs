@@ -318,7 +318,7 @@ fn a_name_that_no_module_has_is_noted() {
     let rank = Answering::answer(made, Arc::new(Mutex::new(State::new(&[]))));
     let notes =
         &told(&agent.out, &["add", "layers.*.mpl; lm_head; lm_haed.weight:grad; class=Nothing; **.mlp"])["notes"];
-    let note = "'layers.*.mpl' matches none of the modules that the job has called so far; nearest: layers.*.mlp";
+    let note = "'layers.*.mpl' matches none of the modules that this agent knows of; nearest: layers.*.mlp";
     assert_eq!(notes.as_array().unwrap().len(), 1, "{notes}");
     assert!(notes[0].as_str().unwrap().starts_with(note), "{notes}");
     rank.turn();

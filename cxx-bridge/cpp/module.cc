@@ -107,14 +107,23 @@ PyObject* py_select(PyObject*, PyObject* args) {
   return PyTuple_Pack(2, out.get(), of_parameters.get());
 }
 
-// microbatches(serial, count, batch, length); negative where not known
+// first_part(serial, part)
+PyObject* py_first_part(PyObject*, PyObject* args) {
+  unsigned long long serial = 0, part = 0;
+  if (PyArg_ParseTuple(args, "KK", &serial, &part) == 0) return nullptr;
+  host().first_part(serial, part);
+  Py_RETURN_NONE;
+}
+
+// microbatches(serial, of all ranks, count, batch, length); negative where not known
 PyObject* py_microbatches(PyObject*, PyObject* args) {
   unsigned long long serial = 0;
+  int of_all = 0;
   unsigned int count = 0;
   long long batch = -1;
   long long length = -1;
-  if (PyArg_ParseTuple(args, "KILL", &serial, &count, &batch, &length) == 0) return nullptr;
-  host().microbatches(serial, count, batch, length);
+  if (PyArg_ParseTuple(args, "KpILL", &serial, &of_all, &count, &batch, &length) == 0) return nullptr;
+  host().microbatches(serial, of_all != 0, count, batch, length);
   Py_RETURN_NONE;
 }
 
@@ -352,7 +361,9 @@ PyObject* py_finish(PyObject*, PyObject*) {
 
 PyMethodDef functions[] = {
     {"select", py_select, METH_VARARGS, "Taps for the modules of a model that selectors match."},
+    {"first_part", py_first_part, METH_VARARGS, "The first part of a model that the job called by itself."},
     {"microbatches", py_microbatches, METH_VARARGS, "A model is a stage of a pipeline."},
+    {"batch", event<&HostTable::batch>, METH_NOARGS, "A pipeline begins a batch."},
     {"pause", py_pause, METH_O, "Modules that are called from now on are not the job's work, or are again."},
     {"digest_inputs", py_digest_inputs, METH_NOARGS, "From now on a pass of a model is reported with a digest of its input."},
     {"wants", py_wants, METH_O, "Whether any hook taps one of these kinds, a mask."},

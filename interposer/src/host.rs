@@ -25,7 +25,9 @@ pub static HOST: HostTable = HostTable {
     resolved,
     pass,
     forget,
+    first_part,
     microbatches,
+    batch,
     loss_scale,
     optimizer_made,
     optimizers_of,
@@ -104,8 +106,16 @@ unsafe extern "C" fn forget(serial: u64) {
     engine(|e| e.forget(serial));
 }
 
-unsafe extern "C" fn microbatches(serial: u64, count: u32, batch: i64, length: i64) {
-    engine(|e| e.microbatches(serial, count, [batch, length]));
+unsafe extern "C" fn first_part(serial: u64, part: u64) {
+    engine(|e| e.first_part(serial, part));
+}
+
+unsafe extern "C" fn batch() {
+    engine(Engine::batch);
+}
+
+unsafe extern "C" fn microbatches(serial: u64, of_all: bool, count: u32, batch: i64, length: i64) {
+    engine(|e| e.microbatches(serial, of_all, count, [batch, length]));
 }
 
 unsafe extern "C" fn loss_scale(scale: f64) {

@@ -73,6 +73,7 @@ class Discovery:
             settle=guarded(bridge, self._settle),
             tapped_as=self._registry.tapped_as,
             prepared=self._prepared,
+            begin_batch=self._begin_batch,
             clock=self._clock,
             parameter_taps=self._parameter_taps,
             compiler_is_here=self._compiler_is_here,
@@ -165,13 +166,13 @@ class Discovery:
         """Whether the call of a module begins no pass."""
         module = authored(called)
         known = self._registry.known(module)
-        if known is None or (known.tapped is None and not known.marks):
+        if known is None or (known.tapped is None and not known.marks and not known.begins):
             # A function, such as a loss, is in no model; what else nobody knows is a new one.
             is_function = not held_by(module) and not stored(module)
             return is_function or (known is not None and self._bridge.goes_on(-1, -1, -1))
         if known.model:
             return False
-        models = known.marks if known.tapped is None else {*known.marks, known.tapped[0]}
+        models = {*known.marks, *known.begins, *(known.tapped or ())[:1]}
         return any(self._bridge.goes_on(serial, part_of(known), known.tap) for serial in models)
 
     def _disarm(self) -> None:
@@ -340,6 +341,7 @@ class Discovery:
     def _compiler_is_here(self) -> None:
         # What we do when a module is called is not the job's to be compiled.
         self._look_at = torch._dynamo.disable(self._look_at)
+        self._goes_on_with = torch._dynamo.disable(self._goes_on_with)
         self._clock.compiler_is_here()
         self._taps.compiler_is_here(self._settle)
         owner, name = torch._dynamo.eval_frame, "_callback_from_stance"
@@ -367,7 +369,14 @@ class Discovery:
     def _tell_microbatches(self, serial: int, stage: Stage) -> None:
         # Torch's stages learn the first from their schedule, and say nothing of the second.
         if stage.chunks:
-            self._bridge.microbatches(serial, stage.chunks, *getattr(stage, "microbatch", (-1, -1)))
+            of_all = stage.group is None or stage.group.size() == torch.distributed.get_world_size()
+            self._bridge.microbatches(serial, of_all, stage.chunks, *getattr(stage, "microbatch", (-1, -1)))
+
+    def _begin_batch(self) -> None:
+        """A pipeline begins a batch, and other hooks may with it."""
+        self._bridge.batch()
+        if self._bridge.due():
+            self._turn()
 
     def _tell_scripted(self, what: str) -> None:
         if not self._said_scripted:

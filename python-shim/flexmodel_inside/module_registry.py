@@ -20,7 +20,7 @@ from .patches import follow, given, undone
 class Member:
     """What is known of a module, for as long as that lives."""
 
-    __slots__ = ("hooks", "marks", "model", "module", "serial", "tap", "tapped")
+    __slots__ = ("begins", "hooks", "marks", "model", "module", "serial", "tap", "tapped")
 
     def __init__(self, module: weakref.ref[nn.Module], serial: int) -> None:
         self.module = module
@@ -28,8 +28,10 @@ class Member:
         self.serial = serial
         # Whether it is a model whose passes are counted.
         self.model = False
-        # The serials of models whose passes it marks, and the model and the name that its tap is for, with the tap's number.
+        # The serials of models whose passes it marks; the model and the name that its tap is for, and the tap's number.
         self.marks: set[int] = set()
+        # Those of which it is the first part that the job called by itself.
+        self.begins: set[int] = set()
         self.tapped: tuple[int, str] | None = None
         self.tap = -1
         # Hooks of ours: the attribute of the module, and the key.

@@ -60,9 +60,18 @@ class Tapping:
         calls now, if that is known; `models` are the serials of all models."""
         inside = [module for _, module in modules]
         marking = [model]
-        if is_called_in_parts(inside, model if called is None else called):
-            # Where nothing is selected, what is called first tells the passes.
-            marking += holders(inside, [inside[index] for index, _ in selected]) or self._of_call(inside, called)
+        first = [module for module in inside if serial in self._registry.member(module).begins]
+        in_parts = bool(first) or is_called_in_parts(inside, model if called is None else called)
+        if in_parts and not first:
+            first = [module for module in inside[1:] if called is not None and module is authored(called)]
+        for module in first:
+            known = self._registry.member(module)
+            known.begins.add(serial)
+            self._bridge.first_part(serial, part_of(known))
+        if in_parts:
+            chosen = [inside[index] for index, _ in selected]
+            # Where nothing is selected, what was called first tells the passes.
+            marking += [*holders(inside, chosen), *chosen] or first
         for module in marking:
             known = self._registry.member(module)
             if serial not in known.marks:
@@ -74,11 +83,6 @@ class Tapping:
             name, module = modules[index]
             self._faults.of(name or "the model", self._tap_module, name, module, before, after, serial, models)
         self._has_new = True
-
-    def _of_call(self, modules: list[nn.Module], called: nn.Module | None) -> list[nn.Module]:
-        """What is called, of these modules."""
-        module = None if called is None else authored(called)
-        return [each for each in modules if each is module]
 
     def _tap_module(self, name: str, module: nn.Module, before: Any, after: Any, serial: int, models: Set[int]) -> None:
         known = self._registry.member(module)

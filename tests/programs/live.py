@@ -1,6 +1,8 @@
 """Trains until a file appears, in one of several ways of distributing the model: `live.py HOW STOP`.
 
-Rank 1 of the first attempt is lost once there is a file `STOP-rank`. Its optimizer changes nothing and its batches come again after four steps, so what a step computes is what the first of
+Rank 1 of the first attempt is lost once there is a file `STOP-rank`.
+
+Its optimizer changes nothing and its batches come again after four steps, so what a step computes is what the first of
 these did.
 """
 
@@ -204,6 +206,26 @@ def served() -> Step:
     return step
 
 
+def looped() -> Step:
+    """The same with two stages a rank, one after the other."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    numbers, count = (rank, rank + world), 2 * world
+    submods = [pipeline.stage_of(pipeline.build(), number, count).eval() for number in numbers]
+    pairs = zip(submods, numbers, strict=True)
+    stages = [pipeline.PipelineStage(submod, number, count, torch.device("cpu")) for submod, number in pairs]
+    schedule = pipeline.get_schedule_class("LoopedBFS")(stages, n_microbatches=len(pipeline.SIZES))
+
+    @torch.no_grad()
+    def step(number: int) -> torch.Tensor:
+        tokens, targets = tiny.batch(number, [sum(pipeline.SIZES)], 0)
+        logits = schedule.eval(*([tokens] if rank == 0 else []))
+        loss = torch.zeros(()) if logits is None else tiny.loss_of(logits, targets)
+        dist.broadcast(loss, src=world - 1)
+        return loss
+
+    return step
+
+
 def by_hand() -> Step:
     """A process without an optimizer: backward passes end its steps."""
     model = tiny.build()
@@ -237,7 +259,7 @@ def in_turn() -> Step:
 
 
 def in_backward() -> Step:
-    """Each parameter has an optimizer of its own, which steps in the backward pass, and layers are computed again there."""
+    """Each parameter has an optimizer, which steps in the backward pass, and layers are computed again there."""
     from torch.utils.checkpoint import checkpoint
 
     model = tiny.build()
@@ -258,7 +280,7 @@ def in_backward() -> Step:
 
 
 TRAINING = (plain, ddp, fsdp1, fsdp2, compiled_ddp, compiled_fsdp2, tp, zero3, staged, by_hand, in_turn, in_backward)
-HOW = {each.__name__: each for each in (*TRAINING, inference, apart, parts, served)}
+HOW = {each.__name__: each for each in (*TRAINING, inference, apart, parts, served, looped)}
 
 
 def main(how: str, stop: str) -> None:

@@ -175,7 +175,9 @@ impl<P> Ballot<P> {
             self.open = None;
         }
         if let Some(base) = proposal.base.filter(|base| *base != in_force) {
-            return Err(format!("has revision {in_force} in force, not {base}"));
+            return Err(format!(
+                "has revision {in_force} in force, not {base}; hooks RUN set CLAUSES gives all ranks the same"
+            ));
         }
         if proposal.rule != now.rule {
             return Err("counts its steps otherwise than the other ranks just now".into());

@@ -19,7 +19,7 @@ use std::{borrow::Cow, ffi::c_void, marker::PhantomData};
 use crate::codes::{CopyState, MoveState};
 
 /// Version of this module, part of every bridge's marker (`abi=` in [`MARKER_PREFIX`]).
-pub const TAP_ABI: u32 = 15;
+pub const TAP_ABI: u32 = 16;
 
 /// What a bridge's marker starts with, see [`crate::bridge_marker`]. Found by scanning the file, so that a
 /// bridge for another torch is refused without being loaded.
@@ -312,9 +312,13 @@ pub struct HostTable {
     pub pass: unsafe extern "C" fn(serial: u64, part: u64, enter: bool, trigger: *const Trigger) -> bool,
     /// The model with this serial was destroyed.
     pub forget: unsafe extern "C" fn(serial: u64),
-    /// The model with this serial is a stage of a pipeline, whose steps go into `count` microbatches: each `batch` sequences
-    /// of `length`, whatever the stage is called with; negative where that is not known.
-    pub microbatches: unsafe extern "C" fn(serial: u64, count: u32, batch: i64, length: i64),
+    /// The first part of the model with this serial that the job called by itself.
+    pub first_part: unsafe extern "C" fn(serial: u64, part: u64),
+    /// The model with this serial is a stage of a pipeline, `of_all` of all ranks, whose steps go into `count` microbatches: each
+    /// `batch` sequences of `length`, whatever the stage is called with; negative where that is not known.
+    pub microbatches: unsafe extern "C" fn(serial: u64, of_all: bool, count: u32, batch: i64, length: i64),
+    /// A pipeline begins a batch, with all stages of this rank.
+    pub batch: unsafe extern "C" fn(),
     /// From now on gradients are `scale` times those of the loss that the script computes.
     pub loss_scale: unsafe extern "C" fn(scale: f64),
     /// The process made an optimizer.
@@ -537,7 +541,7 @@ layouts! {
     ModuleDesc { name, class_name, qualified, order }
     ModelDesc { serial, modules, module_count, parameters, parameter_count, wrapper, mesh, axis_count, signature }
     Rank { rank, world, group }
-    HostTable { abi, size, select, wants, resolved, pass, forget, microbatches, loss_scale, optimizer_made, optimizers_of,
+    HostTable { abi, size, select, wants, resolved, pass, forget, first_part, microbatches, batch, loss_scale, optimizer_made, optimizers_of,
         stepped, backward_ended, triggered, parameter_due, begin_parameter, due, goes_on, turn, revision, forbid_compiling, capture, edit, notice, fault, plan, joined, per_rank, store, finish, active }
 }
 

@@ -39,6 +39,8 @@ pub struct Found {
     pub having: BTreeMap<u64, BTreeSet<u32>>,
     /// The highest revision that they have heard of.
     pub heard: u64,
+    /// The highest number that a clause of theirs has.
+    pub last_id: u32,
     /// The highest that is yet to begin on one of them, or may be.
     pub open: Option<u64>,
 }
@@ -101,18 +103,19 @@ impl Server {
             let mut having = before.as_ref().map(|found| found.having.clone()).unwrap_or_default();
             let is_oldest = having.keys().all(|its| *its > revision);
             having.entry(revision).or_default().insert(rank);
-            let (heard, open) = match &before {
-                Some(found) => (found.heard.max(heard), found.open.max(open)),
-                None => (heard, open),
+            let last_id = ids.iter().copied().max().unwrap_or_default();
+            let (heard, open, last_id) = match &before {
+                Some(found) => (found.heard.max(heard), found.open.max(open), found.last_id.max(last_id)),
+                None => (heard, open, last_id),
             };
             if let Some(before) = before.filter(|_| !is_oldest) {
-                found = Some(Found { having, heard, open, ..before });
+                found = Some(Found { having, heard, open, last_id, ..before });
                 continue;
             }
             let clause = |(id, (text, ..)): (u32, (&str, _, _))| Clause { id, text: text.to_owned() };
-            let last_id = ids.iter().copied().max().unwrap_or_default();
             let clauses = ids.into_iter().zip(clauses.iter()).map(clause).collect();
-            found = Some(Found { plan: Plan { revision, clauses, last_id }, since, having, heard, open });
+            let plan = Plan { revision, clauses, last_id };
+            found = Some(Found { plan, since, having, heard, last_id, open });
         }
         found.ok_or_else(|| Refused::Conflict("no rank is attached".into()))
     }

@@ -221,7 +221,7 @@ impl Board {
             .map(|clause| {
                 let near = nearest(&clause.selector, names.iter().map(|name| (*name, "")), 3);
                 let hint = if near.is_empty() { String::new() } else { format!("; nearest: {}", near.join(", ")) };
-                format!("'{}' matches none of the modules that the job has called so far{hint}", clause.selector)
+                format!("'{}' matches none of the modules that this agent knows of{hint}", clause.selector)
             })
             .collect()
     }

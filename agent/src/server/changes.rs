@@ -105,8 +105,8 @@ pub enum Refused {
 struct Known {
     /// The last plan that was decided upon, and the step that it begins with.
     last: Option<(Plan, Option<u64>)>,
-    /// The last revision of each attempt that is in the manifest.
-    told: BTreeMap<u32, u64>,
+    /// Revisions of each attempt that are in the manifest, as far as this agent knows.
+    told: BTreeSet<(u32, u64)>,
     /// A command is changing them.
     changing: bool,
 }
@@ -132,7 +132,7 @@ impl Changes {
     pub fn new(revisions: Vec<Revision>) -> Self {
         let known = |Revision { job, revision, begins, clauses, last_id, .. }: Revision| {
             let plan = Plan { revision, clauses, last_id };
-            let told = BTreeMap::from([(job.attempt, revision)]);
+            let told = BTreeSet::from([(job.attempt, revision)]);
             (job.job, Known { last: Some((plan, begins)), told, changing: false })
         };
         Self(Mutex::new(revisions.into_iter().map(known).collect()))
@@ -186,11 +186,11 @@ impl Server {
         let world = self.jobs.world(job);
         let began = Instant::now();
         let is_whole = matches!(op, Op::Set(_));
-        let Found { plan, heard, .. } = self.settled(job, &ranks, is_whole).await?;
+        let Found { plan, heard, last_id: of_ranks, .. } = self.settled(job, &ranks, is_whole).await?;
         // What takes the place of everything may do so whatever a rank has.
         let base = (!is_whole).then_some(plan.revision);
         let last_id = self.changes.of(job.job, |known| known.last.as_ref().map_or(0, |(last, _)| last.last_id));
-        let (next, added) = next_plan(Plan { last_id: plan.last_id.max(last_id), ..plan }, op)?;
+        let (next, added) = next_plan(Plan { last_id: of_ranks.max(last_id), ..plan }, op)?;
         let mut revision = heard;
         let mut why = String::new();
         for patience in FARTHER {
@@ -237,10 +237,9 @@ impl Server {
     pub(super) fn tell(&self, job: JobId, plan: Plan, Since { rule, begins }: Since) -> bool {
         let Plan { revision, clauses, last_id } = plan.clone();
         let is_news = self.changes.of(job.job, |known| {
-            if known.told.get(&job.attempt).is_some_and(|told| *told >= revision) {
+            if !known.told.insert((job.attempt, revision)) {
                 return false;
             }
-            known.told.insert(job.attempt, revision);
             if known.last.as_ref().is_none_or(|(last, _)| last.revision < revision) {
                 known.last = Some((plan, begins));
             }
@@ -306,6 +305,9 @@ impl Server {
             let last = self.changes.of(job.job, |known| known.last.as_ref().map(|(next, step)| (next.revision, *step)));
             let (revision, step) = last.unwrap_or_default();
             // Where nothing is to begin any more, a rank that did not hear what was decided stays behind.
+            if found.plan.revision > 0 {
+                self.tell(job, found.plan.clone(), found.since);
+            }
             if found.having.len() == 1 && (found.plan.revision >= revision || found.open.is_none()) {
                 return Ok(found);
             }
@@ -313,9 +315,14 @@ impl Server {
                 return if any { Ok(found) } else { Err(Refused::Conflict(found.differ())) };
             }
             if Instant::now() > end {
+                if any {
+                    return Ok(found);
+                }
+                let step = step.filter(|_| found.open == Some(revision));
                 let step = step.map_or_else(|| "each rank's next pass".to_owned(), |step| format!("step {step}"));
                 return Err(Refused::Conflict(format!(
-                    "nothing is changed: revision {revision} is yet to begin, with {step}; try again after that"
+                    "nothing is changed: revision {} is yet to begin, with {step}; try again after that",
+                    found.open.unwrap_or(revision)
                 )));
             }
             tokio::time::sleep(LOOK).await;

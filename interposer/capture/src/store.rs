@@ -188,6 +188,8 @@ struct Service {
 struct Queue {
     ops: VecDeque<(StoreOp, Done)>,
     waits: Vec<Wait>,
+    /// How many of both the thread has taken out and not dealt with.
+    in_hand: usize,
     /// When it was looked for what is waited for.
     looked: Option<Instant>,
     ending: bool,
@@ -213,7 +215,7 @@ impl Service {
 
     fn ask(&self, op: StoreOp, done: Done) {
         let mut queue = self.lock();
-        let why = match (queue.ending, queue.ops.len() + queue.waits.len() >= MAX_OPEN) {
+        let why = match (queue.ending, queue.ops.len() + queue.waits.len() + queue.in_hand >= MAX_OPEN) {
             (true, _) => "the process group has ended",
             (_, true) => "the job's store does not answer",
             _ if !op.is_short() => "a key or a value is too long",
@@ -261,6 +263,7 @@ impl Service {
     /// What is to be done now, once there is something.
     fn next(&self) -> Next {
         let mut queue = self.lock();
+        queue.in_hand = 0;
         loop {
             if queue.ending {
                 return Next::End;
@@ -268,9 +271,11 @@ impl Service {
             let due = queue.looked.map_or(Duration::ZERO, |looked| LOOK.saturating_sub(looked.elapsed()));
             if !queue.waits.is_empty() && due.is_zero() {
                 queue.looked = Some(Instant::now());
+                queue.in_hand = queue.waits.len();
                 return Next::Look(std::mem::take(&mut queue.waits));
             }
             if let Some((op, done)) = queue.ops.pop_front() {
+                queue.in_hand = 1;
                 return Next::Op(op, done);
             }
             let rest = if queue.waits.is_empty() { Duration::MAX } else { due };
@@ -286,7 +291,11 @@ impl Service {
     fn look(&self, store: &Handle, waits: Vec<Wait>) {
         for wait in waits {
             match store.look(&wait.key) {
-                Ok(None) if Instant::now() < wait.until => self.lock().waits.push(wait),
+                Ok(None) if Instant::now() < wait.until => {
+                    let mut queue = self.lock();
+                    queue.waits.push(wait);
+                    queue.in_hand = queue.in_hand.saturating_sub(1);
+                }
                 found => (wait.done)(found),
             }
         }

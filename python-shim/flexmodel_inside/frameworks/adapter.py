@@ -54,6 +54,8 @@ class Job:
     tapped_as: Callable[[nn.Module], str | None]
     # A stage of a pipeline knows its microbatches.
     prepared: Callable[[Stage], None]
+    # A pipeline begins a batch, with all stages of this process.
+    begin_batch: Callable[[], None]
     # What ends a step.
     clock: Clock
     # torch.compile is in use; from then on there is what keeps our graphs out of caches.

@@ -105,6 +105,7 @@ class Megatron(Adapter):
             varies = _config(model).variable_seq_lengths
             stage.microbatch = (-1, -1) if varies else (given["micro_batch_size"], given["seq_length"])
             self.job.prepared(stage)
+        self.job.begin_batch()
 
     def _scale(self, given: dict[str, Any]) -> None:
         """The loss of a microbatch is divided by how many these are, unless it is a sum over tokens. A scale on top of

@@ -11,6 +11,7 @@ from ..patches import follow, given, wrap
 from .adapter import Adapter, Job, Stage
 
 _MODULE = "torch.distributed.pipelining.stage"
+_SCHEDULES = "torch.distributed.pipelining.schedules"
 _TRACING = "torch.distributed.pipelining._IR"
 
 
@@ -41,7 +42,11 @@ class Pipelining(Adapter):
         self._stages: weakref.WeakKeyDictionary[Any, _Stage] = weakref.WeakKeyDictionary()
 
     def watches(self) -> list[tuple[Sequence[str], Callable[[], object]]]:
-        return [((_MODULE,), self._follow), ((_TRACING,), self._follow_tracing)]
+        return [
+            ((_MODULE,), self._follow),
+            ((_SCHEDULES,), self._follow_schedules),
+            ((_TRACING,), self._follow_tracing),
+        ]
 
     def stages(self) -> list[Stage]:
         return list(self._stages.values())
@@ -58,6 +63,11 @@ class Pipelining(Adapter):
         for cls in (module._PipelineStage, module.PipelineStage):
             if "_prepare_forward_infra" in vars(cls):
                 self._pause_during(cls, "_prepare_forward_infra")
+
+    def _follow_schedules(self) -> None:
+        module: Any = sys.modules[_SCHEDULES]
+        for cls in (module.PipelineScheduleSingle, module.PipelineScheduleMulti):
+            follow(cls, "step", self.job.guard, before=lambda *_: self.job.begin_batch())
 
     def _follow_tracing(self) -> None:
         """`pipeline()` traces and cuts a model, and leaves dozens of modules for the garbage collector. Nobody calls

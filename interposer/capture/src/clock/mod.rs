@@ -57,6 +57,8 @@ pub struct Triggered<'a> {
 pub struct Clock {
     steps: Steps,
     models: HashMap<u64, Passes>,
+    /// Of the last batch that a pipeline has begun: whether it has made a pass.
+    batch: Option<bool>,
 }
 
 impl Clock {
@@ -98,6 +100,7 @@ impl Clock {
     pub fn none_open(&mut self, model: u64) {
         if let Some(passes) = self.models.get_mut(&model) {
             passes.none_open();
+            passes.microbatches = 0;
         }
     }
 
@@ -115,8 +118,9 @@ impl Clock {
 
     /// Whether no forward is under way, as far as is known, and no batch of which several make one.
     pub fn is_between(&self) -> bool {
-        let by_steps = self.steps.rule() == Rule::Optimizer;
-        self.models.values().all(|passes| passes.forwards() == 0 && (by_steps || !passes.is_within_batch()))
+        let is_within = || self.batch.unwrap_or_else(|| self.models.values().any(Passes::is_within_batch));
+        let is_idle = self.models.values().all(|passes| passes.forwards() == 0);
+        is_idle && (self.steps.rule() == Rule::Optimizer || !is_within())
     }
 
     /// Whether steps are counted, or will be since a pass trains, which ranks take together; or the last pass of every model was
@@ -166,9 +170,15 @@ impl Clock {
         self.last_pass().max(self.steps.now())
     }
 
-    /// The forward of a model or of a part of it begins. `position` must come from one place in the code.
-    pub fn enter(&mut self, model: u64, caller: Caller, position: StackPosition, trigger: &Trigger) {
-        self.models.entry(model).or_default().enter(&mut self.steps, caller, position, trigger);
+    /// The forward of a model or of a part of it begins; whether a pass does. `position` must come from one place in the code.
+    pub fn enter(&mut self, model: u64, caller: Caller, position: StackPosition, trigger: &Trigger) -> bool {
+        let passes = self.models.entry(model).or_default();
+        if passes.microbatches > 0 {
+            self.batch = self.batch.map(|_| true);
+        }
+        let before = passes.number;
+        passes.enter(&mut self.steps, caller, position, trigger);
+        passes.number > before
     }
 
     /// It ends, and with it whatever began inside of it.
@@ -202,9 +212,21 @@ impl Clock {
         self.models.values_mut().for_each(Passes::none_open);
     }
 
-    /// A pipeline cuts a batch of the model into as many passes.
-    pub fn microbatches(&mut self, model: u64, count: u32) {
-        self.models.entry(model).or_default().microbatches = count;
+    /// A pipeline cuts a batch of the model into as many passes. `of_all`: all ranks have stages of it.
+    pub fn microbatches(&mut self, model: u64, of_all: bool, count: u32) {
+        let passes = self.models.entry(model).or_default();
+        (passes.microbatches, passes.of_all) = (count, of_all);
+    }
+
+    /// A pipeline begins a batch, whatever became of the one before.
+    pub fn batch(&mut self) {
+        self.batch = Some(false);
+        self.models.values_mut().filter(|passes| passes.microbatches > 0).for_each(|passes| passes.batch_over = true);
+    }
+
+    /// The first part of a model that the job called by itself: with it passes of parts begin.
+    pub fn first_part(&mut self, model: u64, part: u64) {
+        self.models.entry(model).or_default().first = Some(Caller::Part(part));
     }
 
     /// A tap of a model is triggered: its place in the pass, or `None` for a replay whose identity is not needed or not known.

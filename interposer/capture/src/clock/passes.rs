@@ -75,6 +75,10 @@ pub struct Passes {
     counted: [u32; 2],
     /// Passes that make a step of inference: more than one where a pipeline cuts the batch.
     pub(super) microbatches: u32,
+    /// All ranks have stages of the pipeline.
+    pub(super) of_all: bool,
+    /// The last batch has ended, with as many passes or fewer.
+    pub(super) batch_over: bool,
     pub(super) micro: u32,
     pub(super) train: bool,
     /// Of the last pass in which gradients were enabled: its number and microbatch, and whether it trains.
@@ -88,6 +92,8 @@ pub struct Passes {
     called: HashSet<Caller>,
     /// Whatever is called next begins another pass.
     pub(super) is_over: bool,
+    /// The part that was called first of all, if it is known: it begins passes of parts.
+    pub(super) first: Option<Caller>,
     /// What the last passes were called with.
     inputs: VecDeque<(u64, Input)>,
     /// What other ranks have to know of them.
@@ -143,8 +149,9 @@ impl Passes {
         let new_step = self.number == 0 || inference != self.inference || step != self.step;
         // The model's own forward is a pass, whatever parts of it did before.
         let is_over = std::mem::take(&mut self.is_over);
-        if new_step || is_over || caller == Caller::Model || self.called.contains(&caller) {
-            let is_whole = self.counted.iter().sum::<u32>() >= self.microbatches.max(1);
+        let batch_over = std::mem::take(&mut self.batch_over);
+        if new_step || is_over || caller == Caller::Model || self.begins(caller) {
+            let is_whole = batch_over || self.counted.iter().sum::<u32>() >= self.microbatches.max(1);
             if inference && (new_step || is_whole) {
                 self.step = self.inferences;
                 self.inferences += 1;
@@ -171,9 +178,8 @@ impl Passes {
                 self.inputs.pop_front();
             }
             let made = Made { step: self.step, micro: self.micro, train: self.train, inference };
-            // All stages of a pipeline make a batch, and where nothing else is distributed only they do.
-            let of_pipeline = self.microbatches > 0 && trigger.collectives.iter().all(|count| *count < 0);
-            let is_together = of_pipeline || (is_within && self.together.was_together());
+            // All stages of a pipeline make each batch.
+            let is_together = self.of_all || (is_within && self.together.was_together());
             self.together.begin(made, is_together, trigger);
         }
         self.called.insert(caller);
@@ -185,12 +191,17 @@ impl Passes {
 
     /// Whether a call of a part, from outside, goes on with the last pass.
     pub fn goes_on(&self, callers: &[Option<Caller>]) -> bool {
-        self.number > 0 && !self.is_over && callers.iter().flatten().all(|caller| !self.called.contains(caller))
+        self.number > 0 && !self.is_over && !callers.iter().flatten().any(|caller| self.begins(*caller))
+    }
+
+    /// Whether a pass of parts begins with a call of this one.
+    fn begins(&self, caller: Caller) -> bool {
+        self.first == Some(caller) || self.called.contains(&caller)
     }
 
     /// Whether the next pass is one of a pipeline's batch of which some were made.
     pub fn is_within_batch(&self) -> bool {
-        self.microbatches > 1 && !self.counted.iter().sum::<u32>().is_multiple_of(self.microbatches)
+        self.microbatches > 1 && !self.batch_over && !self.counted.iter().sum::<u32>().is_multiple_of(self.microbatches)
     }
 
     /// Forwards under way, as far as is known.

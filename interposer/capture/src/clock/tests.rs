@@ -85,7 +85,7 @@ fn in_inference_each_pass_is_a_step_and_training_has_numbers_of_its_own() {
 #[test]
 fn the_microbatches_of_a_pipeline_are_one_step_of_inference() {
     let mut w = World::default();
-    w.clock.microbatches(MODEL, 2);
+    w.clock.microbatches(MODEL, false, 2);
     let seen: Vec<_> = (0..4).map(|_| w.pass(evaluation())[0]).collect();
     assert_eq!(seen, [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]);
 }
@@ -97,18 +97,54 @@ fn a_batch_of_a_pipeline_is_one_of_several_ranks() {
         trigger.collectives[0] = collectives;
         trigger
     };
-    let seen = |microbatches: u32, collectives: &[i64]| -> Vec<bool> {
+    let seen = |of_all: bool, collectives: &[i64]| -> Vec<bool> {
         let mut w = World::default();
-        w.clock.microbatches(MODEL, microbatches);
+        w.clock.microbatches(MODEL, of_all, 2);
         let passes = collectives.iter().map(|&each| {
             w.pass(at(each));
             w.clock.is_together()
         });
         passes.collect()
     };
-    assert_eq!(seen(2, &[-1, -1, -1]), [true, true, true], "of its stages");
-    assert_eq!(seen(2, &[3, 3, 4, 4, 4, 4]), [false, false, true, true, false, false], "and of others as they say");
-    assert_eq!(seen(0, &[-1, -1]), [false, false]);
+    assert_eq!(seen(true, &[-1, -1, -1]), [true, true, true], "of its stages");
+    assert_eq!(seen(false, &[3, 3, 4, 4, 4, 4]), [false, false, true, true, false, false], "and of others as they say");
+    assert_eq!(seen(false, &[-1, -1]), [false, false], "another pipeline goes at its own pace");
+}
+
+#[test]
+fn a_batch_that_has_begun_is_over_when_the_next_begins() {
+    let mut w = World::default();
+    w.clock.microbatches(MODEL, true, 3);
+    let mut seen = Vec::new();
+    // The second one raises.
+    for passes in [3, 1, 3] {
+        w.clock.batch();
+        assert!(w.clock.is_between(), "nothing of it is made");
+        for _ in 0..passes {
+            seen.push(w.pass(evaluation())[0]);
+            assert!(!w.clock.is_between());
+        }
+    }
+    let steps = [(0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 2, 0)];
+    assert_eq!(seen, steps);
+    w.clock.batch();
+    assert_eq!(w.clock.next(), 3);
+}
+
+#[test]
+fn stages_of_one_rank_begin_a_batch_together() {
+    let mut w = World::default();
+    for model in [1, 2] {
+        w.clock.microbatches(model, true, 1);
+    }
+    for _ in 0..2 {
+        w.clock.batch();
+        for model in [1, 2] {
+            assert_eq!(w.clock.is_between(), model == 1);
+            w.clock.enter(model, Caller::Model, at(0), &evaluation());
+            w.clock.exit(model, Caller::Model, at(0), &evaluation());
+        }
+    }
 }
 
 #[test]
@@ -188,7 +224,7 @@ fn every_counts_the_steps_of_the_optimizers_that_hold_a_module() {
 #[test]
 fn backward_passes_within_a_batch_of_a_pipeline_end_no_step() {
     let mut w = World::default();
-    w.clock.microbatches(MODEL, 2);
+    w.clock.microbatches(MODEL, false, 2);
     let mut seen = Vec::new();
     for _ in 0..6 {
         seen.push(w.pass(train())[0]);

@@ -236,9 +236,19 @@ impl Engine {
         self.loss_scale = scale;
     }
 
-    /// The model is a stage of a pipeline. `microbatch` is [batch, length], negative where not known.
-    pub fn microbatches(&mut self, serial: u64, count: u32, microbatch: [i64; 2]) {
-        self.clock.microbatches(serial, count);
+    /// The first part of a model that the job called by itself.
+    pub fn first_part(&mut self, serial: u64, part: u64) {
+        self.clock.first_part(serial, part);
+    }
+
+    /// A pipeline begins a batch.
+    pub fn batch(&mut self) {
+        self.clock.batch();
+    }
+
+    /// The model is a stage of a pipeline, perhaps of all ranks. `microbatch` is [batch, length], negative where not known.
+    pub fn microbatches(&mut self, serial: u64, of_all: bool, count: u32, microbatch: [i64; 2]) {
+        self.clock.microbatches(serial, of_all, count);
         if let Some(model) = self.taps.model(serial) {
             model.microbatches = count.max(1);
             model.microbatch = microbatch;
@@ -256,9 +266,9 @@ impl Engine {
         let position = StackPosition::here(&caller);
         if enter {
             // Nobody came before it, as after a forward that raised: nothing of it is captured, rather than by the wrong hooks.
-            let missed = self.ballot.must_decide(self.moment());
-            self.clock.enter(serial, caller, position, trigger);
-            if missed && self.clock.is_outermost() {
+            let missed = self.clock.is_between() && self.ballot.must_decide(self.moment());
+            let begins = self.clock.enter(serial, caller, position, trigger);
+            if missed && begins && self.clock.is_outermost() {
                 self.decide();
             }
             if self.taps.model(serial).is_some() {

@@ -262,7 +262,7 @@ fn a_record_says_where_it_is_of() {
 fn microbatches_of_a_pipeline_are_pieces_of_one_record() {
     let mut w = engine("a");
     let taps = w.taps(&Model::of(1, &["", "a"]));
-    w.engine.microbatches(1, 2, [4, 8]);
+    w.engine.microbatches(1, false, 2, [4, 8]);
     let records: Vec<RecordMeta> = (0..4)
         .map(|_| {
             let call = w.calls(1, &taps, &training())[0].unwrap();
@@ -474,7 +474,7 @@ fn steps_of_inference_are_counted_over_all_models_and_pipelines_batches() {
     for serial in [1, 2] {
         Model::of(serial, &["", "a"]).select_in(&mut engine, 0, 1);
     }
-    engine.microbatches(2, 2, [-1, -1]);
+    engine.microbatches(2, false, 2, [-1, -1]);
     let mut seen = Vec::new();
     for serial in [1, 2, 2, 2, 1] {
         engine.pass(serial, 0, true, &eval);
