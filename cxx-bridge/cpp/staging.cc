@@ -68,6 +68,4 @@ std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> 
   return std::make_unique<at::Tensor>(room_for(shape, dtype, c10::DeviceType::CUDA));
 }
 
-void used_on(const at::Tensor& tensor, Place place) { tensor.record_stream(stream_of(place)); }
-
 }  // namespace flexmodel

@@ -109,9 +109,6 @@ pub mod bridge {
         /// Room for what is received, to be used on this stream alone. This thread is aside.
         fn receiver(dtype: u8, sizes: &[u64], place: Place) -> Result<UniquePtr<Tensor>>;
 
-        /// A stream uses it: memory of its device that is freed meanwhile waits for that.
-        fn used_on(tensor: &Tensor, place: Place);
-
         /// Ranks that can send each other messages and tensors.
         type Communicator;
 

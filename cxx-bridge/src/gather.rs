@@ -10,12 +10,11 @@ use std::{
 };
 
 use cxx::UniquePtr;
-use devices::{Device, Transfer};
-use nccl_sys::Error;
+use devices::Transfer;
 use wire::{codes::MoveState, tap_abi};
 
 use crate::{
-    ffi::bridge::{self, Communicator, Move, Place},
+    ffi::bridge::{self, Communicator, Move},
     host, nccl,
     staging::Staged,
     table::report,
@@ -91,13 +90,6 @@ impl Ranks {
 
     fn transfer_far(&self, moves: &[(&tap_abi::Move, &Staged)]) -> Result<(), String> {
         let Some(devices) = self.devices.as_ref().filter(|_| !moves.is_empty()) else { return Ok(()) };
-        if self.device >= 0 {
-            let stream = Device::of(self.device).and_then(Device::transfers).map_err(|why| why.to_string())?;
-            for (_, staged) in moves {
-                // Memory that is freed after an error is not given to anybody before the stream has passed it.
-                bridge::used_on(&staged.tensor, Place { device: self.device, stream });
-            }
-        }
         let transfer = |(one, staged): &(&tap_abi::Move, &Staged)| Transfer {
             peer: one.peer,
             send: one.send,
@@ -109,8 +101,8 @@ impl Ranks {
         // SAFETY: the tensors are on this rank's device and there, as the caller has asked (`come`); they live through the
         // call, or are shared below.
         let outcome = unsafe { devices.transfer(&transfers, &self.cut) };
-        if matches!(outcome, Err(Error::Stuck { .. })) {
-            // NCCL may use them as long as the process lives.
+        if outcome.is_err() {
+            // The stream may not have passed them. It has after a success: the host has waited for it.
             moves.iter().for_each(|(_, staged)| std::mem::forget(bridge::share(&staged.tensor)));
         }
         outcome.map_err(|why| why.to_string())

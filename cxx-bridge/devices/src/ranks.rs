@@ -77,7 +77,7 @@ impl Ranks {
     ///
     /// # Safety
     /// The memory can be read, or written, on this rank's device until this returns; for as long as the process lives after
-    /// [`Error::Stuck`]. What is in it has come: nothing waits for it on the device (DEVICE-3).
+    /// an error: the stream may not have passed it. What is in it has come: nothing waits for it on the device (DEVICE-3).
     pub unsafe fn transfer(&mut self, transfers: &[Transfer], cut: &AtomicBool) -> Result<(), Error> {
         let stream = self.device.map_or(Ok(0), Device::transfers).map_err(failed)?;
         let handle = ptr::with_exposed_provenance_mut::<c_void>(stream);

@@ -23,6 +23,5 @@ size_t bytes_of(const at::Tensor& tensor);
 std::unique_ptr<at::Tensor> view_of(const at::Tensor& tensor, rust::Slice<const Cut> cuts);
 std::unique_ptr<at::Tensor> share(const at::Tensor& tensor);
 std::unique_ptr<at::Tensor> receiver(uint8_t dtype, rust::Slice<const uint64_t> sizes, Place place);
-void used_on(const at::Tensor& tensor, Place place);
 
 }  // namespace flexmodel
