@@ -126,17 +126,32 @@ impl Device {
     /// them. They must be there already: nothing waits for them on the device.
     ///
     /// # Safety
-    /// As many bytes can be read there and written at `to`, until this returns.
+    /// As many bytes can be read there and written at `to`, until this returns; for as long as the process lives after
+    /// [`Error::Stuck`].
     pub unsafe fn fetch(&'static self, from: usize, bytes: usize, to: *mut u8) -> Result<(), Error> {
         let _aside = self.aside()?;
         let stream = self.stream(&self.copies)?;
-        for at in (0..bytes).step_by(PIECE) {
-            let (piece, from) = (PIECE.min(bytes - at), (from + at) as CUdeviceptr);
-            // SAFETY: the caller's, for all of the range; what is queued is waited for below.
-            let code = unsafe { (self.driver.to_host)(to.add(at).cast::<c_void>(), from, piece, as_stream(stream)) };
-            outcome("cuMemcpyDtoHAsync", code)?;
-        }
-        Event::record(self, stream)?.wait()
+        // Before the first copy: if there is none, nothing is under way.
+        let event = Event::new(self)?;
+        let mut under_way = false;
+        let mut copy = || {
+            for at in (0..bytes).step_by(PIECE) {
+                let (piece, from) = (PIECE.min(bytes - at), (from + at) as CUdeviceptr);
+                // SAFETY: the caller's, for all of the range; what is queued is waited for below.
+                let code =
+                    unsafe { (self.driver.to_host)(to.add(at).cast::<c_void>(), from, piece, as_stream(stream)) };
+                outcome("cuMemcpyDtoHAsync", code)?;
+                under_way = true;
+            }
+            event.put_on(stream)?;
+            event.wait()
+        };
+        let copied = copy();
+        copied.map_err(|why| {
+            // SAFETY: the stream is ours.
+            let passed = || outcome("", unsafe { (self.driver.stream_synchronize)(as_stream(stream)) }).is_ok();
+            if !under_way || passed() { why } else { Error::Stuck(Box::new(why)) }
+        })
     }
 
     /// The stream on which nothing is but transfers between ranks.

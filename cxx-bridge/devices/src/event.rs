@@ -24,6 +24,12 @@ pub struct Event {
 impl Event {
     /// Comes when `stream`, of this device, has done what it has to do now.
     pub fn record(device: &'static Device, stream: Stream) -> Result<Self, Error> {
+        let event = Self::new(device)?;
+        event.put_on(stream).map(|()| event)
+    }
+
+    /// One that is on no stream yet.
+    pub(crate) fn new(device: &'static Device) -> Result<Self, Error> {
         let _aside = device.aside()?;
         let kept = lock(&device.events).pop();
         let handle = match kept {
@@ -36,10 +42,14 @@ impl Event {
                 made.expose_provenance()
             }
         };
-        let event = Self { device, handle };
+        Ok(Self { device, handle })
+    }
+
+    /// Puts it behind what `stream`, of its device, has to do now.
+    pub(crate) fn put_on(&self, stream: Stream) -> Result<(), Error> {
+        let _aside = self.device.aside()?;
         // SAFETY: the event is ours, and the stream a live one of its device, as the caller says.
-        outcome("cuEventRecord", unsafe { (device.driver.event_record)(event.raw(), as_stream(stream)) })?;
-        Ok(event)
+        outcome("cuEventRecord", unsafe { (self.device.driver.event_record)(self.raw(), as_stream(stream)) })
     }
 
     /// Whether it has come.

@@ -44,4 +44,7 @@ pub enum Error {
         /// `CUresult`.
         code: i32,
     },
+    /// A copy failed, and others before it could not be waited for: they may use their memory as long as the process lives.
+    #[error("{0}; copies before it cannot be waited for")]
+    Stuck(Box<Error>),
 }

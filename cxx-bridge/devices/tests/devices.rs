@@ -86,6 +86,29 @@ fn an_event_comes_when_its_stream_has_come_to_it() {
     cuda.expect_no_violation();
 }
 
+#[test]
+fn a_copy_that_fails_has_none_under_way_or_says_so() {
+    let (_alone, cuda) = Cuda::alone();
+    cuda.stream_on(8);
+    let device = Device::of(8).unwrap();
+    // Page-locked, so that pieces are queued; the eighth fails.
+    let (from, mut to) = (vec![7u8; 32 << 20], vec![0u8; 32 << 20]);
+    device.pin(to.as_mut_ptr(), to.len()).unwrap();
+    let failed = Error::Call { call: "cuMemcpyDtoHAsync", code: 719 };
+    let mut fetch = |nth| {
+        cuda.fail(c"cuMemcpyDtoHAsync", nth);
+        // SAFETY: both vectors live on until the device has stood still.
+        let outcome = unsafe { device.fetch(from.as_ptr().expose_provenance(), from.len(), to.as_mut_ptr()) };
+        (outcome, to.iter().filter(|&&byte| byte == 7).count())
+    };
+    assert_eq!(fetch(8), (Err(failed.clone()), 28 << 20), "what is queued has come");
+    cuda.fail(c"cuStreamSynchronize", 1);
+    assert_eq!(fetch(1).0, Err(failed.clone()), "nothing is queued");
+    assert_eq!(fetch(8).0, Err(Error::Stuck(Box::new(failed))));
+    cuda.synchronize(8);
+    cuda.expect_no_violation();
+}
+
 /// DEVICE-3.
 #[test]
 fn transfers_are_on_a_stream_that_is_neither_the_jobs_nor_that_of_copies() {

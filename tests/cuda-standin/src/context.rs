@@ -9,7 +9,7 @@ use std::{
 use crate::{Outcome, code, refuse};
 
 /// How many devices there are.
-const DEVICES: usize = 8;
+const DEVICES: usize = 9;
 
 static ACTIVE: [AtomicBool; DEVICES] = [const { AtomicBool::new(false) }; DEVICES];
 

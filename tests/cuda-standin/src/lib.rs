@@ -13,6 +13,11 @@
 //! copy into memory that is not page-locked makes its caller wait for all that was queued before, as CUDA does. Captures
 //! record nothing: it is only known which stream is captured, by whom, how, and whether something broke it ([`capture`]).
 //!
+//! # Faults
+//!
+//! [`cuStandinFail`] asks for an error of a call that can have one: `cuMemcpyDtoHAsync`, `cuStreamCreateWithPriority`,
+//! `cuStreamIsCapturing`, `cuStreamSynchronize`.
+//!
 //! # Where it is
 //!
 //! As for NCCL's stand-in: `cargo build -p cuda-standin` leaves `target/PROFILE/libcuda.so`, with the SONAME
@@ -22,12 +27,13 @@
 
 mod capture;
 mod context;
+mod faults;
 mod queue;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    ffi::{CString, c_char, c_int, c_uint, c_void},
+    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -41,6 +47,7 @@ pub(crate) mod code {
     pub const CONTEXT: c_int = 201;
     pub const HANDLE: c_int = 400;
     pub const NOT_READY: c_int = 600;
+    pub const LAUNCH_FAILED: c_int = 719;
     pub const CAPTURE_UNSUPPORTED: c_int = 900;
     pub const CAPTURE_INVALIDATED: c_int = 901;
     pub const CAPTURE_IMPLICIT: c_int = 906;
@@ -176,12 +183,20 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
     _priority: c_int,
 ) -> c_int {
     let make = || {
+        faults::passes("cuStreamCreateWithPriority")?;
         let context = context::needed("cuStreamCreateWithPriority")?;
         capture::permits("cuStreamCreateWithPriority")?;
         queue::make(context)
     };
     // SAFETY: the caller's.
     unsafe { give(stream, make) }
+}
+
+/// Waits for all that was queued on a stream.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamSynchronize(stream: *mut c_void) -> c_int {
+    let passed = faults::passes("cuStreamSynchronize").and_then(|()| capture::permits("cuStreamSynchronize"));
+    done(passed.and_then(|()| queue::of("cuStreamSynchronize", stream)).map(|queue| queue.drain()))
 }
 
 /// Has a stream wait for an event, as it was recorded last.
@@ -212,8 +227,12 @@ pub unsafe extern "C" fn cuStreamEndCapture(stream: *mut c_void, graph: *mut *mu
 /// `status` points to an int.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamIsCapturing(stream: *mut c_void, status: *mut c_int) -> c_int {
+    let ask = || {
+        faults::passes("cuStreamIsCapturing")?;
+        queue::of("cuStreamIsCapturing", stream).and_then(|_| capture::status(stream))
+    };
     // SAFETY: the caller's.
-    unsafe { give(status, || queue::of("cuStreamIsCapturing", stream).and_then(|_| capture::status(stream))) }
+    unsafe { give(status, ask) }
 }
 
 /// Swaps how strictly this thread minds captures.
@@ -265,7 +284,7 @@ pub extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: *mut c_void) -> c_int {
     let copy = Work::Copy { to: to.expose_provenance(), from: from as usize, bytes };
-    let queued = queue::put("cuMemcpyDtoHAsync", stream, copy);
+    let queued = faults::passes("cuMemcpyDtoHAsync").and_then(|()| queue::put("cuMemcpyDtoHAsync", stream, copy));
     done(queued.map(|queue| {
         if !queue::is_locked(to.addr(), bytes) {
             queue.drain()
@@ -291,6 +310,16 @@ pub unsafe extern "C" fn cuLaunchHostFunc(
     data: *mut c_void,
 ) -> c_int {
     done(queue::put("cuLaunchHostFunc", stream, Work::Call { function, data: data.expose_provenance() }).map(drop))
+}
+
+/// The `nth` call of this name from now on, counted from 1, is an error and does nothing; 0: none is. Not in CUDA.
+///
+/// # Safety
+/// `call` is a string.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStandinFail(call: *const c_char, nth: usize) {
+    // SAFETY: the caller's.
+    faults::ask(unsafe { CStr::from_ptr(call) }.to_string_lossy().into_owned(), nth);
 }
 
 /// The `n`-th thing that must not be done and was, or null. Not in CUDA.

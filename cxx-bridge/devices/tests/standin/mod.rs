@@ -133,6 +133,12 @@ impl Cuda {
         self.pop();
     }
 
+    /// The `nth` call of this name from now on fails, counted from 1; 0: none does.
+    pub fn fail(self, call: &CStr, nth: usize) {
+        // SAFETY: the function's type; the string lives through the call.
+        unsafe { self.get::<unsafe extern "C" fn(*const c_char, usize)>("cuStandinFail")(call.as_ptr(), nth) };
+    }
+
     /// Of all tests in this process.
     #[track_caller]
     pub fn expect_no_violation(self) {
