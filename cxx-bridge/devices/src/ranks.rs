@@ -9,7 +9,7 @@ use std::{
 
 use nccl_sys::{Comm, Error, Nccl, UniqueId};
 
-use crate::{Device, Event};
+use crate::{Device, Event, Stream};
 
 /// How long the ranks wait for each other to join.
 const JOINING: Duration = Duration::from_secs(10);
@@ -23,6 +23,8 @@ pub struct Ranks {
     comm: Comm,
     /// `None`: the CPU, in tests.
     device: Option<&'static Device>,
+    /// What transfers are on.
+    stream: Stream,
 }
 
 /// Bytes on their way to another rank or from it.
@@ -50,7 +52,7 @@ impl Ranks {
         exchange: impl Fn(&[u8]) -> Option<Vec<Vec<u8>>>,
         report: impl Fn(&Error),
     ) -> Option<Self> {
-        let ready = nccl.and_then(|nccl| Ok((nccl, device_of(device)?)));
+        let ready = nccl.and_then(|nccl| Ok((nccl, place_of(device)?)));
         let mine = ready.as_ref().map_err(Clone::clone).and_then(|(nccl, _)| match index {
             0 => UniqueId::new(nccl).map(|id| id.as_bytes().to_vec()),
             _ => Ok(vec![1]),
@@ -62,7 +64,7 @@ impl Ranks {
         if heard.iter().any(Vec::is_empty) {
             return None;
         }
-        let (nccl, device) = ready.ok()?;
+        let (nccl, (device, stream)) = ready.ok()?;
         let until = Instant::now() + JOINING;
         let on_device = move || device.map_or(Ok(()), |device| device.settle().map_err(|why| why.to_string()));
         let comm = Comm::join(&nccl, first.into(), size as usize, index as usize, until, on_device);
@@ -70,7 +72,7 @@ impl Ranks {
         // Some may have joined and others not.
         let all = exchange(&[u8::from(comm.is_some())])?;
         let all = all.iter().all(|words| words == &[1]);
-        comm.filter(|_| all).map(|comm| Self { comm, device })
+        comm.filter(|_| all).map(|comm| Self { comm, device, stream })
     }
 
     /// Carries out transfers, together, unless they are `cut`. After an error none is carried out any more.
@@ -79,8 +81,7 @@ impl Ranks {
     /// The memory can be read, or written, on this rank's device until this returns; for as long as the process lives after
     /// an error: the stream may not have passed it. What is in it has come: nothing waits for it on the device (DEVICE-3).
     pub unsafe fn transfer(&mut self, transfers: &[Transfer], cut: &AtomicBool) -> Result<(), Error> {
-        let stream = self.device.map_or(Ok(0), Device::transfers).map_err(failed)?;
-        let handle = ptr::with_exposed_provenance_mut::<c_void>(stream);
+        let handle = ptr::with_exposed_provenance_mut::<c_void>(self.stream);
         self.comm.group(Instant::now() + BEGIN, |group| {
             for &Transfer { peer, send, at, bytes } in transfers {
                 let at = ptr::with_exposed_provenance_mut::<u8>(at);
@@ -95,7 +96,7 @@ impl Ranks {
             }
         })?;
         let Some(device) = self.device else { return Ok(()) };
-        let passed = Event::record(device, stream);
+        let passed = Event::record(device, self.stream);
         let come = || match &passed {
             _ if cut.load(Ordering::Acquire) => Err("the process ends".to_owned()),
             // It is aborted then: nobody could say when the memory is free.
@@ -105,10 +106,12 @@ impl Ranks {
     }
 }
 
-fn device_of(index: i32) -> Result<Option<&'static Device>, Error> {
-    if index < 0 { Ok(None) } else { Device::of(index).map(Some).map_err(failed) }
-}
-
-fn failed(why: crate::Error) -> Error {
-    Error::Device(why.to_string())
+/// A device and the stream of transfers there. It is made before the ranks join: a rank that could not make one later would
+/// leave the others' transfers without their other end.
+fn place_of(index: i32) -> Result<(Option<&'static Device>, Stream), Error> {
+    if index < 0 {
+        return Ok((None, 0));
+    }
+    let place = Device::of(index).and_then(|device| Ok((Some(device), device.transfers()?)));
+    place.map_err(|why| Error::Device(why.to_string()))
 }

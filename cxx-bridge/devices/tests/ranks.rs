@@ -60,7 +60,7 @@ fn move_one(ranks: &mut Ranks, index: usize, bytes: &mut [u8]) -> Result<(), Err
 /// second waits for its device, as torch.cuda.synchronize and a full allocator do, before it queues the collective.
 #[test]
 fn a_transfer_passes_whatever_the_jobs_have_queued() {
-    let cuda = Cuda::load();
+    let (_alone, cuda) = Cuda::alone();
     let queued = Barrier::new(3);
     let rank = |words: Words, (tell, heard): (Sender<()>, Receiver<()>)| {
         let index = words.index;
@@ -103,6 +103,35 @@ fn a_transfer_passes_whatever_the_jobs_have_queued() {
         let second = scope.spawn(|| rank(second, (tell_first, at_second)));
         [first, second].map(|rank| rank.join().unwrap())
     });
+    for (outcome, bytes) in both {
+        assert_eq!(outcome, Ok(()));
+        assert!(bytes == vec![1; BYTES]);
+    }
+    cuda.expect_no_violation();
+}
+
+/// What a rank cannot have is known before the others count on it.
+#[test]
+fn ranks_that_have_joined_make_no_stream_any_more() {
+    let (_alone, cuda) = Cuda::alone();
+    let joined = Barrier::new(2);
+    let rank = |words: Words| {
+        let index = words.index;
+        cuda.stream_on(index as i32 + 2);
+        let (exchange, report) = (|mine: &[u8]| words.exchange(mine), |why: &Error| panic!("{why}"));
+        let mut ranks = Ranks::join(nccl(), index as u32, 2, index as i32 + 2, exchange, report).unwrap();
+        if joined.wait().is_leader() {
+            cuda.fail(c"cuStreamCreateWithPriority", 1);
+        }
+        joined.wait();
+        let mut mine = vec![index as u8; BYTES];
+        (move_one(&mut ranks, index, &mut mine), mine)
+    };
+    let [first, second] = Words::pair();
+    let both = thread::scope(|scope| {
+        [scope.spawn(|| rank(first)), scope.spawn(|| rank(second))].map(|rank| rank.join().unwrap())
+    });
+    cuda.fail(c"cuStreamCreateWithPriority", 0);
     for (outcome, bytes) in both {
         assert_eq!(outcome, Ok(()));
         assert!(bytes == vec![1; BYTES]);
