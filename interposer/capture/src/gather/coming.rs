@@ -1,11 +1,11 @@
 //! Parts that are yet to come on their device. The host asks whether they have: nothing waits for them there, where a transfer
 //! behind such a wait would wait for whatever the job has queued, and other ranks' jobs for that.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use wire::codes::CopyState;
 
-use super::Outgoing;
+use super::{Outgoing, Staged};
 
 /// What this rank has, and cannot offer yet.
 #[derive(Default)]
@@ -22,9 +22,12 @@ impl Coming {
         come
     }
 
-    /// Whether something has come since.
+    /// Whether something has come since. Of each device only the oldest is asked: on one stream the others come after it. What
+    /// comes before it on another stream is seen when parts are taken.
     pub fn has_news(&self) -> bool {
-        self.parts.iter().any(has_come)
+        let mut asked = BTreeSet::new();
+        let is_oldest = |part: &&Outgoing| asked.insert(part.staged.as_ref().map(Staged::device));
+        self.parts.iter().filter(is_oldest).any(has_come)
     }
 
     /// Whether all has come.
@@ -59,7 +62,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        gather::staging::Staged,
         testing::{BRIDGE, Tensor},
         transport::Captured,
     };
@@ -96,6 +98,23 @@ mod tests {
         assert!(coming.has_news());
         assert_eq!(steps(&coming.take([staged(&there, 3)].into())), [1, 3]);
         assert_eq!((coming.step(3), coming.is_empty()), (3, true));
+    }
+
+    #[test]
+    fn only_the_oldest_part_of_each_device_is_asked() {
+        let pending = |device| {
+            let tensor = Tensor { device, ..Tensor::of(4) };
+            tensor.state.store(CopyState::Pending as u8, Ordering::Relaxed);
+            tensor
+        };
+        let (oldest, next, other) = (pending(0), pending(0), pending(1));
+        let mut coming = Coming::default();
+        coming.take([staged(&oldest, 1), staged(&next, 1), staged(&other, 1)].into());
+        next.state.store(CopyState::Done as u8, Ordering::Relaxed);
+        assert!(!coming.has_news());
+        other.state.store(CopyState::Done as u8, Ordering::Relaxed);
+        assert!(coming.has_news());
+        assert_eq!(coming.take(VecDeque::new()).len(), 2, "all are asked");
     }
 
     #[test]
