@@ -100,11 +100,16 @@ impl Ticket {
     /// that is not pinned CUDA copies only when the device has come to it, and holds its caller until then.
     ///
     /// # Safety
-    /// `to` takes the bytes.
+    /// `to` takes the bytes, and does so for as long as the process lives after [`devices::Error::Stuck`].
     pub unsafe fn wait(self) -> Result<(), devices::Error> {
         let Self { tensor, device, come, from, bytes, to } = self;
         // SAFETY: the tensor has the bytes, and lives through the call; the caller vouches for `to`.
         let outcome = come.map_or(Ok(()), |event| event.wait()).and_then(|()| unsafe { device.fetch(from, bytes, to) });
+        if matches!(outcome, Err(devices::Error::Stuck(_))) {
+            // It may still be read.
+            std::mem::forget(tensor);
+            return outcome;
+        }
         // What goes back to torch's allocator does so aside.
         let _aside = device.aside()?;
         drop(tensor);

@@ -221,9 +221,13 @@ unsafe extern "C" fn pin(ticket: *const c_void, base: *mut u8, len: usize) -> bo
     unsafe { ticket.cast::<Ticket>().as_ref() }.is_some_and(|ticket| ticket.pin(base, len).is_ok())
 }
 
-unsafe extern "C" fn wait(ticket: *mut c_void) -> bool {
+unsafe extern "C" fn wait(ticket: *mut c_void) -> CopyState {
     // SAFETY: the ticket came from `copy` and is given back once (BridgeTable).
     let ticket = unsafe { Box::from_raw(ticket.cast::<Ticket>()) };
-    // SAFETY: the interposer keeps the room for it until now (`copy`).
-    unsafe { ticket.wait() }.is_ok()
+    // SAFETY: the interposer keeps the room for it until now (`copy`), and for good where the copy is still pending.
+    match unsafe { ticket.wait() } {
+        Ok(()) => CopyState::Done,
+        Err(devices::Error::Stuck(_)) => CopyState::Pending,
+        Err(_) => CopyState::Failed,
+    }
 }

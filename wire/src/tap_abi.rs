@@ -454,9 +454,9 @@ pub struct BridgeTable {
     /// Pins the memory that a ticket's copy goes to, for fast copies. Whether it did. No thread of the job's does this: it
     /// takes long.
     pub pin: unsafe extern "C" fn(ticket: *const c_void, base: *mut u8, len: usize) -> bool,
-    /// Makes a copy from a device that is pending, once its tensor is there, and waits for it; whether its bytes are there.
-    /// Does not need the GIL.
-    pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> bool,
+    /// Makes a copy from a device that is pending, once its tensor is there, and waits for it; how far it is then. Pending: it
+    /// could not be waited for, and the device may write where it goes as long as the process lives. Does not need the GIL.
+    pub wait: unsafe extern "C" fn(ticket: *mut c_void) -> CopyState,
     /// crc32c of a tensor's elements, row-major and converted to `dtype`, in `out`; false where they are on a device, or
     /// cannot be read. `staged` as for `copy`.
     pub checksum: unsafe extern "C" fn(handle: *const c_void, staged: bool, dtype: u8, out: *mut u32) -> bool,

@@ -157,8 +157,8 @@ unsafe extern "C" fn view(handle: *const c_void, cuts: *const Cut, count: usize)
     Box::into_raw(Box::new(Tensor::with(floats))).cast()
 }
 
-unsafe extern "C" fn wait(_: *mut c_void) -> bool {
-    true
+unsafe extern "C" fn wait(_: *mut c_void) -> CopyState {
+    CopyState::Done
 }
 
 unsafe extern "C" fn checksum(_: *const c_void, _: bool, _: u8, _: *mut u32) -> bool {

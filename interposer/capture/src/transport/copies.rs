@@ -12,6 +12,7 @@ use std::{
 
 use crossbeam::channel::{Sender, unbounded};
 use wire::{
+    codes::CopyState,
     slab::{Mapping, Reservation},
     tap_abi::BridgeTable,
 };
@@ -98,9 +99,9 @@ fn finish(bridge: &BridgeTable, tell: &Tell, copy: Copy) {
         tell(Trouble::Slow);
     }
     // SAFETY: the ticket came from the bridge and is given to it once.
-    let arrived = unsafe { (bridge.wait)(copy.ticket) };
-    settle(copy.slot, &copy.record, arrived);
-    if !arrived {
+    let state = unsafe { (bridge.wait)(copy.ticket) };
+    settle(copy.slot, &copy.record, state);
+    if state != CopyState::Done {
         tell(Trouble::Failed);
     }
 }
@@ -118,12 +119,14 @@ fn pin(bridge: &BridgeTable, ticket: *mut c_void, map: &Mapping) -> bool {
 
 /// Hands a frame over, or gives it up and its tensor with it. Of a tensor that is counted as lost no more goes to the
 /// agent, which would count it again when its end comes.
-fn settle(slot: Reservation, record: &InFlight, arrived: bool) {
-    if arrived && !record.is_lost() {
-        slot.commit();
-    } else {
-        record.lose();
+fn settle(slot: Reservation, record: &InFlight, state: CopyState) {
+    match state {
+        CopyState::Done if !record.is_lost() => return slot.commit(),
+        // A device may still write there: nobody gets this room again, and it stays mapped.
+        CopyState::Pending => std::mem::forget(slot),
+        CopyState::Done | CopyState::Failed => drop(slot),
     }
+    record.lose();
 }
 
 #[cfg(test)]
@@ -166,9 +169,31 @@ mod tests {
         let in_flight = InFlight::new(writer.mapping().clone(), record, 64, None);
         for arrived in [false, true] {
             let slot = writer.try_reserve(record, b"", u64::from(arrived) * 64, 64, 128).unwrap();
-            settle(slot, &in_flight, arrived);
+            settle(slot, &in_flight, if arrived { CopyState::Done } else { CopyState::Failed });
         }
         assert!(matches!(reader.fetch().unwrap(), Fetched::Empty));
+        assert_eq!(writer.mapping().header().dropped.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn the_room_of_a_copy_that_cannot_be_waited_for_is_never_given_away() {
+        let mut writer = SlabWriter::create(1 << 20, 0).unwrap();
+        let mut reader = SlabReader::attach(writer.mapping().fd().unwrap().try_clone_to_owned().unwrap()).unwrap();
+        let (record, piece) = (writer.begin_record(), writer.max_piece());
+        let in_flight = InFlight::new(writer.mapping().clone(), record, piece, None);
+        let slot = writer.try_reserve(record, b"", 0, piece, piece).unwrap();
+        let (from, to) = (slot.payload().addr(), slot.payload().addr() + piece as usize);
+        settle(slot, &in_flight, CopyState::Pending);
+        let record = writer.begin_record();
+        let mut more = 0;
+        while let Some(slot) = writer.try_reserve(record, b"", 0, piece, piece) {
+            let at = slot.payload().addr();
+            assert!(at + piece as usize <= from || to <= at, "it lies in what a device may write to");
+            slot.commit();
+            let _ = reader.fetch().unwrap();
+            more += 1;
+            assert!(more < 10, "the slab would have to be full");
+        }
         assert_eq!(writer.mapping().header().dropped.load(Ordering::Relaxed), 1);
     }
 
@@ -182,7 +207,7 @@ mod tests {
             for piece in 0..2 {
                 let meta: &[u8] = if piece == 0 { b"meta" } else { b"" };
                 let slot = writer.try_reserve(record, meta, piece * 64, 64, 128).unwrap();
-                settle(slot, &in_flight, arrived);
+                settle(slot, &in_flight, if arrived { CopyState::Done } else { CopyState::Failed });
             }
             assert_eq!(in_flight.is_lost(), !arrived);
         }
