@@ -5,6 +5,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/take.h>
 #include <c10/core/Allocator.h>
@@ -120,8 +121,11 @@ bool is_in_graph(c10::Device device) {
 }
 
 at::Tensor room(at::IntArrayRef sizes, ScalarType type, c10::DeviceType device) {
-  const c10::DispatchKey key = device == c10::DeviceType::CPU ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
-  return at::detail::empty_generic(sizes, c10::GetAllocator(device), c10::DispatchKeySet(key), type, std::nullopt);
+  const bool on_cpu = device == c10::DeviceType::CPU;
+  const c10::DispatchKey key = on_cpu ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
+  // The job may have put another one in the place of the device's (torch.cuda.memory.change_current_allocator).
+  c10::Allocator* const from = on_cpu ? c10::GetAllocator(device) : at::detail::getCUDAHooks().getCUDADeviceAllocator();
+  return at::detail::empty_generic(sizes, from, c10::DispatchKeySet(key), type, std::nullopt);
 }
 
 Place place_of(const at::Tensor& tensor) {
