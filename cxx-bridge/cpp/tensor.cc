@@ -83,6 +83,7 @@ at::Tensor elements_at(const at::Tensor& source, const std::vector<int64_t>& pos
   const auto item = static_cast<size_t>(source.element_size());
   const auto* size = std::find_if(std::begin(kOfSize), std::end(kOfSize),
                                   [item](ScalarType type) { return c10::elementSize(type) == item; });
+  const rust::Box<Apart> apart = aside(source.device().index());
   const c10::DeviceGuard on(source.device());
   const auto count = static_cast<int64_t>(positions.size());
   at::Tensor where = room({count}, ScalarType::Long, c10::DeviceType::CPU);

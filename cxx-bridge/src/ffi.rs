@@ -6,7 +6,7 @@
 
 use crate::codes::{constants, dtype_code};
 use crate::gather::joined;
-use crate::staging::{Mark, is_capturing, recorded};
+use crate::staging::{Apart, Mark, aside, is_capturing, recorded};
 use crate::store::opened;
 
 #[cxx::bridge(namespace = "flexmodel")]
@@ -53,6 +53,10 @@ pub mod bridge {
         fn opened(store: UniquePtr<Store>);
         /// Whether work on this stream of a device goes into a CUDA graph instead of being run, or nobody can say.
         fn is_capturing(device: i32, stream: usize) -> bool;
+
+        /// Until it is dropped this thread is aside from what other threads capture (DEVICE-2).
+        type Apart;
+        fn aside(device: i32) -> Result<Box<Apart>>;
 
         /// What a stream had to do when it was recorded: C++ has no other events (DEVICE-1).
         type Mark;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cxx::UniquePtr;
-use devices::{Device, Event};
+use devices::{Aside, Device, Event};
 use wire::{codes::CopyState, dtype::DType};
 
 use crate::{
@@ -24,6 +24,7 @@ impl Staged {
     /// A copy of a tap's tensor, as the job's stream has it now.
     pub fn of(tensor: &Tensor, dtype: u8) -> Result<Self, String> {
         let place = readable(tensor)?;
+        let _aside = aside_at(&place)?;
         let tensor = bridge::stage(tensor, dtype).map_err(said)?;
         Ok(Self { tensor, device: place.device, come: come(place)? })
     }
@@ -85,6 +86,7 @@ impl Ticket {
     /// record.
     pub fn of(tensor: &Tensor, dtype: u8, first: u64, count: u64, to: *mut u8) -> Result<Self, String> {
         let place = readable(tensor)?;
+        let _aside = aside_at(&place)?;
         let device = place.device;
         let snapshot = bridge::snapshot(tensor, dtype, first, count).map_err(said)?;
         let (from, bytes) = (bridge::address_of(&snapshot), bridge::bytes_of(&snapshot));
@@ -130,6 +132,20 @@ pub fn readable(tensor: &Tensor) -> Result<Place, String> {
 /// For C++, as [`Device::is_capturing`].
 pub fn is_capturing(device: i32, stream: usize) -> bool {
     Device::of(device).map_or(true, |device| device.is_capturing(stream))
+}
+
+/// Has this thread aside where a tensor is: what it allocates there would break what another thread captures (DEVICE-2).
+fn aside_at(place: &Place) -> Result<Option<Aside<'static>>, String> {
+    let device = (place.device >= 0).then(|| Device::of(place.device)).transpose();
+    device.and_then(|device| device.map(Device::aside).transpose()).map_err(|why| why.to_string())
+}
+
+/// An [`Aside`] of C++'s.
+pub struct Apart(#[expect(dead_code, reason = "it is only dropped")] Aside<'static>);
+
+/// For C++, as [`Device::aside`].
+pub fn aside(device: i32) -> Result<Box<Apart>, devices::Error> {
+    Device::of(device)?.aside().map(|aside| Box::new(Apart(aside)))
 }
 
 /// An [`Event`] of C++'s.
