@@ -119,19 +119,23 @@ impl Ticket {
     }
 }
 
-/// Where a tensor is and by which stream it is read; an error where that stream is captured into a CUDA graph: what is put on it
-/// would be replayed into memory that is long somebody else's, and break the capture.
+/// Where a tensor is and by which stream it is read; an error where that stream is captured into a CUDA graph, or nobody can
+/// say: what is put on it would be replayed into memory that is long somebody else's, and break the capture.
 pub fn readable(tensor: &Tensor) -> Result<Place, String> {
     let place = bridge::place_of(tensor);
-    if place.device >= 0 && is_capturing(place.device, place.stream) {
-        return Err("the stream is being captured into a CUDA graph".to_owned());
+    match place.device >= 0 && asked(place.device, place.stream).map_err(|why| why.to_string())? {
+        true => Err("the stream is being captured into a CUDA graph".to_owned()),
+        false => Ok(place),
     }
-    Ok(place)
 }
 
-/// For C++, as [`Device::is_capturing`].
+fn asked(device: i32, stream: usize) -> Result<bool, devices::Error> {
+    Device::of(device)?.is_capturing(stream)
+}
+
+/// For C++, as [`Device::is_capturing`]: also where nobody can say.
 pub fn is_capturing(device: i32, stream: usize) -> bool {
-    Device::of(device).map_or(true, |device| device.is_capturing(stream))
+    asked(device, stream).unwrap_or(true)
 }
 
 /// Has this thread aside where a tensor is: what it allocates there would break what another thread captures (DEVICE-2).

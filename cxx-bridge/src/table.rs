@@ -2,7 +2,7 @@
 
 use std::{
     ffi::c_void,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{Mutex, PoisonError},
 };
 
 use cxx::UniquePtr;
@@ -19,8 +19,10 @@ use crate::{
     store,
 };
 
-/// A copy that failed is reported once; every one is counted.
-static REPORTED: AtomicBool = AtomicBool::new(false);
+/// Texts that were said. What failed is counted each time, and said once.
+static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// How many are said.
+const MOST: usize = 8;
 
 static TABLE: BridgeTable = BridgeTable {
     abi: TAP_ABI,
@@ -209,10 +211,14 @@ unsafe extern "C" fn release(staged: *mut c_void) {
     drop(unsafe { Box::from_raw(staged.cast::<Staged>()) });
 }
 
-/// Says once what fails.
+/// Says what fails, each text once.
 pub fn report(what: &str, why: &str) {
-    if !REPORTED.swap(true, Ordering::Relaxed) {
-        host::notice(&format!("{what}: {why}"));
+    let text = format!("{what}: {why}");
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if said.len() < MOST && !said.contains(&text) {
+        said.push(text.clone());
+        drop(said);
+        host::notice(&text);
     }
 }
 

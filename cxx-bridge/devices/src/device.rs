@@ -113,13 +113,13 @@ impl Device {
         outcome("cuThreadExchangeStreamCaptureMode", unsafe { (self.driver.exchange_mode)(&mut mode) })
     }
 
-    /// Whether work on this stream goes into a CUDA graph instead of being run. It does unless the driver denies it.
-    pub fn is_capturing(&self, stream: Stream) -> bool {
-        let Ok(_aside) = self.aside() else { return true };
+    /// Whether work on this stream goes into a CUDA graph instead of being run. An error has to be taken for a yes (DEVICE-2).
+    pub fn is_capturing(&self, stream: Stream) -> Result<bool, Error> {
+        let _aside = self.aside()?;
         let mut status = !NOT_CAPTURING;
         // SAFETY: the handle is a live stream of torch's; writes one int.
         let code = unsafe { (self.driver.is_capturing)(as_stream(stream), &mut status) };
-        outcome("", code).is_err() || status != NOT_CAPTURING
+        outcome("cuStreamIsCapturing", code).map(|()| status != NOT_CAPTURING)
     }
 
     /// Copies `bytes` bytes from an address on the device to `to`, by a stream on which nothing else is, and waits for

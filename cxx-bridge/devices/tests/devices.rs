@@ -51,10 +51,13 @@ fn nothing_that_we_do_breaks_a_capture_of_the_job() {
     let device = Device::of(1).unwrap();
     let kept = Event::record(device, stream).unwrap();
     let graph = Graph::begin(&cuda, captured);
-    assert!(device.is_capturing(captured));
-    assert!(!device.is_capturing(stream));
-    assert!(device.is_capturing(0), "nobody can say");
-    assert!(device.is_capturing(0x77), "no stream");
+    let failed = |code| Err(Error::Call { call: "cuStreamIsCapturing", code });
+    assert_eq!(device.is_capturing(captured), Ok(true));
+    assert_eq!(device.is_capturing(stream), Ok(false));
+    assert_eq!(device.is_capturing(0), failed(906), "nobody can say");
+    assert_eq!(device.is_capturing(0x77), failed(400), "no stream");
+    cuda.fail(c"cuStreamIsCapturing", 1);
+    assert_eq!(device.is_capturing(stream), failed(719));
     let ours = thread::spawn(move || {
         let (from, mut to) = (vec![7u8; 5 << 20], vec![0u8; 5 << 20]);
         device.pin(to.as_mut_ptr(), to.len()).unwrap();
