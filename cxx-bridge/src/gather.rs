@@ -4,7 +4,7 @@
 use std::{
     ffi::c_void,
     sync::{
-        Mutex, PoisonError,
+        Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -33,13 +33,15 @@ pub struct Ranks {
     /// This rank's, or -1.
     device: i32,
     cut: AtomicBool,
+    /// Why there was no room once. It is not asked for again: torch would give all that it keeps back to the device each time.
+    no_room: OnceLock<String>,
 }
 
 impl Ranks {
     /// Joined by `words`. `device` is this rank's, or -1.
     pub fn new(words: UniquePtr<Communicator>, index: u32, size: u32, device: i32) -> Self {
         let devices = nccl::join(&words, index, size, device).map(Mutex::new);
-        Self { words, devices, device, cut: AtomicBool::new(false) }
+        Self { words, devices, device, cut: AtomicBool::new(false), no_room: OnceLock::new() }
     }
 
     /// The device whose tensors can be transferred, or -1.
@@ -80,9 +82,13 @@ impl Ranks {
 
     fn make_room(&self, moves: &mut [tap_abi::Move]) -> Result<(), String> {
         for one in moves.iter_mut().filter(|one| !one.send) {
+            if let Some(why) = self.no_room.get() {
+                return Err(why.clone());
+            }
             // SAFETY: the sizes are the caller's and live through the call (BridgeTable).
             let sizes = unsafe { std::slice::from_raw_parts(one.sizes, one.ndim as usize) };
-            let room = Staged::receiver(one.dtype, sizes, if one.on_device { self.device } else { -1 })?;
+            let room = Staged::receiver(one.dtype, sizes, if one.on_device { self.device } else { -1 });
+            let room = room.inspect_err(|why| drop(self.no_room.set(why.clone())))?;
             one.tensor = Box::into_raw(Box::new(room)).cast();
         }
         Ok(())

@@ -12,7 +12,7 @@
 //! | a rank does not take part in its step for [`STALE`] | the same |
 //! | there is no communicator: other hooks on a rank, no process group | said once; every part goes to its own agent |
 //! | more is staged than a slab holds | what is more goes to its own agent |
-//! | a rank has no memory for what it is to receive | these parts go to their own agents |
+//! | a rank has no memory for what it is to receive | these parts, and all that it would receive later, go to their own agents |
 //! | a rank ends, dies or stands still, a transfer fails | within the communicator's bound, as without a communicator |
 //! | the process ends | the others are waited for at most [`PATIENCE`] |
 
