@@ -6,6 +6,7 @@
 //! | the slab is full and an agent reads it | a slab twice as large, once each, as long as `FLEXMODEL_SLAB` and the machine allow it |
 //! | the last slab is full, `drop` | nothing |
 //! | the last slab is full, `wait` | it waits while the agent's heart beats and its tail moves |
+//! | a copy from a device fails and cannot be waited for | nothing: its room in the slab stays taken |
 //! | there is no memory for a slab | nothing: captures are dropped; it is asked for again every [`ASK`] |
 //! | the agent dies while we wait | at most [`GLANCE`] |
 //! | the agent stops (SIGSTOP, a wedged disk) | once 2 s (no heartbeat) or 60 s (no progress), until it moves again (WAIT-1) |
