@@ -31,6 +31,10 @@ class Session:
         """`flexmodel hooks` on a node."""
         return harness.run(self.command(node, *words)).expect(code)
 
+    def answers(self, node: str) -> bool:
+        """Whether the agent of a node has ranks."""
+        return harness.run(self.command(node)).code == 0
+
     def command(self, node: str, *words: str) -> list[str]:
         """Its command line."""
         return [harness.FLEXMODEL, "hooks", str(self.run_of(node)), *words]
@@ -69,8 +73,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(folder: pathlib.Path, out: str = "x/{node}", how: str = "fsdp2", **env: str) -> Iterator[Session]:
-    """A job that has made its first steps, with no hooks yet."""
+def session(
+    folder: pathlib.Path, out: str = "x/{node}", how: str = "fsdp2", read_only: str = "", **env: str
+) -> Iterator[Session]:
+    """A job that has made its first steps, with no hooks yet; the agent of the node `read_only` changes none."""
     stop, port = folder / "stop", str(harness.free_port())
     with contextlib.ExitStack() as stack:
         jobs = []
@@ -79,7 +85,8 @@ def session(folder: pathlib.Path, out: str = "x/{node}", how: str = "fsdp2", **e
             torchrun += ["--master-addr", "127.0.0.1", "--master-port", port]
             torchrun += [str(harness.PROGRAMS / "live.py"), how, str(stop)]
             where = str(folder / out).replace("NODE", node)
-            command = [harness.FLEXMODEL, "run", "--hooks", "", "--out", where, "--", *torchrun]
+            options = ["--read-only"] if node == read_only else []
+            command = [harness.FLEXMODEL, "run", "--hooks", "", "--out", where, *options, "--", *torchrun]
             jobs.append(stack.enter_context(harness.Job(command, harness.environment(FLEXMODEL_NODE=node, **env))))
         job = Session((jobs[0], jobs[1]), folder / "x", stop)
         job.reach(2)
@@ -160,6 +167,17 @@ def test_without_a_key_nothing_is_changed_and_the_job_goes_on(tmp_path):
         job.reach(job.steps() + 3)
         job.stop()
     assert not list(tmp_path.rglob("hooks.key"))
+
+
+def test_an_agent_that_is_read_only_holds_for_the_job(tmp_path):
+    with session(tmp_path, read_only="right") as job:
+        harness.wait_until(lambda: job.answers("left"), "ranks that are attached", job=job.jobs["left"])
+        told = refused(job, "left", "add", "lm_head")
+        assert "that of node right" in told and "was started with --read-only" in told
+        assert "--read-only" in refused(job, "right", "add", "lm_head")
+        job.reach(job.steps() + 3)
+        run = job.stop()
+    assert run.revisions == [] and run.records == []
 
 
 def test_by_a_key_that_is_given_ranks_with_passes_of_their_own_change_hooks(tmp_path):

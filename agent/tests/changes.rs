@@ -5,7 +5,10 @@ mod rank;
 use std::{
     collections::VecDeque,
     io::Write,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     process::{Command, Output, Stdio},
     sync::{Arc, Mutex},
@@ -80,10 +83,15 @@ impl Answering {
     }
 
     /// Of a rank that is attached.
-    fn answer(mut made: Rank, state: Arc<Mutex<State>>) -> Self {
+    fn answer(made: Rank, state: Arc<Mutex<State>>) -> Self {
+        Self::answer_all(made, Vec::new(), state)
+    }
+
+    /// The same, where some of what the agent says was read: it asks with its welcome.
+    fn answer_all(mut made: Rank, mut inbox: Vec<u8>, state: Arc<Mutex<State>>) -> Self {
         let its = state.clone();
         let thread = thread::spawn(move || {
-            let (mut inbox, mut fds) = (Vec::new(), VecDeque::new());
+            let mut fds = VecDeque::new();
             let mut stream = made.stream.take().unwrap();
             stream.set_nonblocking(false).unwrap();
             loop {
@@ -300,8 +308,12 @@ fn a_revision_that_a_rank_has_is_in_the_manifest_whoever_decided_it() {
     let mut made = Rank::new(0, 1, SLAB);
     let clauses = vec![(2, "b".into()), (5, "c:grad".into())];
     let state = State { revision: 3, heard: 3, clauses, next: 9, ..State::new(&[]) };
-    assert_eq!(made.attach(&agent.socket), FromAgent::Welcome);
-    let _rank = Answering::answer(made, Arc::new(Mutex::new(state)));
+    let stream = UnixStream::connect(&agent.socket).unwrap();
+    send_with_fd(&stream, &encode(&ToAgent::Hello(made.hello())).unwrap(), made.slab.mapping());
+    let mut inbox = Vec::new();
+    assert_eq!(hear(&stream, &mut inbox, |_| true), FromAgent::Welcome);
+    made.stream = Some(stream);
+    let _rank = Answering::answer_all(made, inbox, Arc::new(Mutex::new(state)));
     wait_until("the line", || !lines(&agent.out, "revision").is_empty());
     let [line] = lines(&agent.out, "revision").try_into().unwrap();
     assert_eq!((&line["revision"], &line["begins"], &line["ranks"]), (&json!(3), &json!(9), &json!(1)));

@@ -36,7 +36,7 @@ class Stage:
 
 
 def run(chosen: Sequence[Stage], setting: Setting, report: Report, within: float = float("inf")) -> None:
-    """One after the other, as they measure; all of them `within` so many seconds."""
+    """One after the other, as they measure; all of them `within` this number of seconds."""
     end = time.monotonic() + within
     for stage in chosen:
         bound = min(stage.bound * (1 if setting.on_gpu else BUSY), end - time.monotonic())

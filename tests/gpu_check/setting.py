@@ -74,7 +74,7 @@ class Setting:
         return [sys.executable, str(PROGRAMS / name), *map(str, arguments), self.device]
 
     def on_ranks(self, count: int, name: str, *arguments: object) -> list[str]:
-        """The same on so many ranks. torchrun would look up the machine's name, minutes where there is no network."""
+        """The same on several ranks. torchrun would look up the machine's name, minutes where there is no network."""
         python, *program = self.program(name, *arguments)
         return [python, LAUNCHER, str(count), *program]
 

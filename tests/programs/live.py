@@ -188,12 +188,15 @@ def parts() -> Step:
     return step
 
 
-def served() -> Step:
-    """Stages of a pipeline without an optimizer: each counts its passes by itself."""
+def serving(schedule_class: str, per_rank: int) -> Step:
+    """Stages of a pipeline without an optimizer, `per_rank` on each rank: each counts its passes by itself."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    submod = pipeline.stage_of(pipeline.build(), rank, world).eval()
-    stage = pipeline.PipelineStage(submod, rank, world, torch.device("cpu"))
-    schedule = pipeline.get_schedule_class("GPipe")(stage, n_microbatches=len(pipeline.SIZES))
+    stages = []
+    for number in range(rank, world * per_rank, world):
+        submod = pipeline.stage_of(pipeline.build(), number, world * per_rank).eval()
+        stages.append(pipeline.PipelineStage(submod, number, world * per_rank, torch.device("cpu")))
+    made = pipeline.get_schedule_class(schedule_class)
+    schedule = made(stages if per_rank > 1 else stages[0], n_microbatches=len(pipeline.SIZES))
 
     @torch.no_grad()
     def step(number: int) -> torch.Tensor:
@@ -204,26 +207,15 @@ def served() -> Step:
         return loss
 
     return step
+
+
+def served() -> Step:
+    return serving("GPipe", 1)
 
 
 def looped() -> Step:
-    """The same with two stages a rank, one after the other."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    numbers, count = (rank, rank + world), 2 * world
-    submods = [pipeline.stage_of(pipeline.build(), number, count).eval() for number in numbers]
-    pairs = zip(submods, numbers, strict=True)
-    stages = [pipeline.PipelineStage(submod, number, count, torch.device("cpu")) for submod, number in pairs]
-    schedule = pipeline.get_schedule_class("LoopedBFS")(stages, n_microbatches=len(pipeline.SIZES))
-
-    @torch.no_grad()
-    def step(number: int) -> torch.Tensor:
-        tokens, targets = tiny.batch(number, [sum(pipeline.SIZES)], 0)
-        logits = schedule.eval(*([tokens] if rank == 0 else []))
-        loss = torch.zeros(()) if logits is None else tiny.loss_of(logits, targets)
-        dist.broadcast(loss, src=world - 1)
-        return loss
-
-    return step
+    """With two stages a rank, one after the other."""
+    return serving("LoopedBFS", 2)
 
 
 def by_hand() -> Step:

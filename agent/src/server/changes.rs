@@ -304,10 +304,10 @@ impl Server {
             let found = self.plans(job, ranks.iter().copied(), ASK).await?;
             let last = self.changes.of(job.job, |known| known.last.as_ref().map(|(next, step)| (next.revision, *step)));
             let (revision, step) = last.unwrap_or_default();
-            // Where nothing is to begin any more, a rank that did not hear what was decided stays behind.
             if found.plan.revision > 0 {
                 self.tell(job, found.plan.clone(), found.since);
             }
+            // Where nothing is to begin any more, a rank that did not hear what was decided stays behind.
             if found.having.len() == 1 && (found.plan.revision >= revision || found.open.is_none()) {
                 return Ok(found);
             }

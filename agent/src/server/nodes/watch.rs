@@ -107,7 +107,7 @@ impl Job for Attached {
     async fn prepare(&self, proposal: &Proposal, place: Place) -> Result<(), No> {
         let nodes = &self.server.nodes;
         if nodes.read_only {
-            return Err(No::Lost(format!("its agent, {}, was started with --read-only", nodes.name)));
+            return Err(No::Lost(format!("an agent, {}, was started with --read-only", nodes.name)));
         }
         let attached = self.attached();
         if let Some(rank) = self.here.iter().find(|rank| !attached.contains(rank)) {

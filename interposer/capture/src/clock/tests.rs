@@ -177,6 +177,16 @@ fn a_part_goes_on_with_a_pass_and_begins_one_where_it_was_called_before() {
     w.enter(Caller::Part(7), 0);
     w.exit(Caller::Part(7), 0);
     assert_eq!((w.passes().step, goes_on(&w, 0)), (3, true), "of other hooks, it begins a pass all the same");
+    // One that is tapped from now on, and is called before those that were.
+    w.clock.first_part(MODEL, 9);
+    for step in 4..6 {
+        assert!(!goes_on(&w, 9));
+        for part in [9, 7] {
+            w.enter(Caller::Part(part), 0);
+            w.exit(Caller::Part(part), 0);
+            assert_eq!(w.passes().step, step);
+        }
+    }
     w.clock.steps().optimizer_made();
     assert!(
         !goes_on(&w, 9) && !w.clock.goes_on(None, &[]),

@@ -55,7 +55,7 @@ impl Rank {
         });
     }
 
-    /// Waits until its agent was given so many parts.
+    /// Waits until its agent was given this number of parts.
     fn await_sent(&self, parts: u64) {
         let begin = Instant::now();
         while self.counts.by_rank().values().sum::<u64>() < parts {
