@@ -5,10 +5,7 @@ mod rank;
 use std::{
     collections::VecDeque,
     io::Write,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     process::{Command, Output, Stdio},
     sync::{Arc, Mutex},
@@ -46,6 +43,8 @@ struct State {
     next: u64,
     does: VecDeque<Does>,
     got: Vec<(Proposal, SharedRegister)>,
+    /// It was asked for its plan.
+    is_known: bool,
 }
 
 impl State {
@@ -57,6 +56,7 @@ impl State {
             next: 5,
             does: does.iter().cloned().collect(),
             got: Vec::new(),
+            is_known: false,
         }
     }
 }
@@ -82,16 +82,11 @@ impl Answering {
         Self::answer(made, state)
     }
 
-    /// Of a rank that is attached.
-    fn answer(made: Rank, state: Arc<Mutex<State>>) -> Self {
-        Self::answer_all(made, Vec::new(), state)
-    }
-
-    /// The same, where some of what the agent says was read: it asks with its welcome.
-    fn answer_all(mut made: Rank, mut inbox: Vec<u8>, state: Arc<Mutex<State>>) -> Self {
+    /// Of a rank that is attached. The agent knows it once it has asked for its plan.
+    fn answer(mut made: Rank, state: Arc<Mutex<State>>) -> Self {
         let its = state.clone();
         let thread = thread::spawn(move || {
-            let mut fds = VecDeque::new();
+            let (mut inbox, mut fds) = (Vec::new(), VecDeque::new());
             let mut stream = made.stream.take().unwrap();
             stream.set_nonblocking(false).unwrap();
             loop {
@@ -110,6 +105,7 @@ impl Answering {
                 }
             }
         });
+        wait_until("the first question", || state.lock().unwrap().is_known);
         Self { state, thread }
     }
 
@@ -130,6 +126,7 @@ impl Answering {
 }
 
 fn answered(state: &mut State, question: Question, fds: &mut VecDeque<OwnedFd>) -> Option<Answer> {
+    state.is_known |= matches!(question, Question::Plan);
     Some(match question {
         Question::Plan => Answer::Plan {
             revision: state.revision,
@@ -308,12 +305,8 @@ fn a_revision_that_a_rank_has_is_in_the_manifest_whoever_decided_it() {
     let mut made = Rank::new(0, 1, SLAB);
     let clauses = vec![(2, "b".into()), (5, "c:grad".into())];
     let state = State { revision: 3, heard: 3, clauses, next: 9, ..State::new(&[]) };
-    let stream = UnixStream::connect(&agent.socket).unwrap();
-    send_with_fd(&stream, &encode(&ToAgent::Hello(made.hello())).unwrap(), made.slab.mapping());
-    let mut inbox = Vec::new();
-    assert_eq!(hear(&stream, &mut inbox, |_| true), FromAgent::Welcome);
-    made.stream = Some(stream);
-    let _rank = Answering::answer_all(made, inbox, Arc::new(Mutex::new(state)));
+    assert_eq!(made.attach(&agent.socket), FromAgent::Welcome);
+    let _rank = Answering::answer(made, Arc::new(Mutex::new(state)));
     wait_until("the line", || !lines(&agent.out, "revision").is_empty());
     let [line] = lines(&agent.out, "revision").try_into().unwrap();
     assert_eq!((&line["revision"], &line["begins"], &line["ranks"]), (&json!(3), &json!(9), &json!(1)));

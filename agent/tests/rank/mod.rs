@@ -305,7 +305,19 @@ impl Rank {
 
 /// The agent's next word that is no question: these ranks do not answer.
 pub fn answer(stream: &UnixStream) -> FromAgent {
-    hear(stream, &mut Vec::new(), |message| !matches!(message, FromAgent::Ask { .. }))
+    stream.set_read_timeout(Some(HANG)).unwrap();
+    let mut message = vec![0; 4];
+    loop {
+        // No byte of the next one, which the agent may have sent with it.
+        (&mut &*stream).read_exact(&mut message[..4]).unwrap();
+        message.resize(control::announced(&message).unwrap(), 0);
+        (&mut &*stream).read_exact(&mut message[4..]).unwrap();
+        let word = control::decode_next(&mut message).unwrap().unwrap();
+        if !matches!(word, FromAgent::Ask { .. }) {
+            return word;
+        }
+        message.resize(4, 0);
+    }
 }
 
 /// The agent's next word that is `wanted`; what came after it is left in `buffer`.
